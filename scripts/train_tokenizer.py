@@ -1,0 +1,178 @@
+"""Train a tokenizer on the text of your own conversations, for a model that starts from nothing.
+
+    python -m scripts.train_tokenizer --data_path a.jsonl b.jsonl --out_dir model/mytok --vocab_size 6400
+
+Comes before everything else: language model, projector and weights all speak in its ids. Weights belong to the
+tokenizer they were trained with, so to go on from existing weights, keep theirs and do not train a new one.
+
+Byte-level BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909, on bytes as in GPT-2): it starts from the 256
+bytes, so no text is ever unknown, and adds the most frequent pair of neighbours as a new token until the vocabulary is
+full. The ids: 0 <|endoftext|>, 1 <|im_start|>, 2 <|im_end|>, 3 to 258 the bytes (`!` = 3, `@` = 34), then the merges.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from model.processing import DEFAULT_SYSTEM, IMAGE_TAG, load_tokenizer
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2
+SMALLEST = len(SPECIAL) + 256  # a vocabulary without a single merge
+# The text of `model.processing.encode_chat`: a user turn opens the answer, whether or not a prompt was asked for.
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n"
+    + DEFAULT_SYSTEM
+    + "<|im_end|>\\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ message['content'] + '<|im_end|>\\n' }}"
+    "{% else %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% endfor %}"
+)
+
+# ---------------------------------------------------------------------------- reading
+
+
+def read_rows(paths):
+    """Yields (where, row) for every row of JSONL conversation files; `where` is "file:line", for messages.
+
+    Raises FileNotFoundError for a missing file and ValueError for a line that is no row, naming the line.
+    """
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise FileNotFoundError(f"--data_path {path}: no such file. Expected JSONL, one conversation per line")
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                    turns = [(turn["role"], turn["content"]) for turn in row["conversations"]]
+                except (ValueError, KeyError, TypeError) as error:
+                    turns, reason = [], f"{type(error).__name__}: {error}"
+                else:
+                    reason = "no turns, or a content that is no text"
+                if not turns or not all(isinstance(part, str) for turn in turns for part in turn):
+                    raise ValueError(
+                        f'--data_path {path}:{number} is not a conversation ({reason}). Expected {{"conversations": '
+                        '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+                    )
+                yield f"{path}:{number}", row
+
+
+def read_texts(paths) -> list[str]:
+    """What the model will read between the special tokens: role, newline and content of every turn."""
+    texts = []
+    for _, row in read_rows(paths):
+        if row["conversations"][0]["role"] != "system":
+            texts.append(f"system\n{DEFAULT_SYSTEM}")
+        texts += [f"{turn['role']}\n{turn['content'].replace(IMAGE_TAG, '')}" for turn in row["conversations"]]
+    return texts
+
+
+# ---------------------------------------------------------------------------- training
+
+
+def train(texts, vocab_size: int) -> Tokenizer:
+    """The tokenizer of `vocab_size` entries for these texts. Raises ValueError if they do not hold that many."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,  # a pair seen once says nothing about the next text
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, sorted by the trainer: `!` is the first
+        show_progress=False,
+    )
+    # What the trainer never sees cannot become part of a merge. `@`: a picture is a run of them, each one token,
+    # whatever stands next to it. Newline: `assistant\n` ends at a token boundary whatever the answer begins with, so
+    # that a chat encoded turn by turn, or all at once through the chat template, gives the same ids.
+    pieces = (piece for text in texts for piece in re.split("[@\n]", text))
+    tokenizer.train_from_iterator(pieces, trainer)
+    reached = tokenizer.get_vocab_size()
+    if reached < vocab_size:
+        raise ValueError(
+            f"--vocab_size {vocab_size}: the text in --data_path is enough for {reached} only. Pass --vocab_size "
+            f"{reached} or less, or more text"
+        )
+    return tokenizer
+
+
+def save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, each beside its place first, so that none is ever half there."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # the name that Transformers 4 and 5 both know
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "model_max_length": 32768,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,  # or decoding eats the space before a comma
+        "chat_template": CHAT_TEMPLATE,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "tokenizer.json": tokenizer.to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False),
+    }
+    for name, content in contents.items():
+        beside = folder / f"{name}.tmp"
+        beside.write_text(content + "\n", encoding="utf-8")
+        beside.replace(folder / name)
+
+
+def check(folder: Path, texts) -> None:
+    """Loads what was saved as training will, checks what the model relies on, and prints characters per token."""
+    tokenizer = load_tokenizer(folder)
+    expected = [*SPECIAL, "!", "@"]
+    ids = tokenizer.convert_tokens_to_ids(expected)
+    assert ids == [0, 1, 2, 3, 34], dict(zip(expected, ids))
+    assert [token for token in tokenizer.get_vocab() if "@" in token] == ["@"]
+    answers = [text.removeprefix("assistant\n") for text in texts if text.startswith("assistant\n")]
+    english = [text for text in answers if text.isascii()]
+    chinese = [text for text in answers if re.search("[\u4e00-\u9fff]", text)]
+    for language, own in {"English": english, "Chinese": chinese}.items():
+        if not own:
+            continue
+        sample = own[:: len(own) // 2000 + 1]  # evenly over all files
+        ids = tokenizer(sample, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert tokenizer.batch_decode(ids) == sample
+        rate = sum(map(len, sample)) / sum(map(len, ids))
+        print(f"{language}: {rate:.2f} characters/token in {len(sample):,} answers of the training text")
+    print(f"{len(tokenizer):,} tokens in {folder}: pass --tokenizer_path {folder}")
+
+
+# ---------------------------------------------------------------------------- the run
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--data_path", nargs="+", required=True, help="JSONL files of conversations")
+    parser.add_argument("--out_dir", type=Path, required=True, help="folder for the tokenizer, made if needed")
+    parser.add_argument("--vocab_size", type=int, default=6400, help=f"entries in the vocabulary, {SMALLEST} at least")
+    args = parser.parse_args(argv)
+    try:
+        if args.vocab_size < SMALLEST:
+            raise ValueError(
+                f"--vocab_size {args.vocab_size}: {SMALLEST} at least, {len(SPECIAL)} special tokens and 256 bytes"
+            )
+        if (args.out_dir / "tokenizer.json").exists():  # weights may depend on it, and cannot be told which it was
+            raise ValueError(f"--out_dir {args.out_dir} holds a tokenizer already: choose another folder, or remove it")
+        texts = read_texts(args.data_path)
+        print(f"{len(texts):,} turns, {sum(map(len, texts)):,} characters")
+        tokenizer = train(texts, args.vocab_size)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None
+    save(tokenizer, args.out_dir)
+    check(args.out_dir, texts)
+
+
+if __name__ == "__main__":
+    main()

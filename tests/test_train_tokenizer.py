@@ -1,0 +1,167 @@
+"""scripts/train_tokenizer.py: the contract that the model rests on, and what users get wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from model.processing import encode_chat, load_tokenizer
+from scripts.train_tokenizer import main
+
+WORDS = ("red", "green", "blue", "square", "circle", "dog", "runs", "over", "grass", "红色", "圆形", "一只狗", "草地上")
+
+
+def row(user, assistant, **extra):
+    turns = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    return {"conversations": turns, **extra}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [
+        row(
+            f"What is this, {one}@{two}.com @@@@?\n<image>",
+            f"A {one} {two}.\n\n  It {two} @ {one}, {two}.",
+            image="a.jpg",
+        )
+        for one in WORDS
+        for two in WORDS
+    ]
+    path.write_text("\n".join(json.dumps(each, ensure_ascii=False) for each in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    main(["--data_path", str(data), "--out_dir", str(folder), "--vocab_size", "340"])
+    return folder
+
+
+def test_the_ids_are_those_of_the_contract(folder):
+    tokenizer = load_tokenizer(folder)
+    assert len(tokenizer) == tokenizer.vocab_size == 340
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    assert (tokenizer.pad_token_id, tokenizer.unk_token_id) == (0, 0)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    printable = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    assert tokenizer.convert_tokens_to_ids(printable) == list(range(3, 3 + len(printable)))
+    assert tokenizer.convert_tokens_to_ids("@") == 34
+
+
+def test_the_file_is_plain_byte_level_bpe_without_normalizer_or_prefix_space(folder):
+    saved = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    assert saved["normalizer"] is None
+    assert saved["pre_tokenizer"]["type"] == "ByteLevel"
+    assert saved["pre_tokenizer"]["add_prefix_space"] is False
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_no_merge_contains_the_placeholder_though_the_text_is_full_of_it(folder):
+    saved = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    assert saved["merges"]
+    assert not [merge for merge in saved["merges"] if "@" in "".join(merge)]
+    tokenizer = load_tokenizer(folder)
+    for text in ("@" * 196 + "\nWhat?", "!@@@@", "dog@@ @@dog", "(@@", "@@@@。", " @@@"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids.count(34) == text.count("@")
+
+
+@pytest.mark.parametrize(
+    "text", ["A red dog, 'runs'.", "红色的狗", "é🙂\t\r\n  x ", "ﬁ Å Å", "\x00\x7f", "  two  spaces , here"]
+)
+def test_any_text_comes_back_unchanged(folder, text):
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert 0 not in ids  # nothing is unknown
+
+
+def test_frequent_words_are_one_token(folder):
+    tokenizer = load_tokenizer(folder)
+    for text in (" square", "assistant", " grass"):
+        assert len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["A dog.", "", " ", "\n", "\n\n\nA dog.", "  A dog", "   ", "\t\n A  dog \n", "红色@@", "\u3000\u3000一只狗"],
+)
+@pytest.mark.parametrize("system", [None, "Be brief.", " \n"])
+def test_the_chat_template_gives_the_ids_that_training_sees(folder, answer, system):
+    tokenizer = load_tokenizer(folder)
+    turns = [{"role": "system", "content": system}] if system is not None else []
+    turns += [
+        {"role": "user", "content": "What is this? @@@@\n"},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": " \n and now ?"},
+    ]
+    for conversation in (turns, turns[:-1], turns[:-2], [*turns, {"role": "assistant", "content": answer}]):
+        pieces = encode_chat(tokenizer, conversation, "@" * 4)
+        expected = [token for ids, _, _ in pieces for token in ids]
+        assert tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False) == expected
+
+
+def test_the_chat_format_is_the_public_one(folder):
+    text = load_tokenizer(folder).apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_another_process_with_another_hash_seed_writes_the_same_bytes(data, folder, tmp_path):
+    command = [sys.executable, "-m", "scripts.train_tokenizer", "--data_path", data, "--out_dir", tmp_path]
+    subprocess.run([*command, "--vocab_size", "340"], check=True, capture_output=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_it_says_how_well_it_compresses_both_languages(data, tmp_path, capsys):
+    main(["--data_path", str(data), "--out_dir", str(tmp_path), "--vocab_size", "340"])
+    out = capsys.readouterr().out
+    assert "English: " in out and "Chinese: " in out and "characters/token" in out
+
+
+def test_too_little_text_says_what_was_reached_and_writes_nothing(data, tmp_path):
+    with pytest.raises(SystemExit, match=r"--vocab_size 6400: .* enough for (\d+) only") as error:
+        main(["--data_path", str(data), "--out_dir", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
+    reached = str(error.value).split("enough for ")[1].split()[0]
+    main(["--data_path", str(data), "--out_dir", str(tmp_path / "new"), "--vocab_size", reached])  # the hint works
+
+
+@pytest.mark.parametrize("size", ["258", "0", "-1"])
+def test_a_vocabulary_smaller_than_the_bytes_is_refused(data, tmp_path, size):
+    with pytest.raises(SystemExit, match=f"--vocab_size {size}: 259 at least"):
+        main(["--data_path", str(data), "--out_dir", str(tmp_path), "--vocab_size", size])
+
+
+def test_a_vocabulary_of_bytes_alone_works(data, tmp_path):
+    main(["--data_path", str(data), "--out_dir", str(tmp_path), "--vocab_size", "259"])
+    assert len(load_tokenizer(tmp_path)) == 259
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="--data_path .*nowhere.jsonl: no such file"):
+        main(["--data_path", str(tmp_path / "nowhere.jsonl"), "--out_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{broken", "[]", "{}", '{"conversations": []}', '{"conversations": [{"role": "user", "content": 5}]}', "\xff"],
+)
+def test_a_line_that_is_no_row_is_named_with_its_number(tmp_path, line):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(json.dumps(row("a", "b")).encode() + b"\n\n" + line.encode("latin-1") + b"\n")
+    with pytest.raises(SystemExit, match=r"--data_path .*bad.jsonl:3 is not a conversation"):
+        main(["--data_path", str(path), "--out_dir", str(tmp_path / "new")])
+
+
+def test_a_tokenizer_that_weights_may_depend_on_is_not_overwritten(data, folder):
+    before = (folder / "tokenizer.json").read_bytes()
+    with pytest.raises(SystemExit, match="--out_dir .* holds a tokenizer already"):
+        main(["--data_path", str(data), "--out_dir", str(folder), "--vocab_size", "300"])
+    assert (folder / "tokenizer.json").read_bytes() == before
