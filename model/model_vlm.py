@@ -1,0 +1,267 @@
+"""MiniMind that sees: a frozen CLIP vision tower, one linear layer, and the MiniMind decoder.
+
+    picture ── CLIP ViT (frozen) ── P patch features ── VisionProj ── P vectors of width D ─┐
+                                                                                            ▼ overwrite
+    text ── "@"·P + "\\nWhat is this?" ── input_ids ── embed_tokens ── hidden states ── decoder ── logits
+
+Shapes: B batch, T tokens, N pictures, P patches (= placeholders) per picture, H and W pixels, D hidden_size,
+V the encoder's width.
+"""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+from transformers import CLIPVisionModel
+from transformers.utils import logging
+
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindOutput
+from model.processing import ImageProcessor, vision_config
+
+DEFAULT_VISION_MODEL = "./model/vision_model/clip-vit-base-patch16"
+
+
+class VLMConfig(MiniMindConfig):
+    """The decoder's configuration plus how a picture stands in the text: `len(image_ids)` times one token."""
+
+    model_type = "minimind-v"
+
+    def __init__(
+        self,
+        image_special_token: str = "@" * 196,
+        image_ids: list[int] | None = None,
+        ve_hidden_size: int = 768,
+        **kwargs,
+    ):
+        self.image_special_token = image_special_token
+        self.image_ids = [34] * 196 if image_ids is None else list(image_ids)
+        self.ve_hidden_size = ve_hidden_size  # V
+        if len(set(self.image_ids)) != 1 or len(self.image_ids) != len(image_special_token):
+            raise ValueError(
+                f"image_ids must be one id, once per placeholder: got {len(self.image_ids)} ids of "
+                f"{len(set(self.image_ids))} kinds for {len(image_special_token)} placeholders"
+            )
+        super().__init__(**kwargs)
+
+    @classmethod
+    def for_encoder(cls, folder, placeholder_id: int = 34, **kwargs) -> "VLMConfig":
+        """The configuration that fits a CLIP folder: one placeholder per patch, V the width of its vision tower."""
+        vision = vision_config(folder)
+        patches = (vision["image_size"] // vision["patch_size"]) ** 2
+        return cls("@" * patches, [placeholder_id] * patches, vision["hidden_size"], **kwargs)
+
+
+class VisionProj(nn.Module):
+    """From the encoder's width to the decoder's."""
+
+    def __init__(self, ve_hidden_size: int = 768, hidden_size: int = 512):
+        super().__init__()
+        self.vision_proj = nn.Sequential(nn.Linear(ve_hidden_size, hidden_size))
+
+    def forward(self, image_encoders):
+        return self.vision_proj(image_encoders)  # (..., V) → (..., D)
+
+
+@contextmanager
+def quiet_transformers():
+    """A whole CLIP is loaded for its vision half: the page of unexpected text weights is expected."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+class MiniMindVLM(MiniMindForCausalLM):
+    """The vision-language model. `vision_encoder` is frozen, always in eval mode, and never saved."""
+
+    config_class = VLMConfig
+
+    def __init__(self, params: VLMConfig | None = None, vision_model_path: str | Path | None = DEFAULT_VISION_MODEL):
+        """vision_model_path: a CLIP folder, whole or vision tower only; None builds the model without eyes."""
+        config = params or VLMConfig()
+        super().__init__(config)
+        self.vision_proj = VisionProj(config.ve_hidden_size, config.hidden_size)
+        self.vision_encoder = self.processor = None
+        if vision_model_path is not None:  # after post_init, which would initialise the encoder anew
+            self.load_vision_encoder(vision_model_path)
+
+    def load_vision_encoder(self, path) -> None:
+        """Gives the model its eyes. Raises ValueError if the encoder's shape is not the one in the config."""
+        vision = vision_config(path)
+        patches = (vision["image_size"] // vision["patch_size"]) ** 2
+        if (patches, vision["hidden_size"]) != (len(self.config.image_ids), self.config.ve_hidden_size):
+            raise ValueError(
+                f"{path} gives {patches} patches of width {vision['hidden_size']}, the model was made for "
+                f"{len(self.config.image_ids)} of width {self.config.ve_hidden_size}: pass the --vision_model_path "
+                "that the weights were trained with"
+            )
+        self.vision_encoder, self.processor = self.get_vision_model(path)
+        self.vision_encoder.to(self.vision_proj.vision_proj[0].weight.device)
+
+    @staticmethod
+    def get_vision_model(path):
+        """The frozen vision tower of a CLIP folder in fp32, and its picture processor.
+
+        Raises FileNotFoundError if the folder is no CLIP folder, ValueError if its weights do not fill the tower.
+        """
+        vision_config(path)
+        with quiet_transformers():
+            try:
+                model, info = CLIPVisionModel.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
+            except OSError as error:
+                raise FileNotFoundError(f"--vision_model_path {path}: {str(error).splitlines()[0]}") from None
+        unfilled = [*info["missing_keys"], *info["mismatched_keys"]]
+        unfilled = [key for key in unfilled if "position_ids" not in str(key)]
+        if unfilled:
+            raise ValueError(
+                f"{path}: the weights leave {len(unfilled)} tensors of the vision tower at random, first {unfilled[0]}"
+            )
+        return model.requires_grad_(False).eval(), ImageProcessor.from_pretrained(path)
+
+    @classmethod
+    def from_pretrained(cls, path, *args, vision_model_path=DEFAULT_VISION_MODEL, **kwargs):
+        """As in Transformers; the encoder, which the folder does not hold, comes from `vision_model_path`."""
+        # Loaded afterwards: Transformers 5 builds on the meta device, where a second from_pretrained cannot run.
+        loaded = super().from_pretrained(path, *args, vision_model_path=None, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
+        if vision_model_path is not None:
+            model.load_vision_encoder(vision_model_path)
+        return loaded
+
+    def save_pretrained(self, path, **kwargs):
+        """As in Transformers, without the encoder."""
+        kwargs.setdefault("state_dict", self.text_state_dict())
+        super().save_pretrained(path, **kwargs)
+
+    def text_state_dict(self) -> dict[str, torch.Tensor]:
+        """All weights but the encoder's."""
+        return {key: value for key, value in self.state_dict().items() if not key.startswith("vision_encoder.")}
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.vision_encoder is not None:
+            self.vision_encoder.eval()
+        return self
+
+    @staticmethod
+    def image2tensor(image: Image.Image, processor) -> torch.Tensor:
+        """A picture of any mode and size → float32 (1, 3, H, W)."""
+        return processor(images=image, return_tensors="pt")["pixel_values"]
+
+    @staticmethod
+    @torch.no_grad()
+    def get_image_embeddings(image_tensors, vision_model) -> torch.Tensor:
+        """float (N, 3, H, W) → patch features (N, P, V), without the class token, before the pooled norm."""
+        return vision_model(pixel_values=image_tensors.to(vision_model.dtype)).last_hidden_state[:, 1:, :]
+
+    def find_pictures(self, tokens) -> torch.Tensor:
+        """Which of tokens (B, T) are placeholders of a picture: bool (B, T).
+
+        A run of k·P placeholder tokens, and up to P - 1 more, is k pictures from its left end; the rest is ordinary
+        text. Every position learns from running maxima and minima where its run starts and ends, so that there is
+        no loop and the host need not know.
+        """
+        T, P = tokens.shape[1], len(self.config.image_ids)
+        position = torch.arange(T, device=tokens.device).expand_as(tokens)
+        placeholder = tokens == self.config.image_ids[0]
+        before = position.masked_fill(placeholder, -1).cummax(dim=1).values  # the last other token before me
+        after = position.masked_fill(placeholder, T).flip(1).cummin(dim=1).values.flip(1)  # the first one after me
+        length = after - before - 1  # of my run
+        return placeholder & (position - before - 1 < length // P * P)
+
+    def count_vision_proj(self, tokens, h, vision_tensors=None, seqlen: int | None = None) -> torch.Tensor:
+        """Overwrites the embeddings of the placeholders with the projected features of the pictures.
+
+        Args:
+            tokens: int64 (B, T).
+            h: float (B, T, D), their embeddings.
+            vision_tensors: float (N, P, V) in reading order, or (B, N, P, V); None if there is no picture.
+            seqlen: return at most this many tokens.
+        Returns (B, min(T, seqlen), D). Raises ValueError if the tokens call for more or fewer pictures.
+        """
+        mask = self.find_pictures(tokens)
+        if not torch.compiler.is_compiling():  # a look from the host, which a compiled graph cannot take
+            self.check_pictures(mask, vision_tensors)
+        if vision_tensors is not None:
+            features = self.vision_proj(vision_tensors)
+            h = h.masked_scatter(mask[..., None], features.type_as(h))  # row by row, as the pictures come
+        return h[:, :seqlen]
+
+    def check_pictures(self, mask, vision_tensors) -> None:
+        """ValueError unless there are as many pictures as the placeholders in `mask` (B, T) call for, in every row."""
+        P = len(self.config.image_ids)
+        asked = (mask.sum(dim=1) // P).tolist()
+        if vision_tensors is not None and vision_tensors.ndim == 4:
+            given = [vision_tensors.shape[1]] * vision_tensors.shape[0]
+            if len(given) != len(asked):
+                raise ValueError(f"pixel_values has {len(given)} rows, input_ids {len(asked)}")
+            for row, (want, have) in enumerate(zip(asked, given)):
+                if want != have:
+                    raise ValueError(f"row {row} has placeholders for {want} pictures, pixel_values holds {have}")
+        else:
+            have = 0 if vision_tensors is None else vision_tensors.shape[0]
+            if sum(asked) != have:
+                rows = ", ".join(f"row {row}: {want}" for row, want in enumerate(asked) if want) or "no row has any"
+                raise ValueError(
+                    f"input_ids has placeholders for {sum(asked)} pictures of {P} each ({rows}), pixel_values "
+                    f"holds {have}"
+                )
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        past_key_values=None,
+        use_cache=False,
+        logits_to_keep=0,
+        pixel_values=None,
+        labels=None,
+        **args,
+    ) -> MiniMindOutput:
+        """Args as in `decode`, and
+
+        input_ids: int64 (B, T), P placeholder tokens for each picture.
+        pixel_values: float, normalised, or uint8 as `ImageProcessor.resize` gives them. (B, N, 3, H, W), also with an
+            extra axis of 1 after N; or, when rows have different numbers of pictures, all of them in reading order,
+            (sum of N, 3, H, W). Pictures are encoded in the call whose tokens hold them and live on in the cache.
+        """
+        h = self.model.embed_tokens(input_ids)  # (B, T, D)
+        if input_ids.shape[1] >= len(self.config.image_ids):  # shorter: the next token of a text, no room for a picture
+            h = self.count_vision_proj(input_ids, h, self.encode_pictures(pixel_values), input_ids.shape[1])
+        if pixel_values is None and self.training:
+            # Rows without a picture still give the projector a gradient, of zero: all ranks must agree on who has one.
+            h = h + 0.0 * sum(weight.sum() for weight in self.vision_proj.parameters())
+        return self.decode(h, attention_mask, past_key_values, use_cache, logits_to_keep, labels, **args)
+
+    def encode_pictures(self, pixel_values):
+        """pixel_values as in `forward` → features (N, P, V), or (B, N, P, V) where each row has its own axis."""
+        if pixel_values is None:
+            return None
+        if self.vision_encoder is None:
+            raise ValueError("this model was built without a vision encoder: give vision_model_path to use pictures")
+        pictures = pixel_values.reshape(-1, *pixel_values.shape[-3:])  # (N, 3, H, W)
+        if pictures.dtype == torch.uint8:
+            pictures = self.processor.normalize(pictures)
+        features = self.get_image_embeddings(pictures, self.vision_encoder)  # (N, P, V)
+        return features if pixel_values.ndim == 4 else features.view(*pixel_values.shape[:2], *features.shape[1:])
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        # Beams repeat rows. Pictures in reading order must be repeated row by row too, not picture by picture.
+        pictures = model_kwargs.get("pixel_values")
+        if expand_size > 1 and pictures is not None and pictures.ndim == 4:
+            per_row = (self.find_pictures(input_ids).sum(dim=1) // len(self.config.image_ids)).tolist()
+            model_kwargs["pixel_values"] = None
+            repeated = torch.cat([row for own in pictures.split(per_row) for row in [own] * expand_size])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if expand_size > 1 and pictures is not None and pictures.ndim == 4:
+            model_kwargs["pixel_values"] = repeated
+        return input_ids, model_kwargs

@@ -1,0 +1,205 @@
+"""From what people have to what the model reads: pictures → uint8 tensors, conversations → tokens.
+
+Training, asking and the web page all come through here, so that a model is asked exactly the way it was taught.
+
+Shapes: N pictures, H and W of a picture, P placeholders (patches) of a picture.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoTokenizer
+
+IMAGE_TAG = "<image>"  # stands in the text of a data set where the picture belongs
+DEFAULT_SYSTEM = "You are a helpful assistant"
+IGNORE = -100  # label of a token without loss
+MAY_FOLLOW = {"system": (None,), "user": ("system", "assistant"), "assistant": ("user",)}  # roles in a chat
+
+
+def read_json(path) -> dict:
+    """The object in a JSON file; ValueError names the file if it is not one."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object {{...}}")
+    return value
+
+
+# ---------------------------------------------------------------------------- pictures
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture upright (EXIF orientation applied) and in RGB; 16-bit greys scaled to 8 bits, not clipped."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # convert() would clip everything above 255 to white
+        image = Image.fromarray((np.asarray(image) * (255 / 65535)).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+class ImageProcessor:
+    """CLIP's preprocessing: shortest edge to `size` (bicubic), centre crop, scale to 0..1, normalise by channel.
+
+    Equal to Transformers' `CLIPImageProcessor` on Pillow, but in two halves: `resize` stops at uint8, a quarter of the
+    bytes for workers and transfers, and `normalize` does the rest on whatever device the model is on.
+    """
+
+    def __init__(
+        self,
+        size: int | tuple[int, int] = 224,
+        crop_size: tuple[int, int] = (224, 224),
+        resample: int = Image.Resampling.BICUBIC,
+        image_mean=(0.48145466, 0.4578275, 0.40821073),
+        image_std=(0.26862954, 0.26130258, 0.27577711),
+    ):
+        """size: the shortest edge, or (height, width) to squash to; crop_size: (height, width); all in pixels."""
+        self.size, self.crop_size, self.resample = size, crop_size, resample
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
+
+    @classmethod
+    def from_pretrained(cls, folder) -> "ImageProcessor":
+        """Reads `preprocessor_config.json` of a CLIP folder, in the old style (plain numbers) or the new one."""
+        folder = Path(folder)
+        path = folder / "preprocessor_config.json"
+        if not path.exists():
+            edge = vision_config(folder)["image_size"]
+            return cls(edge, (edge, edge))
+        config = read_json(path)
+
+        def pair(value):
+            return (value, value) if isinstance(value, int) else (value["height"], value["width"])
+
+        size = config.get("size", 224)
+        if isinstance(size, dict):
+            size = size["shortest_edge"] if "shortest_edge" in size else pair(size)
+        default = cls()
+        return cls(
+            size,
+            pair(config.get("crop_size", size)) if config.get("do_center_crop", True) else pair(size),
+            config.get("resample", default.resample),
+            config.get("image_mean", default.image_mean),
+            config.get("image_std", default.image_std),
+        )
+
+    def resize(self, image: Image.Image) -> torch.Tensor:
+        """A picture of any mode and size → uint8 (3, H, W)."""
+        image = to_rgb(image)
+        width, height = image.size
+        if isinstance(self.size, int):
+            short, long = sorted((width, height))
+            scaled = int(self.size * long / short)
+            width, height = (self.size, scaled) if width <= height else (scaled, self.size)
+        else:
+            height, width = self.size
+        if (width, height) != image.size:
+            image = image.resize((width, height), self.resample)
+        top, left = (height - self.crop_size[0]) // 2, (width - self.crop_size[1]) // 2
+        image = image.crop((left, top, left + self.crop_size[1], top + self.crop_size[0]))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (..., 3, H, W) → float32 (..., 3, H, W): (pixels / 255 - mean) / std."""
+        mean = torch.tensor(self.image_mean, device=pixels.device).view(3, 1, 1)
+        std = torch.tensor(self.image_std, device=pixels.device).view(3, 1, 1)
+        return (pixels.float() / 255 - mean) / std
+
+    def __call__(self, images, return_tensors: str = "pt") -> dict[str, torch.Tensor]:
+        """One picture or a list → {"pixel_values": float32 (N, 3, H, W)}, as Transformers' processors do."""
+        images = images if isinstance(images, (list, tuple)) else [images]
+        return {"pixel_values": self.normalize(torch.stack([self.resize(image) for image in images]))}
+
+
+def vision_config(folder) -> dict:
+    """The vision half of a CLIP folder's config.json: `image_size`, `patch_size`, `hidden_size` (pixels, width)."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"--vision_model_path {folder}: no config.json there. Expected a CLIP folder (config.json, "
+            "model.safetensors or pytorch_model.bin, preprocessor_config.json)"
+        )
+    config = read_json(path)
+    found = config.get("vision_config", config)
+    base = {"image_size": 224, "patch_size": 32, "hidden_size": 768}  # what Transformers leaves out as default
+    return base | {key: found[key] for key in base if key in found}
+
+
+# ---------------------------------------------------------------------------- text
+
+
+def load_tokenizer(path, placeholders: str = "@" * 196):
+    """The tokenizer of a folder, checked against what the model relies on.
+
+    Raises FileNotFoundError without tokenizer.json, ValueError when the chat tokens are missing or the placeholder
+    run of a picture does not come out as single tokens, all the same.
+    """
+    path = Path(path)
+    if not (path / "tokenizer.json").exists():
+        raise FileNotFoundError(
+            f"--tokenizer_path {path}: no tokenizer.json there. Take the tokenizer that belongs to your weights, or "
+            "train one: python -m scripts.train_tokenizer --help"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    for token in ("<|im_start|>", "<|im_end|>"):
+        if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
+            raise ValueError(f"{path / 'tokenizer.json'} has no {token} token, which marks the turns of a chat")
+    ids = tokenizer(placeholders, add_special_tokens=False)["input_ids"]
+    if len(ids) != len(placeholders) or len(set(ids)) > 1:
+        raise ValueError(
+            f"{path / 'tokenizer.json'}: the {len(placeholders)} placeholders of a picture ({placeholders[:4]}...) "
+            f"come out as {len(ids)} tokens, {len(set(ids))} kinds. It merges {placeholders[0]!r}, so it does not "
+            "belong to this model; take the one that came with the weights"
+        )
+    return tokenizer
+
+
+def encode_chat(tokenizer, conversations: list[dict], placeholders: str) -> list[tuple[list[int], bool, int]]:
+    """A conversation as pieces (ids, is_answer, pictures), in order; their concatenation is the model's input.
+
+    `<|im_start|>system\\n...<|im_end|>\\n<|im_start|>user\\n...<|im_end|>\\n<|im_start|>assistant\\n` is a prompt
+    piece, `answer<|im_end|>` an answer piece: the boundary is where generation starts, so a model is trained on exactly
+    the tokens it will see. A conversation that ends with the user ends ready to answer. What people typed is plain
+    text: a `<|im_end|>` inside it is spelled out in ordinary tokens and ends nothing.
+
+    Args:
+        conversations: [{"role": "system" | "user" | "assistant", "content": str}, ...], `<image>` in user turns.
+        placeholders: the text that takes the place of each `<image>`, P characters.
+    Raises ValueError for an unknown role or turns out of order.
+    """
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+
+    backend = tokenizer.backend_tokenizer  # a third of the time of tokenizer(...), whose every call sets these anew
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+
+    def text(string):
+        return backend.encode(string, add_special_tokens=False).ids
+
+    newline = text("\n")
+    turns = list(conversations)
+    if not turns or turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": DEFAULT_SYSTEM}, *turns]
+    pieces = []
+    prompt, pictures, last = [], 0, None
+    for turn in turns:
+        role, content = turn["role"], turn["content"]
+        if role not in MAY_FOLLOW:
+            raise ValueError(f"unknown role {role!r}, expected system, user or assistant")
+        if last not in MAY_FOLLOW[role]:
+            raise ValueError(f"turn order: {role} after {last}; expected user, assistant, user, assistant, ...")
+        if role == "assistant":
+            pieces += [(prompt, False, pictures), ([*text(content), end], True, 0)]
+            prompt, pictures = [*newline], 0
+        else:
+            if role == "user":
+                pictures += content.count(IMAGE_TAG)
+                content = content.replace(IMAGE_TAG, placeholders)
+            prompt = [*prompt, start, *text(f"{role}\n{content}"), end, *newline]
+            if role == "user":
+                prompt += [start, *text("assistant\n")]
+        last = role
+    return [*pieces, (prompt, False, pictures)]

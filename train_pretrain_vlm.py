@@ -1,0 +1,65 @@
+"""Stage 1, pretraining: learn to see. Pictures with captions teach the projector to speak the decoder's language.
+
+    python train_pretrain_vlm.py                                   # the 26M recipe, from out/llm_512.pth
+    python train_pretrain_vlm.py --data_path rows.jsonl --images_path pictures --from_weight none
+    torchrun --nproc_per_node 2 train_pretrain_vlm.py              # two GPUs
+
+What learns: the projector, which starts at random, and the decoder's last layer. The rest of the decoder stays as
+it is: the gradients of an untrained projector would only spoil it. Writes out/pretrain_vlm_{hidden}{_moe}.pth.
+"""
+
+import argparse
+
+from trainer import distributed
+from trainer.cli import add_training_arguments, make_deterministic, pick_device, run_main
+from trainer.loop import load_data, train_epoch, training
+from trainer.optimizer import choose_trainable, make_optimizer
+from trainer.weights import build_model, find_weights
+
+STAGE = "pretrain_vlm"
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_training_arguments(
+        parser,
+        trainable="last_layer",
+        from_weight="llm",
+        data_path="./dataset/pretrain_data.jsonl",
+        images_path="./dataset/pretrain_images",
+        learning_rate=4e-4,
+        projector_learning_rate=1e-3,  # it starts at random, the last layer does not
+        max_seq_len=640,
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    make_deterministic(args.seed)
+    device = pick_device(args.device)
+    distributed.start(device)
+
+    # ---- model: the decoder from its weights, CLIP frozen, the projector new
+    weights = find_weights(args.from_weight, args.out_dir, args.hidden_size, args.use_moe)
+    model, tokenizer, loaded = build_model(args, weights, args.dropout)
+    distributed.say(loaded)
+    choose_trainable(model, args.trainable)
+    model.to(device)
+    optimizer = make_optimizer(model, args.learning_rate, args.projector_learning_rate, args.weight_decay)
+
+    # ---- data
+    data = load_data(args, model, tokenizer, args.data_path, args.images_path)
+    val_data = None
+    if args.val_path:
+        val_data = load_data(args, model, tokenizer, args.val_path, args.val_images_path or args.images_path)
+
+    # ---- train, from where the last run stopped if --from_resume
+    with training(args, STAGE, model, tokenizer, optimizer, data, val_data, device) as run:
+        for epoch in run.epochs_left():
+            train_epoch(run, epoch)  # validates and saves on the way
+    return run
+
+
+if __name__ == "__main__":
+    run_main(main)

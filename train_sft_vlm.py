@@ -1,0 +1,65 @@
+"""Stage 2, SFT: learn to answer. Conversations about pictures teach the projector and the whole decoder.
+
+    python train_sft_vlm.py                                        # the 26M recipe, from out/pretrain_vlm_512.pth
+    python train_sft_vlm.py --data_path rows.jsonl --images_path pictures --trainable attention
+    torchrun --nproc_per_node 2 train_sft_vlm.py                   # two GPUs
+
+What learns: everything but CLIP. On a small card `--trainable attention` (projector and q/k/v/o projections) keeps a
+third of the optimizer state. Writes out/sft_vlm_{hidden}{_moe}.pth.
+"""
+
+import argparse
+
+from trainer import distributed
+from trainer.cli import add_training_arguments, make_deterministic, pick_device, run_main
+from trainer.loop import load_data, train_epoch, training
+from trainer.optimizer import choose_trainable, make_optimizer
+from trainer.weights import build_model, find_weights
+
+STAGE = "sft_vlm"
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_training_arguments(
+        parser,
+        trainable="all",
+        from_weight="pretrain_vlm",
+        data_path="./dataset/sft_data.jsonl",
+        images_path="./dataset/sft_images",
+        learning_rate=2e-4,
+        projector_learning_rate=2e-4,
+        max_seq_len=1536,
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    make_deterministic(args.seed)
+    device = pick_device(args.device)
+    distributed.start(device)
+
+    # ---- model: decoder and projector from stage 1, CLIP frozen
+    weights = find_weights(args.from_weight, args.out_dir, args.hidden_size, args.use_moe)
+    model, tokenizer, loaded = build_model(args, weights, args.dropout)
+    distributed.say(loaded)
+    choose_trainable(model, args.trainable)
+    model.to(device)
+    optimizer = make_optimizer(model, args.learning_rate, args.projector_learning_rate, args.weight_decay)
+
+    # ---- data
+    data = load_data(args, model, tokenizer, args.data_path, args.images_path)
+    val_data = None
+    if args.val_path:
+        val_data = load_data(args, model, tokenizer, args.val_path, args.val_images_path or args.images_path)
+
+    # ---- train, from where the last run stopped if --from_resume
+    with training(args, STAGE, model, tokenizer, optimizer, data, val_data, device) as run:
+        for epoch in run.epochs_left():
+            train_epoch(run, epoch)  # validates and saves on the way
+    return run
+
+
+if __name__ == "__main__":
+    run_main(main)

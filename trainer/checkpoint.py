@@ -1,0 +1,72 @@
+"""The files of a run, from which it can be used or resumed."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from model.model_vlm import MiniMindVLM
+from trainer.distributed import is_main, say
+from trainer.weights import read_weights, save_weights, write_safely
+
+
+@dataclass
+class State:
+    """Where a run stands. Together with the flags, weights and optimizer it determines the rest."""
+
+    step: int = 0  # steps done
+    rows: int = 0  # rows learned from
+    broken: int = 0  # rows left out because their pictures could not be read
+    batches_per_step: int = 0  # over all ranks
+
+
+# Flags that a resumed run may change: they do not change what is learned.
+FREE = {
+    *("from_resume", "from_weight", "tokenizer_path", "vision_model_path", "images_path", "on_bad_row", "device"),
+    *("num_workers", "accumulation_steps", "compile", "gradient_checkpointing", "log_interval", "save_interval"),
+    *("val_path", "val_images_path", "val_interval", "use_wandb", "tracker", "wandb_project"),
+}
+
+
+class Checkpoint:
+    """The files of a run: fp16 weights for use, and all it takes to go on (fp32 weights, optimizer, position)."""
+
+    def __init__(self, path, args, about: dict, rows: int):
+        """path: of the weights, as in out/sft_vlm_512.pth; about: their JSON; rows: of the training data."""
+        self.path, self.about = Path(path), about
+        self.flags = {key: value for key, value in vars(args).items() if key not in FREE} | {"rows of data": rows}
+        self.resume_path = self.path.with_suffix(".resume.pt")
+
+    def save(self, model: MiniMindVLM, optimizer, scaler, state: State) -> None:
+        if not is_main():
+            return
+        resume = {
+            "weights": model.text_state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "state": asdict(state),
+            "flags": self.flags,
+        }
+        # First what a resumed run reads, in one file, then what is made from it.
+        write_safely(self.resume_path, lambda file: torch.save(resume, file))
+        save_weights(self.path, model, self.about | asdict(state))
+
+    def load(self, model: MiniMindVLM, optimizer, scaler) -> State:
+        """Fills all three and says where to go on: at step 0 if there is no checkpoint."""
+        if not self.resume_path.is_file():
+            say(f"nothing to resume at {self.resume_path}: starting at step 0")
+            return State()
+        saved = read_weights(self.resume_path)
+        changed = [
+            f"{key} was {saved['flags'].get(key)}, is {value}"
+            for key, value in self.flags.items()
+            if saved["flags"].get(key) != value
+        ]
+        if changed:
+            raise ValueError(f"--from_resume: {self.resume_path} was made with other flags: {'; '.join(changed)}")
+        if set(saved["weights"]) != set(model.text_state_dict()):
+            raise ValueError(f"{self.resume_path} does not fit this model")
+        model.load_state_dict(saved["weights"], strict=False)  # checked above: only the encoder is absent
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        return State(**saved["state"])

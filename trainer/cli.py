@@ -1,0 +1,142 @@
+"""The command line that both stages share: flags, device, precision, and how a mistake is told."""
+
+import argparse
+import contextlib
+import os
+import sys
+
+import torch
+
+from model.model_vlm import DEFAULT_VISION_MODEL
+from trainer import distributed
+
+
+class Stopped(SystemExit):
+    """Ctrl-C or SIGTERM ended the run after its step was finished and saved. Exit status 130."""
+
+    def __init__(self):
+        super().__init__(130)
+
+
+def run_main(main) -> None:
+    """Calls `main()` and turns what the user can mend into one message instead of a traceback."""
+    try:
+        main()
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        if os.environ.get("MINIMIND_TRACEBACK"):
+            raise
+        print(f"\nerror: {error}\n(MINIMIND_TRACEBACK=1 shows where)", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        with contextlib.suppress(Exception):
+            distributed.stop()
+
+
+def positive(kind):
+    def parse(text):
+        value = kind(text)
+        if value <= 0:
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"  # argparse puts it into its message
+    return parse
+
+
+def add_model_arguments(parser) -> None:
+    parser.add_argument("--hidden_size", type=positive(int), help="width; read off the weights, 512 from nothing")
+    parser.add_argument("--num_hidden_layers", type=positive(int), help="blocks; read off the weights, 8 from nothing")
+    parser.add_argument("--use_moe", action="store_true", help="mixture of experts; read off the weights")
+    parser.add_argument("--tokenizer_path", default="./model", help="folder with tokenizer.json")
+    parser.add_argument("--vision_model_path", default=DEFAULT_VISION_MODEL, help="CLIP folder")
+    parser.add_argument("--out_dir", default="./out", help="folder of the weights")
+    parser.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "bfloat16", "float16", "float32"],
+        help="precision of the arithmetic; auto: bfloat16 where the hardware has it, else float16, on a CPU float32",
+    )
+    parser.add_argument("--seed", type=int, default=42, help="of everything random")
+
+
+def add_training_arguments(parser, *, trainable, from_weight, data_path, images_path, learning_rate, max_seq_len, **kw):
+    """The flags of both stages; a stage gives its own defaults."""
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add("--data_path", nargs="+", default=[data_path], metavar="JSONL", help="training rows, one or several files")
+    add("--images_path", default=images_path, metavar="DIR", help='folder that "image" names are relative to')
+    add("--val_path", nargs="+", metavar="JSONL", help="held-out rows, for the validation loss")
+    add("--val_images_path", metavar="DIR", help="their pictures, if not in --images_path")
+    add("--val_interval", type=positive(int), help="steps between validations; default: at the end of each epoch")
+    add("--on_bad_row", choices=["error", "skip"], default="error", help="what to do with rows that cannot be used")
+    add("--from_weight", default=from_weight, metavar="W", help="llm, pretrain_vlm, sft_vlm, a .pth file, or none")
+    add("--from_resume", action="store_true", help="go on where the last run with these flags stopped")
+    add(
+        "--trainable",
+        default=trainable,
+        choices=["projector", "last_layer", "attention", "all"],
+        help="what learns beside the projector: nothing, the last layer, q/k/v/o projections, or the whole LLM",
+    )
+    add("--epochs", type=positive(int), default=1, help="passes over the data")
+    add("--batch_size", type=positive(int), default=32, help="rows per device and forward pass")
+    add("--accumulation_steps", type=positive(int), default=1, help="forward passes per optimizer step")
+    add("--learning_rate", type=positive(float), default=learning_rate, help="peak, for the LLM")
+    add("--projector_learning_rate", type=positive(float), default=kw["projector_learning_rate"], help="peak")
+    add("--warmup_iters", type=int, default=100, help="steps of linear warmup, at most a tenth of the run")
+    add("--weight_decay", type=float, default=0.1, help="AdamW's, for matrices; norms and biases have none")
+    add("--grad_clip", type=positive(float), default=1.0, help="largest norm of the gradient")
+    add("--dropout", type=float, default=0.0, help="share of activations set to 0 while training")
+    add("--max_seq_len", type=positive(int), default=max_seq_len, help="tokens per row, placeholders included")
+    add("--num_workers", type=int, default=2, help="processes that decode pictures; 0: the training process does")
+    add("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps on a GPU")
+    add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
+    add("--log_interval", type=positive(int), default=20, help="steps between lines in the metrics file")
+    add("--save_interval", type=positive(int), default=1000, help="steps between checkpoints")
+    add("--use_wandb", action="store_true", help="same as --tracker wandb")
+    add("--tracker", choices=["none", "wandb", "trackio"], default="none", help="trackio is local, without an account")
+    add("--wandb_project", default="MiniMind-V", help="project name for the tracker")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this rank. Raises ValueError for one that is not there."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: expected auto, cuda, cuda:1, mps or cpu") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {name}: PyTorch sees no CUDA device; try --device auto")
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: PyTorch sees no Apple GPU; try --device auto")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of autocast; float32 means none."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "mps":
+        return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float16
+    return torch.float32  # most CPUs emulate bfloat16, which is slower
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def make_deterministic(seed: int) -> None:
+    """The same seed gives the same run on the same hardware; call it before the first CUDA operation."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    torch.manual_seed(seed)

@@ -1,0 +1,64 @@
+"""One process per device, started by `torchrun`; or just one process. Every function works in both cases."""
+
+import os
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+def start(device: torch.device) -> None:
+    """Joins the other ranks if `torchrun` started this process. NCCL carries CUDA tensors, gloo all others."""
+    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def say(*text) -> None:
+    """print() on the first rank only."""
+    if is_main():
+        print(*text, flush=True)
+
+
+def all_sum(*numbers: float) -> list[float]:
+    """The sum of each number over all ranks. On the CPU: the device's queue does not wait for it."""
+    totals = torch.tensor(numbers, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+    return totals.tolist()
+
+
+def gather(value) -> list:
+    """The value of every rank, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def main_first():
+    """The first rank of each machine goes ahead, the others then find in the cache what it computed."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if dist.is_initialized() and not first:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and first:
+        dist.barrier()

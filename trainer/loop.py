@@ -1,0 +1,318 @@
+"""The training loop that both stages share: epochs, steps, checkpoints, validation, stopping.
+
+A step is `accumulation_steps` batches on each rank. Its loss is the mean over all labelled tokens of all of them, so
+that neither the number of ranks nor the split into batches changes what is learned.
+"""
+
+import argparse
+import contextlib
+import math
+import shlex
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from dataset.lm_dataset import StepSampler, VLMDataset, collate
+from model.model_vlm import MiniMindVLM
+from model.processing import IGNORE
+from trainer.checkpoint import Checkpoint, State
+from trainer.cli import Stopped, autocast, pick_dtype
+from trainer.distributed import all_sum, gather, main_first, rank, say, world_size
+from trainer.optimizer import schedule, set_learning_rate
+from trainer.progress import Progress
+from trainer.weights import describe, weights_name
+
+MAX_BROKEN = 0.01  # share of rows with broken pictures that --on_bad_row skip puts up with while training
+
+
+# ---------------------------------------------------------------------------- data
+
+
+def load_data(args, model: MiniMindVLM, tokenizer, paths, images_path) -> VLMDataset:
+    """A checked data set; prints what was left out and shortened."""
+    with main_first():
+        data = VLMDataset(
+            paths,
+            images_path,
+            tokenizer,
+            model.processor,
+            args.max_seq_len,
+            model.config.image_special_token,
+            args.on_bad_row,
+        )
+    say(f"{', '.join(map(str, data.files))}: {len(data):,} rows, {int(data.lengths.mean())} tokens on average")
+    if data.shortened:
+        say(f"  {data.shortened:,} rows lose the end of their answers to --max_seq_len {args.max_seq_len}")
+    if data.bad:
+        say(f"  {data.report()}")
+    return data
+
+
+def ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches worker processes too; the training process ends them when its step is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def make_loader(data: VLMDataset, sampler: StepSampler, args, device, tokenizer) -> DataLoader:
+    return DataLoader(
+        data,
+        batch_sampler=sampler,
+        collate_fn=partial(collate, pad_token_id=tokenizer.pad_token_id),
+        num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_interrupt,
+    )
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """The tensors that the model takes, on its device."""
+    keys = ("input_ids", "attention_mask", "pixel_values", "labels")
+    return {key: batch[key].to(device, non_blocking=True) if batch[key] is not None else None for key in keys}
+
+
+def count_labels(batch: dict) -> int:
+    return int((batch["labels"][:, 1:] != IGNORE).sum())
+
+
+# ---------------------------------------------------------------------------- stopping
+
+
+class StopSignal:
+    """Notes Ctrl-C and SIGTERM, so that the step in hand can be finished. A second Ctrl-C stops at once."""
+
+    def __enter__(self):
+        self.asked, self.old = False, {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self.old = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        say("\nstopping after this step ...")
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------- training
+
+
+@dataclass
+class Run:
+    """What a step of the run needs."""
+
+    args: argparse.Namespace
+    model: MiniMindVLM
+    forward: torch.nn.Module  # the model, perhaps compiled and wrapped for several ranks
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    data: VLMDataset
+    sampler: StepSampler
+    loader: DataLoader
+    val_loader: DataLoader | None
+    checkpoint: Checkpoint
+    state: State
+    progress: Progress
+    stop: "StopSignal"
+    device: torch.device
+    dtype: torch.dtype
+    val_loss: float | None = None
+
+    @property
+    def total_steps(self) -> int:
+        return self.args.epochs * self.sampler.steps_per_epoch
+
+    def epochs_left(self) -> range:
+        """From the epoch that was interrupted, if any."""
+        return range(self.state.step // self.sampler.steps_per_epoch, self.args.epochs)
+
+    def save(self) -> None:
+        self.checkpoint.save(self.model, self.optimizer, self.scaler, self.state)
+
+
+@contextlib.contextmanager
+def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: VLMDataset, val_data, device):
+    """Sets a `Run` up, where --from_resume says so at the point where it stopped, and closes it.
+
+    The model is on `device`, its trainable parameters are chosen and in the optimizer.
+    """
+    dtype = pick_dtype(args.dtype, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    model.model.gradient_checkpointing = args.gradient_checkpointing
+    about = describe(model, args, stage=stage, data=list(map(str, args.data_path)), seed=args.seed)
+    checkpoint = Checkpoint(Path(args.out_dir) / weights_name(stage, model.config), args, about, len(data))
+    state = checkpoint.load(model, optimizer, scaler) if args.from_resume else State()
+
+    accumulation = fit_accumulation(args, state)
+    sampler = StepSampler(data.lengths, args.batch_size, accumulation, args.seed, rank(), world_size())
+    loader = make_loader(data, sampler, args, device, tokenizer)
+    val_loader = None
+    if val_data is not None:
+        val_sampler = StepSampler(val_data.lengths, args.batch_size, 1, 0, rank(), world_size(), shuffle=False)
+        val_loader = make_loader(val_data, val_sampler, args, device, tokenizer)
+
+    forward = torch.compile(model, dynamic=True) if args.compile else model
+    if world_size() > 1:
+        forward = DistributedDataParallel(forward, broadcast_buffers=False)
+    model.train()
+    total_steps = args.epochs * sampler.steps_per_epoch
+    metrics = checkpoint.path.with_suffix(".metrics.jsonl")
+    with contextlib.closing(Progress(metrics, args, total_steps, state.step)) as progress, StopSignal() as stop:
+        yield Run(
+            args, model, forward, optimizer, scaler, data, sampler, loader, val_loader, checkpoint, state, progress,
+            stop, device, dtype,
+        )  # fmt: skip
+    say(f"{checkpoint.path}: {state.step} steps done. Beside it: its JSON, metrics and loss curve")
+
+
+@torch.no_grad()
+def validate(model: MiniMindVLM, loader: DataLoader, device, dtype) -> float:
+    """Loss per answer token (nats) over all rows of the loader, over all ranks. NaN if there is none."""
+    was_training = model.training
+    model.eval()
+    total, tokens = 0.0, 0
+    for batch in loader:
+        with autocast(device, dtype):
+            out = model(**to_device(batch, device), num_items_in_batch=1, return_logits=False)
+        total, tokens = total + out.loss.item(), tokens + count_labels(batch)
+    model.train(was_training)
+    total, tokens = all_sum(total, tokens)
+    return total / tokens if tokens else math.nan
+
+
+def train_epoch(run: Run, epoch: int) -> None:
+    """All steps of an epoch that are not done yet; validates and saves in between and at its end.
+
+    Raises Stopped after Ctrl-C or SIGTERM, ValueError when a loss is not finite or pictures turn out broken; the last
+    good checkpoint stays.
+    """
+    args, state, steps = run.args, run.state, run.sampler.steps_per_epoch
+    first = state.step - epoch * steps
+    run.sampler.set_epoch(epoch, first)
+    batches = iter(run.loader)
+    for step_of_epoch in range(first, steps):
+        step = list(islice(batches, run.sampler.batches_in_step(step_of_epoch)))
+        labels, rows, broken, tokens, stop = all_sum(
+            sum(map(count_labels, step)),
+            sum(len(batch["rows"]) for batch in step),
+            sum(len(batch["broken"]) for batch in step),
+            sum(int(batch["attention_mask"].sum()) for batch in step),
+            run.stop.asked,
+        )
+        if stop:
+            run.save()
+            say(f"stopped at step {state.step} of {run.total_steps}. To go on, type:\n  {resume_command()}")
+            raise Stopped
+        check_broken(run, step, int(rows), int(broken))
+        loss, aux_loss, grad_norm = train_step(run, step, labels, rows)
+        state.step += 1
+        state.rows += int(rows)
+        run.progress.step(state.step, epoch, loss, aux_loss, grad_norm, run.optimizer, int(rows), int(tokens))
+
+        end_of_epoch = step_of_epoch + 1 == steps
+        due = end_of_epoch if args.val_interval is None else state.step % args.val_interval == 0
+        if run.val_loader is not None and (due or state.step == run.total_steps):
+            started = time.perf_counter()
+            run.val_loss = validate(run.model, run.val_loader, run.device, run.dtype)
+            run.progress.validation(state.step, run.val_loss, time.perf_counter() - started)
+        if end_of_epoch or state.step % args.save_interval == 0:
+            run.save()
+
+
+def train_step(run: Run, step: list[dict], labels: float, rows: float) -> tuple[float, float, float]:
+    """One optimizer step over this rank's batches. labels, rows: their numbers in the step over all ranks.
+
+    Returns (loss per labelled token, auxiliary loss, norm of the gradient), over all ranks. Raises ValueError if a
+    loss or the gradient is not finite; the weights are then still those of the step before.
+    """
+    args, optimizer, scaler = run.args, run.optimizer, run.scaler
+    set_learning_rate(optimizer, schedule(run.state.step, run.total_steps, args.warmup_iters))
+    # Dropout draws from a stream of its own per step and rank, so that resuming needs no state of it.
+    torch.manual_seed((args.seed * 1_000_003 + run.state.step) * 4096 + rank())
+    optimizer.zero_grad(set_to_none=True)
+    losses, aux_losses = [], []
+    for i, batch in enumerate(step):
+        # DistributedDataParallel averages gradients over ranks, hence the factors world_size().
+        last = i == len(step) - 1 or world_size() == 1
+        with contextlib.nullcontext() if last else run.forward.no_sync(), autocast(run.device, run.dtype):
+            out = run.forward(
+                **to_device(batch, run.device), num_items_in_batch=max(labels, 1) / world_size(), return_logits=False
+            )
+            aux_loss = out.aux_loss * (len(batch["rows"]) / max(rows, 1) * world_size())
+            scaler.scale(out.loss + aux_loss).backward()
+        losses.append(out.loss.detach())
+        aux_losses.append(aux_loss.detach())
+    scaler.unscale_(optimizer)
+    learning = [weight for group in optimizer.param_groups for weight in group["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(learning, args.grad_clip).item()
+    losses, aux_losses = torch.stack(losses).tolist(), torch.stack(aux_losses).tolist()
+    loss, aux_loss = (total / world_size() for total in all_sum(sum(losses), sum(aux_losses)))
+
+    # In fp16 a gradient may overflow: the scaler then leaves the step out and goes on with a smaller scale.
+    if not math.isfinite(loss + aux_loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
+        culprits = [batch for batch, a, b in zip(step, losses, aux_losses) if not math.isfinite(a + b)]
+        if math.isfinite(loss + aux_loss):
+            culprits = step  # the gradient alone, and it is a sum over all
+        named = [run.data.where(row) for batch in culprits for row in batch["rows"]]
+        named = [row for rank_rows in gather(named) for row in rank_rows]
+        raise ValueError(
+            f"step {run.state.step + 1}: loss {loss}, gradient norm {grad_norm}. The step was not taken; the last "
+            f"checkpoint is good. Its rows: {', '.join(named[:64])}{', ...' if len(named) > 64 else ''}. Look at them, "
+            "or try a lower --learning_rate or --dtype float32"
+        )
+    scaler.step(optimizer)
+    scaler.update()
+    return loss, aux_loss, grad_norm
+
+
+def check_broken(run: Run, step: list[dict], rows: int, broken: int) -> None:
+    """Counts pictures that could not be read. Raises ValueError at the first, or under `skip` above 1% of the rows."""
+    if not broken:
+        return
+    found = [message for batch in step for message in batch["broken"]]
+    found = [message for rank_found in gather(found) for message in rank_found]
+    run.state.broken += broken
+    if run.args.on_bad_row == "error":
+        raise ValueError(f"{found[0]}\nMend it, or leave such rows out with --on_bad_row skip")
+    for message in found:
+        say(f"left out: {message}")
+    seen = run.state.rows + rows + run.state.broken
+    if run.state.broken > MAX_BROKEN * max(seen, len(run.data)):
+        raise ValueError(
+            f"{run.state.broken} of {seen} rows have broken pictures, more than {MAX_BROKEN:.0%}: the folder itself "
+            f"seems damaged. The last one: {found[-1]}"
+        )
+
+
+def fit_accumulation(args, state: State) -> int:
+    """accumulation_steps such that a resumed run makes the same steps on whatever number of ranks it has now."""
+    batches = world_size() * args.accumulation_steps
+    if state.batches_per_step and state.batches_per_step != batches:
+        if state.batches_per_step % world_size():
+            raise ValueError(
+                f"--from_resume: the run had {state.batches_per_step} batches of {args.batch_size} rows per step, "
+                f"which {world_size()} ranks cannot share equally"
+            )
+        batches = state.batches_per_step
+        say(f"resumed with --accumulation_steps {batches // world_size()}, to keep {batches} batches per step")
+    state.batches_per_step = batches
+    return batches // world_size()
+
+
+def resume_command() -> str:
+    flags = [flag for flag in sys.argv[1:] if flag != "--from_resume"]
+    launcher = f"torchrun --nproc_per_node {world_size()}" if world_size() > 1 else "python"
+    return f"{launcher} {shlex.join([Path(sys.argv[0]).name, *flags, '--from_resume'])}"

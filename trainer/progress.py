@@ -1,0 +1,138 @@
+"""What a run tells: a bar in the terminal, lines in a metrics file, a tracker if wanted, a picture of the loss."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from trainer.distributed import is_main
+
+
+class Progress:
+    """Reports the steps of a run, on the first rank. The metrics file has a JSON object per line:
+
+    {"step", "epoch", "loss", "aux_loss", "lr", "projector_lr", "grad_norm", "samples_per_s", "tokens_per_s",
+    "seconds"} for each log interval (loss: mean over it) and {"step", "val_loss"} for each validation.
+    """
+
+    def __init__(self, path, args, total_steps: int, first_step: int):
+        """path: of the metrics file. Lines of a run that is resumed are kept up to first_step."""
+        self.path, self.args, self.total_steps = Path(path), args, total_steps
+        self.recent, self.samples, self.tokens = [], 0, 0
+        self.started = self.since = time.perf_counter()
+        self.tracker = self.bar = None
+        if not is_main():
+            return
+        kept = [line for line in read_metrics(self.path) if line["step"] <= first_step] if first_step else []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self.tracker = start_tracker(args, self.path.name.split(".")[0])
+        interactive = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=interactive,
+            ncols=None if interactive else 120,
+            mininterval=0.2 if interactive else 30,  # a log file gets a line now and then, not a thousand
+            bar_format="{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}",
+        )
+
+    def step(self, step, epoch, loss, aux_loss, grad_norm, optimizer, samples, tokens) -> None:
+        """After each step. samples and tokens: of the step, over all ranks; loss: per labelled token."""
+        if self.bar is None:
+            return
+        self.recent.append((loss, aux_loss))
+        self.samples, self.tokens = self.samples + samples, self.tokens + tokens
+        self.bar.update()
+        if step % self.args.log_interval and step != self.total_steps:
+            return
+        now = time.perf_counter()
+        seconds, steps = now - self.since, len(self.recent)
+        line = {
+            "step": step,
+            "epoch": epoch,
+            "loss": sum(loss for loss, _ in self.recent) / steps,
+            "aux_loss": sum(aux for _, aux in self.recent) / steps,
+            "lr": optimizer.param_groups[-1]["lr"],
+            "projector_lr": optimizer.param_groups[0]["lr"],
+            "grad_norm": grad_norm,
+            "samples_per_s": self.samples / seconds,
+            "tokens_per_s": self.tokens / seconds,
+            "seconds": now - self.started,
+        }
+        self.recent, self.samples, self.tokens, self.since = [], 0, 0, now
+        self.bar.set_postfix_str(
+            f"loss {line['loss']:.3f} lr {line['lr']:.1e} {line['samples_per_s']:.0f} rows/s "
+            f"{line['tokens_per_s']:.0f} tok/s",
+            refresh=False,
+        )
+        self.write(line)
+
+    def validation(self, step: int, loss: float, seconds: float) -> None:
+        """seconds: how long it took, which is not counted as training."""
+        if self.bar is not None:
+            self.bar.write(f"step {step}: validation loss {loss:.4f}", file=sys.stderr)
+            self.write({"step": step, "val_loss": loss})
+            self.since += seconds
+
+    def write(self, line: dict) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({key: round(x, 6) if isinstance(x, float) else x for key, x in line.items()}) + "\n")
+        if self.tracker is not None:
+            self.tracker.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            draw(self.path)
+        if self.tracker is not None:
+            self.tracker.finish()
+
+
+def read_metrics(path) -> list[dict]:
+    """The lines of a metrics file; a last one that a crash cut short is left out."""
+    lines = []
+    if Path(path).is_file():
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    return lines
+
+
+def start_tracker(args, run: str):
+    """wandb, trackio (same calls, local, no account) or None. Raises ValueError if it is not installed."""
+    name = "wandb" if args.use_wandb else args.tracker
+    if name == "none":
+        return None
+    try:
+        tracker = __import__(name)
+    except ImportError:
+        raise ValueError(f"--tracker {name}: not installed. Type: pip install {name}") from None
+    tracker.init(project=args.wandb_project, name=run, config={key: str(value) for key, value in vars(args).items()})
+    return tracker
+
+
+def draw(metrics) -> Path | None:
+    """The curves of a metrics file as a PNG beside it."""
+    lines = read_metrics(metrics)
+    if not lines:
+        return None
+    from matplotlib.figure import Figure  # here: it takes half a second, and only the end of a run needs it
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, style in (("loss", "-"), ("val_loss", "o-")):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            axes.plot(*zip(*points), style, label={"loss": "training", "val_loss": "validation"}[key])
+    axes.set(xlabel="step", ylabel="loss per answer token (nats)", title=Path(metrics).name.split(".")[0])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = Path(metrics).with_suffix(".png")
+    figure.savefig(path, dpi=120)
+    return path

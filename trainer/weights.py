@@ -1,0 +1,215 @@
+"""Weights on disk: `out/{llm,pretrain_vlm,sft_vlm}_{hidden}{_moe}.pth`, fp16, without the encoder.
+
+Beside each stands a small JSON that says what it is: configuration, tokenizer, encoder, data, step. Everything is
+written beside, flushed and renamed, so that a full disk or a lost power supply leaves the last good file.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+import sys
+from inspect import signature
+from pathlib import Path
+
+import torch
+import transformers
+
+from model.model_minimind import MiniMindConfig
+from model.model_vlm import MiniMindVLM, VLMConfig
+from model.processing import load_tokenizer, read_json
+
+
+def write_safely(path, write) -> None:
+    """Calls write(temporary file) and renames it to `path`, so that there is a whole file at any moment."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        raise OSError(f"could not write {path} ({error}); what stood there is untouched") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value: dict) -> None:
+    write_safely(path, lambda file: file.write(json.dumps(value, indent=1, ensure_ascii=False).encode()))
+
+
+def read_weights(path) -> dict[str, torch.Tensor]:
+    """A state dict. Only tensors are unpickled: a file that would run code is refused."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such weights")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a zip, pickle or value error, by what is wrong with it
+        raise ValueError(f"{path} is not a file of weights that can be read safely: {error}".split("\n")[0]) from None
+
+
+def weights_name(stage: str, config: MiniMindConfig) -> str:
+    return f"{stage}_{config.hidden_size}{'_moe' if config.use_moe else ''}.pth"
+
+
+def find_weights(name: str, out_dir, hidden_size: int | None, use_moe: bool) -> Path | None:
+    """--from_weight or --load: "none", a path, or a stage, whose file is looked for in `out_dir`."""
+    if name == "none":
+        return None
+    if name.endswith(".pth"):
+        return Path(name)
+    path = Path(out_dir) / f"{name}_{hidden_size or 512}{'_moe' if use_moe else ''}.pth"
+    if not path.is_file():
+        there = ", ".join(sorted(file.name for file in Path(out_dir).glob("*.pth"))) or "no .pth file"
+        raise FileNotFoundError(
+            f"{path} is not there ({out_dir} holds {there}). Give a .pth file, the --hidden_size that it has, or start "
+            "from nothing: --from_weight none"
+        )
+    return path
+
+
+def config_of(state: dict, path: Path) -> dict:
+    """The architecture that a state dict was made with, as far as shapes tell; the JSON beside it tells the rest."""
+    for key in ("model.embed_tokens.weight", "model.layers.0.self_attn.k_proj.weight"):
+        if key not in state:
+            raise ValueError(f"{path} has no {key}: these are not MiniMind weights of a known naming")
+    vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
+    layers = 1 + max((int(key.split(".")[2]) for key in state if key.startswith("model.layers.")), default=-1)
+    use_moe = "model.layers.0.mlp.gate.weight" in state
+    sidecar = path.with_suffix(".json")
+    known = read_json(sidecar)["config"] if sidecar.is_file() else {}
+    heads = known.get("num_attention_heads", 8)
+    read = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_hidden_layers": layers, "use_moe": use_moe}
+    read["num_attention_heads"] = heads
+    read["num_key_value_heads"] = state["model.layers.0.self_attn.k_proj.weight"].shape[0] // (hidden_size // heads)
+    up = "experts.0.up_proj" if use_moe else "up_proj"
+    read["intermediate_size"] = state[f"model.layers.0.mlp.{up}.weight"].shape[0]
+    if use_moe:
+        read["n_routed_experts"] = state["model.layers.0.mlp.gate.weight"].shape[0]
+        read["n_shared_experts"] = sum("layers.0.mlp.shared_experts." in key and "up_proj" in key for key in state)
+    for key, value in read.items():
+        if key in known and known[key] != value:
+            raise ValueError(
+                f"{sidecar} says {key}={known[key]}, {path.name} holds {value}: they do not belong together"
+            )
+    return known | read
+
+
+def load_weights(model, state: dict, path) -> str:
+    """Fills the model from a state dict and returns a line that says with what.
+
+    Everything must fit by name and shape but the encoder, which is never in a file, and the projector, which
+    is not in the file of a language model. Raises ValueError with the first misfits otherwise.
+    """
+    own = model.text_state_dict()
+    state = {key: value for key, value in state.items() if not key.startswith("vision_encoder.")}
+    if "lm_head.weight" not in state and "model.embed_tokens.weight" in state:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]  # one matrix under two names
+    new = [key for key in own if key not in state]
+    missing = [key for key in new if not key.startswith("vision_proj.")]
+    unknown = [key for key in state if key not in own]
+    shapes = [
+        f"{key} is {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if missing or unknown or shapes:
+        problems = [f"{len(found)} {what}, first: {found[0]}" for found, what in
+                    ((missing, "missing"), (unknown, "unknown"), (shapes, "of another shape")) if found]  # fmt: skip
+        raise ValueError(f"{path} does not fit this model: {'; '.join(problems)}")
+    model.load_state_dict(state, strict=False)  # checked above: absent are the encoder and perhaps the projector
+    loaded = f"loaded {len(own) - len(new)} tensors from {path}"
+    return f"{loaded}, initialised anew: the projector" if new else loaded
+
+
+def fingerprint(model: MiniMindVLM) -> str | None:
+    """sha256 of the encoder's weights, whatever the format of their file."""
+    if model.vision_encoder is None:
+        return None
+    digest = hashlib.sha256()
+    for key, value in sorted(model.vision_encoder.state_dict().items()):
+        if "position_ids" not in key:  # a buffer that only some versions of Transformers keep
+            digest.update(value.cpu().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tokenizer_hash(folder) -> str:
+    return hashlib.sha256((Path(folder) / "tokenizer.json").read_bytes()).hexdigest()
+
+
+def build_model(args, weights: Path | None, dropout: float = 0.0):
+    """The model and its tokenizer from the shared flags: from weights, or from nothing.
+
+    Returns (model in fp32 on the CPU, tokenizer, a line for the user). Raises ValueError when flags, weights,
+    tokenizer and encoder do not belong together.
+    """
+    asked = {"hidden_size": args.hidden_size, "num_hidden_layers": args.num_hidden_layers}
+    asked = {key: value for key, value in asked.items() if value is not None}
+    state, sidecar = None, {}
+    if weights is None:
+        architecture = {"hidden_size": 512, "num_hidden_layers": 8} | asked | {"use_moe": args.use_moe}
+    else:
+        state = read_weights(weights)
+        architecture = config_of(state, weights)
+        for key, value in (asked | ({"use_moe": True} if args.use_moe else {})).items():
+            if architecture[key] != value:
+                raise ValueError(f"--{key} {value}: {weights} has {architecture[key]}; leave the flag out")
+        sidecar_path = weights.with_suffix(".json")
+        sidecar = read_json(sidecar_path) if sidecar_path.is_file() else {}
+
+    for key in ("image_special_token", "image_ids", "ve_hidden_size", "dropout"):
+        architecture.pop(key, None)  # they follow from the encoder and the flags
+    config = VLMConfig.for_encoder(args.vision_model_path, dropout=dropout, **architecture)
+    tokenizer = load_tokenizer(args.tokenizer_path, config.image_special_token)
+    config.image_ids = [tokenizer.convert_tokens_to_ids("@")] * len(config.image_ids)
+    if weights is None:
+        config.vocab_size = len(tokenizer)
+    elif len(tokenizer) != config.vocab_size:
+        raise ValueError(
+            f"{args.tokenizer_path} has {len(tokenizer)} tokens, {weights} was trained with {config.vocab_size}: pass "
+            "the --tokenizer_path that belongs to the weights"
+        )
+    known = sidecar.get("tokenizer", {})
+    if known and known["sha256"] != tokenizer_hash(args.tokenizer_path):
+        raise ValueError(
+            f"{args.tokenizer_path} is not the tokenizer that {weights} was trained with ({known['path']}): the same "
+            "ids mean other words. Pass that one with --tokenizer_path"
+        )
+
+    model = MiniMindVLM(config, args.vision_model_path)
+    line = "started from nothing" if state is None else load_weights(model, state, weights)
+    known = sidecar.get("vision_model", {})
+    if known.get("sha256") and known["sha256"] != fingerprint(model):
+        raise ValueError(
+            f"{args.vision_model_path} is not the encoder that {weights} was trained with ({known['path']}). Pass that "
+            "one with --vision_model_path"
+        )
+    return model, tokenizer, line
+
+
+def describe(model: MiniMindVLM, args, **facts) -> dict:
+    """What stands in the JSON beside the weights."""
+    fields = [*signature(MiniMindConfig).parameters, "ve_hidden_size", "image_special_token"]
+    return {
+        "config": {key: getattr(model.config, key) for key in fields if key != "kwargs"},
+        "tokenizer": {"path": str(args.tokenizer_path), "sha256": tokenizer_hash(args.tokenizer_path)},
+        "vision_model": {"path": str(args.vision_model_path), "sha256": fingerprint(model)},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        **facts,
+    }
+
+
+def save_weights(path, model: MiniMindVLM, about: dict) -> None:
+    """fp16 weights without the encoder, and their JSON. Raises ValueError rather than save a NaN or infinity."""
+    state = {key: value.detach().to("cpu", torch.float16) for key, value in model.text_state_dict().items()}
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{key} holds values that are not finite in fp16; {path} was left as it is")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]  # stored once
+    write_safely(path, lambda file: torch.save(state, file))
+    write_json(Path(path).with_suffix(".json"), about)
