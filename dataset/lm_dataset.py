@@ -238,9 +238,9 @@ class VLMDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def row(self, row: int) -> dict:
-        """The row as it stands in its file: {"conversations": ..., "image": ...}."""
-        return json.loads(self.lines[int(self.rows[row])]["text"])
+    def line(self, row: int) -> str:
+        """A usable row as it stands in its file."""
+        return self.lines[int(self.rows[row])]["text"]
 
     def __getitem__(self, row: int) -> dict:
         """{"row", "input_ids" int64 (T,), "labels" int64 (T,), "pictures" uint8 (N, 3, H, W)}.
@@ -248,8 +248,7 @@ class VLMDataset(torch.utils.data.Dataset):
         A picture that cannot be read gives {"row", "broken": why} instead of an exception, which would cross the
         border of a worker process as a page of traceback.
         """
-        line = self.lines[int(self.rows[row])]["text"]
-        ids, labels, images, _ = encode_row(line, self.tokenizer, self.placeholders, self.max_length)
+        ids, labels, images, _ = encode_row(self.line(row), self.tokenizer, self.placeholders, self.max_length)
         try:
             pictures = [self.load_picture(name) for name in images]
         except BadRow as error:

@@ -1,0 +1,177 @@
+"""Ask a trained model about pictures, or score it on rows with known answers.
+
+    python eval_vlm.py --image photo.jpg --prompt "What is this?"
+    python eval_vlm.py                                    # every picture in dataset/eval_images/
+    python eval_vlm.py --data_path val.jsonl --images_path pictures
+
+Weights are out/sft_vlm_512.pth unless --model_mode, --hidden_size, --use_moe or --weights say otherwise. Scores come
+as a table and as JSON, each also with the pictures shuffled between rows, which shows whether the model looks.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import TextStreamer
+
+from dataset.lm_dataset import VLMDataset
+from model.model_vlm import MiniMindVLM
+from model.processing import IMAGE_TAG, encode_chat, load_tokenizer, read_json
+from trainer.cli import add_model_arguments, autocast, pick_device, pick_dtype, positive, run_main
+from trainer.scoring import score, table
+from trainer.weights import build_model, find_weights, write_json
+
+STAGES = {0: "pretrain_vlm", 1: "sft_vlm", 2: "sft_vlm_multi"}
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add("--load", type=int, choices=[0, 1], default=0, help="0: .pth weights in --out_dir, 1: a Transformers folder")
+    add("--model_mode", type=int, choices=[0, 1, 2], default=1, help="0: pretrain_vlm, 1: sft_vlm, 2: sft_vlm_multi")
+    add("--weights", metavar="W", help=".pth file, or the folder for --load 1 (default ./MiniMind2-V)")
+    add("--image", nargs="+", metavar="FILE", help="pictures to ask about, all in one question")
+    add("--prompt", help=f"the question; {IMAGE_TAG} says where a picture stands in it, else after it")
+    add("--use_multi", type=int, choices=[0, 1], default=0, help="1: one question about all of --image_dir together")
+    add("--image_dir", metavar="DIR", help="pictures to ask about without --image; default dataset/eval_images")
+    add("--temperature", type=positive(float), default=0.65, help="below 1: likelier words, above: more surprising")
+    add("--top_p", type=positive(float), default=0.85, help="draw from the likeliest words that make up this share")
+    add("--greedy", action="store_true", help="always the likeliest word")
+    add("--max_new_tokens", type=positive(int), default=512, help="longest answer, in tokens")
+    add("--data_path", nargs="+", metavar="JSONL", help="score on these rows instead; answers are then greedy")
+    add("--images_path", metavar="DIR", help="their pictures")
+    add("--refs_path", nargs="+", default=[], metavar="JSON", help='further references, {"name.jpg": ["caption", ...]}')
+    add("--max_seq_len", type=positive(int), default=1536, help="tokens per row, placeholders included")
+    add("--on_bad_row", choices=["error", "skip"], default="error", help="what to do with rows that cannot be used")
+    add("--batch_size", type=positive(int), default=16, help="rows at a time")
+    add("--num_workers", type=int, default=2, help="processes that decode pictures; 0: this process does")
+    add("--output", metavar="JSON", help="where the scores go; default: beside the weights")
+    args = parser.parse_args(argv)
+    if args.data_path and (args.image or args.prompt):
+        parser.error("--data_path scores rows, --image and --prompt ask one question: give either")
+    return args
+
+
+def load(args):
+    """Model on its device in eval mode, tokenizer, path of the weights."""
+    if args.load == 1:
+        folder = Path(args.weights or "./MiniMind2-V")
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"--weights {folder}: no config.json there. --load 1 wants a Transformers folder")
+        model = MiniMindVLM.from_pretrained(folder, vision_model_path=args.vision_model_path, dtype=torch.float32)
+        tokenizer = load_tokenizer(folder, model.config.image_special_token)
+        return model.eval(), tokenizer, folder
+    path = find_weights(args.weights or STAGES[args.model_mode], args.out_dir, args.hidden_size, args.use_moe)
+    model, tokenizer, line = build_model(args, path)
+    print(line)
+    return model.eval(), tokenizer, path
+
+
+# ---------------------------------------------------------------------------- asking
+
+
+@torch.no_grad()
+def ask(model, tokenizer, conversations: list[dict], images: list[Image.Image], args, streamer=None) -> str:
+    """The answer to a conversation that ends with a question; its <image> tags stand for `images`, in order."""
+    pieces = encode_chat(tokenizer, conversations, model.config.image_special_token)
+    ids = [token for piece, _, _ in pieces for token in piece]
+    input_ids = torch.tensor([ids], device=model.device)
+    pixels = torch.stack([model.processor.resize(image) for image in images]).to(model.device) if images else None
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    with autocast(model.device, pick_dtype(args.dtype, model.device)):
+        out = model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            pixel_values=pixels,
+            max_new_tokens=args.max_new_tokens,
+            do_sample=not args.greedy,
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=streamer,
+            **({} if args.greedy else sampling),
+        )
+    return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
+
+
+def open_image(path) -> Image.Image:
+    """A picture, wholly read. Raises FileNotFoundError or ValueError."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--image {path}: no such file")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except Exception as error:  # Pillow's decoders raise whatever their format makes them stumble over
+        raise ValueError(f"--image {path} is not a picture that can be read: {error}") from None
+
+
+def question(prompt: str, pictures: int) -> str:
+    """The user's turn: an <image> tag for each picture, after the text where it has none of its own."""
+    tags = prompt.count(IMAGE_TAG)
+    if tags not in (0, pictures):
+        raise ValueError(f"--prompt has {tags} {IMAGE_TAG}, but there are {pictures} pictures: give one each, or none")
+    return prompt if tags else prompt + f"\n{IMAGE_TAG}" * pictures
+
+
+def pictures_to_ask(args) -> list[list[Path]]:
+    """The pictures of each question."""
+    if args.image:
+        return [[Path(path) for path in args.image]]
+    default = "dataset/eval_images_multi" if args.use_multi else "dataset/eval_images"
+    folder = Path(args.image_dir or default)
+    found = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURES)
+    if not found:
+        raise FileNotFoundError(f"no pictures in {folder}. Name one with --image, or another folder with --image_dir")
+    return [found] if args.use_multi else [[path] for path in found]
+
+
+def ask_about_pictures(model, tokenizer, args) -> None:
+    default = "Compare these pictures." if args.use_multi else "Describe this picture."
+    for paths in pictures_to_ask(args):
+        text = question(args.prompt or default, len(paths))
+        print(f"\n[{', '.join(path.name for path in paths)}] {text.replace(IMAGE_TAG, '').strip()}")
+        torch.manual_seed(args.seed)  # the answer about a picture does not depend on those before it
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        ask(model, tokenizer, [{"role": "user", "content": text}], list(map(open_image, paths)), args, streamer)
+
+
+# ---------------------------------------------------------------------------- scoring
+
+
+def score_rows(model, tokenizer, args, weights: Path, device) -> dict:
+    captions = {}
+    for path in args.refs_path:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--refs_path {path}: no such file")
+        for image, texts in read_json(path).items():
+            captions.setdefault(image, []).extend(texts)
+    placeholders = model.config.image_special_token
+    data = VLMDataset(
+        args.data_path, args.images_path, tokenizer, model.processor, args.max_seq_len, placeholders, args.on_bad_row
+    )
+    if data.bad:
+        print(data.report())
+    result = score(model, tokenizer, data, captions, args, device, pick_dtype(args.dtype, device))
+    result = {"weights": str(weights), "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])} | result
+    output = Path(args.output or weights.with_suffix(".scores.json"))
+    write_json(output, result)
+    print(f"{table(result)}\nwritten, with every answer: {output}")
+    return result
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = pick_device(args.device)
+    model, tokenizer, weights = load(args)
+    model.to(device)
+    if args.data_path:
+        return score_rows(model, tokenizer, args, weights, device)
+    return ask_about_pictures(model, tokenizer, args)
+
+
+if __name__ == "__main__":
+    run_main(main)

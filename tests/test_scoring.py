@@ -1,0 +1,87 @@
+import json
+
+import pytest
+
+from dataset.lm_dataset import VLMDataset
+from model.model_vlm import MiniMindVLM
+from tests.conftest import turn, write_rows
+from trainer.scoring import ShuffledPictures, bleu, cider, exact_match, figures, language, questions_of, words
+
+
+@pytest.fixture
+def data(world, tokenizer, clip_folder):
+    processor = MiniMindVLM.get_vision_model(clip_folder)[1]
+    return VLMDataset(world / "rows.jsonl", world / "pictures", tokenizer, processor, 200, "@" * 16)
+
+
+def test_words_are_lower_case_without_punctuation_and_chinese_by_character():
+    assert words("The dog's ball, RED!") == ["the", "dog's", "ball", "red"]
+    assert words("两只狗（dogs）在跑。") == ["两", "只", "狗", "dogs", "在", "跑"]
+    assert language("这是 a dog") == "zh" and language("a dog") == "en"
+
+
+def test_exact_match_ignores_case_and_punctuation_but_not_words():
+    assert exact_match("it is red", ["It is red."])
+    assert exact_match("是的", ["不是。", "是的。"])
+    assert not exact_match("It is dark red.", ["It is red."])
+
+
+def test_bleu_and_cider_prefer_the_right_captions_and_take_different_numbers_of_references():
+    references = [["a dog runs on the grass", "a brown dog runs"], ["two men ride bikes in the city"]]
+    right, swapped = ["a dog runs on the grass", "two men ride bikes in the city"], ["two men ride", "a dog runs"]
+    assert bleu(right, references, zh=False) == pytest.approx(100)
+    assert cider(right, references) > 1 > cider(swapped, references) == 0
+    chinese = [["一只狗在草地上奔跑。"], ["两个男人在骑自行车。"]]
+    assert bleu(["一只狗在草地上奔跑。", "两个男人在骑自行车。"], chinese, zh=True) == pytest.approx(100)
+    assert 0 < bleu(["一只狗在奔跑。", "两个女人在骑车。"], chinese, zh=True) < 60  # by character: parts of words count
+
+
+def test_every_assistant_turn_is_a_question_with_all_turns_before_it(data, tokenizer):
+    questions = questions_of(data, {})
+    assert len(questions) == 6 + 2 * 6 + 1 + 1
+    first, second = questions[1], questions[2]
+    assert first.row == second.row and first.pictures == second.pictures == 1
+    assert (second.text, second.references) == ("确定吗？", ["是的。"])
+    prompt = tokenizer.decode(second.prompt)
+    assert prompt.startswith(tokenizer.decode(first.prompt)) and "这是红色。<|im_end|>\n" in prompt
+    assert prompt.endswith("<|im_start|>user\n确定吗？<|im_end|>\n<|im_start|>assistant\n")
+    assert [question.pictures for question in questions[-2:]] == [2, 0]
+
+
+def test_further_references_are_taken_in_the_language_of_the_answer(data):
+    questions = questions_of(data, {"red.png": ["A red picture.", "红色的图片。"]})
+    assert questions[0].references == ["It is red.", "A red picture."]
+    assert questions[1].references == ["这是红色。"]  # a conversation, whose answers are no captions
+
+
+def test_shuffled_pictures_are_always_others_and_as_many(data):
+    shuffled = ShuffledPictures(data, seed=0)
+    for row in range(len(data)):
+        own, other = data[row]["pictures"], shuffled[row]["pictures"]
+        if own is None:
+            assert other is None
+        elif len(own) == 1:
+            assert own.shape == other.shape and not own.equal(other)
+
+
+def test_shuffling_needs_two_different_pictures(world, tokenizer, clip_folder, tmp_path):
+    row = {"conversations": [turn("user", "<image>"), turn("assistant", "Red.")], "image": "red.png"}
+    processor = MiniMindVLM.get_vision_model(clip_folder)[1]
+    path = write_rows(tmp_path / "rows.jsonl", [row, row])
+    one = VLMDataset(path, world / "pictures", tokenizer, processor, 200, "@" * 16)
+    with pytest.raises(ValueError, match="no two different pictures"):
+        ShuffledPictures(one, seed=0)
+
+
+def test_captions_get_bleu_and_cider_short_answers_do_not(data):
+    questions = questions_of(data, {})
+    english = [question for question in questions if question.language == "en"][:6]  # "It is red."
+    scores = figures(english, ["It is red."] * 6)
+    assert scores == {"exact_match": pytest.approx(1 / 6)}
+    for question in english:
+        question.references = [f"This is a picture that shows {question.references[0]}"]
+    assert set(figures(english, ["a"] * 6)) == {"exact_match", "bleu", "cider"}
+
+
+def test_results_are_json(data):
+    assert json.loads(json.dumps(figures(questions_of(data, {})[:1], ["It is red."]))) == {"exact_match": 1.0}
