@@ -20,7 +20,7 @@ from transformers import TextStreamer
 from dataset.lm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM
 from model.processing import IMAGE_TAG, encode_chat, load_tokenizer, read_json
-from trainer.cli import add_model_arguments, autocast, pick_device, pick_dtype, positive, run_main
+from trainer.cli import HelpFormatter, add_model_arguments, autocast, pick_device, pick_dtype, positive, run_main
 from trainer.scoring import score, table
 from trainer.weights import build_model, find_weights, write_json
 
@@ -29,7 +29,7 @@ PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_model_arguments(parser)
     add = parser.add_argument
     add("--load", type=int, choices=[0, 1], default=0, help="0: .pth weights in --out_dir, 1: a Transformers folder")

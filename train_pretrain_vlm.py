@@ -11,7 +11,7 @@ it is: the gradients of an untrained projector would only spoil it. Writes out/p
 import argparse
 
 from trainer import distributed
-from trainer.cli import add_training_arguments, make_deterministic, pick_device, run_main
+from trainer.cli import HelpFormatter, add_training_arguments, make_deterministic, pick_device, run_main
 from trainer.loop import load_data, train_epoch, training
 from trainer.optimizer import choose_trainable, make_optimizer
 from trainer.weights import build_model, find_weights
@@ -20,7 +20,7 @@ STAGE = "pretrain_vlm"
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_training_arguments(
         parser,
         trainable="last_layer",

@@ -5,13 +5,13 @@
     torchrun --nproc_per_node 2 train_sft_vlm.py                   # two GPUs
 
 What learns: everything but CLIP. On a small card `--trainable attention` (projector and q/k/v/o projections) keeps a
-third of the optimizer state. Writes out/sft_vlm_{hidden}{_moe}.pth.
+fifth of the optimizer state. Writes out/sft_vlm_{hidden}{_moe}.pth.
 """
 
 import argparse
 
 from trainer import distributed
-from trainer.cli import add_training_arguments, make_deterministic, pick_device, run_main
+from trainer.cli import HelpFormatter, add_training_arguments, make_deterministic, pick_device, run_main
 from trainer.loop import load_data, train_epoch, training
 from trainer.optimizer import choose_trainable, make_optimizer
 from trainer.weights import build_model, find_weights
@@ -20,7 +20,7 @@ STAGE = "sft_vlm"
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_training_arguments(
         parser,
         trainable="all",

@@ -253,15 +253,14 @@ class MiniMindVLM(MiniMindForCausalLM):
         return features if pixel_values.ndim == 4 else features.view(*pixel_values.shape[:2], *features.shape[1:])
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        # Beams repeat rows. Pictures in reading order must be repeated row by row too, not picture by picture.
+        # Beams repeat rows. Pictures in reading order must then be repeated row by row, not one by one.
         pictures = model_kwargs.get("pixel_values")
-        if expand_size > 1 and pictures is not None and pictures.ndim == 4:
+        flat = pictures is not None and pictures.ndim == 4
+        if flat:
             per_row = (self.find_pictures(input_ids).sum(dim=1) // len(self.config.image_ids)).tolist()
-            model_kwargs["pixel_values"] = None
-            repeated = torch.cat([row for own in pictures.split(per_row) for row in [own] * expand_size])
+            pictures = torch.cat([own for own in pictures.split(per_row) for _ in range(expand_size)])
+            model_kwargs.pop("pixel_values")
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
-        if expand_size > 1 and pictures is not None and pictures.ndim == 4:
-            model_kwargs["pixel_values"] = repeated
-        return input_ids, model_kwargs
+        return input_ids, model_kwargs | ({"pixel_values": pictures} if flat else {})

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 
@@ -37,12 +38,19 @@ def run_main(main) -> None:
 def positive(kind):
     def parse(text):
         value = kind(text)
-        if value <= 0:
+        if not 0 < value < math.inf:  # NaN is neither
             raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
         return value
 
     parse.__name__ = f"positive {kind.__name__}"  # argparse puts it into its message
     return parse
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The docstring as it stands, and every default beside its flag."""
+
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default else action.help
 
 
 def add_model_arguments(parser) -> None:

@@ -43,8 +43,7 @@ def make_optimizer(model: MiniMindVLM, learning_rate: float, projector_learning_
             if weights:
                 decay = weight_decay if matrices else 0.0
                 groups.append({"params": weights, "lr": peak, "peak": peak, "weight_decay": decay})
-    fused = all(weight.device.type in ("cuda", "cpu", "mps") for _, weight in learning)
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 def schedule(step: int, total: int, warmup: int) -> float:
