@@ -9,6 +9,7 @@
 Shapes: B batch, T tokens, N pictures of a row or batch, H and W pixels.
 """
 
+import glob
 import hashlib
 import json
 from collections import defaultdict
@@ -49,7 +50,8 @@ def parse_row(line: str) -> tuple[list[dict], list[str]]:
     """A line of JSONL → conversations and names of pictures. Raises BadRow."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is valid JSON, but no text
+    except (ValueError, RecursionError) as error:
         raise BadRow("json", str(error)) from None
     if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
         raise BadRow("key", 'no "conversations" list')
@@ -126,6 +128,14 @@ def check_line(lines: dict, tokenizer, placeholders: str, max_length: int) -> di
 # ---------------------------------------------------------------------------- the data set
 
 
+def read_lines(path: Path) -> datasets.Dataset:
+    """A text file as an Arrow table with the column "text", a row per line. Raises ValueError if it is not UTF-8."""
+    try:  # -sig: Windows likes to put a mark at the start. escape: [ and * in a path are no patterns.
+        return datasets.load_dataset("text", data_files=glob.escape(str(path)), split="train", encoding="utf-8-sig")
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"--data_path {path} cannot be read: {error.__cause__}. Expected JSONL in UTF-8") from None
+
+
 class VLMDataset(torch.utils.data.Dataset):
     """Training examples from JSONL files and a folder of pictures.
 
@@ -169,7 +179,7 @@ class VLMDataset(torch.utils.data.Dataset):
             raise FileNotFoundError(f"--images_path {images_path}: no such folder")
 
         datasets.disable_progress_bars()
-        parts = [datasets.load_dataset("text", data_files=str(path), split="train") for path in self.files]
+        parts = [read_lines(path) for path in self.files]
         self.starts = np.cumsum([0, *(len(part) for part in parts)])  # the row at which each file begins
         self.lines = datasets.concatenate_datasets(parts)
         self._drop_bad_rows(self._check())
