@@ -36,14 +36,14 @@ CHAT_TEMPLATE = (
 # ---------------------------------------------------------------------------- reading
 
 
-def read_rows(paths):
-    """Yields (where, row) for every row of JSONL conversation files; `where` is "file:line", for messages.
+def read_rows(paths, flag: str = "--data_path"):
+    """Yields every row of JSONL conversation files.
 
-    Raises FileNotFoundError for a missing file and ValueError for a line that is no row, naming the line.
+    Raises FileNotFoundError for a missing file and ValueError for a line that is no row, naming `flag`, file and line.
     """
     for path in map(Path, paths):
         if not path.is_file():
-            raise FileNotFoundError(f"--data_path {path}: no such file. Expected JSONL, one conversation per line")
+            raise FileNotFoundError(f"{flag} {path}: no such file. Expected JSONL, one conversation per line")
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
@@ -57,16 +57,16 @@ def read_rows(paths):
                     reason = "no turns, or a content that is no text"
                 if not turns or not all(isinstance(part, str) for turn in turns for part in turn):
                     raise ValueError(
-                        f'--data_path {path}:{number} is not a conversation ({reason}). Expected {{"conversations": '
+                        f'{flag} {path}:{number} is not a conversation ({reason}). Expected {{"conversations": '
                         '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
                     )
-                yield f"{path}:{number}", row
+                yield row
 
 
 def read_texts(paths) -> list[str]:
     """What the model will read between the special tokens: role, newline and content of every turn."""
     texts = []
-    for _, row in read_rows(paths):
+    for row in read_rows(paths):
         if row["conversations"][0]["role"] != "system":
             texts.append(f"system\n{DEFAULT_SYSTEM}")
         texts += [f"{turn['role']}\n{turn['content'].replace(IMAGE_TAG, '')}" for turn in row["conversations"]]

@@ -1,0 +1,426 @@
+"""Train a CLIP from scratch on your own pictures and captions: the eyes of a model, without any download.
+
+    python -m scripts.train_clip --data_path train.jsonl --images_path images \\
+        --tokenizer_path model/mytok --out_dir out/clip --val_path val.jsonl
+    python -m scripts.train_clip --help
+
+A picture encoder and a text encoder learn together to give a picture and its caption the same direction, and everything
+else in the batch another one (Radford et al. 2021, https://arxiv.org/abs/2103.00020). Afterwards the picture half is
+what `--vision_model_path` of the other scripts takes, in the layout of any CLIP on the hubs.
+
+    picture ── ViT ─┬─ class token ───── visual_projection ─┐                        symmetric InfoNCE:
+                    └─ mean of patches ─ visual_projection ─┼─ cosine · temperature ─ (B, B) logits, the
+    caption ── causal transformer ─ end ─ text_projection ──┘                        diagonal is right
+
+Shapes: B batch, T tokens, P patches, V width of the ViT, E of the shared space.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import shlex
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import CLIPConfig, CLIPModel
+
+from model.processing import ImageProcessor, load_tokenizer
+from scripts.train_tokenizer import read_rows
+from trainer.cli import HelpFormatter, make_deterministic, not_negative, pick_device, positive, run_main
+
+# Transformers pools a caption at its first `eos_token_id`, but at the *largest* id if that is 2, a courtesy to an old
+# mistake. Our <|im_end|> is 2, so captions end in <|endoftext|> instead, which also pads: the text tower is causal, so
+# that the first one has seen the whole caption and none of the padding.
+END_OF_CAPTION = 0
+
+# ---------------------------------------------------------------------------- data
+
+
+def read_captions(paths, flag: str) -> dict[str, list[str]]:
+    """JSONL conversations → {picture: its captions}: what the assistant says, of rows with exactly one picture."""
+    captions, skipped = {}, 0
+    for row in read_rows(paths, flag):
+        names = [name.strip() for name in str(row.get("image", "")).split(",") if name.strip()]
+        caption = " ".join(turn["content"] for turn in row["conversations"] if turn["role"] == "assistant").strip()
+        if len(names) == 1 and caption:
+            captions.setdefault(names[0], []).append(caption)
+        else:
+            skipped += 1
+    if not captions:
+        raise ValueError(f"{flag}: none of the {skipped} rows has one picture and an answer")
+    total = sum(map(len, captions.values()))
+    print(f"{flag}: {total:,} captions; {skipped:,} rows without exactly one picture and an answer left out")
+    return captions
+
+
+class Pictures:
+    """Pictures by number as uint8 (B, 3, S, S), decoded once if all of them fit into `cache_gb`, else every time."""
+
+    def __init__(self, folder: Path, names: list[str], processor: ImageProcessor, cache_gb: float):
+        self.paths, self.processor = [folder / name for name in names], processor
+        missing = [path for path in self.paths if not path.is_file()]
+        if missing:
+            gone = f"{len(missing)} of {len(names)} pictures are not there, first {missing[0].name}"
+            raise FileNotFoundError(f"--images_path {folder}: {gone}")
+        gigabytes = len(names) * 3 * math.prod(processor.crop_size) / 1e9
+        fits = gigabytes <= cache_gb
+        kept = "kept in memory" if fits else f"decoded on every use, above --cache_gb {cache_gb:g}"
+        print(f"{len(names):,} pictures, {gigabytes:.2f} GB as uint8: {kept}")
+        self.cache = None
+        if fits:
+            self.cache = self[torch.arange(len(names))]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def decode(self, index: int) -> torch.Tensor:
+        try:
+            with Image.open(self.paths[index]) as image:
+                return self.processor.resize(image)
+        except OSError as error:
+            raise ValueError(f"--images_path: {self.paths[index]} cannot be read: {error}") from None
+
+    def __getitem__(self, indices) -> torch.Tensor:
+        if self.cache is not None:
+            return self.cache[indices]
+        with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+            return torch.stack(list(pool.map(self.decode, indices.tolist())))
+
+
+def encode_captions(tokenizer, captions: list[str], max_text_len: int) -> torch.Tensor:
+    """int64 (len(captions), T): tokens, cut to make room for the end, the end, and padding with the end."""
+    encoded = tokenizer(captions, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    ids = torch.full((len(captions), max_text_len), END_OF_CAPTION)
+    for row, tokens in zip(ids, encoded):
+        tokens = tokens[: max_text_len - 1]
+        row[: len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+    return ids
+
+
+def augment(pixels: torch.Tensor, min_scale: float, flip: bool) -> torch.Tensor:
+    """Another random window of each picture, stretched to full size: float (B, 3, S, S) → the same shape.
+
+    A window has min_scale to 1 of the area and sides from 3:4 to 4:3, as in Inception; brightness and contrast vary a
+    little. All pictures at once, on the device they are on.
+    """
+    B, device = len(pixels), pixels.device
+    area = torch.empty(B, device=device).uniform_(min_scale, 1)
+    ratio = torch.empty(B, device=device).uniform_(-math.log(4 / 3), math.log(4 / 3)).exp()
+    size = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=1).clamp(max=1)  # (B, 2), 1 = the whole side
+    shift = (torch.rand(B, 2, device=device) * 2 - 1) * (1 - size)
+    if flip:
+        size[:, 0] *= torch.where(torch.rand(B, device=device) < 0.5, -1.0, 1.0)
+    window = torch.cat([torch.diag_embed(size), shift[:, :, None]], dim=2)  # (B, 2, 3)
+    grid = F.affine_grid(window, list(pixels.shape), align_corners=False)
+    pixels = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+    contrast = torch.empty(B, 1, 1, 1, device=device).uniform_(0.7, 1.3)
+    return pixels * contrast + torch.empty(B, 1, 1, 1, device=device).uniform_(-0.3, 0.3)
+
+
+# ---------------------------------------------------------------------------- model
+
+
+def heads(width: int) -> int:
+    return max(1, width // 64)  # 64 wide, as in CLIP
+
+
+def build_config(args, vocab_size: int) -> dict:
+    """What becomes config.json: both towers, in the classic form that every version of Transformers reads."""
+
+    def tower(kind, width, layers, **own):
+        common = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+        common |= {"num_attention_heads": heads(width), "projection_dim": args.projection_dim, "hidden_act": "gelu"}
+        return {"model_type": kind} | common | own
+
+    vision = tower("clip_vision_model", args.hidden_size, args.num_hidden_layers, num_channels=3)
+    text = tower("clip_text_model", args.text_hidden_size, args.text_num_hidden_layers, vocab_size=vocab_size)
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_CAPTION)
+    return {
+        "model_type": "clip",
+        "architectures": ["CLIPModel"],
+        "projection_dim": args.projection_dim,
+        "logit_scale_init_value": math.log(1 / 0.07),
+        "vision_config": vision | {"image_size": args.image_size, "patch_size": args.patch_size},
+        "text_config": text | ends | {"max_position_embeddings": args.max_text_len},
+    }
+
+
+def encode_pictures(model, pixels, mask_ratio: float = 0.0):
+    """float (B, 3, S, S) → unit vectors (2, B, E), of the class token and of the mean of the patches; that mean (B, V).
+
+    mask_ratio of the patches, others for each picture, are left out altogether: as much less to compute, and harder to
+    learn by heart (FLIP, Li et al. 2023, https://arxiv.org/abs/2212.00794).
+    """
+    vision = model.vision_model
+    h = vision.embeddings(pixels)  # (B, 1 + P, V), positions added already
+    if mask_ratio:
+        B, P, V = h.shape[0], h.shape[1] - 1, h.shape[2]
+        kept = torch.rand(B, P, device=h.device).argsort(dim=1)[:, : round(P * (1 - mask_ratio))] + 1
+        h = torch.cat([h[:, :1], h.gather(1, kept[..., None].expand(-1, -1, V))], dim=1)
+    h = vision.encoder(inputs_embeds=vision.pre_layrnorm(h)).last_hidden_state
+    pooled = vision.post_layernorm(torch.stack([h[:, 0], h[:, 1:].mean(dim=1)]))  # (2, B, V)
+    return F.normalize(model.visual_projection(pooled).float(), dim=-1), pooled[1]
+
+
+def encode_texts(model, ids):
+    """int64 (B, T) → unit vectors (B, E)."""
+    ids = ids[:, : int((ids != END_OF_CAPTION).sum(dim=1).max()) + 1]  # no more padding than the longest needs
+    return F.normalize(model.text_projection(model.text_model(input_ids=ids).pooler_output).float(), dim=-1)
+
+
+def count_words(ids, owner, vocab_size: int):
+    """Which tokens stand in the captions of each picture: bool (N, vocab_size); and how telling each is: float.
+
+    The weight is the inverse document frequency, log(N / pictures with it): "a" says nothing, "surfboard" much.
+    """
+    N = int(owner.max()) + 1
+    words = torch.zeros(N, vocab_size, dtype=torch.bool)
+    words[owner[:, None], ids] = True
+    words[:, END_OF_CAPTION] = False
+    telling = (N / words.sum(dim=0).clamp(min=1)).log() * words.any(dim=0)
+    return words, telling
+
+
+def words_loss(logits, words, telling):
+    """Cross-entropy (B, vocab_size) with the tokens of all captions of a picture at once as its classes.
+
+    Every caption counts, every time, and needs no text encoder: far more to learn from per picture than one caption
+    against the batch (SuperClass, Huang et al. 2024, https://arxiv.org/abs/2411.03313).
+    """
+    targets = words * telling
+    return F.cross_entropy(logits.float(), targets / targets.sum(dim=1, keepdim=True).clamp(min=1e-6))
+
+
+def contrastive_loss(pictures, texts, ids, scale):
+    """Symmetric InfoNCE of unit vectors (B, E) and (B, E); also how often a picture finds its caption in the batch.
+
+    ids: int64 (B, T), the captions: two pictures with the very same words are not told apart.
+    """
+    same = (ids[:, None] == ids[None]).all(dim=-1)  # (B, B), the diagonal and the pairs alike
+    logits = scale * pictures @ texts.T
+    targets = same / same.sum(dim=1, keepdim=True)
+    loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+    return loss, same.gather(1, logits.argmax(dim=1, keepdim=True)).float().mean()
+
+
+# ---------------------------------------------------------------------------- validation and saving
+
+
+@torch.no_grad()
+def retrieval(model, processor, pictures, ids, owner, device) -> dict[str, float]:
+    """Recall@1 and @5 in percent: how often the right one is among the k best of the whole set, both ways.
+
+    ids: int64 (M, T), the captions; owner: int64 (M,), the number of the picture of each.
+    """
+    model.eval()
+    pixels = (processor.normalize(pictures[part].to(device)) for part in torch.arange(len(pictures)).split(128))
+    seen = torch.cat([encode_pictures(model, part)[0][0] for part in pixels])
+    read = torch.cat([encode_texts(model, part.to(device)) for part in ids.split(128)])
+    scores = seen @ read.T  # (N, M)
+    own = owner.to(device) == torch.arange(len(pictures), device=device)[:, None]  # (N, M)
+    # The rank is the number of wrong ones at least as good, so that an encoder that sees no difference finds nothing.
+    best = scores.masked_fill(~own, -2).amax(dim=1, keepdim=True)
+    found = {"image_to_text": ((scores >= best) & ~own).sum(dim=1)}
+    right = scores.gather(0, owner.to(device)[None])  # (1, M)
+    found["text_to_image"] = ((scores >= right) & ~own).sum(dim=0)
+    model.train()
+    return {
+        f"{way}_recall@{k}": round(100 * (rank < k).float().mean().item(), 2)
+        for way, rank in found.items()
+        for k in (1, 5)
+    }
+
+
+def save(model, config: dict, processor: ImageProcessor, folder: Path, vision_only: bool, metrics: dict) -> None:
+    """Writes an ordinary CLIP folder, each file beside its place first, then renamed: never half a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    if vision_only:
+        state = {key: value for key, value in state.items() if key.startswith("vision_model.")}
+        config = {key: value for key, value in config.items() if key != "text_config"}
+    edge = processor.crop_size[0]
+    preprocessor = {
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "do_resize": True,
+        "size": edge,
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": edge,
+        "do_normalize": True,
+        "image_mean": processor.image_mean,
+        "image_std": processor.image_std,
+    }
+    save_file(state, folder / "model.safetensors.tmp", metadata={"format": "pt"})
+    for name, content in {"config": config, "preprocessor_config": preprocessor, "metrics": metrics}.items():
+        (folder / f"{name}.json.tmp").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for beside in folder.glob("*.tmp"):
+        beside.replace(beside.with_suffix(""))
+
+
+# ---------------------------------------------------------------------------- the run
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--data_path", nargs="+", required=True, metavar="JSONL", help="picture conversations; answers are captions")
+    add("--val_path", nargs="+", default=[], metavar="JSONL", help="held-out rows; retrieval is measured file by file")
+    add("--images_path", type=Path, required=True, metavar="DIR", help="folder of the pictures")
+    add("--tokenizer_path", type=Path, required=True, metavar="DIR", help="folder with tokenizer.json")
+    add("--out_dir", type=Path, required=True, metavar="DIR", help="folder for the encoder, made if needed")
+    add("--vision_only", action="store_true", help="save the picture half alone, all that the other scripts need")
+    add("--image_size", type=positive(int), default=128, help="edge of the pictures, pixels")
+    add("--patch_size", type=positive(int), default=16, help="edge of a patch, pixels")
+    add("--hidden_size", type=positive(int), default=192, help="width of the picture encoder; heads are 64 wide")
+    add("--num_hidden_layers", type=positive(int), default=6, help="layers of the picture encoder")
+    add("--text_hidden_size", type=positive(int), default=192, help="width of the caption encoder")
+    add("--text_num_hidden_layers", type=positive(int), default=2, help="layers of the caption encoder")
+    add("--projection_dim", type=positive(int), default=192, help="dimensions of the space both share")
+    add("--max_text_len", type=positive(int), default=32, help="tokens of a caption with its end; the rest is cut")
+    add("--epochs", type=positive(int), default=30, help="passes over the pictures")
+    add("--max_minutes", type=positive(float), help="train so many minutes instead of --epochs; not repeatable")
+    add("--batch_size", type=positive(int), default=64, help="pictures per step, each told from all the others")
+    add("--learning_rate", type=positive(float), default=1e-3, help="peak of the cosine schedule")
+    add("--weight_decay", type=float, default=0.1, help="AdamW's, for matrices; norms and biases have none")
+    add("--warmup_iters", type=not_negative, default=100, help="steps of linear warmup")
+    add("--patch_weight", type=float, default=0.5, help="share of the patches' mean in the contrastive loss, 0 to 1")
+    add("--words_weight", type=float, default=1.0, help="weight of the loss on words; 0: contrastive only")
+    add("--mask_ratio", type=float, default=0.0, help="share of the patches left out in training, 0 to below 1")
+    add("--min_scale", type=float, default=0.4, help="smallest random window, share of the area; 1: the whole picture")
+    add("--flip", action="store_true", help="mirror half of the pictures; teaches that left and right are the same")
+    add("--val_interval", type=positive(int), default=10, help="epochs between validations, each of which also saves")
+    add("--cache_gb", type=float, default=8.0, help="keep decoded pictures in memory if they take no more GB than this")
+    add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
+    add("--seed", type=not_negative, default=42, help="of weights, order, captions and windows")
+    return parser.parse_args(argv)
+
+
+def check(args) -> None:
+    """ValueError for flags that cannot work together, before anything is read."""
+    if args.image_size % args.patch_size:
+        raise ValueError(f"--image_size {args.image_size} is no multiple of --patch_size {args.patch_size}")
+    for name in ("hidden_size", "text_hidden_size"):
+        if getattr(args, name) % heads(getattr(args, name)):
+            raise ValueError(f"--{name} {getattr(args, name)} does not divide into heads: choose a multiple of 64")
+    for name in ("batch_size", "max_text_len"):  # another picture to be told from; a token and the end
+        if getattr(args, name) < 2:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be 2 at least")
+    for name, low, high in (("patch_weight", 0, 1), ("mask_ratio", 0, 0.95), ("min_scale", 0.01, 1)):
+        if not low <= getattr(args, name) <= high:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be {low} to {high}")
+    if (args.out_dir / "config.json").exists():
+        raise ValueError(
+            f"--out_dir {args.out_dir} holds an encoder already, which weights may have been trained with: choose "
+            "another folder, or remove it"
+        )
+
+
+def load_split(args, paths, flag, tokenizer, processor):
+    """→ (pictures, ids int64 (M, T), owner int64 (M,): the number of each caption's picture, ascending)."""
+    captions = read_captions(paths, flag)
+    pictures = Pictures(args.images_path, list(captions), processor, args.cache_gb)
+    ids = encode_captions(tokenizer, [text for own in captions.values() for text in own], args.max_text_len)
+    return pictures, ids, torch.repeat_interleave(torch.tensor([len(own) for own in captions.values()]))
+
+
+def draw_batches(count, batch_size: int):
+    """Yields (epoch, pictures (B,), captions (B,)) without end; count: how many captions each picture has.
+
+    Every picture once per epoch, so no batch holds one twice, with one of its captions.
+    """
+    first = count.cumsum(0) - count  # number of each picture's first caption
+    for epoch in itertools.count(1):
+        for chosen in torch.randperm(len(count)).split(batch_size):
+            if len(chosen) == batch_size:
+                yield epoch, chosen, first[chosen] + (torch.rand(batch_size) * count[chosen]).long()
+
+
+def main(argv=None):
+    args, started = parse_args(argv), time.time()
+    check(args)
+    device = pick_device(args.device)
+    make_deterministic(args.seed)
+
+    # ------------------------------------------------------------------------ data
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    processor = ImageProcessor(args.image_size, (args.image_size, args.image_size))
+    pictures, ids, owner = load_split(args, args.data_path, "--data_path", tokenizer, processor)
+    vals = {path: load_split(args, [path], "--val_path", tokenizer, processor) for path in args.val_path}
+    if args.batch_size > len(pictures):
+        raise ValueError(f"--batch_size {args.batch_size}: there are {len(pictures)} pictures only")
+    steps_per_epoch = len(pictures) // args.batch_size
+    steps = steps_per_epoch * args.epochs
+
+    # ------------------------------------------------------------------------ model and optimizer
+    config = build_config(args, len(tokenizer))
+    model = CLIPModel(CLIPConfig(**config)).to(device).train()
+    words, telling = count_words(ids, owner, len(tokenizer))
+    telling = telling.to(device)
+    namer = torch.nn.Linear(args.hidden_size, len(tokenizer)).to(device)  # for training only, not saved
+    total, seeing = model.num_parameters() / 1e6, model.vision_model.num_parameters() / 1e6
+    print(f"{total:.1f}M parameters, {seeing:.1f}M of them see, on {device}")
+    weights = [*model.parameters(), *namer.parameters()]
+    groups = [
+        {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": args.weight_decay},
+        {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0},  # and the temperature
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), eps=1e-6)
+
+    # ------------------------------------------------------------------------ steps
+    begun = time.time()
+    bar = tqdm(total=None if args.max_minutes else steps, mininterval=2)
+    batches = draw_batches(torch.bincount(owner), args.batch_size)
+    for step, (epoch, chosen, drawn) in enumerate(batches, 1):
+        minutes = (time.time() - begun) / 60
+        done = min(1.0, minutes / args.max_minutes if args.max_minutes else step / steps)  # share of the run
+        warmup = min(1.0, step / max(1, args.warmup_iters))
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * warmup * (1 + math.cos(math.pi * done)) / 2
+        pixels = augment(processor.normalize(pictures[chosen].to(device)), args.min_scale, args.flip)
+        texts = ids[drawn].to(device)  # (B, T)
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            (by_class, by_patches), patches = encode_pictures(model, pixels, args.mask_ratio)  # twice (B, E), (B, V)
+            named = words_loss(namer(patches), words[chosen].to(device), telling)
+            read = encode_texts(model, texts)  # (B, E)
+        scale = model.logit_scale.exp()
+        class_loss, found = contrastive_loss(by_class, read, texts, scale)
+        patch_loss, _ = contrastive_loss(by_patches, read, texts, scale)
+        contrastive = (1 - args.patch_weight) * class_loss + args.patch_weight * patch_loss
+        loss = contrastive + args.words_weight * named
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))  # as in the paper: sharper than 1/100 is unstable
+        bar.update()
+        if step % 10 == 0:
+            speed = step * args.batch_size / (time.time() - begun)
+            shown = {"contrastive": contrastive, "words": named, "temperature": 1 / scale, "found_in_batch": found}
+            shown = {key: f"{value.item():.3f}" for key, value in shown.items()}
+            bar.set_postfix({"epoch": epoch} | shown | {"pictures/s": f"{speed:.0f}"}, refresh=False)
+        if done >= 1 or step % (steps_per_epoch * args.val_interval) == 0:
+            figures = {path: retrieval(model, processor, *split, device) for path, split in vals.items()}
+            for path, figure in figures.items():
+                bar.write(f"epoch {epoch}, {path}: " + ", ".join(f"{key} {value}%" for key, value in figure.items()))
+            command = "python -m scripts.train_clip " + shlex.join(sys.argv[1:] if argv is None else argv)
+            seconds = round(time.time() - started)
+            metrics = {"command": command, "steps": step, "epochs": epoch, "seconds": seconds}
+            metrics |= {"contrastive_loss": contrastive.item(), "words_loss": named.item(), "retrieval": figures}
+            save(model, config, processor, args.out_dir, args.vision_only, metrics)
+        if done >= 1:
+            break
+    bar.close()
+    print(f"{args.out_dir}: pass --vision_model_path {args.out_dir}")
+
+
+if __name__ == "__main__":
+    run_main(main)
