@@ -167,18 +167,19 @@ class Attention(nn.Module):
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         v = v.type_as(k)
         if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)  # (B, K, S, d)
+            where = {"cache_position": past + torch.arange(T, device=x.device)}  # static caches of Transformers 4 ask
+            k, v = past_key_values.update(k, v, self.layer_idx, where)  # (B, K, S, d)
         S = k.shape[2]
 
         growing = past_key_values is None or not past_key_values.is_compileable  # a static cache has an empty tail
         if attention_mask is not None and attention_mask.ndim == 2 and growing and attention_mask.shape[1] != S:
             raise ValueError(f"attention_mask covers {attention_mask.shape[1]} tokens, cache and input_ids hold {S}")
-        is_causal = attention_mask is None and S == T
-        if attention_mask is None and (is_causal or T == 1 and growing):
-            mask = None
+        mask, is_causal = None, False  # as is, for one new token of a growing cache: it sees everything
+        if attention_mask is None and S == T:
+            is_causal = True  # by branch, as torch.compile makes S == T a symbol, which attention does not take
         elif attention_mask is not None and attention_mask.ndim == 4:
             mask = attention_mask
-        else:
+        elif attention_mask is not None or T > 1 or not growing:
             mask = visible_keys(attention_mask, T, S, past, x.device)
 
         dropout = self.dropout if self.training else 0.0
@@ -329,7 +330,8 @@ class MiniMindModel(nn.Module):
     def forward(self, inputs_embeds, attention_mask=None, past_key_values=None):
         """inputs_embeds (B, T, D) → hidden states after the final norm (B, T, D), and the auxiliary loss ()."""
         T = inputs_embeds.shape[1]
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        # + 0 copies: a static cache hands out the very tensor in which its first layer will count on.
+        past = 0 if past_key_values is None else past_key_values.get_seq_length() + 0
         if isinstance(past, int) and past + T > self.config.max_position_embeddings:
             raise ValueError(f"{past + T} tokens exceed max_position_embeddings={self.config.max_position_embeddings}")
         positions = past + torch.arange(T, device=inputs_embeds.device)
@@ -348,6 +350,16 @@ class MiniMindModel(nn.Module):
                 h, layer_aux_loss = layer(*args)
             aux_loss = aux_loss + layer_aux_loss
         return self.norm(h), aux_loss
+
+
+def as_cache(past_key_values):
+    """A Transformers `Cache`, also for a list of (key, value), one per layer; None stays None."""
+    if not isinstance(past_key_values, (list, tuple)):
+        return past_key_values
+    cache = DynamicCache()
+    for layer, (key, value) in enumerate(past_key_values):
+        cache.update(key, value, layer)
+    return cache
 
 
 class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
@@ -432,10 +444,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
                 as when one optimizer step is made of several calls.
             return_logits: False computes the loss at labelled positions only, and returns no logits.
         """
-        if isinstance(past_key_values, (list, tuple)):
-            pairs, past_key_values = past_key_values, DynamicCache()
-            for layer, (key, value) in enumerate(pairs):
-                past_key_values.update(key, value, layer)
+        past_key_values = as_cache(past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         h, aux_loss = self.model(h, attention_mask, past_key_values)  # (B, T, D)

@@ -1,6 +1,9 @@
 """A world of seconds: a random CLIP of 16 patches, a small tokenizer, a few pictures with rows about them."""
 
 import json
+import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,10 +33,10 @@ def one_thread():
 
 @pytest.fixture(scope="session", autouse=True)
 def private_cache(tmp_path_factory):
-    """`datasets` keeps its Arrow files here, not in the home folder."""
-    import datasets
-
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets_cache")
+    """`datasets` keeps its Arrow files here, not in the home folder; in this process and those it starts."""
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets_cache"))
+    if "datasets" in sys.modules:  # it has read the environment already
+        sys.modules["datasets"].config.HF_DATASETS_CACHE = Path(os.environ["HF_DATASETS_CACHE"])
 
 
 @pytest.fixture(scope="session")
@@ -120,6 +123,16 @@ def tokenizer_folder(tmp_path_factory, world):
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_folder):
     return load_tokenizer(tokenizer_folder, "@" * 16)
+
+
+def lively(model, seed=0):
+    """Random weights so large that a wrong position, mask or picture shows; those of a fresh model hide it."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.normal_(mean=float(weight.ndim == 1), std=0.2)  # vectors scale, about 1
+    return model
 
 
 def small_config(clip_folder, **kwargs):
