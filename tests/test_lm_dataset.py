@@ -25,12 +25,13 @@ def row(*turns, **extra):
 
 @pytest.fixture
 def read(tokenizer, clip_folder, world, tmp_path):
-    """read(rows or bytes, ...) → a VLMDataset of them."""
+    """read(rows or bytes, ...) → a VLMDataset of them; read(...) → of the file as it stands."""
 
-    def read(rows, name="rows.jsonl", **options):
+    def read(rows=None, name="rows.jsonl", **options):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(rows) if isinstance(rows, bytes) else write_rows(path, rows)
+        if rows is not None:
+            path.write_bytes(rows) if isinstance(rows, bytes) else write_rows(path, rows)
         options = {"images_path": world / "pictures", "max_length": 200} | options
         preprocess = ImageProcessor.from_pretrained(clip_folder)
         return VLMDataset(path, tokenizer=tokenizer, preprocess=preprocess, image_special_token="@" * P, **options)
@@ -241,8 +242,8 @@ def test_a_file_that_has_changed_is_read_anew(read):
 
 
 def test_another_max_length_is_not_answered_from_the_cache(read):
-    rows = [row("Hi.", "red " * 50)]
-    assert [int(read(rows, max_length=length).lengths[0]) for length in (100, 60, 100)] == [100, 60, 100]
+    read([row("Hi.", "red " * 50)])
+    assert [int(read(max_length=length).lengths[0]) for length in (100, 60, 100)] == [100, 60, 100]
 
 
 @pytest.mark.parametrize("kind", ["truncated", "text", "empty"])
@@ -332,7 +333,7 @@ def steps(sampler):
 
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize(
-    "ranks, accumulation, batch_size", [(1, 1, 8), (3, 2, 8), (2, 4, 7), (4, 1, 1003), (2, 1, 5000)]
+    "ranks, accumulation, batch_size", [(1, 1, 8), (3, 4, 9), (2, 4, 7), (4, 1, 1003), (2, 1, 5000)]
 )
 def test_ranks_share_an_epoch_so_that_every_row_comes_once(shuffle, ranks, accumulation, batch_size):
     samplers = [
@@ -365,7 +366,7 @@ def test_rows_of_like_length_together_save_most_of_the_padding():
     sampler = StepSampler(LENGTHS, 8, seed=1)
     assert padding(list(sampler)) < 0.05
     means = [LENGTHS[batch].mean() for batch in sampler]  # but long batches and short ones come mixed
-    assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.3
+    assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.3
 
 
 @pytest.mark.parametrize("ranks, accumulation", [(2, 2), (4, 1)])

@@ -7,7 +7,7 @@ import torch
 
 from model.model_vlm import MiniMindVLM
 from trainer.distributed import is_main, say
-from trainer.weights import read_weights, save_weights, write_safely
+from trainer.weights import load_weights, read_weights, save_weights, write_safely
 
 
 @dataclass
@@ -24,7 +24,7 @@ class State:
 FREE = {
     *("from_resume", "from_weight", "tokenizer_path", "vision_model_path", "images_path", "on_bad_row", "device"),
     *("num_workers", "accumulation_steps", "compile", "gradient_checkpointing", "log_interval", "save_interval"),
-    *("val_path", "val_images_path", "val_interval", "use_wandb", "tracker", "wandb_project"),
+    *("val_path", "val_images_path", "val_interval", "use_wandb", "tracker", "wandb_project", "out_dir"),
 }
 
 
@@ -35,6 +35,7 @@ class Checkpoint:
         """path: of the weights, as in out/sft_vlm_512.pth; about: their JSON; rows: of the training data."""
         self.path, self.about = Path(path), about
         self.flags = {key: value for key, value in vars(args).items() if key not in FREE} | {"rows of data": rows}
+        self.flags |= {f"sha256 of {key}": about[key]["sha256"] for key in ("tokenizer", "vision_model")}
         self.resume_path = self.path.with_suffix(".resume.pt")
 
     def save(self, model: MiniMindVLM, optimizer, scaler, state: State) -> None:
@@ -64,9 +65,7 @@ class Checkpoint:
         ]
         if changed:
             raise ValueError(f"--from_resume: {self.resume_path} was made with other flags: {'; '.join(changed)}")
-        if set(saved["weights"]) != set(model.text_state_dict()):
-            raise ValueError(f"{self.resume_path} does not fit this model")
-        model.load_state_dict(saved["weights"], strict=False)  # checked above: only the encoder is absent
+        load_weights(model, saved["weights"], self.resume_path)
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         return State(**saved["state"])

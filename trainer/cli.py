@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import math
 import os
+import re
 import sys
 
 import torch
@@ -46,6 +47,12 @@ def positive(kind):
     return parse
 
 
+def not_negative(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"must not be below 0, got {text}")
+    return int(text)
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The docstring as it stands, and every default beside its flag."""
 
@@ -67,7 +74,7 @@ def add_model_arguments(parser) -> None:
         choices=["auto", "bfloat16", "float16", "float32"],
         help="precision of the arithmetic; auto: bfloat16 where the hardware has it, else float16, on a CPU float32",
     )
-    parser.add_argument("--seed", type=int, default=42, help="of everything random")
+    parser.add_argument("--seed", type=not_negative, default=42, help="of everything random")
 
 
 def add_training_arguments(parser, *, trainable, from_weight, data_path, images_path, learning_rate, max_seq_len, **kw):
@@ -93,12 +100,12 @@ def add_training_arguments(parser, *, trainable, from_weight, data_path, images_
     add("--accumulation_steps", type=positive(int), default=1, help="forward passes per optimizer step")
     add("--learning_rate", type=positive(float), default=learning_rate, help="peak, for the LLM")
     add("--projector_learning_rate", type=positive(float), default=kw["projector_learning_rate"], help="peak")
-    add("--warmup_iters", type=int, default=100, help="steps of linear warmup, at most a tenth of the run")
+    add("--warmup_iters", type=not_negative, default=100, help="steps of linear warmup, at most a tenth of the run")
     add("--weight_decay", type=float, default=0.1, help="AdamW's, for matrices; norms and biases have none")
     add("--grad_clip", type=positive(float), default=1.0, help="largest norm of the gradient")
     add("--dropout", type=float, default=0.0, help="share of activations set to 0 while training")
     add("--max_seq_len", type=positive(int), default=max_seq_len, help="tokens per row, placeholders included")
-    add("--num_workers", type=int, default=2, help="processes that decode pictures; 0: the training process does")
+    add("--num_workers", type=not_negative, default=2, help="processes that decode pictures; 0: this one does")
     add("--compile", action="store_true", help="torch.compile: minutes at the start, faster steps on a GPU")
     add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     add("--log_interval", type=positive(int), default=20, help="steps between lines in the metrics file")
@@ -113,14 +120,15 @@ def pick_device(name: str) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name}: expected auto, cuda, cuda:1, mps or cpu") from None
+    if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", name):
+        raise ValueError(f"--device {name}: expected auto, cuda, cuda:1, mps or cpu")
+    device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"--device {name}: PyTorch sees no CUDA device; try --device auto")
         device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--device {name}: no {device} here, PyTorch sees {torch.cuda.device_count()} devices")
         torch.cuda.set_device(device)
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps: PyTorch sees no Apple GPU; try --device auto")

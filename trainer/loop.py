@@ -7,6 +7,7 @@ that neither the number of ranks nor the split into batches changes what is lear
 import argparse
 import contextlib
 import math
+import os
 import shlex
 import signal
 import sys
@@ -29,7 +30,7 @@ from trainer.cli import Stopped, autocast, pick_dtype
 from trainer.distributed import all_sum, gather, main_first, rank, say, world_size
 from trainer.optimizer import schedule, set_learning_rate
 from trainer.progress import Progress
-from trainer.weights import describe, weights_name
+from trainer.weights import describe, refuse_other_architecture, weights_name
 
 MAX_BROKEN = 0.01  # share of rows with broken pictures that --on_bad_row skip puts up with while training
 
@@ -58,7 +59,10 @@ def load_data(args, model: MiniMindVLM, tokenizer, paths, images_path) -> VLMDat
 
 
 def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches worker processes too; the training process ends them when its step is done."""
+    """Ctrl-C and torchrun's SIGTERM go to the whole process group, which worker processes therefore leave; the
+    training process ends them when its step is done."""
+    if hasattr(os, "setsid"):
+        os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -152,8 +156,10 @@ def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: V
     dtype = pick_dtype(args.dtype, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     model.model.gradient_checkpointing = args.gradient_checkpointing
+    path = Path(args.out_dir) / weights_name(stage, model.config)
+    refuse_other_architecture(path, model.config)
     about = describe(model, args, stage=stage, data=list(map(str, args.data_path)), seed=args.seed)
-    checkpoint = Checkpoint(Path(args.out_dir) / weights_name(stage, model.config), args, about, len(data))
+    checkpoint = Checkpoint(path, args, about, len(data))
     state = checkpoint.load(model, optimizer, scaler) if args.from_resume else State()
 
     accumulation = fit_accumulation(args, state)
@@ -185,6 +191,8 @@ def validate(model: MiniMindVLM, loader: DataLoader, device, dtype) -> float:
     model.eval()
     total, tokens = 0.0, 0
     for batch in loader:
+        for message in batch["broken"]:
+            print(f"left out of the validation: {message}", flush=True)
         with autocast(device, dtype):
             out = model(**to_device(batch, device), num_items_in_batch=1, return_logits=False)
         total, tokens = total + out.loss.item(), tokens + count_labels(batch)
@@ -223,13 +231,13 @@ def train_epoch(run: Run, epoch: int) -> None:
         run.progress.step(state.step, epoch, loss, aux_loss, grad_norm, run.optimizer, int(rows), int(tokens))
 
         end_of_epoch = step_of_epoch + 1 == steps
+        if end_of_epoch or state.step % args.save_interval == 0:
+            run.save()
         due = end_of_epoch if args.val_interval is None else state.step % args.val_interval == 0
         if run.val_loader is not None and (due or state.step == run.total_steps):
             started = time.perf_counter()
             run.val_loss = validate(run.model, run.val_loader, run.device, run.dtype)
             run.progress.validation(state.step, run.val_loss, time.perf_counter() - started)
-        if end_of_epoch or state.step % args.save_interval == 0:
-            run.save()
 
 
 def train_step(run: Run, step: list[dict], labels: float, rows: float) -> tuple[float, float, float]:

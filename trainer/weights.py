@@ -81,7 +81,7 @@ def config_of(state: dict, path: Path) -> dict:
     layers = 1 + max((int(key.split(".")[2]) for key in state if key.startswith("model.layers.")), default=-1)
     use_moe = "model.layers.0.mlp.gate.weight" in state
     sidecar = path.with_suffix(".json")
-    known = read_json(sidecar)["config"] if sidecar.is_file() else {}
+    known = read_json(sidecar).get("config", {}) if sidecar.is_file() else {}
     heads = known.get("num_attention_heads", 8)
     read = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_hidden_layers": layers, "use_moe": use_moe}
     read["num_attention_heads"] = heads
@@ -97,6 +97,18 @@ def config_of(state: dict, path: Path) -> dict:
                 f"{sidecar} says {key}={known[key]}, {path.name} holds {value}: they do not belong together"
             )
     return known | read
+
+
+def refuse_other_architecture(path: Path, config: VLMConfig) -> None:
+    """The name of a file tells the width, not the depth: ValueError if another model would be overwritten."""
+    there = config_of(read_weights(path), path) if path.is_file() else {}
+    other = [
+        f"{key} {value}, not {getattr(config, key)}"
+        for key, value in there.items()
+        if key not in ("dropout", "flash_attn", "image_special_token") and value != getattr(config, key)
+    ]
+    if other:
+        raise ValueError(f"{path} holds another model ({', '.join(other)}), keep it: choose another --out_dir")
 
 
 def load_weights(model, state: dict, path) -> str:
