@@ -1,0 +1,336 @@
+"""trainer/weights.py: what is written, what survives a full disk, and that only what belongs together is loaded."""
+
+import errno
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import turn, write_rows
+from transformers import CLIPModel
+
+from model.model_vlm import MiniMindVLM, VLMConfig
+from scripts import train_tokenizer
+from train_sft_vlm import parse_args
+from trainer.weights import (
+    build_model,
+    config_of,
+    describe,
+    find_weights,
+    load_weights,
+    read_weights,
+    refuse_other_architecture,
+    save_weights,
+    weights_name,
+    write_safely,
+)
+
+
+@pytest.fixture
+def args(flags):
+    return parse_args(flags)
+
+
+@pytest.fixture
+def bare(flags):
+    """The flags of someone who gives weights and lets the architecture be read off them."""
+    kept = flags[: flags.index("--hidden_size")]
+    return parse_args(kept)
+
+
+def save(args, stage="sft_vlm", **config) -> tuple[Path, MiniMindVLM]:
+    """A random model as training leaves it: weights and their JSON."""
+    torch.manual_seed(5)
+    for key, value in config.items():
+        setattr(args, key, value)
+    model, _, _ = build_model(args, None)
+    path = Path(args.out_dir) / weights_name(stage, model.config)
+    save_weights(path, model, describe(model, args, step=7))
+    return path, model
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+def public_shapes(moe: bool) -> dict:
+    """Names and shapes as in the public files, at width 64, 2 layers, 300 tokens, an encoder of width 32."""
+    shapes = {"model.embed_tokens.weight": (300, 64), "lm_head.weight": (300, 64), "model.norm.weight": (64,)}
+    for i in range(2):
+        layer = f"model.layers.{i}"
+        shapes |= {f"{layer}.self_attn.{name}_proj.weight": (64, 64) for name in "qo"}
+        shapes |= {f"{layer}.self_attn.{name}_proj.weight": (16, 64) for name in "kv"}
+        shapes |= {f"{layer}.{name}_layernorm.weight": (64,) for name in ("input", "post_attention")}
+        parts = ["experts.0.", "experts.1.", "experts.2.", "experts.3.", "shared_experts.0."] if moe else [""]
+        for part in parts:
+            shapes |= {f"{layer}.mlp.{part}{name}_proj.weight": (192, 64) for name in ("gate", "up")}
+            shapes[f"{layer}.mlp.{part}down_proj.weight"] = (64, 192)
+        if moe:
+            shapes[f"{layer}.mlp.gate.weight"] = (4, 64)
+    return shapes | {"vision_proj.vision_proj.0.weight": (64, 32), "vision_proj.vision_proj.0.bias": (64,)}
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_a_file_of_weights_is_the_public_one_in_fp16_without_the_encoder(args, moe):
+    path, model = save(args, use_moe=moe)
+    state = torch.load(path, weights_only=True)
+    assert path.name == ("sft_vlm_64_moe.pth" if moe else "sft_vlm_64.pth")
+    assert {key: tuple(value.shape) for key, value in state.items()} == public_shapes(moe)
+    assert {value.dtype for value in state.values()} == {torch.float16}
+    assert all(torch.equal(value, model.state_dict()[key].half()) for key, value in state.items())
+    assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()  # stored once
+
+
+def test_the_json_beside_says_what_the_weights_are(args):
+    path, _ = save(args)
+    about = json.loads(path.with_suffix(".json").read_text())
+    assert {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300, "use_moe": False}.items() <= about[
+        "config"
+    ].items()
+    assert len(about["tokenizer"]["sha256"]) == len(about["vision_model"]["sha256"]) == 64
+    assert about["versions"]["torch"] == torch.__version__ and about["step"] == 7 and about["command"]
+
+
+def full_disk(file):
+    file.write(b"x" * 1000)
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("failure", ["write", "flush", "rename"])
+def test_a_write_that_fails_leaves_the_last_good_file_and_nothing_else(tmp_path, monkeypatch, failure):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(b"good")
+    if failure == "flush":  # where a full disk shows on a network drive
+        monkeypatch.setattr(os, "fsync", lambda fd: full_disk(io.BytesIO()))
+    if failure == "rename":
+        monkeypatch.setattr(Path, "replace", lambda *_: full_disk(io.BytesIO()))
+    with pytest.raises(
+        OSError, match=r"could not write .*weights.pth .*No space left.*; what stood there is untouched"
+    ):
+        write_safely(path, full_disk if failure == "write" else lambda file: file.write(b"new"))
+    assert [file.name for file in tmp_path.iterdir()] == ["weights.pth"]
+    assert path.read_bytes() == b"good"
+
+
+def test_weights_that_do_not_fit_on_the_disk_leave_the_last_good_ones(args):
+    """With a real limit on the size of files, which torch.save runs into half way."""
+    path, model = save(args)
+    before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+    with torch.no_grad():
+        model.model.norm.weight.fill_(3)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="could not write .*sft_vlm_64.pth"):
+            save_weights(path, model, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])  # fp16 ends at 65504
+def test_weights_that_are_not_finite_in_fp16_are_not_saved(args, value):
+    path, model = save(args)
+    before = path.read_bytes()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight .* not finite in fp16; .* left as it is"):
+        save_weights(path, model, {})
+    assert path.read_bytes() == before
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+class Payload:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda value, path: Path(path).write_bytes(pickle.dumps(value, 2))])
+def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path, write):
+    victim, path = tmp_path / "it_ran", tmp_path / "evil.pth"
+    write({"model.norm.weight": Payload(f"touch {victim}")}, path)
+    with pytest.raises(ValueError, match="evil.pth is not a file of weights that can be read safely"):
+        read_weights(path)
+    assert not victim.exists()
+    pickle.loads(pickle.dumps(Payload(f"touch {victim}")))  # the payload is a real one
+    assert victim.exists()
+
+
+def test_a_file_cut_short_is_refused_in_one_line(args):
+    path, _ = save(args)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="sft_vlm_64.pth is not a file of weights") as error:
+        read_weights(path)
+    assert "\n" not in str(error.value)
+
+
+def test_names_that_do_not_match_are_an_error_that_names_them(make_vlm):
+    """Loaded with strict=False alone, such a file leaves the model at random: the loss starts at 8 and stays there."""
+    model = make_vlm()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = {f"module.{key}": torch.zeros_like(value) for key, value in model.text_state_dict().items()}
+    with pytest.raises(ValueError) as error:
+        load_weights(model, state, "wrong.pth")
+    assert "wrong.pth does not fit this model" in str(error.value)
+    assert "21 missing, first: model.embed_tokens.weight" in str(error.value)
+    assert "unknown, first: module.model." in str(error.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (lambda state: state.pop("model.norm.weight"), "1 missing, first: model.norm.weight"),
+        (lambda state: state.update(extra=torch.ones(1)), "1 unknown, first: extra"),
+        (
+            lambda state: state.update({"vision_proj.vision_proj.0.weight": torch.ones(64, 16)}),
+            r"1 of another shape, first: vision_proj.vision_proj.0.weight is \(64, 16\), expected \(64, 32\)",
+        ),
+    ],
+)
+def test_a_single_tensor_that_is_wrong_is_named(make_vlm, change, problem):
+    model = make_vlm()
+    state = dict(model.text_state_dict())
+    change(state)
+    with pytest.raises(ValueError, match=problem):
+        load_weights(model, state, "wrong.pth")
+
+
+def test_a_language_model_gives_all_but_the_projector_and_that_is_said(make_vlm):
+    model, other = make_vlm(), make_vlm()
+    with torch.no_grad():
+        for weight in other.model.parameters():
+            weight.normal_()
+    state = {key: value for key, value in other.state_dict().items() if key.startswith("model.")}  # lm_head is tied
+    projector = model.vision_proj.vision_proj[0].weight.clone()
+    line = load_weights(model, state, "llm_64.pth")
+    assert line == "loaded 21 tensors from llm_64.pth, initialised anew: the projector"
+    assert torch.equal(model.lm_head.weight, other.model.embed_tokens.weight)
+    assert torch.equal(model.vision_proj.vision_proj[0].weight, projector)
+    assert "anew" not in load_weights(model, other.state_dict(), "whole.pth")  # with the encoder, which is left out
+
+
+def test_the_architecture_is_read_off_the_file_with_and_without_its_json(args, bare):
+    path, model = save(args, hidden_size=128, num_hidden_layers=3, use_moe=True)
+    for json_there in (True, False):
+        if not json_there:
+            path.with_suffix(".json").unlink()
+        loaded, _, line = build_model(bare, path)
+        assert line.startswith("loaded ") and str(path) in line
+        assert (loaded.config.hidden_size, loaded.config.num_hidden_layers, loaded.config.use_moe) == (128, 3, True)
+        assert (loaded.config.intermediate_size, loaded.config.vocab_size) == (model.config.intermediate_size, 300)
+        for key, value in loaded.text_state_dict().items():
+            assert value.dtype == torch.float32 and torch.equal(value, model.state_dict()[key].half().float())
+
+
+def test_the_json_tells_what_shapes_cannot(args, bare):
+    """Four heads of 16 with two key/value heads, and another theta: the same shapes as other numbers would give."""
+    model, _, _ = build_model(args, None)
+    config = model.config.to_dict() | {"num_attention_heads": 4, "num_key_value_heads": 1, "rope_theta": 5e5}
+    model = MiniMindVLM(VLMConfig(**config), args.vision_model_path)
+    path = Path(args.out_dir) / "sft_vlm_64.pth"
+    save_weights(path, model, describe(model, args))
+    loaded, _, _ = build_model(bare, path)
+    assert (loaded.config.num_attention_heads, loaded.config.num_key_value_heads) == (4, 1)
+    assert loaded.config.rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    "flag, value, has", [("hidden_size", 128, 64), ("num_hidden_layers", 3, 2), ("use_moe", True, False)]
+)
+def test_a_flag_that_contradicts_the_file_is_refused(args, bare, flag, value, has):
+    path, _ = save(args)
+    setattr(bare, flag, value)
+    with pytest.raises(ValueError, match=f"--{flag} {value}: .*sft_vlm_64.pth has {has}; leave the flag out"):
+        build_model(bare, path)
+
+
+def test_a_json_of_other_weights_is_refused(args, bare):
+    path, _ = save(args)
+    deeper, _ = save(args, num_hidden_layers=3, stage="pretrain_vlm")
+    shutil.copy(deeper.with_suffix(".json"), path.with_suffix(".json"))
+    with pytest.raises(
+        ValueError, match="says num_hidden_layers=3, sft_vlm_64.pth holds 2: they do not belong together"
+    ):
+        build_model(bare, path)
+
+
+def test_another_tokenizer_is_refused_by_its_hash_and_by_its_size(args, bare, tmp_path):
+    path, _ = save(args)
+    rows = [
+        {
+            "conversations": [
+                turn("user", "zebra xylophone " * 9),
+                turn("assistant", "quux corge grault waldo fred plugh " * 9),
+            ]
+        }
+    ]
+    data = write_rows(tmp_path / "words.jsonl", rows)
+
+    def train(size):
+        bare.tokenizer_path = str(tmp_path / str(size))
+        train_tokenizer.main(["--data_path", str(data), "--out_dir", bare.tokenizer_path, "--vocab_size", str(size)])
+
+    train(290)
+    with pytest.raises(ValueError, match=r"290 has 290 tokens, .* was trained with 300: pass the --tokenizer_path"):
+        build_model(bare, path)
+    train(300)
+    with pytest.raises(ValueError, match=f"300 is not the tokenizer that .* was trained with .{args.tokenizer_path}.*"):
+        build_model(bare, path)
+
+
+def test_another_encoder_is_refused(args, bare, tmp_path):
+    path, _ = save(args)
+    bare.vision_model_path = str(tmp_path / "clip")
+    shutil.copytree(args.vision_model_path, bare.vision_model_path)
+    build_model(bare, path)  # a copy elsewhere is the same encoder
+    model = CLIPModel.from_pretrained(args.vision_model_path)
+    with torch.no_grad():
+        model.vision_model.encoder.layers[0].mlp.fc1.weight[0, 0] += 1
+    model.save_pretrained(bare.vision_model_path)
+    with pytest.raises(
+        ValueError, match=f"clip is not the encoder that .* was trained with .{args.vision_model_path}.*"
+    ):
+        build_model(bare, path)
+
+
+def test_weights_of_an_unknown_naming_are_refused(tmp_path):
+    path = tmp_path / "lm_512.pth"
+    with pytest.raises(ValueError, match="lm_512.pth has no model.embed_tokens.weight"):
+        config_of({"tok_embeddings.weight": torch.ones(6400, 512)}, path)
+
+
+# ---------------------------------------------------------------------------- finding
+
+
+def test_weights_that_are_not_there_are_answered_with_what_is(args, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"out/llm_512.pth is not there \(.*out holds no .pth file\)"):
+        find_weights("llm", args.out_dir, None, False)
+    save(args)
+    save(args, stage="pretrain_vlm", use_moe=True)
+    with pytest.raises(FileNotFoundError, match=r"llm_64_moe.pth .* holds pretrain_vlm_64_moe.pth, sft_vlm_64.pth\)"):
+        find_weights("llm", args.out_dir, 64, True)
+    assert find_weights("sft_vlm", args.out_dir, 64, False) == Path(args.out_dir) / "sft_vlm_64.pth"
+    assert find_weights("none", args.out_dir, 64, False) is None
+    assert find_weights("some/where.pth", args.out_dir, 64, False) == Path("some/where.pth")
+
+
+def test_a_deeper_model_of_the_same_name_is_not_overwritten(args):
+    path, model = save(args)
+    refuse_other_architecture(path, model.config)  # the same one again is
+    refuse_other_architecture(path.with_name("llm_64.pth"), model.config)  # and what is not there
+    model.config.num_hidden_layers = 3
+    for json_there in (True, False):
+        if not json_there:
+            path.with_suffix(".json").unlink()
+        with pytest.raises(ValueError, match=r"another model \(num_hidden_layers 2, not 3\).* another --out_dir"):
+            refuse_other_architecture(path, model.config)
