@@ -222,7 +222,7 @@ def train_epoch(run: Run, epoch: int) -> None:
         )
         if stop:
             run.save()
-            say(f"stopped at step {state.step} of {run.total_steps}. To go on, type:\n  {resume_command()}")
+            say(f"\nstopped at step {state.step} of {run.total_steps}. To go on, type:\n  {resume_command()}")
             raise Stopped
         check_broken(run, step, int(rows), int(broken))
         loss, aux_loss, grad_norm = train_step(run, step, labels, rows)
