@@ -8,9 +8,13 @@ A picture encoder and a text encoder learn together to give a picture and its ca
 else in the batch another one (Radford et al. 2021, https://arxiv.org/abs/2103.00020). Afterwards the picture half is
 what `--vision_model_path` of the other scripts takes, in the layout of any CLIP on the hubs.
 
-    picture ── ViT ─┬─ class token ───── visual_projection ─┐                        symmetric InfoNCE:
-                    └─ mean of patches ─ visual_projection ─┼─ cosine · temperature ─ (B, B) logits, the
-    caption ── causal transformer ─ end ─ text_projection ──┘                        diagonal is right
+    picture ── ViT ─┬─ class token ───── visual_projection ─┐                         symmetric InfoNCE:
+                    ├─ mean of patches ─ visual_projection ─┼─ cosine / temperature ─ (B, B) logits, the
+    caption ── causal transformer ─ end ─ text_projection ──┘                         diagonal is right
+                    └─ mean of patches ─ the words of all its captions
+
+A language model reads the patches, so two losses are on their mean: a class token alone would leave them without any
+gradient in the last layer. CLIP's own output, the class token's, is trained beside them and is what retrieval measures.
 
 Shapes: B batch, T tokens, P patches, V width of the ViT, E of the shared space.
 """
@@ -176,27 +180,26 @@ def encode_texts(model, ids):
     return F.normalize(model.text_projection(model.text_model(input_ids=ids).pooler_output).float(), dim=-1)
 
 
-def count_words(ids, owner, vocab_size: int):
-    """Which tokens stand in the captions of each picture: bool (N, vocab_size); and how telling each is: float.
+def weigh_words(captions, vocab_size: int):
+    """How telling each token is, float (vocab_size,): log(pictures / pictures with it): "surfboard" more than "a"."""
+    pictures_with = torch.zeros(vocab_size)
+    for own in captions:
+        pictures_with[own.unique()] += 1
+    pictures_with[END_OF_CAPTION] = len(captions)  # weight 0
+    return (len(captions) / pictures_with.clamp(min=1)).log()
 
-    The weight is the inverse document frequency, log(N / pictures with it): "a" says nothing, "surfboard" much.
+
+def words_loss(logits, captions, telling):
+    """Cross-entropy of logits (B, vocab_size) with the tokens of all captions of a picture at once as its classes.
+
+    All captions count, every time, without a text encoder: more to learn from than one caption against a batch
+    (SuperClass, Huang et al. 2024, https://arxiv.org/abs/2411.03313). captions: B times int64 (n, T).
     """
-    N = int(owner.max()) + 1
-    words = torch.zeros(N, vocab_size, dtype=torch.bool)
-    words[owner[:, None], ids] = True
-    words[:, END_OF_CAPTION] = False
-    telling = (N / words.sum(dim=0).clamp(min=1)).log() * words.any(dim=0)
-    return words, telling
-
-
-def words_loss(logits, words, telling):
-    """Cross-entropy (B, vocab_size) with the tokens of all captions of a picture at once as its classes.
-
-    Every caption counts, every time, and needs no text encoder: far more to learn from per picture than one caption
-    against the batch (SuperClass, Huang et al. 2024, https://arxiv.org/abs/2411.03313).
-    """
-    targets = words * telling
-    return F.cross_entropy(logits.float(), targets / targets.sum(dim=1, keepdim=True).clamp(min=1e-6))
+    targets = torch.zeros_like(logits)
+    for row, own in zip(targets, captions):
+        tokens = own.unique().to(row.device)
+        row[tokens] = telling[tokens]
+    return F.cross_entropy(logits, targets / targets.sum(dim=1, keepdim=True).clamp(min=1e-6))
 
 
 def contrastive_loss(pictures, texts, ids, scale):
@@ -215,26 +218,27 @@ def contrastive_loss(pictures, texts, ids, scale):
 
 
 @torch.no_grad()
-def retrieval(model, processor, pictures, ids, owner, device) -> dict[str, float]:
+def retrieval(model, processor, pictures, captions, device) -> dict[str, float]:
     """Recall@1 and @5 in percent: how often the right one is among the k best of the whole set, both ways.
 
-    ids: int64 (M, T), the captions; owner: int64 (M,), the number of the picture of each.
+    captions: for each picture int64 (n, T). With several captions, a picture has found its way with any of them.
     """
     model.eval()
     pixels = (processor.normalize(pictures[part].to(device)) for part in torch.arange(len(pictures)).split(128))
     seen = torch.cat([encode_pictures(model, part)[0][0] for part in pixels])
-    read = torch.cat([encode_texts(model, part.to(device)) for part in ids.split(128)])
-    scores = seen @ read.T  # (N, M)
-    own = owner.to(device) == torch.arange(len(pictures), device=device)[:, None]  # (N, M)
-    # The rank is the number of wrong ones at least as good, so that an encoder that sees no difference finds nothing.
-    best = scores.masked_fill(~own, -2).amax(dim=1, keepdim=True)
-    found = {"image_to_text": ((scores >= best) & ~own).sum(dim=1)}
-    right = scores.gather(0, owner.to(device)[None])  # (1, M)
-    found["text_to_image"] = ((scores >= right) & ~own).sum(dim=0)
+    read = torch.cat([encode_texts(model, part.to(device)) for part in torch.cat(captions).split(128)])
     model.train()
+    scores = (seen @ read.T).cpu()  # (N, M)
+    owner = torch.repeat_interleave(torch.tensor([len(own) for own in captions]))  # (M,), the picture of each caption
+    own = owner == torch.arange(len(captions))[:, None]  # (N, M)
+    # The rank is the number of wrong ones at least as good, so that an encoder that sees no difference finds nothing.
+    best = scores.masked_fill(~own, -2).amax(dim=1, keepdim=True)  # (N, 1)
+    right = scores.gather(0, owner[None])  # (1, M)
+    ranks = {"image_to_text": ((scores >= best) & ~own).sum(dim=1)}
+    ranks["text_to_image"] = ((scores >= right) & ~own).sum(dim=0)
     return {
         f"{way}_recall@{k}": round(100 * (rank < k).float().mean().item(), 2)
-        for way, rank in found.items()
+        for way, rank in ranks.items()
         for k in (1, 5)
     }
 
@@ -247,17 +251,9 @@ def save(model, config: dict, processor: ImageProcessor, folder: Path, vision_on
         state = {key: value for key, value in state.items() if key.startswith("vision_model.")}
         config = {key: value for key, value in config.items() if key != "text_config"}
     edge = processor.crop_size[0]
-    preprocessor = {
-        "feature_extractor_type": "CLIPFeatureExtractor",
-        "do_resize": True,
-        "size": edge,
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": edge,
-        "do_normalize": True,
-        "image_mean": processor.image_mean,
-        "image_std": processor.image_std,
-    }
+    preprocessor = {"feature_extractor_type": "CLIPFeatureExtractor", "size": edge, "crop_size": edge, "resample": 3}
+    preprocessor |= dict.fromkeys(("do_resize", "do_center_crop", "do_normalize"), True)
+    preprocessor |= {"image_mean": processor.image_mean, "image_std": processor.image_std}
     save_file(state, folder / "model.safetensors.tmp", metadata={"format": "pt"})
     for name, content in {"config": config, "preprocessor_config": preprocessor, "metrics": metrics}.items():
         (folder / f"{name}.json.tmp").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -317,30 +313,16 @@ def check(args) -> None:
         if not low <= getattr(args, name) <= high:
             raise ValueError(f"--{name} {getattr(args, name)}: must be {low} to {high}")
     if (args.out_dir / "config.json").exists():
-        raise ValueError(
-            f"--out_dir {args.out_dir} holds an encoder already, which weights may have been trained with: choose "
-            "another folder, or remove it"
-        )
+        why = "holds an encoder already, which weights may have been trained with"
+        raise ValueError(f"--out_dir {args.out_dir} {why}: choose another folder, or remove it")
 
 
 def load_split(args, paths, flag, tokenizer, processor):
-    """→ (pictures, ids int64 (M, T), owner int64 (M,): the number of each caption's picture, ascending)."""
+    """→ (pictures, captions: for each picture int64 (n, T))."""
     captions = read_captions(paths, flag)
     pictures = Pictures(args.images_path, list(captions), processor, args.cache_gb)
     ids = encode_captions(tokenizer, [text for own in captions.values() for text in own], args.max_text_len)
-    return pictures, ids, torch.repeat_interleave(torch.tensor([len(own) for own in captions.values()]))
-
-
-def draw_batches(count, batch_size: int):
-    """Yields (epoch, pictures (B,), captions (B,)) without end; count: how many captions each picture has.
-
-    Every picture once per epoch, so no batch holds one twice, with one of its captions.
-    """
-    first = count.cumsum(0) - count  # number of each picture's first caption
-    for epoch in itertools.count(1):
-        for chosen in torch.randperm(len(count)).split(batch_size):
-            if len(chosen) == batch_size:
-                yield epoch, chosen, first[chosen] + (torch.rand(batch_size) * count[chosen]).long()
+    return pictures, ids.split([len(own) for own in captions.values()])
 
 
 def main(argv=None):
@@ -352,7 +334,7 @@ def main(argv=None):
     # ------------------------------------------------------------------------ data
     tokenizer = load_tokenizer(args.tokenizer_path)
     processor = ImageProcessor(args.image_size, (args.image_size, args.image_size))
-    pictures, ids, owner = load_split(args, args.data_path, "--data_path", tokenizer, processor)
+    pictures, captions = load_split(args, args.data_path, "--data_path", tokenizer, processor)
     vals = {path: load_split(args, [path], "--val_path", tokenizer, processor) for path in args.val_path}
     if args.batch_size > len(pictures):
         raise ValueError(f"--batch_size {args.batch_size}: there are {len(pictures)} pictures only")
@@ -362,10 +344,9 @@ def main(argv=None):
     # ------------------------------------------------------------------------ model and optimizer
     config = build_config(args, len(tokenizer))
     model = CLIPModel(CLIPConfig(**config)).to(device).train()
-    words, telling = count_words(ids, owner, len(tokenizer))
-    telling = telling.to(device)
+    telling = weigh_words(captions, len(tokenizer)).to(device)
     namer = torch.nn.Linear(args.hidden_size, len(tokenizer)).to(device)  # for training only, not saved
-    total, seeing = model.num_parameters() / 1e6, model.vision_model.num_parameters() / 1e6
+    total, seeing = (sum(weight.numel() for weight in part.parameters()) / 1e6 for part in (model, model.vision_model))
     print(f"{total:.1f}M parameters, {seeing:.1f}M of them see, on {device}")
     weights = [*model.parameters(), *namer.parameters()]
     groups = [
@@ -375,48 +356,61 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), eps=1e-6)
 
     # ------------------------------------------------------------------------ steps
-    begun = time.time()
+    step, begun = 0, time.time()
     bar = tqdm(total=None if args.max_minutes else steps, mininterval=2)
-    batches = draw_batches(torch.bincount(owner), args.batch_size)
-    for step, (epoch, chosen, drawn) in enumerate(batches, 1):
-        minutes = (time.time() - begun) / 60
-        done = min(1.0, minutes / args.max_minutes if args.max_minutes else step / steps)  # share of the run
-        warmup = min(1.0, step / max(1, args.warmup_iters))
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * warmup * (1 + math.cos(math.pi * done)) / 2
-        pixels = augment(processor.normalize(pictures[chosen].to(device)), args.min_scale, args.flip)
-        texts = ids[drawn].to(device)  # (B, T)
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            (by_class, by_patches), patches = encode_pictures(model, pixels, args.mask_ratio)  # twice (B, E), (B, V)
-            named = words_loss(namer(patches), words[chosen].to(device), telling)
-            read = encode_texts(model, texts)  # (B, E)
-        scale = model.logit_scale.exp()
-        class_loss, found = contrastive_loss(by_class, read, texts, scale)
-        patch_loss, _ = contrastive_loss(by_patches, read, texts, scale)
-        contrastive = (1 - args.patch_weight) * class_loss + args.patch_weight * patch_loss
-        loss = contrastive + args.words_weight * named
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))  # as in the paper: sharper than 1/100 is unstable
-        bar.update()
-        if step % 10 == 0:
-            speed = step * args.batch_size / (time.time() - begun)
-            shown = {"contrastive": contrastive, "words": named, "temperature": 1 / scale, "found_in_batch": found}
-            shown = {key: f"{value.item():.3f}" for key, value in shown.items()}
-            bar.set_postfix({"epoch": epoch} | shown | {"pictures/s": f"{speed:.0f}"}, refresh=False)
-        if done >= 1 or step % (steps_per_epoch * args.val_interval) == 0:
+    for epoch in itertools.count(1):
+        # Every picture at most once per epoch, so no batch holds one twice: it would be told from itself.
+        order = torch.randperm(len(pictures))[: steps_per_epoch * args.batch_size]
+        for chosen in order.split(args.batch_size):  # (B,)
+            step += 1
+            minutes = (time.time() - begun) / 60
+            done = min(1.0, minutes / args.max_minutes if args.max_minutes else step / steps)  # share of the run
+            warmup = min(1.0, step / max(1, args.warmup_iters))
+            for group in optimizer.param_groups:
+                group["lr"] = args.learning_rate * warmup * (1 + math.cos(math.pi * done)) / 2
+
+            pixels = augment(processor.normalize(pictures[chosen].to(device)), args.min_scale, args.flip)
+            own = [captions[picture] for picture in chosen.tolist()]
+            texts = torch.stack([each[torch.randint(len(each), ())] for each in own]).to(device)  # (B, T)
+            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+                (by_class, by_patches), patches = encode_pictures(model, pixels, args.mask_ratio)  # 2x (B, E), (B, V)
+                read = encode_texts(model, texts)  # (B, E)
+                named = namer(patches)  # (B, vocab_size)
+            scale = model.logit_scale.exp()
+            class_loss, found = contrastive_loss(by_class, read, texts, scale)
+            patch_loss, _ = contrastive_loss(by_patches, read, texts, scale)
+            contrastive = (1 - args.patch_weight) * class_loss + args.patch_weight * patch_loss
+            naming = words_loss(named.float(), own, telling)
+            loss = contrastive + args.words_weight * naming
+
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, math.log(100))  # as in the paper: sharper than 1/100 is unstable
+
+            bar.update()
+            if step % 10 == 0 or done == 1:
+                if not loss.isfinite():
+                    raise ValueError(f"step {step}: the loss is {loss.item()}; try a smaller --learning_rate")
+                speed = step * args.batch_size / (time.time() - begun)
+                shown = {"contrastive": contrastive, "words": naming, "temperature": 1 / scale, "found_in_batch": found}
+                shown = {key: f"{value.item():.3f}" for key, value in shown.items()}
+                bar.set_postfix({"epoch": epoch} | shown | {"pictures/s": f"{speed:.0f}"}, refresh=False)
+            if done == 1:
+                break
+
+        if done == 1 or epoch % args.val_interval == 0:
             figures = {path: retrieval(model, processor, *split, device) for path, split in vals.items()}
             for path, figure in figures.items():
                 bar.write(f"epoch {epoch}, {path}: " + ", ".join(f"{key} {value}%" for key, value in figure.items()))
             command = "python -m scripts.train_clip " + shlex.join(sys.argv[1:] if argv is None else argv)
             seconds = round(time.time() - started)
             metrics = {"command": command, "steps": step, "epochs": epoch, "seconds": seconds}
-            metrics |= {"contrastive_loss": contrastive.item(), "words_loss": named.item(), "retrieval": figures}
+            metrics |= {"contrastive_loss": contrastive.item(), "words_loss": naming.item(), "retrieval": figures}
             save(model, config, processor, args.out_dir, args.vision_only, metrics)
-        if done >= 1:
+        if done == 1:
             break
     bar.close()
     print(f"{args.out_dir}: pass --vision_model_path {args.out_dir}")

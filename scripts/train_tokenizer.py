@@ -18,6 +18,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from model.processing import DEFAULT_SYSTEM, IMAGE_TAG, load_tokenizer
+from trainer.cli import HelpFormatter, run_main
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2
 SMALLEST = len(SPECIAL) + 256  # a vocabulary without a single merge
@@ -151,28 +152,21 @@ def check(folder: Path, texts) -> None:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--data_path", nargs="+", required=True, help="JSONL files of conversations")
-    parser.add_argument("--out_dir", type=Path, required=True, help="folder for the tokenizer, made if needed")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--data_path", nargs="+", required=True, metavar="JSONL", help="conversations to learn from")
+    parser.add_argument("--out_dir", type=Path, required=True, metavar="DIR", help="folder for it, made if needed")
     parser.add_argument("--vocab_size", type=int, default=6400, help=f"entries in the vocabulary, {SMALLEST} at least")
     args = parser.parse_args(argv)
-    try:
-        if args.vocab_size < SMALLEST:
-            raise ValueError(
-                f"--vocab_size {args.vocab_size}: {SMALLEST} at least, {len(SPECIAL)} special tokens and 256 bytes"
-            )
-        if (args.out_dir / "tokenizer.json").exists():  # weights may depend on it, and cannot be told which it was
-            raise ValueError(f"--out_dir {args.out_dir} holds a tokenizer already: choose another folder, or remove it")
-        texts = read_texts(args.data_path)
-        print(f"{len(texts):,} turns, {sum(map(len, texts)):,} characters")
-        tokenizer = train(texts, args.vocab_size)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
-    save(tokenizer, args.out_dir)
+    if args.vocab_size < SMALLEST:
+        parts = f"{len(SPECIAL)} special tokens and 256 bytes"
+        raise ValueError(f"--vocab_size {args.vocab_size}: {SMALLEST} at least, {parts}")
+    if (args.out_dir / "tokenizer.json").exists():  # weights may depend on it, and cannot be told which it was
+        raise ValueError(f"--out_dir {args.out_dir} holds a tokenizer already: choose another folder, or remove it")
+    texts = read_texts(args.data_path)
+    print(f"{len(texts):,} turns, {sum(map(len, texts)):,} characters")
+    save(train(texts, args.vocab_size), args.out_dir)
     check(args.out_dir, texts)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

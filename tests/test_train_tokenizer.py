@@ -8,6 +8,7 @@ import pytest
 
 from model.processing import encode_chat, load_tokenizer
 from scripts.train_tokenizer import main
+from trainer.cli import run_main
 
 WORDS = ("red", "green", "blue", "square", "circle", "dog", "runs", "over", "grass", "红色", "圆形", "一只狗", "草地上")
 
@@ -126,7 +127,7 @@ def test_it_says_how_well_it_compresses_both_languages(data, tmp_path, capsys):
 
 
 def test_too_little_text_says_what_was_reached_and_writes_nothing(data, tmp_path):
-    with pytest.raises(SystemExit, match=r"--vocab_size 6400: .* enough for (\d+) only") as error:
+    with pytest.raises(ValueError, match=r"--vocab_size 6400: .* enough for (\d+) only") as error:
         main(["--data_path", str(data), "--out_dir", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()
     reached = str(error.value).split("enough for ")[1].split()[0]
@@ -135,7 +136,7 @@ def test_too_little_text_says_what_was_reached_and_writes_nothing(data, tmp_path
 
 @pytest.mark.parametrize("size", ["258", "0", "-1"])
 def test_a_vocabulary_smaller_than_the_bytes_is_refused(data, tmp_path, size):
-    with pytest.raises(SystemExit, match=f"--vocab_size {size}: 259 at least"):
+    with pytest.raises(ValueError, match=f"--vocab_size {size}: 259 at least"):
         main(["--data_path", str(data), "--out_dir", str(tmp_path), "--vocab_size", size])
 
 
@@ -145,7 +146,7 @@ def test_a_vocabulary_of_bytes_alone_works(data, tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(SystemExit, match="--data_path .*nowhere.jsonl: no such file"):
+    with pytest.raises(FileNotFoundError, match="--data_path .*nowhere.jsonl: no such file"):
         main(["--data_path", str(tmp_path / "nowhere.jsonl"), "--out_dir", str(tmp_path)])
 
 
@@ -156,12 +157,20 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_line_that_is_no_row_is_named_with_its_number(tmp_path, line):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(json.dumps(row("a", "b")).encode() + b"\n\n" + line.encode("latin-1") + b"\n")
-    with pytest.raises(SystemExit, match=r"--data_path .*bad.jsonl:3 is not a conversation"):
+    with pytest.raises(ValueError, match=r"--data_path .*bad.jsonl:3 is not a conversation"):
         main(["--data_path", str(path), "--out_dir", str(tmp_path / "new")])
 
 
 def test_a_tokenizer_that_weights_may_depend_on_is_not_overwritten(data, folder):
     before = (folder / "tokenizer.json").read_bytes()
-    with pytest.raises(SystemExit, match="--out_dir .* holds a tokenizer already"):
+    with pytest.raises(ValueError, match="--out_dir .* holds a tokenizer already"):
         main(["--data_path", str(data), "--out_dir", str(folder), "--vocab_size", "300"])
     assert (folder / "tokenizer.json").read_bytes() == before
+
+
+def test_a_typo_on_the_command_line_is_one_message_and_no_traceback(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda: main(["--data_path", "nowhere.jsonl", "--out_dir", str(tmp_path)]))
+    assert stop.value.code == 2
+    told = capsys.readouterr().err
+    assert "--data_path nowhere.jsonl: no such file" in told and "Traceback" not in told

@@ -1,0 +1,340 @@
+"""scripts/train_clip.py: it learns to tell pictures apart, and what it saves is an ordinary CLIP folder."""
+
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from transformers import CLIPModel
+
+from model.model_vlm import MiniMindVLM
+from model.processing import ImageProcessor, load_tokenizer
+from scripts import train_clip, train_tokenizer
+from trainer.cli import run_main
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 30)}
+SAYINGS = ("The {1} half is {0}.", "On the {1} there is {0}.", "{0}, {1}")
+SMALL = ["--image_size", "32", "--hidden_size", "64", "--num_hidden_layers", "2", "--text_hidden_size", "64"]
+SMALL += ["--text_num_hidden_layers", "1", "--projection_dim", "32", "--max_text_len", "24", "--device", "cpu"]
+
+
+def write_rows(path, captions):
+    rows = []
+    for name, caption in captions:
+        turns = [{"role": "user", "content": "What is it?\n<image>"}, {"role": "assistant", "content": caption}]
+        rows.append(json.dumps({"image": name, "conversations": turns}))
+    path.write_text("\n".join(rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """8 pictures: 4 colours, on the left or on the right; three captions each, one of which to be found by."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "images").mkdir()
+    train, val = [], []
+    for colour, rgb in COLOURS.items():
+        for side, at in (("left", 0), ("right", 20)):
+            image = Image.new("RGB", (40, 40))
+            image.paste(rgb, (at, 0, at + 20, 40))
+            name = f"{colour}_{side}.png"
+            image.save(folder / "images" / name)
+            train += [(name, saying.format(colour, side)) for saying in SAYINGS]
+            val.append((name, SAYINGS[0].format(colour, side)))
+    write_rows(folder / "train.jsonl", train)
+    write_rows(folder / "val.jsonl", val)
+    data = ["--data_path", str(folder / "train.jsonl")]
+    train_tokenizer.main([*data, "--out_dir", str(folder / "tokenizer"), "--vocab_size", "320"])
+    return folder
+
+
+def flags(world, out_dir, *more):
+    paths = {
+        "data_path": "train.jsonl",
+        "val_path": "val.jsonl",
+        "images_path": "images",
+        "tokenizer_path": "tokenizer",
+    }
+    given = [part for flag, name in paths.items() for part in (f"--{flag}", str(world / name))]
+    return [*given, "--out_dir", str(out_dir), *SMALL, "--batch_size", "8", "--warmup_iters", "5", *more]
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    """The folder after training, and the model that was in memory when it was saved."""
+    folder = tmp_path_factory.mktemp("clip") / "deep" / "clip"
+    kept = []
+    original, train_clip.save = train_clip.save, lambda model, *rest: (kept.append(model), original(model, *rest))
+    try:
+        train_clip.main(flags(world, folder, "--epochs", "400", "--val_interval", "1000", "--min_scale", "0.9"))
+    finally:
+        train_clip.save = original
+    return folder, kept[-1].eval()
+
+
+def pictures(world):
+    return [Image.open(path).convert("RGB") for path in sorted((world / "images").iterdir())]
+
+
+def test_it_learns_to_tell_colours_and_sides_apart(trained):
+    metrics = json.loads((trained[0] / "metrics.json").read_text(encoding="utf-8"))
+    (figures,) = metrics["retrieval"].values()
+    for way in ("image_to_text", "text_to_image"):
+        assert figures[f"{way}_recall@1"] >= 75  # chance is 12.5; colours alone, without sides, give 50
+        assert figures[f"{way}_recall@5"] == 100
+    assert metrics["steps"] == 400
+    assert metrics["command"].startswith("python -m scripts.train_clip --data_path")
+    assert metrics["seconds"] >= 0
+
+
+def test_the_folder_gives_the_vlm_the_features_of_the_trained_model(trained, world):
+    folder, model = trained
+    tower, processor = MiniMindVLM.get_vision_model(folder)
+    pixels = processor(pictures(world))["pixel_values"]
+    assert pixels.shape == (8, 3, 32, 32)
+    features = MiniMindVLM.get_image_embeddings(pixels, tower)
+    assert features.shape == (8, 4, 64)  # (32 / 16)² patches
+    with torch.no_grad():
+        expected = model.vision_model(pixel_values=pixels).last_hidden_state[:, 1:]
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
+    assert (features[0] - features[1]).abs().max() > 0.1
+
+
+def test_the_whole_clip_loads_and_scores_like_the_trained_model(trained, world):
+    folder, model = trained
+    loaded, info = CLIPModel.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    ids = train_clip.encode_captions(load_tokenizer(world / "tokenizer"), ["There is red on the left.", "green"], 24)
+    pixels = ImageProcessor.from_pretrained(folder)(pictures(world))["pixel_values"]
+    with torch.no_grad():
+        scores = loaded.eval()(input_ids=ids, pixel_values=pixels).logits_per_image
+        expected = model(input_ids=ids, pixel_values=pixels).logits_per_image
+        ours = train_clip.encode_pictures(model, pixels)[0][0] @ train_clip.encode_texts(model, ids).T
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours * model.logit_scale.exp(), expected, rtol=0, atol=1e-4)
+
+
+def test_the_folder_has_the_classic_names(trained):
+    folder, _ = trained
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "metrics.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["model_type"] == "clip"
+    assert (config["vision_config"]["image_size"], config["vision_config"]["patch_size"]) == (32, 16)
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        keys = set(weights.keys())
+    assert {
+        "logit_scale",
+        "visual_projection.weight",
+        "text_projection.weight",
+        "vision_model.embeddings.class_embedding",
+        "vision_model.pre_layrnorm.weight",
+        "vision_model.encoder.layers.1.self_attn.q_proj.weight",
+        "vision_model.post_layernorm.weight",
+        "text_model.embeddings.token_embedding.weight",
+        "text_model.final_layer_norm.weight",
+    } <= keys
+    prefixes = ("vision_model.", "text_model.", "logit_scale", "visual_projection.", "text_projection.")
+    assert all(key.startswith(prefixes) for key in keys)
+
+
+def test_captions_are_pooled_at_their_end_and_not_at_the_largest_id(trained, world):
+    folder, model = trained
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["text_config"]
+    assert config["eos_token_id"] == train_clip.END_OF_CAPTION == 0
+    tokenizer = load_tokenizer(world / "tokenizer")
+    ids = train_clip.encode_captions(tokenizer, ["The red part is on the left."], 24)
+    length = int((ids != 0).sum())
+    with torch.no_grad():
+        out = model.text_model(input_ids=ids)
+        torch.testing.assert_close(out.pooler_output[0], out.last_hidden_state[0, length])
+        padding = model.text_model(input_ids=ids[:, : length + 1]).pooler_output
+        torch.testing.assert_close(out.pooler_output, padding, rtol=0, atol=1e-5)
+        other = ids.clone()
+        other[0, length - 1] = 40  # another last word: pooling at the largest id might never see it
+        assert (model.text_model(input_ids=other).pooler_output - out.pooler_output).abs().max() > 1e-3
+
+
+def test_captions_too_long_are_cut_but_keep_their_end(world):
+    tokenizer = load_tokenizer(world / "tokenizer")
+    ids = train_clip.encode_captions(tokenizer, ["red " * 50, "", "<|endoftext|> red"], 8)
+    assert ids.shape == (3, 8)
+    assert ids[0, -1] == 0 and (ids[0, :-1] != 0).all()
+    assert (ids[1] == 0).all()
+    assert ids[2, 0] != 0  # the words of a special token do not end a caption
+
+
+def test_vision_only_saves_the_same_tower_and_nothing_else(trained, world, tmp_path):
+    folder, model = trained
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    train_clip.save(model, config, ImageProcessor.from_pretrained(folder), tmp_path, True, {})
+    with safe_open(tmp_path / "model.safetensors", "pt") as weights:
+        assert all(key.startswith("vision_model.") for key in weights.keys())  # noqa: SIM118 safe_open has no __iter__
+    whole, part = (MiniMindVLM.get_vision_model(each)[0].state_dict() for each in (folder, tmp_path))
+    assert whole.keys() == part.keys()
+    assert all(torch.equal(whole[key], part[key]) for key in whole)
+
+
+def test_the_last_layer_gives_the_patches_a_gradient(trained, world):
+    _, model = trained
+    pixels = ImageProcessor(32, (32, 32))(pictures(world))["pixel_values"]
+    vision = model.vision_model
+    for half, expected in ((0, False), (1, True)):
+        seen = []
+        hook = vision.encoder.layers[-1].mlp.register_full_backward_hook(lambda _, __, grad: seen.append(grad[0]))  # noqa: B023
+        train_clip.encode_pictures(model, pixels)[0][half].sum().backward()
+        hook.remove()
+        assert bool(seen[0][:, 1:].abs().max() > 0) is expected
+
+
+def test_masking_leaves_out_patches_and_never_the_class_token(trained, world, monkeypatch):
+    _, model = trained
+    pixels = ImageProcessor(32, (32, 32))(pictures(world))["pixel_values"]
+    lengths = []
+    hook = model.vision_model.encoder.register_forward_hook(
+        lambda module, given, kwargs, out: lengths.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    whole, masked = (train_clip.encode_pictures(model, pixels, ratio)[0] for ratio in (0.0, 0.5))
+    hook.remove()
+    assert [h.shape[1] for h in lengths] == [5, 3]
+    assert torch.equal(lengths[0][:, 0], lengths[1][:, 0])
+    assert whole.shape == masked.shape == (2, 8, 32)
+
+
+def test_pictures_with_the_same_words_are_not_told_apart():
+    unit, ids = torch.eye(4), torch.tensor([[5, 0], [6, 0], [7, 0], [8, 0]])
+    loss, found = train_clip.contrastive_loss(unit, unit, ids, 10.0)
+    assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(10 * unit, torch.arange(4)).item())
+    assert found == 1
+    twins, ids[1] = unit[[0, 0, 2, 3]], ids[0]
+    loss, found = train_clip.contrastive_loss(twins, twins, ids, 50.0)
+    assert loss.item() == pytest.approx(math.log(2) / 2)  # two of four rows share their probability, rightly
+    assert found == 1
+
+
+def test_the_words_loss_wants_every_telling_word_of_all_captions_and_no_other():
+    captions = (torch.tensor([[5, 6, 0], [5, 7, 0]]), torch.tensor([[5, 8, 0]]))
+    telling = train_clip.weigh_words(captions, 10)
+    assert telling[5] == telling[0] == 0  # in every picture; the end of a caption
+    assert telling[6] == telling[7] == telling[8] == pytest.approx(math.log(2))
+    logits = torch.zeros(2, 10, requires_grad=True)
+    train_clip.words_loss(logits, captions, telling).backward()
+    assert (logits.grad < 0).nonzero().tolist() == [[0, 6], [0, 7], [1, 8]]
+    same = (captions[0], captions[0])  # nothing tells them apart: no loss, and above all no NaN
+    assert train_clip.words_loss(logits, same, train_clip.weigh_words(same, 10)) == 0
+
+
+def test_an_encoder_that_sees_no_difference_finds_nothing(trained, world):
+    ids = train_clip.encode_captions(load_tokenizer(world / "tokenizer"), ["red"] * 8, 24)
+    blind = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+    figures = train_clip.retrieval(trained[1], ImageProcessor(32), blind, ids.split(1), torch.device("cpu"))
+    trained[1].eval()
+    assert set(figures.values()) == {0.0}
+
+
+def test_with_several_captions_a_picture_has_found_its_way_with_any(monkeypatch):
+    """Hand-made scores: picture 0 finds its second caption first; picture 1 finds a wrong one first."""
+    pictures = torch.eye(2)
+    texts = torch.tensor([[0.1, 0.9], [1.0, 0.0], [0.9, 0.8]])
+    monkeypatch.setattr(train_clip, "encode_pictures", lambda model, pixels: (pictures[None], None))
+    monkeypatch.setattr(train_clip, "encode_texts", lambda model, ids: texts)
+    blank = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    captions = (torch.zeros(2, 4), torch.zeros(1, 4))
+    figures = train_clip.retrieval(torch.nn.Identity(), ImageProcessor(32), blank, captions, torch.device("cpu"))
+    assert figures["image_to_text_recall@1"] == 50
+    assert figures["text_to_image_recall@1"] == pytest.approx(33.33)
+    assert figures["image_to_text_recall@5"] == figures["text_to_image_recall@5"] == 100
+
+
+def test_augmentation_of_the_whole_window_without_flip_keeps_left_and_right():
+    torch.manual_seed(0)
+    half = torch.zeros(16, 3, 32, 32)
+    half[..., :16] = 1
+    for flip, expected in ((False, {True}), (True, {True, False})):
+        out = train_clip.augment(half, 0.9, flip)
+        assert out.shape == half.shape
+        assert set((out[..., 4].mean((1, 2)) > out[..., 28].mean((1, 2))).tolist()) == expected
+
+
+def test_without_a_cache_the_pictures_are_the_same(world, capsys):
+    names = [path.name for path in sorted((world / "images").iterdir())]
+    processor = ImageProcessor(32, (32, 32))
+    kept = train_clip.Pictures(world / "images", names, processor, cache_gb=1.0)
+    read = train_clip.Pictures(world / "images", names, processor, cache_gb=0.0)
+    assert "decoded on every use" in capsys.readouterr().out
+    chosen = torch.tensor([3, 0, 5])
+    assert kept[chosen].dtype == torch.uint8
+    assert torch.equal(kept[chosen], read[chosen])
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_one_others(world, tmp_path):
+    for name, seed in (("one", "1"), ("again", "1"), ("two", "2")):
+        train_clip.main(flags(world, tmp_path / name, "--epochs", "2", "--seed", seed, "--mask_ratio", "0.5"))
+    one, again, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "again", "two"))
+    assert one == again
+    assert one != two
+
+
+def test_max_minutes_stops_and_saves(world, tmp_path):
+    train_clip.main(flags(world, tmp_path / "clip", "--max_minutes", "0.01", "--vision_only", "--flip"))
+    MiniMindVLM.get_vision_model(tmp_path / "clip")
+    assert json.loads((tmp_path / "clip" / "metrics.json").read_text(encoding="utf-8"))["steps"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--image_size", "30"], "--image_size 30 is no multiple of --patch_size 16"),
+        (["--hidden_size", "200"], "--hidden_size 200 .* multiple of 64"),
+        (["--batch_size", "1"], "--batch_size 1"),
+        (["--batch_size", "9"], "--batch_size 9: there are 8 pictures"),
+        (["--mask_ratio", "1"], "--mask_ratio 1"),
+        (["--min_scale", "0"], "--min_scale 0"),
+        (["--max_text_len", "1"], "--max_text_len 1"),
+        (["--device", "quantum"], "--device quantum"),
+        (["--data_path", "nowhere.jsonl"], "--data_path nowhere.jsonl: no such file"),
+        (["--val_path", "nowhere.jsonl"], "--val_path nowhere.jsonl: no such file"),
+        (["--images_path", "nowhere"], "--images_path nowhere"),
+        (["--tokenizer_path", "nowhere"], "--tokenizer_path nowhere"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_trained(world, tmp_path, change, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train_clip.main([*flags(world, tmp_path / "clip"), *change])
+    assert not (tmp_path / "clip").exists()
+
+
+@pytest.mark.parametrize("change", [["--epochs", "0"], ["--max_minutes", "-1"], ["--images_path", "nowhere"]])
+def test_a_typo_on_the_command_line_is_one_message_and_no_traceback(world, tmp_path, capsys, change):
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda: train_clip.main([*flags(world, tmp_path / "clip"), *change]))
+    assert stop.value.code == 2
+    told = capsys.readouterr().err
+    assert change[0] in told and "Traceback" not in told
+
+
+def test_a_missing_and_a_broken_picture_are_named(world, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [("red_left.png", "red"), ("gone.png", "gone")])
+    rows = ["--data_path", str(tmp_path / "rows.jsonl")]
+    with pytest.raises(FileNotFoundError, match="--images_path .*1 of 2 pictures .* first gone.png"):
+        train_clip.main([*flags(world, tmp_path / "clip"), *rows])
+    (tmp_path / "gone.png").write_bytes(b"no picture")
+    Image.new("RGB", (40, 40)).save(tmp_path / "red_left.png")
+    with pytest.raises(ValueError, match="--images_path: .*gone.png cannot be read"):
+        train_clip.main([*flags(world, tmp_path / "clip"), *rows, "--images_path", str(tmp_path)])
+
+
+def test_rows_without_exactly_one_picture_are_counted_and_left_out(tmp_path, capsys):
+    write_rows(tmp_path / "rows.jsonl", [("a.png", "one"), ("a.png, b.png", "two"), ("", "none"), ("a.png", "three")])
+    assert train_clip.read_captions([tmp_path / "rows.jsonl"], "--data_path") == {"a.png": ["one", "three"]}
+    assert "2 rows without exactly one picture and an answer left out" in capsys.readouterr().out
+
+
+def test_an_encoder_that_weights_may_depend_on_is_not_overwritten(trained, world):
+    with pytest.raises(ValueError, match="--out_dir .* holds an encoder already"):
+        train_clip.main(flags(world, trained[0]))
