@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import turn, write_rows
+from tests.conftest import turn, write_rows
 from PIL import Image
 from torch.utils.data import DataLoader
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import turn, write_rows
+from tests.conftest import turn, write_rows
 from transformers import CLIPModel
 
 from model.model_vlm import MiniMindVLM, VLMConfig

@@ -105,15 +105,17 @@ def read_metrics(path) -> list[dict]:
 
 
 def start_tracker(args, run: str):
-    """wandb, trackio (same calls, local, no account) or None. Raises ValueError if it is not installed."""
+    """wandb, trackio (same calls, local, no account) or None. Raises ValueError if it is not installed or ready."""
     name = "wandb" if args.use_wandb else args.tracker
     if name == "none":
         return None
     try:
         tracker = __import__(name)
+        tracker.init(project=args.wandb_project, name=run, config={key: str(x) for key, x in vars(args).items()})
     except ImportError:
         raise ValueError(f"--tracker {name}: not installed. Type: pip install {name}") from None
-    tracker.init(project=args.wandb_project, name=run, config={key: str(value) for key, value in vars(args).items()})
+    except Exception as error:  # wandb has a dozen kinds, for a missing login first of all
+        raise ValueError(f"--tracker {name}: {error}") from None
     return tracker
 
 
