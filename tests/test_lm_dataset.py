@@ -6,12 +6,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from tests.conftest import turn, write_rows
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from dataset.lm_dataset import KINDS, StepSampler, VLMDataset, collate
 from model.processing import IGNORE, ImageProcessor
+from tests.conftest import turn, write_rows
 
 P = 16  # placeholders of a picture in the tests' world
 AT = 34

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import turn, write_rows
 from transformers import CLIPModel
 
 from model.model_vlm import MiniMindVLM, VLMConfig
 from scripts import train_tokenizer
+from tests.conftest import turn, write_rows
 from train_sft_vlm import parse_args
 from trainer.weights import (
     build_model,
