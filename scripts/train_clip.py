@@ -29,10 +29,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel
 
@@ -254,7 +254,8 @@ def save(model, config: dict, processor: ImageProcessor, folder: Path, vision_on
     preprocessor = {"feature_extractor_type": "CLIPFeatureExtractor", "size": edge, "crop_size": edge, "resample": 3}
     preprocessor |= dict.fromkeys(("do_resize", "do_center_crop", "do_normalize"), True)
     preprocessor |= {"image_mean": processor.image_mean, "image_std": processor.image_std}
-    save_file(state, folder / "model.safetensors.tmp", metadata={"format": "pt"})
+    # Not save_file, whose file nobody but its owner may read.
+    (folder / "model.safetensors.tmp").write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
     for name, content in {"config": config, "preprocessor_config": preprocessor, "metrics": metrics}.items():
         (folder / f"{name}.json.tmp").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for beside in folder.glob("*.tmp"):

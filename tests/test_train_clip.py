@@ -123,6 +123,7 @@ def test_the_folder_has_the_classic_names(trained):
         "model.safetensors",
         "preprocessor_config.json",
     ]
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # the weights as readable as the rest
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["model_type"] == "clip"
     assert (config["vision_config"]["image_size"], config["vision_config"]["patch_size"]) == (32, 16)
