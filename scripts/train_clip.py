@@ -13,8 +13,9 @@ what `--vision_model_path` of the other scripts takes, in the layout of any CLIP
     caption ── causal transformer ─ end ─ text_projection ──┘                         diagonal is right
                     └─ mean of patches ─ the words of all its captions
 
-A language model reads the patches, so two losses are on their mean: a class token alone would leave them without any
-gradient in the last layer. CLIP's own output, the class token's, is trained beside them and is what retrieval measures.
+A language model reads the patches, so half of the contrastive loss is on their mean: a class token alone would leave
+them without any gradient in the last layer. On few pictures `--words_weight` adds a loss on naming the captions' words.
+CLIP's own output, the class token's, is trained beside them and is what retrieval measures.
 
 Shapes: B batch, T tokens, P patches, V width of the ViT, E of the shared space.
 """
@@ -289,7 +290,7 @@ def parse_args(argv):
     add("--weight_decay", type=float, default=0.1, help="AdamW's, for matrices; norms and biases have none")
     add("--warmup_iters", type=not_negative, default=100, help="steps of linear warmup")
     add("--patch_weight", type=float, default=0.5, help="share of the patches' mean in the contrastive loss, 0 to 1")
-    add("--words_weight", type=float, default=1.0, help="weight of the loss on words; 0: contrastive only")
+    add("--words_weight", type=float, default=0.0, help="weight of the loss on words; 0: contrastive only")
     add("--mask_ratio", type=float, default=0.0, help="share of the patches left out in training, 0 to below 1")
     add("--min_scale", type=float, default=0.4, help="smallest random window, share of the area; 1: the whole picture")
     add("--flip", action="store_true", help="mirror half of the pictures; teaches that left and right are the same")
@@ -381,7 +382,7 @@ def main(argv=None):
             class_loss, found = contrastive_loss(by_class, read, texts, scale)
             patch_loss, _ = contrastive_loss(by_patches, read, texts, scale)
             contrastive = (1 - args.patch_weight) * class_loss + args.patch_weight * patch_loss
-            naming = words_loss(named.float(), own, telling)
+            naming = words_loss(named.float(), own, telling) if args.words_weight else torch.zeros(())
             loss = contrastive + args.words_weight * naming
 
             optimizer.zero_grad()
