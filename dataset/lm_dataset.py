@@ -22,11 +22,11 @@ from PIL import Image
 
 from model.processing import IGNORE, IMAGE_TAG, encode_chat
 
-FORMAT = 1  # raise it when `check_line` changes what it finds: results are cached on disk
+FORMAT = 2  # raise it when `check_line` changes what it finds: results are cached on disk
 KINDS = {
     "json": "not valid JSON",
     "key": "missing or malformed key",
-    "role": "unknown role or turns out of order",
+    "role": "no chat: unknown role, turns out of order, placeholders typed as text",
     "answer": "no assistant turn",
     "count": "wrong number of <image>",
     "missing": "picture file missing",

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import CLIPVisionModel
 from transformers.utils import logging
 
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindOutput
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindOutput, as_cache
 from model.processing import ImageProcessor, vision_config
 
 DEFAULT_VISION_MODEL = "./model/vision_model/clip-vit-base-patch16"
@@ -61,7 +61,8 @@ class VisionProj(nn.Module):
         self.vision_proj = nn.Sequential(nn.Linear(ve_hidden_size, hidden_size))
 
     def forward(self, image_encoders):
-        return self.vision_proj(image_encoders)  # (..., V) → (..., D)
+        dtype = self.vision_proj[0].weight.dtype  # half in a half model, whose encoder stays in fp32
+        return self.vision_proj(image_encoders.to(dtype))  # (..., V) → (..., D)
 
 
 @contextmanager
@@ -112,11 +113,14 @@ class MiniMindVLM(MiniMindForCausalLM):
         Raises FileNotFoundError if the folder is no CLIP folder, ValueError if its weights do not fill the tower.
         """
         vision_config(path)
+        if not [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]:
+            raise FileNotFoundError(f"--vision_model_path {path}: no model.safetensors or pytorch_model.bin there")
         with quiet_transformers():
             try:
                 model, info = CLIPVisionModel.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
-            except OSError as error:
-                raise FileNotFoundError(f"--vision_model_path {path}: {str(error).splitlines()[0]}") from None
+            except Exception as error:  # safetensors, zip files and pickles each break in their own way
+                reason = str(error).splitlines()[0]
+                raise ValueError(f"{path}: the weights cannot be read, download them anew ({reason})") from None
         unfilled = [*info["missing_keys"], *info["mismatched_keys"]]
         unfilled = [key for key in unfilled if "position_ids" not in str(key)]
         if unfilled:
@@ -188,31 +192,28 @@ class MiniMindVLM(MiniMindForCausalLM):
         """
         mask = self.find_pictures(tokens)
         if not torch.compiler.is_compiling():  # a look from the host, which a compiled graph cannot take
-            self.check_pictures(mask, vision_tensors)
+            self.check_pictures(mask, (0,) if vision_tensors is None else vision_tensors.shape[:-2])
         if vision_tensors is not None:
             features = self.vision_proj(vision_tensors)
             h = h.masked_scatter(mask[..., None], features.type_as(h))  # row by row, as the pictures come
         return h[:, :seqlen]
 
-    def check_pictures(self, mask, vision_tensors) -> None:
-        """ValueError unless there are as many pictures as the placeholders in `mask` (B, T) call for, in every row."""
+    def check_pictures(self, mask, given) -> None:
+        """ValueError unless the placeholders in `mask` (B, T) call for the pictures given: (N,) of all, or (B, N)."""
         P = len(self.config.image_ids)
         asked = (mask.sum(dim=1) // P).tolist()
-        if vision_tensors is not None and vision_tensors.ndim == 4:
-            given = [vision_tensors.shape[1]] * vision_tensors.shape[0]
-            if len(given) != len(asked):
-                raise ValueError(f"pixel_values has {len(given)} rows, input_ids {len(asked)}")
-            for row, (want, have) in enumerate(zip(asked, given)):
-                if want != have:
-                    raise ValueError(f"row {row} has placeholders for {want} pictures, pixel_values holds {have}")
-        else:
-            have = 0 if vision_tensors is None else vision_tensors.shape[0]
-            if sum(asked) != have:
-                rows = ", ".join(f"row {row}: {want}" for row, want in enumerate(asked) if want) or "no row has any"
-                raise ValueError(
-                    f"input_ids has placeholders for {sum(asked)} pictures of {P} each ({rows}), pixel_values "
-                    f"holds {have}"
-                )
+        if len(given) > 1:
+            if given[0] != len(asked):
+                raise ValueError(f"pixel_values has {given[0]} rows, input_ids {len(asked)}")
+            for row, want in enumerate(asked):
+                if want != given[1]:
+                    raise ValueError(f"row {row} has placeholders for {want} pictures, pixel_values holds {given[1]}")
+        elif sum(asked) != given[0]:
+            rows = ", ".join(f"row {row}: {want}" for row, want in enumerate(asked) if want) or "no row has any"
+            raise ValueError(
+                f"input_ids has placeholders for {sum(asked)} pictures of {P} each ({rows}), pixel_values "
+                f"holds {given[0]}"
+            )
 
     def forward(
         self,
@@ -232,17 +233,23 @@ class MiniMindVLM(MiniMindForCausalLM):
             extra axis of 1 after N; or, when rows have different numbers of pictures, all of them in reading order,
             (sum of N, 3, H, W). Pictures are encoded in the call whose tokens hold them and live on in the cache.
         """
+        T, features = input_ids.shape[1], None
         h = self.model.embed_tokens(input_ids)  # (B, T, D)
-        if input_ids.shape[1] >= len(self.config.image_ids):  # shorter: the next token of a text, no room for a picture
-            h = self.count_vision_proj(input_ids, h, self.encode_pictures(pixel_values), input_ids.shape[1])
-        if pixel_values is None and self.training:
+        past_key_values = as_cache(past_key_values)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        first = isinstance(past, int) and past == 0  # a static cache in use has a tensor
+        # Later calls too short for a picture are the next token of a text, whose pictures are in the cache.
+        if first or len(self.config.image_ids) <= T:
+            features = self.encode_pictures(pixel_values)
+            h = self.count_vision_proj(input_ids, h, features, T)
+        if features is None and self.training:
             # Rows without a picture still give the projector a gradient, of zero: all ranks must agree on who has one.
             h = h + 0.0 * sum(weight.sum() for weight in self.vision_proj.parameters())
         return self.decode(h, attention_mask, past_key_values, use_cache, logits_to_keep, labels, **args)
 
     def encode_pictures(self, pixel_values):
         """pixel_values as in `forward` → features (N, P, V), or (B, N, P, V) where each row has its own axis."""
-        if pixel_values is None:
+        if pixel_values is None or pixel_values.numel() == 0:
             return None
         if self.vision_encoder is None:
             raise ValueError("this model was built without a vision encoder: give vision_model_path to use pictures")
@@ -253,14 +260,14 @@ class MiniMindVLM(MiniMindForCausalLM):
         return features if pixel_values.ndim == 4 else features.view(*pixel_values.shape[:2], *features.shape[1:])
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        # Beams repeat rows. Pictures in reading order must then be repeated row by row, not one by one.
-        pictures = model_kwargs.get("pixel_values")
-        flat = pictures is not None and pictures.ndim == 4
-        if flat:
-            per_row = (self.find_pictures(input_ids).sum(dim=1) // len(self.config.image_ids)).tolist()
-            pictures = torch.cat([own for own in pictures.split(per_row) for _ in range(expand_size)])
-            model_kwargs.pop("pixel_values")
+        # Beams repeat rows. The pictures of a row, however many, must be repeated with it.
+        pictures = model_kwargs.pop("pixel_values", None)
+        if expand_size > 1 and pictures is not None:
+            mask = self.find_pictures(input_ids)
+            self.check_pictures(mask, pictures.shape[:-3])
+            rows = pictures.flatten(0, -4).split((mask.sum(dim=1) // len(self.config.image_ids)).tolist())
+            pictures = torch.cat([row for row in rows for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
-        return input_ids, model_kwargs | ({"pixel_values": pictures} if flat else {})
+        return input_ids, model_kwargs | {"pixel_values": pictures}

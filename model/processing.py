@@ -6,6 +6,7 @@ Shapes: N pictures, H and W of a picture, P placeholders (patches) of a picture.
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +35,14 @@ def read_json(path) -> dict:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture upright (EXIF orientation applied) and in RGB; 16-bit greys scaled to 8 bits, not clipped."""
+    """Any picture upright (EXIF orientation applied) and in RGB, as people see it: what is transparent on white, 16-bit
+    greys scaled to 8 bits, not clipped."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # convert() would clip everything above 255 to white
         image = Image.fromarray((np.asarray(image) * (255 / 65535)).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:  # convert() would show what stands below, often black
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
@@ -71,15 +76,16 @@ class ImageProcessor:
         config = read_json(path)
 
         def pair(value):
-            return (value, value) if isinstance(value, int) else (value["height"], value["width"])
+            return (value["height"], value["width"]) if isinstance(value, dict) else (value, value)
 
         size = config.get("size", 224)
         if isinstance(size, dict):
             size = size["shortest_edge"] if "shortest_edge" in size else pair(size)
+        whole = size if isinstance(size, tuple) else pair(size)
         default = cls()
         return cls(
             size,
-            pair(config.get("crop_size", size)) if config.get("do_center_crop", True) else pair(size),
+            pair(config["crop_size"]) if "crop_size" in config and config.get("do_center_crop", True) else whole,
             config.get("resample", default.resample),
             config.get("image_mean", default.image_mean),
             config.get("image_std", default.image_std),
@@ -91,6 +97,11 @@ class ImageProcessor:
         width, height = image.size
         if isinstance(self.size, int):
             short, long = sorted((width, height))
+            if long > 100 * short:  # a line: scaled whole it could take gigabytes, and the crop leaves only its middle
+                left, top = (max(edge - 100 * short, 0) // 2 for edge in (width, height))
+                image = image.crop((left, top, width - left, height - top))
+                width, height = image.size
+                short, long = sorted((width, height))
             scaled = int(self.size * long / short)
             width, height = (self.size, scaled) if width <= height else (scaled, self.size)
         else:
@@ -133,8 +144,8 @@ def vision_config(folder) -> dict:
 def load_tokenizer(path, placeholders: str = "@" * 196):
     """The tokenizer of a folder, checked against what the model relies on.
 
-    Raises FileNotFoundError without tokenizer.json, ValueError when the chat tokens are missing or the placeholder
-    run of a picture does not come out as single tokens, all the same.
+    Raises FileNotFoundError without tokenizer.json, ValueError when the chat tokens are missing or the placeholders
+    of a picture would not always come out as single tokens, all the same.
     """
     path = Path(path)
     if not (path / "tokenizer.json").exists():
@@ -147,11 +158,12 @@ def load_tokenizer(path, placeholders: str = "@" * 196):
         if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
             raise ValueError(f"{path / 'tokenizer.json'} has no {token} token, which marks the turns of a chat")
     ids = tokenizer(placeholders, add_special_tokens=False)["input_ids"]
-    if len(ids) != len(placeholders) or len(set(ids)) > 1:
+    merged = [token for token in tokenizer.get_vocab() if placeholders[0] in token and token != placeholders[0]]
+    if merged or len(ids) != len(placeholders) or len(set(ids)) > 1:
         raise ValueError(
             f"{path / 'tokenizer.json'}: the {len(placeholders)} placeholders of a picture ({placeholders[:4]}...) "
-            f"come out as {len(ids)} tokens, {len(set(ids))} kinds. It merges {placeholders[0]!r}, so it does not "
-            "belong to this model; take the one that came with the weights"
+            f"come out as {len(ids)} tokens, {len(set(ids))} kinds. It merges {placeholders[0]!r} ({merged[:3]}), so "
+            "it does not belong to this model; take the one that came with the weights"
         )
     return tokenizer
 
@@ -167,9 +179,10 @@ def encode_chat(tokenizer, conversations: list[dict], placeholders: str) -> list
     Args:
         conversations: [{"role": "system" | "user" | "assistant", "content": str}, ...], `<image>` in user turns.
         placeholders: the text that takes the place of each `<image>`, P characters.
-    Raises ValueError for an unknown role or turns out of order.
+    Raises ValueError for an unknown role, turns out of order, or placeholders typed as text.
     """
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    run = re.compile(f"{re.escape(placeholders[0])}{{{len(placeholders)},}}")  # what the model takes for pictures
 
     backend = tokenizer.backend_tokenizer  # a third of the time of tokenizer(...), whose every call sets these anew
     backend.no_truncation()
@@ -191,13 +204,19 @@ def encode_chat(tokenizer, conversations: list[dict], placeholders: str) -> list
             raise ValueError(f"unknown role {role!r}, expected system, user or assistant")
         if last not in MAY_FOLLOW[role]:
             raise ValueError(f"turn order: {role} after {last}; expected user, assistant, user, assistant, ...")
+        tags = content.count(IMAGE_TAG) if role == "user" else 0
+        if tags:
+            content = content.replace(IMAGE_TAG, placeholders)
+        if sum(len(found) // len(placeholders) for found in run.findall(content)) != tags:
+            raise ValueError(
+                f"{role}: the text has {len(placeholders)} or more {placeholders[0]!r} in a row, which the model would "
+                f"take for a picture. Shorten the run; pictures are written {IMAGE_TAG}"
+            )
         if role == "assistant":
             pieces += [(prompt, False, pictures), ([*text(content), end], True, 0)]
             prompt, pictures = [*newline], 0
         else:
-            if role == "user":
-                pictures += content.count(IMAGE_TAG)
-                content = content.replace(IMAGE_TAG, placeholders)
+            pictures += tags
             prompt = [*prompt, start, *text(f"{role}\n{content}"), end, *newline]
             if role == "user":
                 prompt += [start, *text("assistant\n")]

@@ -259,6 +259,15 @@ def test_the_auxiliary_loss_of_a_padded_batch_is_the_mean_of_its_rows(side):
     assert alone.min() > 0
 
 
+def test_the_auxiliary_losses_of_all_layers_are_added():
+    model, layers = decoder(use_moe=True).train(), []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda _, args, out: layers.append(out[1]))
+    aux_loss = model(tokens(2, 8)).aux_loss
+    assert len(layers) == 2 and min(layers) > 0
+    torch.testing.assert_close(aux_loss, sum(layers))
+
+
 def test_the_auxiliary_loss_is_a_zero_tensor_when_dense_or_not_training():
     ids = tokens(2, 8)
     for model in (decoder().train(), decoder(use_moe=True).eval(), decoder(use_moe=True, aux_loss_alpha=0.0).train()):
