@@ -100,7 +100,7 @@ def test_the_chat_template_gives_the_ids_that_training_sees(folder, answer, syst
         {"role": "user", "content": " \n and now ?"},
     ]
     for conversation in (turns, turns[:-1], turns[:-2], [*turns, {"role": "assistant", "content": answer}]):
-        pieces = encode_chat(tokenizer, conversation, "@" * 4)
+        pieces = encode_chat(tokenizer, conversation, "@" * 196)
         expected = [token for ids, _, _ in pieces for token in ids]
         assert tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False) == expected
 
