@@ -40,6 +40,7 @@ MAX_BROKEN = 0.01  # share of rows with broken pictures that --on_bad_row skip p
 
 def load_data(args, model: MiniMindVLM, tokenizer, paths, images_path) -> VLMDataset:
     """A checked data set; prints what was left out and shortened."""
+    say(f"checking {', '.join(map(str, paths))} ...")  # minutes for a million rows, the first time
     with main_first():
         data = VLMDataset(
             paths,
@@ -50,7 +51,7 @@ def load_data(args, model: MiniMindVLM, tokenizer, paths, images_path) -> VLMDat
             model.config.image_special_token,
             args.on_bad_row,
         )
-    say(f"{', '.join(map(str, data.files))}: {len(data):,} rows, {int(data.lengths.mean())} tokens on average")
+    say(f"  {len(data):,} rows, {int(data.lengths.mean())} tokens on average")
     if data.shortened:
         say(f"  {data.shortened:,} rows lose the end of their answers to --max_seq_len {args.max_seq_len}")
     if data.bad:
@@ -78,9 +79,14 @@ def make_loader(data: VLMDataset, sampler: StepSampler, args, device, tokenizer)
     )
 
 
-def to_device(batch: dict, device: torch.device) -> dict:
-    """The tensors that the model takes, on its device."""
-    keys = ("input_ids", "attention_mask", "pixel_values", "labels")
+def to_device(batch: dict, model: MiniMindVLM) -> dict:
+    """The tensors that the model takes, on its device.
+
+    Padding is on the right, where causal attention does not see it: a dense model needs no mask, and attention without
+    one is faster. Experts need it, to leave padding out of their balance.
+    """
+    keys = ("input_ids", "pixel_values", "labels") + (("attention_mask",) if model.config.use_moe else ())
+    device = model.device
     return {key: batch[key].to(device, non_blocking=True) if batch[key] is not None else None for key in keys}
 
 
@@ -160,7 +166,10 @@ def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: V
     refuse_other_architecture(path, model.config)
     about = describe(model, args, stage=stage, data=list(map(str, args.data_path)), seed=args.seed)
     checkpoint = Checkpoint(path, args, about, len(data))
-    state = checkpoint.load(model, optimizer, scaler) if args.from_resume else State()
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
+    state = checkpoint.load(model, optimizer, scaler) if args.from_resume or restarted else State()
+    if len({other.step for other in gather(state)}) > 1:
+        raise ValueError("--from_resume: the ranks find different checkpoints; --out_dir must be one that all see")
 
     accumulation = fit_accumulation(args, state)
     sampler = StepSampler(data.lengths, args.batch_size, accumulation, args.seed, rank(), world_size())
@@ -178,9 +187,22 @@ def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: V
     metrics = checkpoint.path.with_suffix(".metrics.jsonl")
     with contextlib.closing(Progress(metrics, args, total_steps, state.step)) as progress, StopSignal() as stop:
         yield Run(
-            args, model, forward, optimizer, scaler, data, sampler, loader, val_loader, checkpoint, state, progress,
-            stop, device, dtype,
-        )  # fmt: skip
+            args=args,
+            model=model,
+            forward=forward,
+            optimizer=optimizer,
+            scaler=scaler,
+            data=data,
+            sampler=sampler,
+            loader=loader,
+            val_loader=val_loader,
+            checkpoint=checkpoint,
+            state=state,
+            progress=progress,
+            stop=stop,
+            device=device,
+            dtype=dtype,
+        )
     say(f"{checkpoint.path}: {state.step} steps done. Beside it: its JSON, metrics and loss curve")
 
 
@@ -194,7 +216,7 @@ def validate(model: MiniMindVLM, loader: DataLoader, device, dtype) -> float:
         for message in batch["broken"]:
             print(f"left out of the validation: {message}", flush=True)
         with autocast(device, dtype):
-            out = model(**to_device(batch, device), num_items_in_batch=1, return_logits=False)
+            out = model(**to_device(batch, model), num_items_in_batch=1, return_logits=False)
         total, tokens = total + out.loss.item(), tokens + count_labels(batch)
     model.train(was_training)
     total, tokens = all_sum(total, tokens)
@@ -253,24 +275,22 @@ def train_step(run: Run, step: list[dict], labels: float, rows: float) -> tuple[
     optimizer.zero_grad(set_to_none=True)
     losses, aux_losses = [], []
     for i, batch in enumerate(step):
-        # DistributedDataParallel averages gradients over ranks, hence the factors world_size().
         last = i == len(step) - 1 or world_size() == 1
         with contextlib.nullcontext() if last else run.forward.no_sync(), autocast(run.device, run.dtype):
-            out = run.forward(
-                **to_device(batch, run.device), num_items_in_batch=max(labels, 1) / world_size(), return_logits=False
-            )
-            aux_loss = out.aux_loss * (len(batch["rows"]) / max(rows, 1) * world_size())
-            scaler.scale(out.loss + aux_loss).backward()
+            out = run.forward(**to_device(batch, run.model), num_items_in_batch=max(labels, 1), return_logits=False)
+            aux_loss = out.aux_loss * (len(batch["rows"]) / max(rows, 1))  # both: this batch's share of the step
+            # DistributedDataParallel averages gradients over ranks; a step wants their sum.
+            scaler.scale((out.loss + aux_loss) * world_size()).backward()
         losses.append(out.loss.detach())
         aux_losses.append(aux_loss.detach())
     scaler.unscale_(optimizer)
     learning = [weight for group in optimizer.param_groups for weight in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(learning, args.grad_clip).item()
     losses, aux_losses = torch.stack(losses).tolist(), torch.stack(aux_losses).tolist()
-    loss, aux_loss = (total / world_size() for total in all_sum(sum(losses), sum(aux_losses)))
+    loss, aux_loss = all_sum(sum(losses), sum(aux_losses))
 
-    # In fp16 a gradient may overflow: the scaler then leaves the step out and goes on with a smaller scale.
-    if not math.isfinite(loss + aux_loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
+    # In fp16 a gradient may overflow: the scaler then leaves the step out and goes on with a smaller scale, above 1.
+    if not math.isfinite(loss + aux_loss) or not (math.isfinite(grad_norm) or scaler.get_scale() > 1):
         culprits = [batch for batch, a, b in zip(step, losses, aux_losses) if not math.isfinite(a + b)]
         if math.isfinite(loss + aux_loss):
             culprits = step  # the gradient alone, and it is a sum over all
