@@ -37,7 +37,9 @@ def parse_args(argv=None):
     add("--weights", metavar="W", help=".pth file, or the folder for --load 1 (default ./MiniMind2-V)")
     add("--image", nargs="+", metavar="FILE", help="pictures to ask about, all in one question")
     add("--prompt", help=f"the question; {IMAGE_TAG} says where a picture stands in it, else after it")
-    add("--use_multi", type=int, choices=[0, 1], default=0, help="1: one question about all of --image_dir together")
+    add(
+        "--use_multi", type=int, choices=[1, 2], default=1, help="2: --model_mode 2, all of --image_dir in one question"
+    )
     add("--image_dir", metavar="DIR", help="pictures to ask about without --image; default dataset/eval_images")
     add("--temperature", type=positive(float), default=0.65, help="below 1: likelier words, above: more surprising")
     add("--top_p", type=positive(float), default=0.85, help="draw from the likeliest words that make up this share")
@@ -52,6 +54,8 @@ def parse_args(argv=None):
     add("--num_workers", type=int, default=2, help="processes that decode pictures; 0: this process does")
     add("--output", metavar="JSON", help="where the scores go; default: beside the weights")
     args = parser.parse_args(argv)
+    if args.use_multi == 2:
+        args.model_mode = 2
     if args.data_path and (args.image or args.prompt):
         parser.error("--data_path scores rows, --image and --prompt ask one question: give either")
     return args
@@ -63,9 +67,16 @@ def load(args):
         folder = Path(args.weights or "./MiniMind2-V")
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"--weights {folder}: no config.json there. --load 1 wants a Transformers folder")
-        model = MiniMindVLM.from_pretrained(folder, vision_model_path=args.vision_model_path, dtype=torch.float32)
+        model, info = MiniMindVLM.from_pretrained(
+            folder, vision_model_path=args.vision_model_path, dtype=torch.float32, output_loading_info=True
+        )
+        wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
+        if wrong:
+            raise ValueError(f"{folder}: {len(wrong)} tensors do not fit the model, first {wrong[0]}")
         tokenizer = load_tokenizer(folder, model.config.image_special_token)
         return model.eval(), tokenizer, folder
+    if args.weights == "none":
+        raise ValueError("--weights none: there is nothing to ask a model that has not learned. Name a .pth file")
     path = find_weights(args.weights or STAGES[args.model_mode], args.out_dir, args.hidden_size, args.use_moe)
     model, tokenizer, line = build_model(args, path)
     print(line)
@@ -121,16 +132,16 @@ def pictures_to_ask(args) -> list[list[Path]]:
     """The pictures of each question."""
     if args.image:
         return [[Path(path) for path in args.image]]
-    default = "dataset/eval_images_multi" if args.use_multi else "dataset/eval_images"
+    default = "dataset/eval_images_multi" if args.use_multi == 2 else "dataset/eval_images"
     folder = Path(args.image_dir or default)
     found = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURES)
     if not found:
         raise FileNotFoundError(f"no pictures in {folder}. Name one with --image, or another folder with --image_dir")
-    return [found] if args.use_multi else [[path] for path in found]
+    return [found] if args.use_multi == 2 else [[path] for path in found]
 
 
 def ask_about_pictures(model, tokenizer, args) -> None:
-    default = "Compare these pictures." if args.use_multi else "Describe this picture."
+    default = "Compare these pictures." if args.use_multi == 2 else "Describe this picture."
     for paths in pictures_to_ask(args):
         text = question(args.prompt or default, len(paths))
         print(f"\n[{', '.join(path.name for path in paths)}] {text.replace(IMAGE_TAG, '').strip()}")
@@ -155,11 +166,13 @@ def score_rows(model, tokenizer, args, weights: Path, device) -> dict:
     )
     if data.bad:
         print(data.report())
+    output = Path(args.output or weights.with_suffix(".scores.json"))
+    write_json(output, {})  # now, rather than after an hour of answers, is the time to learn that it cannot be written
     result = score(model, tokenizer, data, captions, args, device, pick_dtype(args.dtype, device))
     result = {"weights": str(weights), "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])} | result
-    output = Path(args.output or weights.with_suffix(".scores.json"))
+    print(table(result))
     write_json(output, result)
-    print(f"{table(result)}\nwritten, with every answer: {output}")
+    print(f"written, with every answer: {output}")
     return result
 
 

@@ -184,8 +184,10 @@ class Attention(nn.Module):
 
         dropout = self.dropout if self.training else 0.0
         if self.flash_attn:
+            if mask is not None:  # most CUDA kernels take a mask only with as many key heads as query heads
+                k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for x in (k, v))
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=True
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=mask is None
             )
         else:
             out = plain_attention(q, k, v, mask, dropout, is_causal)
@@ -456,10 +458,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             targets = labels[:, 1:]
             learn = targets != -100
-            if return_logits and isinstance(logits_to_keep, int) and logits_to_keep == 0:
-                scored = logits[:, :-1][learn]  # (labels, V)
-            else:
-                scored = self.lm_head(h[:, :-1][learn])
+            scored = self.lm_head(h[:, :-1][learn])  # (labels, V): only where there is something to learn
             count = learn.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             loss = F.cross_entropy(scored.float(), targets[learn], reduction="sum") / count  # no label: 0, not 0/0
         return MiniMindOutput(

@@ -170,7 +170,13 @@ class MiniMindVLM(MiniMindForCausalLM):
 
         A run of k·P placeholder tokens, and up to P - 1 more, is k pictures from its left end; the rest is ordinary
         text. Every position learns from running maxima and minima where its run starts and ends, so that there is
-        no loop and the host need not know.
+        no loop and the host need not know. With P = 2:
+
+            token     a  @  @  @  b  @
+            before    0  0  0  0  4  4    the last other token up to here
+            after     0  4  4  4  4  6    the first other token from here on
+            length    .  3  3  3  .  1    of the run
+            picture   .  x  x  .  .  .    where the place in the run < length // P * P
         """
         T, P = tokens.shape[1], len(self.config.image_ids)
         position = torch.arange(T, device=tokens.device).expand_as(tokens)

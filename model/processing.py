@@ -157,6 +157,8 @@ def load_tokenizer(path, placeholders: str = "@" * 196):
     for token in ("<|im_start|>", "<|im_end|>"):
         if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
             raise ValueError(f"{path / 'tokenizer.json'} has no {token} token, which marks the turns of a chat")
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"{path}: the tokenizer has no pad_token; name one in tokenizer_config.json")
     ids = tokenizer(placeholders, add_special_tokens=False)["input_ids"]
     merged = [token for token in tokenizer.get_vocab() if placeholders[0] in token and token != placeholders[0]]
     if merged or len(ids) != len(placeholders) or len(set(ids)) > 1:

@@ -46,7 +46,7 @@ def test_without_image_it_asks_about_every_picture_of_a_folder_alone_or_together
     folder = ["--image_dir", str(world / "pictures"), "--greedy", "--max_new_tokens", "3"]
     eval_vlm.main([*trained, *folder])
     assert capsys.readouterr().out.count(".png] Describe this picture.") == 6
-    eval_vlm.main([*trained, *folder, "--use_multi", "1"])
+    eval_vlm.main([*trained, *folder, "--use_multi", "2", "--weights", "sft_vlm"])
     assert "[black.png, blue.png, green.png, red.png, white.png, yellow.png]" in capsys.readouterr().out
 
 

@@ -284,7 +284,7 @@ def test_another_tokenizer_is_refused_by_its_hash_and_by_its_size(args, bare, tm
     with pytest.raises(ValueError, match=r"290 has 290 tokens, .* was trained with 300: pass the --tokenizer_path"):
         build_model(bare, path)
     train(300)
-    with pytest.raises(ValueError, match=f"300 is not the tokenizer that .* was trained with .{args.tokenizer_path}.*"):
+    with pytest.raises(ValueError, match=f"300 is not the tokenizer of .*, which is {args.tokenizer_path}"):
         build_model(bare, path)
 
 
@@ -297,16 +297,14 @@ def test_another_encoder_is_refused(args, bare, tmp_path):
     with torch.no_grad():
         model.vision_model.encoder.layers[0].mlp.fc1.weight[0, 0] += 1
     model.save_pretrained(bare.vision_model_path)
-    with pytest.raises(
-        ValueError, match=f"clip is not the encoder that .* was trained with .{args.vision_model_path}.*"
-    ):
+    with pytest.raises(ValueError, match=f"clip is not the encoder of .*, which is {args.vision_model_path}"):
         build_model(bare, path)
 
 
 def test_weights_of_an_unknown_naming_are_refused(tmp_path):
     path = tmp_path / "lm_512.pth"
     with pytest.raises(ValueError, match="lm_512.pth has no model.embed_tokens.weight"):
-        config_of({"tok_embeddings.weight": torch.ones(6400, 512)}, path)
+        config_of({"tok_embeddings.weight": torch.ones(6400, 512)}, path, {})
 
 
 # ---------------------------------------------------------------------------- finding

@@ -21,11 +21,14 @@ class State:
 
 
 # Flags that a resumed run may change: they do not change what is learned.
+# fmt: off
 FREE = {
-    *("from_resume", "from_weight", "tokenizer_path", "vision_model_path", "images_path", "on_bad_row", "device"),
-    *("num_workers", "accumulation_steps", "compile", "gradient_checkpointing", "log_interval", "save_interval"),
-    *("val_path", "val_images_path", "val_interval", "use_wandb", "tracker", "wandb_project", "out_dir"),
+    "from_resume", "from_weight", "tokenizer_path", "vision_model_path", "images_path",
+    "out_dir", "on_bad_row", "device", "num_workers", "accumulation_steps",
+    "compile", "gradient_checkpointing", "log_interval", "save_interval", "val_path",
+    "val_images_path", "val_interval", "use_wandb", "tracker", "wandb_project",
 }
+# fmt: on
 
 
 class Checkpoint:
@@ -67,5 +70,6 @@ class Checkpoint:
             raise ValueError(f"--from_resume: {self.resume_path} was made with other flags: {'; '.join(changed)}")
         load_weights(model, saved["weights"], self.resume_path)
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty unless the run was in fp16
+            scaler.load_state_dict(saved["scaler"])
         return State(**saved["state"])

@@ -1,7 +1,6 @@
 """The command line that both stages share: flags, device, precision, and how a mistake is told."""
 
 import argparse
-import contextlib
 import math
 import os
 import re
@@ -27,13 +26,13 @@ def run_main(main) -> None:
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if os.environ.get("MINIMIND_TRACEBACK"):
             raise
-        print(f"\nerror: {error}\n(MINIMIND_TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"\nerror: {error}\n(MINIMIND_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
+        if distributed.world_size() > 1:
+            os._exit(2)  # at once, so that torchrun ends the others: leaving the group would wait for them
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        with contextlib.suppress(Exception):
-            distributed.stop()
+    distributed.stop()
 
 
 def positive(kind):

@@ -1,6 +1,8 @@
 """What a run tells: a bar in the terminal, lines in a metrics file, a tracker if wanted, a picture of the loss."""
 
+import contextlib
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -80,16 +82,24 @@ class Progress:
 
     def write(self, line: dict) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({key: round(x, 6) if isinstance(x, float) else x for key, x in line.items()}) + "\n")
+            file.write(json.dumps({key: shorten(value) for key, value in line.items()}) + "\n")
         if self.tracker is not None:
             self.tracker.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-            draw(self.path)
+            with contextlib.suppress(OSError):  # of a full disk, say: what stopped the run must be what is reported
+                draw(self.path)
         if self.tracker is not None:
             self.tracker.finish()
+
+
+def shorten(value):
+    """Six digits of a number; None for NaN and infinity, which JSON has not."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def read_metrics(path) -> list[dict]:
@@ -129,7 +139,7 @@ def draw(metrics) -> Path | None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, style in (("loss", "-"), ("val_loss", "o-")):
-        points = [(line["step"], line[key]) for line in lines if key in line]
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
         if points:
             axes.plot(*zip(*points), style, label={"loss": "training", "val_loss": "validation"}[key])
     axes.set(xlabel="step", ylabel="loss per answer token (nats)", title=Path(metrics).name.split(".")[0])

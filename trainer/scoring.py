@@ -13,7 +13,7 @@ from pycocoevalcap.cider.cider import Cider
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from dataset.lm_dataset import StepSampler, VLMDataset, collate, parse_row
+from dataset.lm_dataset import BadRow, StepSampler, VLMDataset, collate, parse_row
 from model.processing import encode_chat
 from trainer.cli import autocast
 from trainer.loop import validate
@@ -93,9 +93,10 @@ def questions_of(data: VLMDataset, captions: dict[str, list[str]]) -> list[Quest
 
 
 class ShuffledPictures(Dataset):
-    """The same rows with the pictures of others; always other pictures, always as many.
+    """The same rows with the pictures of others; as many as before.
 
-    Pictures are exchanged, not rows: two rows about one picture both get the same other one.
+    Pictures are exchanged, not rows: two rows about one picture both get the same other one. Only a row that is alone
+    in its number of pictures keeps its own.
     """
 
     def __init__(self, data: VLMDataset, seed: int):
@@ -117,7 +118,10 @@ class ShuffledPictures(Dataset):
         if example.get("pictures") is None:
             return example
         shown = self.other[tuple(self.images[row])][: len(example["pictures"])]
-        return example | {"pictures": torch.stack([self.data.load_picture(name) for name in shown])}
+        try:
+            return example | {"pictures": torch.stack([self.data.load_picture(name) for name in shown])}
+        except BadRow as error:
+            return {"row": row, "broken": f"{self.data.where(row)}, shuffled: {error}"}
 
 
 # ---------------------------------------------------------------------------- scores
@@ -136,7 +140,7 @@ class Prompts(Dataset):
         question = self.questions[i]
         example = self.rows[question.row]
         if "broken" in example:
-            raise ValueError(example["broken"])
+            return {"number": i} | example
         return {
             "number": i,
             "ids": question.prompt,
@@ -145,7 +149,11 @@ class Prompts(Dataset):
 
 
 def collate_prompts(examples: list[dict], pad_token_id: int) -> dict:
-    """Prompts padded on the left, so that all answers begin at the same position."""
+    """Prompts padded on the left, so that all answers begin at the same position; "broken": why others are missing."""
+    broken = [example["broken"] for example in examples if "broken" in example]
+    examples = [example for example in examples if "broken" not in example]
+    if not examples:
+        return {"numbers": [], "broken": broken}
     T = max(len(example["ids"]) for example in examples)
     input_ids, mask = torch.full((len(examples), T), pad_token_id), torch.zeros((len(examples), T), dtype=torch.int64)
     for i, example in enumerate(examples):
@@ -154,6 +162,7 @@ def collate_prompts(examples: list[dict], pad_token_id: int) -> dict:
     pictures = [example["pictures"] for example in examples if example["pictures"] is not None]
     return {
         "numbers": [example["number"] for example in examples],
+        "broken": broken,
         "input_ids": input_ids,
         "attention_mask": mask,
         "pixel_values": torch.cat(pictures) if pictures else None,
@@ -172,6 +181,11 @@ def answer_all(model, tokenizer, questions, rows: Dataset, args, device, dtype, 
     answers = [""] * len(questions)
     with tqdm(total=len(questions), desc=title, unit="answer", dynamic_ncols=True) as bar:
         for batch in loader:
+            if batch["broken"] and args.on_bad_row == "error":
+                raise ValueError(f"{batch['broken'][0]}\nMend it, or count it as not answered with --on_bad_row skip")
+            bar.update(len(batch["broken"]))
+            if not batch["numbers"]:
+                continue
             pixels = batch["pixel_values"]
             with autocast(device, dtype):
                 out = model.generate(

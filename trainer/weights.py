@@ -47,9 +47,22 @@ def read_weights(path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a zip, pickle or value error, by what is wrong with it
         raise ValueError(f"{path} is not a file of weights that can be read safely: {error}".split("\n")[0]) from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, expected a state dict: names and tensors")
+    return state
+
+
+def read_sidecar(weights: Path) -> dict:
+    """The JSON beside weights, with objects under "config", "tokenizer", "vision_model"; empty ones if it is absent."""
+    path = weights.with_suffix(".json")
+    about = read_json(path) if path.is_file() else {}
+    for key in ("config", "tokenizer", "vision_model"):
+        if not isinstance(about.setdefault(key, {}), dict):
+            raise ValueError(f"{path}: {key!r} must be an object. Without the file, shapes alone tell what they are")
+    return about
 
 
 def weights_name(stage: str, config: MiniMindConfig) -> str:
@@ -57,7 +70,7 @@ def weights_name(stage: str, config: MiniMindConfig) -> str:
 
 
 def find_weights(name: str, out_dir, hidden_size: int | None, use_moe: bool) -> Path | None:
-    """--from_weight or --load: "none", a path, or a stage, whose file is looked for in `out_dir`."""
+    """--from_weight or --weights: "none", a path, or a stage, whose file is looked for in `out_dir`."""
     if name == "none":
         return None
     if name.endswith(".pth"):
@@ -66,22 +79,20 @@ def find_weights(name: str, out_dir, hidden_size: int | None, use_moe: bool) -> 
     if not path.is_file():
         there = ", ".join(sorted(file.name for file in Path(out_dir).glob("*.pth"))) or "no .pth file"
         raise FileNotFoundError(
-            f"{path} is not there ({out_dir} holds {there}). Give a .pth file, the --hidden_size that it has, or start "
-            "from nothing: --from_weight none"
+            f"{path} is not there ({out_dir} holds {there}). Give the --hidden_size that it has or a .pth file; to "
+            "train from nothing: --from_weight none"
         )
     return path
 
 
-def config_of(state: dict, path: Path) -> dict:
-    """The architecture that a state dict was made with, as far as shapes tell; the JSON beside it tells the rest."""
+def config_of(state: dict, path: Path, known: dict) -> dict:
+    """The architecture of a state dict: what shapes tell, and the rest from `known`, the "config" of its JSON."""
     for key in ("model.embed_tokens.weight", "model.layers.0.self_attn.k_proj.weight"):
         if key not in state:
             raise ValueError(f"{path} has no {key}: these are not MiniMind weights of a known naming")
     vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
     layers = 1 + max((int(key.split(".")[2]) for key in state if key.startswith("model.layers.")), default=-1)
     use_moe = "model.layers.0.mlp.gate.weight" in state
-    sidecar = path.with_suffix(".json")
-    known = read_json(sidecar).get("config", {}) if sidecar.is_file() else {}
     heads = known.get("num_attention_heads", 8)
     read = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_hidden_layers": layers, "use_moe": use_moe}
     read["num_attention_heads"] = heads
@@ -94,14 +105,15 @@ def config_of(state: dict, path: Path) -> dict:
     for key, value in read.items():
         if key in known and known[key] != value:
             raise ValueError(
-                f"{sidecar} says {key}={known[key]}, {path.name} holds {value}: they do not belong together"
+                f"{path.with_suffix('.json')} says {key}={known[key]}, {path.name} holds {value}: they do not belong "
+                "together"
             )
     return known | read
 
 
 def refuse_other_architecture(path: Path, config: VLMConfig) -> None:
     """The name of a file tells the width, not the depth: ValueError if another model would be overwritten."""
-    there = config_of(read_weights(path), path) if path.is_file() else {}
+    there = config_of(read_weights(path), path, read_sidecar(path)["config"]) if path.is_file() else {}
     other = [
         f"{key} {value}, not {getattr(config, key)}"
         for key, value in there.items()
@@ -122,7 +134,8 @@ def load_weights(model, state: dict, path) -> str:
     if "lm_head.weight" not in state and "model.embed_tokens.weight" in state:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]  # one matrix under two names
     new = [key for key in own if key not in state]
-    missing = [key for key in new if not key.startswith("vision_proj.")]
+    projector = [key for key in own if key.startswith("vision_proj.")]
+    missing = [key for key in new if key not in projector or not set(projector) <= set(new)]
     unknown = [key for key in state if key not in own]
     shapes = [
         f"{key} is {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
@@ -166,12 +179,11 @@ def build_model(args, weights: Path | None, dropout: float = 0.0):
         architecture = {"hidden_size": 512, "num_hidden_layers": 8} | asked | {"use_moe": args.use_moe}
     else:
         state = read_weights(weights)
-        architecture = config_of(state, weights)
+        sidecar = read_sidecar(weights)
+        architecture = config_of(state, weights, sidecar["config"])
         for key, value in (asked | ({"use_moe": True} if args.use_moe else {})).items():
             if architecture[key] != value:
                 raise ValueError(f"--{key} {value}: {weights} has {architecture[key]}; leave the flag out")
-        sidecar_path = weights.with_suffix(".json")
-        sidecar = read_json(sidecar_path) if sidecar_path.is_file() else {}
 
     for key in ("image_special_token", "image_ids", "ve_hidden_size", "dropout"):
         architecture.pop(key, None)  # they follow from the encoder and the flags
@@ -186,9 +198,14 @@ def build_model(args, weights: Path | None, dropout: float = 0.0):
             "the --tokenizer_path that belongs to the weights"
         )
     known = sidecar.get("tokenizer", {})
-    if known and known["sha256"] != tokenizer_hash(args.tokenizer_path):
+    if weights is not None and not known and config.image_ids[0] != 34:
         raise ValueError(
-            f"{args.tokenizer_path} is not the tokenizer that {weights} was trained with ({known['path']}): the same "
+            f"{args.tokenizer_path} has '@' as {config.image_ids[0]}: weights without a JSON, as {weights}, "
+            "were trained with a tokenizer in which it is 34. Pass that one with --tokenizer_path"
+        )
+    if known.get("sha256", "") not in ("", tokenizer_hash(args.tokenizer_path)):
+        raise ValueError(
+            f"{args.tokenizer_path} is not the tokenizer of {weights}, which is {known.get('path')}: the same "
             "ids mean other words. Pass that one with --tokenizer_path"
         )
 
@@ -197,7 +214,7 @@ def build_model(args, weights: Path | None, dropout: float = 0.0):
     known = sidecar.get("vision_model", {})
     if known.get("sha256") and known["sha256"] != fingerprint(model):
         raise ValueError(
-            f"{args.vision_model_path} is not the encoder that {weights} was trained with ({known['path']}). Pass that "
+            f"{args.vision_model_path} is not the encoder of {weights}, which is {known.get('path')}. Pass that "
             "one with --vision_model_path"
         )
     return model, tokenizer, line
