@@ -43,7 +43,8 @@ def make_optimizer(model: MiniMindVLM, learning_rate: float, projector_learning_
             if weights:
                 decay = weight_decay if matrices else 0.0
                 groups.append({"params": weights, "lr": peak, "peak": peak, "weight_decay": decay})
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    # Every group has its own weight_decay; AdamW checks only the one it is given.
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
 
 def schedule(step: int, total: int, warmup: int) -> float:

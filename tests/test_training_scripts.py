@@ -1,0 +1,235 @@
+"""train_pretrain_vlm.py and train_sft_vlm.py as their users meet them: the way through both, mistakes, and kill -9."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_pretrain_vlm
+import train_sft_vlm
+from dataset.lm_dataset import collate
+from tests.test_loop import LONG, into, losses, same
+from trainer import cli
+from trainer.weights import build_model, save_weights
+
+ROOT = Path(__file__).parent.parent
+BOTH = pytest.mark.parametrize("script", [train_pretrain_vlm, train_sft_vlm], ids=lambda script: script.__name__)
+
+
+def without(flags, *names):
+    """The flags but these, whose defaults are to be seen."""
+    kept = []
+    for name, value in zip(flags[::2], flags[1::2]):
+        if name not in names:
+            kept += [name, value]
+    return kept
+
+
+# ---------------------------------------------------------------------------- the way through both stages
+
+
+def test_a_language_model_goes_through_both_stages_by_their_defaults(flags, tmp_path, capsys):
+    out = tmp_path / "out"
+    language_model, _, _ = build_model(train_sft_vlm.parse_args(flags), None)
+    save_weights(out / "llm_64.pth", language_model, {})
+    (out / "llm_64.json").unlink()
+    state = torch.load(out / "llm_64.pth")
+    torch.save({key: value for key, value in state.items() if "vision" not in key}, out / "llm_64.pth")
+
+    flags = without(flags, "--from_weight", "--num_hidden_layers")
+    first = train_pretrain_vlm.main(flags)
+    printed = capsys.readouterr().out
+    assert f"loaded 21 tensors from {out / 'llm_64.pth'}, initialised anew: the projector" in printed
+    pretrained = torch.load(out / "pretrain_vlm_64.pth")
+    changed = {key for key in state if "vision" not in key and not torch.equal(pretrained[key], state[key])}
+    assert changed == {key for key in state if key.startswith("model.layers.1.")}  # the last of two
+    assert first.state.step == 4
+
+    second = train_sft_vlm.main(flags)
+    assert f"loaded 23 tensors from {out / 'pretrain_vlm_64.pth'}\n" in capsys.readouterr().out
+    assert all(
+        not torch.equal(weight.half(), pretrained[key]) for key, weight in second.model.text_state_dict().items()
+    )
+    about = json.loads((out / "sft_vlm_64.json").read_text())
+    assert (about["stage"], about["step"], about["rows"], about["seed"]) == ("sft_vlm", 4, 14, 42)
+    assert {path.name for path in out.iterdir()} == {"llm_64.pth"} | {
+        f"{stage}_vlm_64.{end}"
+        for stage in ("pretrain", "sft")
+        for end in ("pth", "json", "resume.pt", "metrics.jsonl", "metrics.png")
+    }
+
+
+def test_two_stages_learn_to_look(flags, world):
+    """By heart, but from the pictures: with the pictures of other rows the same answers are far from likely."""
+    flags = [*without(flags, "--from_weight", "--batch_size"), "--batch_size", "7", "--trainable", "all"]
+    rates = ["--learning_rate", "5e-3", "--projector_learning_rate", "5e-3"]
+    train_pretrain_vlm.main([*flags, *rates, "--from_weight", "none", "--epochs", "20"])
+    run = train_sft_vlm.main([*flags, *rates, "--epochs", "40"])
+    model = run.model.eval()
+    examples = [run.data[row] for row in range(12)]  # two about each colour
+    loss = {}
+    for kind, shift in (("true", 0), ("shuffled", 2)):
+        shown = [other | {"pictures": examples[(i + shift) % 12]["pictures"]} for i, other in enumerate(examples)]
+        batch = collate(shown)
+        with torch.no_grad():
+            loss[kind] = model(
+                **{key: batch[key] for key in ("input_ids", "labels", "attention_mask", "pixel_values")}
+            ).loss.item()
+    assert loss["true"] < 0.1 and loss["shuffled"] > loss["true"] + 1, loss
+
+
+# ---------------------------------------------------------------------------- mistakes
+
+MISTAKES = [
+    (["--device", "bogus"], "--device bogus: expected auto, cuda, cuda:1, mps or cpu"),
+    (["--device", "xpu"], "--device xpu: expected auto"),
+    (["--device", "cuda"], "--device cuda: PyTorch sees no CUDA device; try --device auto"),
+    (["--device", "mps"], "--device mps: PyTorch sees no Apple GPU; try --device auto"),
+    (["--data_path", "nowhere.jsonl"], "--data_path nowhere.jsonl: no such file"),
+    (["--images_path", "nowhere"], "--images_path nowhere: no such folder"),
+    (["--tokenizer_path", "nowhere"], "--tokenizer_path nowhere: no tokenizer.json there"),
+    (["--vision_model_path", "nowhere"], "--vision_model_path nowhere: no config.json there"),
+    (["--val_path", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    (["--from_weight", "llm"], "llm_64.pth is not there ("),
+    (["--from_weight", "nowhere.pth"], "nowhere.pth: no such weights"),
+    (["--max_seq_len", "20"], "--max_seq_len allows 20"),
+    (["--hidden_size", "60"], "hidden_size=60 must be a multiple of num_attention_heads=8"),
+    (["--dropout", "1.5"], "dropout probability has to be between 0 and 1"),
+    (["--weight_decay", "-1"], "weight_decay value: -1.0"),
+    (["--batch_size", "0"], "argument --batch_size: must be above 0, got 0"),
+    (["--learning_rate", "nan"], "argument --learning_rate: must be above 0, got nan"),
+    (["--epochs", "two"], "argument --epochs: invalid positive int value: 'two'"),
+    (["--seed", "-1"], "argument --seed: must not be below 0, got -1"),
+    (["--num_workers", "-1"], "argument --num_workers: must not be below 0, got -1"),
+    (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+    (["--use_moe", "False"], "unrecognized arguments: False"),
+    (["--bach_size", "3"], "unrecognized arguments: --bach_size 3"),
+]
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "extra, message", MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_a_mistake_ends_with_status_2_and_one_message(script, flags, tmp_path, monkeypatch, capsys, extra, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        cli.run_main(lambda: script.main([*flags, *extra]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in error
+    assert error.count("error:") == 1 and message in error
+    assert not (tmp_path / "out").exists()  # before the first step
+
+
+def test_a_device_that_is_one_too_many_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert cli.pick_device("cuda:0") == cli.pick_device("auto") == torch.device("cuda", 0)
+    with pytest.raises(ValueError, match="--device cuda:1: no cuda:1 here, PyTorch sees 1 devices"):
+        cli.pick_device("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # more ranks than devices
+    with pytest.raises(ValueError, match="--device cuda: no cuda:1 here"):
+        cli.pick_device("cuda")
+
+
+def test_the_traceback_is_there_for_who_asks_for_it(monkeypatch, capsys):
+    def fail():
+        raise ValueError("what is wrong")
+
+    with pytest.raises(SystemExit):
+        cli.run_main(fail)
+    assert capsys.readouterr().err == "\nerror: what is wrong\n(MINIMIND_TRACEBACK=1 shows where)\n"
+    monkeypatch.setenv("MINIMIND_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="what is wrong"):
+        cli.run_main(fail)
+
+
+def test_a_mistake_of_ours_is_not_made_to_look_like_one_of_theirs():
+    with pytest.raises(ZeroDivisionError):
+        cli.run_main(lambda: 1 / 0)
+
+
+@BOTH
+def test_weights_of_another_depth_under_the_same_name_are_kept(script, flags, tmp_path):
+    script.main(flags)
+    path = tmp_path / "out" / f"{script.STAGE}_64.pth"
+    before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+    for resume in ([], ["--from_resume"]):
+        with pytest.raises(ValueError, match=f"{path.name} holds another model .num_hidden_layers 2, not 3.*--out_dir"):
+            script.main([*flags, *resume, "--num_hidden_layers", "3"])
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
+    script.main([*flags, "--num_hidden_layers", "3", "--out_dir", str(tmp_path / "deeper")])
+
+
+# ---------------------------------------------------------------------------- as processes
+
+
+def start(command, **options):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True, **options
+    )
+
+
+@pytest.mark.slow
+def test_a_mistake_on_the_command_line_shows_no_traceback(flags):
+    run = start(["train_pretrain_vlm.py", *flags, "--device", "gpu"])
+    out, error = run.communicate(timeout=300)
+    assert run.returncode == 2 and out == ""
+    assert (
+        error == "\nerror: --device gpu: expected auto, cuda, cuda:1, mps or cpu\n(MINIMIND_TRACEBACK=1 shows where)\n"
+    )
+
+
+KILLED = """
+import os, signal, sys
+import train_sft_vlm, trainer.loop
+
+real = trainer.loop.train_step
+
+def train_step(run, *args):
+    if run.state.step == 7:  # the last checkpoint is of step 6, in the middle of the second epoch
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(run, *args)
+
+trainer.loop.train_step = train_step
+train_sft_vlm.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_and_resumed_ends_as_one_that_was_not(flags, tmp_path):
+    flags = [*flags, *LONG, "--use_moe", "--save_interval", "3"]
+    run = start(["-c", KILLED, *into(tmp_path / "killed", flags)])
+    whole = train_sft_vlm.main(into(tmp_path / "whole", flags))
+    assert run.communicate(timeout=300) and run.returncode == -signal.SIGKILL
+    assert json.loads((tmp_path / "killed" / "sft_vlm_64_moe.json").read_text())["step"] == 6
+    assert [line[0] for line in losses(tmp_path / "killed")] == [1, 2, 3, 4, 5, 6, 7]
+    resumed = train_sft_vlm.main([*into(tmp_path / "killed", flags), "--from_resume"])
+    same(whole, resumed)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_of_a_run_stops_it_after_its_step(flags, tmp_path):
+    """As torchrun, timeout and a terminal send it: also to the processes that decode pictures."""
+    flags = [*flags, "--num_workers", "1", "--epochs", "1000", "--log_interval", "1"]
+    run = start(["train_sft_vlm.py", *flags], start_new_session=True)
+    metrics = tmp_path / "out" / "sft_vlm_64.metrics.jsonl"
+    while run.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGTERM)
+    out, error = run.communicate(timeout=300)
+    assert run.returncode == 130, error
+    assert "Traceback" not in error and "To go on, type:\n  python train_sft_vlm.py --data_path" in out
+    step = json.loads((tmp_path / "out" / "sft_vlm_64.json").read_text())["step"]
+    assert f"stopped at step {step} of 4000" in out
