@@ -274,7 +274,8 @@ def test_the_validation_loss_is_the_mean_over_all_labels_of_the_held_out_rows(fl
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(world / "pictures", elsewhere)
     validate = ["--val_path", str(world / "val.jsonl"), "--val_images_path", str(elsewhere), "--val_interval", "3"]
-    run = main([*flags, *validate, "--epochs", "2", "--batch_size", "3", "--dropout", "0.3"])
+    flags = [*flags, "--epochs", "2", "--batch_size", "3", "--dropout", "0.3", "--log_interval", "1"]
+    run = main([*flags, *validate])
     total, labels = 0, 0
     model = run.model.eval()
     for row in range(4):
@@ -286,6 +287,10 @@ def test_the_validation_loss_is_the_mean_over_all_labels_of_the_held_out_rows(fl
     assert run.val_loss == pytest.approx(total / labels, rel=1e-5)
     lines = read_metrics(tmp_path / "out" / "sft_vlm_64.metrics.jsonl")
     assert [line["step"] for line in lines if "val_loss" in line] == [3, 6, 9, 10]
+    main(into(tmp_path / "not_validated", flags))  # what validates learns no other thing
+    assert [line["loss"] for line in lines if "loss" in line] == [
+        loss for _, _, loss in losses(tmp_path / "not_validated")
+    ]
     assert lines[-1]["val_loss"] == pytest.approx(run.val_loss, rel=1e-5)
 
     Image.new("RGB", (9, 9), "red").save(elsewhere / "red.png")
