@@ -122,7 +122,6 @@ class MiniMindVLM(MiniMindForCausalLM):
                 reason = str(error).splitlines()[0]
                 raise ValueError(f"{path}: the weights cannot be read, download them anew ({reason})") from None
         unfilled = [*info["missing_keys"], *info["mismatched_keys"]]
-        unfilled = [key for key in unfilled if "position_ids" not in str(key)]
         if unfilled:
             raise ValueError(
                 f"{path}: the weights leave {len(unfilled)} tensors of the vision tower at random, first {unfilled[0]}"

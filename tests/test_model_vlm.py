@@ -301,7 +301,7 @@ def test_every_kind_of_clip_folder_gives_the_features_of_clips_own_tower(clip_fo
         (clip_copy / "model.safetensors").unlink()
         CLIPVisionModel.from_pretrained(clip_folder).save_pretrained(clip_copy)
     encoder, processor = MiniMindVLM.get_vision_model(clip_copy)
-    features = MiniMindVLM.get_image_embeddings(pixels, encoder)
+    features = MiniMindVLM.get_image_embeddings(pixels.requires_grad_(), encoder)
     assert features.shape == (3, P, 32) and not features.requires_grad
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
     assert not any(weight.requires_grad for weight in encoder.parameters())

@@ -82,9 +82,10 @@ def test_pictures_leave_the_first_half_as_bytes_and_the_second_is_done_in_batche
 OLD = {"size": 32, "crop_size": 32, "resample": 3, "do_center_crop": True, "feature_extractor_type": "CLIPFeature..."}
 NEW = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 24}, "resample": 2}
 SQUASH = {"size": {"height": 32, "width": 24}, "do_center_crop": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+UNCROPPED = SQUASH | {"crop_size": {"height": 8, "width": 8}}
 
 
-@pytest.mark.parametrize("written", [OLD, NEW, SQUASH])
+@pytest.mark.parametrize("written", [OLD, NEW, SQUASH, UNCROPPED])
 def test_preprocessor_files_old_and_new_are_read_as_transformers_reads_them(written, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(written))
     ours, reference = ImageProcessor.from_pretrained(tmp_path), ReferenceProcessor.from_pretrained(tmp_path)
@@ -323,6 +324,12 @@ def changed(folder, tmp_path, change):
     return copy
 
 
+def drop_settings(folder, unwanted):
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings = {key: value for key, value in settings.items() if not unwanted(key, value)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
 def test_a_folder_without_tokenizer_names_the_flag(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"--tokenizer_path {tmp_path}: no tokenizer.json there"):
         load_tokenizer(tmp_path)
@@ -346,9 +353,13 @@ def test_a_tokenizer_without_the_tokens_of_a_chat_is_refused(tokenizer_folder, t
         content["model"]["vocab"]["x" * 9] = content["model"]["vocab"].pop(token)
 
     folder = changed(tokenizer_folder, tmp_path, forget)
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    for key in [key for key, value in settings.items() if value == token]:  # it would be added anew
-        del settings[key]
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    drop_settings(folder, lambda key, value: value == token)  # or it would be added anew
     with pytest.raises(ValueError, match=f"tokenizer.json has no {token.replace('|', '.')} token"):
+        load_tokenizer(folder, PLACEHOLDERS)
+
+
+def test_a_tokenizer_without_padding_is_refused(tokenizer_folder, tmp_path):
+    folder = changed(tokenizer_folder, tmp_path, lambda content: None)
+    drop_settings(folder, lambda key, value: key == "pad_token")
+    with pytest.raises(ValueError, match="has no pad_token; name one in tokenizer_config.json"):
         load_tokenizer(folder, PLACEHOLDERS)
