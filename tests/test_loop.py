@@ -305,13 +305,13 @@ LONG = ["--epochs", "2", "--dropout", "0.2", "--log_interval", "1", "--save_inte
 
 
 def same(run, other) -> None:
-    """Weights, optimizer, position: all tensors equal bit for bit."""
+    """Weights, optimizer, scaler, position: all tensors equal bit for bit."""
     one, two = run.model.text_state_dict(), other.model.text_state_dict()
     assert all(torch.equal(one[key], two[key]) for key in one)
     one, two = run.optimizer.state_dict()["state"], other.optimizer.state_dict()["state"]
     assert one.keys() == two.keys() and len(one) > 10
     assert all(torch.equal(one[i][key], two[i][key]) for i in one for key in ("step", "exp_avg", "exp_avg_sq"))
-    assert run.state == other.state
+    assert (run.state, run.scaler.state_dict()) == (other.state, other.scaler.state_dict())
 
 
 def losses(out_dir):
