@@ -22,7 +22,6 @@ Shapes: B batch, T tokens, P patches, V width of the ViT, E of the shared space.
 
 import argparse
 import itertools
-import json
 import math
 import shlex
 import sys
@@ -40,6 +39,7 @@ from transformers import CLIPConfig, CLIPModel
 from model.processing import ImageProcessor, load_tokenizer
 from scripts.train_tokenizer import read_rows
 from trainer.cli import HelpFormatter, make_deterministic, not_negative, pick_device, positive, run_main
+from trainer.weights import write_json, write_safely
 
 # Transformers pools a caption at its first `eos_token_id`, but at the *largest* id if that is 2, a courtesy to an old
 # mistake. Our <|im_end|> is 2, so captions end in <|endoftext|> instead, which also pads: the text tower is causal, so
@@ -246,7 +246,6 @@ def retrieval(model, processor, pictures, captions, device) -> dict[str, float]:
 
 def save(model, config: dict, processor: ImageProcessor, folder: Path, vision_only: bool, metrics: dict) -> None:
     """Writes an ordinary CLIP folder, each file beside its place first, then renamed: never half a file."""
-    folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     if vision_only:
         state = {key: value for key, value in state.items() if key.startswith("vision_model.")}
@@ -256,11 +255,10 @@ def save(model, config: dict, processor: ImageProcessor, folder: Path, vision_on
     preprocessor |= dict.fromkeys(("do_resize", "do_center_crop", "do_normalize"), True)
     preprocessor |= {"image_mean": processor.image_mean, "image_std": processor.image_std}
     # Not save_file, whose file nobody but its owner may read.
-    (folder / "model.safetensors.tmp").write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
+    weights = safetensors.torch.save(state, metadata={"format": "pt"})
+    write_safely(folder / "model.safetensors", lambda file: file.write(weights))
     for name, content in {"config": config, "preprocessor_config": preprocessor, "metrics": metrics}.items():
-        (folder / f"{name}.json.tmp").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for beside in folder.glob("*.tmp"):
-        beside.replace(beside.with_suffix(""))
+        write_json(folder / f"{name}.json", content)
 
 
 # ---------------------------------------------------------------------------- the run

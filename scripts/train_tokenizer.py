@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from model.processing import DEFAULT_SYSTEM, IMAGE_TAG, load_tokenizer
 from trainer.cli import HelpFormatter, run_main
+from trainer.weights import write_safely
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2
 SMALLEST = len(SPECIAL) + 256  # a vocabulary without a single merge
@@ -116,15 +117,12 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,  # or decoding eats the space before a comma
         "chat_template": CHAT_TEMPLATE,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     contents = {
         "tokenizer.json": tokenizer.to_str(pretty=True),
         "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False),
     }
     for name, content in contents.items():
-        beside = folder / f"{name}.tmp"
-        beside.write_text(content + "\n", encoding="utf-8")
-        beside.replace(folder / name)
+        write_safely(folder / name, lambda file, content=content: file.write(f"{content}\n".encode()))
 
 
 def check(folder: Path, texts) -> None:
