@@ -5,7 +5,7 @@ import torch
 
 import eval_vlm
 import train_sft_vlm
-from tests.conftest import turn
+from tests.conftest import turn, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,27 @@ def test_it_scores_rows_and_shuffled_pictures_score_less(trained, world, tmp_pat
     assert result["shuffled"]["en"]["loss"] > result["true"]["en"]["loss"] + 0.5
     saved = json.loads(output.read_text(encoding="utf-8"))
     assert saved["true"] == result["true"] and len(saved["answers"]) == sum(saved["questions"].values()) == 20
-    assert {"question", "answer", "answer_shuffled", "references", "images"} == set(saved["answers"][0])
+    assert set(saved["answers"][0]) == {
+        *("kind", "language", "images", "question", "references"),
+        *("answer", "right", "images_shuffled", "answer_shuffled", "right_shuffled"),
+    }
+    assert all(found["right"] for found in saved["answers"]) and saved["by_kind"] == {}  # the rows name no kind
+    assert all(found["images"] != found["images_shuffled"] for found in saved["answers"] if len(found["images"]) == 1)
     assert "exact match" in capsys.readouterr().out
+
+
+def test_it_scores_by_kind_of_question_and_without_the_loss(trained, world, tmp_path, capsys):
+    lines = (world / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) | {"kind": "multi" if "确定" in line else "colour"} for line in lines[:4]]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    flags = ["--data_path", str(path), "--images_path", str(world / "pictures"), "--max_new_tokens", "16", "--no_loss"]
+    result = eval_vlm.main([*trained, *flags, "--output", str(tmp_path / "scores.json")])
+    assert result["by_kind"] == {
+        "colour": {"en": {"questions": 2, "true": 1.0, "shuffled": 0.0}},
+        "multi": {"zh": {"questions": 4, "true": 1.0, "shuffled": 0.5}},  # "Sure?" is "yes" about any picture
+    }
+    assert result["true"]["en"] == {"exact_match": 1.0}
+    assert "colour" in capsys.readouterr().out
 
 
 def test_batches_answer_as_single_questions_do(trained, world, tmp_path):

@@ -5,7 +5,19 @@ import pytest
 from dataset.lm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM
 from tests.conftest import turn, write_rows
-from trainer.scoring import ShuffledPictures, bleu, cider, exact_match, figures, language, questions_of, words
+from trainer.scoring import (
+    Prompts,
+    ShuffledPictures,
+    bleu,
+    by_kind,
+    cider,
+    exact_match,
+    figures,
+    language,
+    questions_of,
+    table,
+    words,
+)
 
 
 @pytest.fixture
@@ -85,3 +97,63 @@ def test_captions_get_bleu_and_cider_short_answers_do_not(data):
 
 def test_results_are_json(data):
     assert json.loads(json.dumps(figures(questions_of(data, {})[:1], ["It is red."]))) == {"exact_match": 1.0}
+
+
+# ---------------------------------------------------------------------------- by kind of question
+
+
+def test_a_question_has_the_kind_of_its_row_and_the_length_of_its_answer(world, tokenizer, clip_folder, tmp_path):
+    chat = [turn("user", "<image>\nWhich colour?"), turn("assistant", "Red."), turn("user", "Sure?")]
+    rows = [
+        {"conversations": [*chat, turn("assistant", "Yes, I am.")], "image": "red.png", "kind": "colour"},
+        {"conversations": [turn("user", "Hello."), turn("assistant", "Hi.")], "kind": None},
+    ]
+    processor = MiniMindVLM.get_vision_model(clip_folder)[1]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    questions = questions_of(VLMDataset(path, world / "pictures", tokenizer, processor, 200, "@" * 16), {})
+    assert [question.kind for question in questions] == ["colour", "colour", ""]
+    assert questions[1].tokens == len(tokenizer("Yes, I am.")["input_ids"]) + 1  # <|im_end|>
+
+
+def test_prompts_show_as_many_pictures_as_the_question_and_shuffled_ones_those_of_others(data):
+    questions = questions_of(data, {})
+    own, other = Prompts(questions, data), Prompts(questions, ShuffledPictures(data, seed=0))
+    for i, question in enumerate(questions):
+        assert own.images(i) == question.images
+        assert len(other.images(i)) == question.pictures == len(own[i]["pictures"] if question.pictures else [])
+        if question.pictures == 1:
+            assert other.images(i) != own.images(i)
+            assert other[i]["pictures"].equal(data.load_picture(other.images(i)[0])[None])
+            assert other[i]["ids"] == own[i]["ids"]
+
+
+def answer(kind, language, right, right_shuffled=False):
+    return {"kind": kind, "language": language, "right": right, "right_shuffled": right_shuffled}
+
+
+ANSWERS = [
+    *(answer("what", "en", True), answer("what", "en", False), answer("what", "zh", True, True)),
+    *(answer("count", "en", True, True), answer("count", "en", False), answer("count", "en", True)),
+    answer("", "en", True),
+]
+
+
+def test_shares_by_kind_and_language_are_those_of_answers_made_by_hand():
+    kinds = by_kind(ANSWERS)
+    assert list(kinds) == ["count", "what"]  # a row that names no kind counts in none
+    assert kinds["what"] == {
+        "en": {"questions": 2, "true": 0.5, "shuffled": 0.0},
+        "zh": {"questions": 1, "true": 1.0, "shuffled": 1.0},
+    }
+    assert kinds["count"] == {"en": {"questions": 3, "true": pytest.approx(2 / 3), "shuffled": pytest.approx(1 / 3)}}
+
+
+def test_the_table_by_kind_fits_a_terminal_and_is_there_only_if_rows_name_kinds():
+    figure = {"en": {"exact_match": 0.5}, "zh": {"exact_match": 1.0}}
+    result = {"questions": {"en": 6, "zh": 1}, "true": figure, "shuffled": figure, "by_kind": by_kind(ANSWERS)}
+    lines = table(result).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[-3].split() == ["exact", "match", "questions", "en", "zh", *("shuffled", "en", "shuffled", "zh")]
+    assert lines[-2].split() == ["count", "3", "66.7%", "-", "33.3%", "-"]
+    assert lines[-1].split() == ["what", "3", "50.0%", "100.0%", "0.0%", "100.0%"]
+    assert "questions" not in table(result | {"by_kind": {}})

@@ -2,6 +2,7 @@
 with the pictures shuffled between rows. A model that only knows what captions usually say loses nothing by that.
 """
 
+import json
 import random
 import re
 from dataclasses import dataclass
@@ -65,6 +66,8 @@ class Question:
     images: list[str]  # their names
     text: str  # the last user turn
     references: list[str]
+    tokens: int  # of the answer in the data
+    kind: str  # what the row says of itself, as the drawn scenes do: "colour", "count"; "" if nothing
 
     @property
     def language(self) -> str:
@@ -76,6 +79,7 @@ def questions_of(data: VLMDataset, captions: dict[str, list[str]]) -> list[Quest
     questions = []
     for row in range(len(data)):
         conversations, images = parse_row(data.line(row))
+        kind = str(json.loads(data.line(row)).get("kind") or "")
         pieces = encode_chat(data.tokenizer, conversations, data.placeholders)
         answers = [turn["content"] for turn in conversations if turn["role"] == "assistant"]
         users = [turn["content"] for turn in conversations if turn["role"] == "user"]
@@ -87,12 +91,13 @@ def questions_of(data: VLMDataset, captions: dict[str, list[str]]) -> list[Quest
             references = [answers[turn]]
             more = captions.get(images[0], []) if len(images) == 1 and len(answers) == 1 else []
             references += [text for text in more if language(text) == language(answers[turn]) and text != answers[turn]]
-            questions.append(Question(row, ids, pictures, images[:pictures], users[turn], references))
+            shown, tokens = images[:pictures], len(answer[0])
+            questions.append(Question(row, ids, pictures, shown, users[turn], references, tokens, kind))
             ids = ids + answer[0]
     return questions
 
 
-class ShuffledPictures(Dataset):
+class ShuffledPictures(VLMDataset):
     """The same rows with the pictures of others; as many as before.
 
     Pictures are exchanged, not rows: two rows about one picture both get the same other one. Only a row that is alone
@@ -100,28 +105,21 @@ class ShuffledPictures(Dataset):
     """
 
     def __init__(self, data: VLMDataset, seed: int):
-        self.data = data
-        self.images = [parse_row(data.line(row))[1] for row in range(len(data))]
+        vars(self).update(vars(data))  # rows that are checked already
+        images = [tuple(parse_row(data.line(row))[1]) for row in range(len(data))]
         self.other = {}
-        for count in {len(names) for names in self.images} - {0}:
-            distinct = sorted({tuple(names) for names in self.images if len(names) == count})
+        for count in {len(names) for names in images} - {0}:
+            distinct = sorted({names for names in images if len(names) == count})
             random.Random(seed).shuffle(distinct)
             self.other |= dict(zip(distinct, distinct[1:] + distinct[:1]))
         if all(own == other for own, other in self.other.items()):
             raise ValueError("the rows have no two different pictures to exchange, so looking cannot be tested")
 
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, row: int) -> dict:
-        example = self.data[row]
-        if example.get("pictures") is None:
-            return example
-        shown = self.other[tuple(self.images[row])][: len(example["pictures"])]
-        try:
-            return example | {"pictures": torch.stack([self.data.load_picture(name) for name in shown])}
-        except BadRow as error:
-            return {"row": row, "broken": f"{self.data.where(row)}, shuffled: {error}"}
+    def line(self, row: int) -> str:
+        """A row as it stands in its file, but for the names of its pictures."""
+        line = super().line(row)
+        images = tuple(parse_row(line)[1])
+        return json.dumps(json.loads(line) | {"image": self.other[images]}) if images else line
 
 
 # ---------------------------------------------------------------------------- scores
@@ -130,22 +128,24 @@ class ShuffledPictures(Dataset):
 class Prompts(Dataset):
     """Questions as examples: prompts without answers, with the pictures that `rows` gives them."""
 
-    def __init__(self, questions: list[Question], rows: Dataset):
+    def __init__(self, questions: list[Question], rows: VLMDataset):
         self.questions, self.rows = questions, rows
 
     def __len__(self) -> int:
         return len(self.questions)
 
+    def images(self, i: int) -> list[str]:
+        """The names of the pictures."""
+        question = self.questions[i]
+        return parse_row(self.rows.line(question.row))[1][: question.pictures]
+
     def __getitem__(self, i: int) -> dict:
         question = self.questions[i]
-        example = self.rows[question.row]
-        if "broken" in example:
-            return {"number": i} | example
-        return {
-            "number": i,
-            "ids": question.prompt,
-            "pictures": example["pictures"][: question.pictures] if question.pictures else None,
-        }
+        try:
+            pictures = [self.rows.load_picture(name) for name in self.images(i)]
+        except BadRow as error:
+            return {"number": i, "broken": f"{self.rows.where(question.row)}: {error}"}
+        return {"number": i, "ids": question.prompt, "pictures": torch.stack(pictures) if pictures else None}
 
 
 def collate_prompts(examples: list[dict], pad_token_id: int) -> dict:
@@ -170,11 +170,14 @@ def collate_prompts(examples: list[dict], pad_token_id: int) -> dict:
 
 
 @torch.no_grad()
-def answer_all(model, tokenizer, questions, rows: Dataset, args, device, dtype, title: str) -> list[str]:
+def answer_all(model, tokenizer, prompts: Prompts, args, device, dtype, title: str) -> list[str]:
     """Greedy answers to all questions, in batches of like length."""
+    questions = prompts.questions
+    # First by how long the answer should be, roughly, since a batch goes on until its longest one ends.
+    lengths = [10**6 * question.tokens.bit_length() + len(question.prompt) for question in questions]
     loader = DataLoader(
-        Prompts(questions, rows),
-        batch_sampler=StepSampler([len(question.prompt) for question in questions], args.batch_size, shuffle=False),
+        prompts,
+        batch_sampler=StepSampler(lengths, args.batch_size, shuffle=False),
         collate_fn=partial(collate_prompts, pad_token_id=tokenizer.pad_token_id),
         num_workers=args.num_workers,
     )
@@ -213,8 +216,27 @@ def figures(questions: list[Question], answers: list[str]) -> dict:
     return scores
 
 
+def by_kind(answers: list[dict]) -> dict:
+    """{kind: {"en": {"questions": 40, "true": 0.9, "shuffled": 0.2}, "zh": ...}}, shares of exact matches; kinds of
+    question in the order of the alphabet, empty if the rows name none. answers: of `score`."""
+    groups = {}
+    for answer in answers:
+        if answer["kind"]:
+            groups.setdefault(answer["kind"], {}).setdefault(answer["language"], []).append(answer)
+
+    def shares(found):
+        right, shuffled = (sum(answer[key] for answer in found) for key in ("right", "right_shuffled"))
+        return {"questions": len(found), "true": right / len(found), "shuffled": shuffled / len(found)}
+
+    return {
+        kind: {key: shares(found) for key, found in sorted(languages.items())}
+        for kind, languages in sorted(groups.items())
+    }
+
+
 def score(model, tokenizer, data: VLMDataset, captions, args, device, dtype) -> dict:
-    """{"true": {"en": {...}, "zh": {...}}, "shuffled": ..., "answers": [...]}; see `figures`, and "loss" (nats).
+    """{"true": {"en": {...}, "zh": {...}}, "shuffled": ..., "by_kind": ..., "answers": [...]}; see `figures`, "loss"
+    (nats; not with args.no_loss) and `by_kind`.
 
     captions: {name of a picture: further references}.
     """
@@ -223,31 +245,39 @@ def score(model, tokenizer, data: VLMDataset, captions, args, device, dtype) -> 
     for i, question in enumerate(questions):
         by_language.setdefault(question.language, []).append(i)
     result = {"questions": {key: len(found) for key, found in by_language.items()}}
+    asked = {"true": Prompts(questions, data), "shuffled": Prompts(questions, ShuffledPictures(data, args.seed))}
     given = {}
-    for kind, rows in (("true", data), ("shuffled", ShuffledPictures(data, args.seed))):
-        given[kind] = answer_all(model, tokenizer, questions, rows, args, device, dtype, f"{kind} pictures")
-        result[kind] = {}
+    for which, prompts in asked.items():
+        given[which] = answer_all(model, tokenizer, prompts, args, device, dtype, f"{which} pictures")
+        result[which] = {}
         for key, found in sorted(by_language.items()):
+            result[which][key] = figures([questions[i] for i in found], [given[which][i] for i in found])
+            if args.no_loss:
+                continue
             chosen = sorted({questions[i].row for i in found})
             loader = DataLoader(
-                Subset(rows, chosen),
+                Subset(prompts.rows, chosen),
                 batch_sampler=StepSampler(data.lengths[chosen], args.batch_size, shuffle=False),
                 collate_fn=partial(collate, pad_token_id=tokenizer.pad_token_id),
                 num_workers=args.num_workers,
             )
-            result[kind][key] = figures([questions[i] for i in found], [given[kind][i] for i in found])
-            result[kind][key]["loss"] = validate(model, loader, device, dtype)
-    result["answers"] = [
+            result[which][key]["loss"] = validate(model, loader, device, dtype)
+    answers = [
         {
+            "kind": question.kind,
+            "language": question.language,
             "images": question.images,
             "question": question.text,
             "references": question.references,
             "answer": given["true"][i],
+            "right": exact_match(given["true"][i], question.references),
+            "images_shuffled": asked["shuffled"].images(i),
             "answer_shuffled": given["shuffled"][i],
+            "right_shuffled": exact_match(given["shuffled"][i], question.references),
         }
         for i, question in enumerate(questions)
     ]
-    return result
+    return result | {"by_kind": by_kind(answers), "answers": answers}
 
 
 def table(result: dict) -> str:
@@ -260,4 +290,20 @@ def table(result: dict) -> str:
             show = "{:.1%}" if metric == "exact_match" else "{:.1f}" if metric == "bleu" else "{:.3f}"
             label = f"{key} ({result['questions'][key]:,}): {titles[metric]}"
             lines.append(f"{label:34}{show.format(value):>15}{show.format(other):>12}")
+    if result["by_kind"]:
+        lines += ["", *kinds_table(result["by_kind"])]
     return "\n".join(lines)
+
+
+def kinds_table(kinds: dict) -> list[str]:
+    """Exact match by kind of question, a column for each language, first with the true pictures, then shuffled."""
+    languages = sorted({key for found in kinds.values() for key in found})
+    lines = [f"{'exact match':14}{'questions':>10}" + "".join(f"{key:>9}" for key in languages)]
+    lines[0] += "".join(f"{'shuffled ' + key:>14}" for key in languages)
+    for kind, found in kinds.items():
+        line = f"{kind:14}{sum(cell['questions'] for cell in found.values()):>10,}"
+        for which, width in (("true", 9), ("shuffled", 14)):
+            cells = [f"{found[key][which]:.1%}" if key in found else "-" for key in languages]
+            line += "".join(f"{cell:>{width}}" for cell in cells)
+        lines.append(line)
+    return lines
