@@ -154,6 +154,13 @@ def ask_about_pictures(model, tokenizer, args) -> None:
 # ---------------------------------------------------------------------------- scoring
 
 
+def count_parameters(model) -> dict[str, int]:
+    """{"llm", "projector", "encoder"}."""
+    parts = {"projector": model.vision_proj, "encoder": model.vision_encoder}
+    counts = {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
+    return {"llm": sum(weight.numel() for weight in model.parameters()) - sum(counts.values())} | counts
+
+
 def score_rows(model, tokenizer, args, weights: Path, device) -> dict:
     captions = {}
     for path in args.refs_path:
@@ -170,7 +177,13 @@ def score_rows(model, tokenizer, args, weights: Path, device) -> dict:
     output = Path(args.output or weights.with_suffix(".scores.json"))
     write_json(output, {})  # now, rather than after an hour of answers, is the time to learn that it cannot be written
     result = score(model, tokenizer, data, captions, args, device, pick_dtype(args.dtype, device))
-    result = {"weights": str(weights), "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])} | result
+    about = {
+        "weights": str(weights),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "device": str(device),
+        "parameters": count_parameters(model),
+    }
+    result = about | result
     print(table(result))
     write_json(output, result)
     print(f"written, with every answer: {output}")

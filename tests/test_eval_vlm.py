@@ -74,6 +74,9 @@ def test_it_scores_rows_and_shuffled_pictures_score_less(trained, world, tmp_pat
         *("kind", "language", "images", "question", "references"),
         *("answer", "right", "images_shuffled", "answer_shuffled", "right_shuffled"),
     }
+    parameters = saved["parameters"]  # of CLIP the vision half: positions, patches, 2 layers and 2 norms at least
+    assert parameters["projector"] == 32 * 64 + 64 and parameters["llm"] > 300 * 64 and parameters["encoder"] > 17000
+    assert saved["device"] == "cpu"
     assert all(found["right"] for found in saved["answers"]) and saved["by_kind"] == {}  # the rows name no kind
     assert all(found["images"] != found["images_shuffled"] for found in saved["answers"] if len(found["images"]) == 1)
     assert "exact match" in capsys.readouterr().out

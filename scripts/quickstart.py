@@ -1,0 +1,155 @@
+"""From nothing to a model that looks at pictures and talks about them in English and Chinese, in minutes, on a laptop.
+
+    python -m scripts.quickstart                                   # no GPU, no download
+    python -m scripts.quickstart --from_zero --out_dir out/zero    # also train tokenizer, encoder and LLM first
+    python -m scripts.quickstart --help
+
+It draws scenes (dataset/scenes.py), teaches the language model of the bundle to see (train_pretrain_vlm.py,
+train_sft_vlm.py), and scores it (eval_vlm.py). Every command is shown before it runs, so that you can do the same with
+your own pictures. Ctrl-C and a second start go on where it was. In out/quickstart/ you find, at the end,
+
+    report.html, report.json          what it can and cannot do
+    sft_vlm_{hidden}{_moe}.pth        the model
+    steps.json                        each command with its time and memory
+"""
+
+import argparse
+import re
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from scripts import make_bundle, report
+from scripts.steps import Step, duration, gigabytes, open_folder, read_records, run_steps, typed, write_json, write_text
+
+
+def recipe(out: Path, bundle: Path, llm: Path, model: list) -> list[Step]:
+    """The commands. llm: the weights to start from; model: the flags that name the model."""
+    data = out / "data"
+    rows = ["--data_path", data / "train.jsonl", "--images_path", data / "images", "--val_path", data / "val.jsonl"]
+    training = ["--trainable", "all", "--batch_size", 64, "--num_workers", 0, "--save_interval", 200]
+    training += ["--log_interval", 5]
+    scoring = ["--images_path", data / "images", "--batch_size", 64, "--num_workers", 0]
+    scoring += ["--max_new_tokens", 80, "--no_loss"]
+    # fmt: off
+    steps = [
+        Step("data", "draw scenes and write conversations about them", [
+            "python", "-m", "dataset.scenes", "--out_dir", data, "--scenes", 12000, "--val_scenes", 150,
+        ]),
+        Step("stage 1", "the projector learns to put pictures into the language model's words", [
+            "python", "train_pretrain_vlm.py", *model, *rows, "--from_weight", llm, *training,
+            "--epochs", 1, "--learning_rate", 1e-3, "--projector_learning_rate", 2e-3,
+        ], resumable=True),
+        Step("stage 2", "the whole model learns to answer", [
+            "python", "train_sft_vlm.py", *model, *rows, *training,
+            "--epochs", 1, "--learning_rate", 1e-3, "--projector_learning_rate", 1e-3,
+        ], resumable=True),
+        Step("score val", "questions about other scenes; then with pictures that do not belong to them", [
+            "python", "eval_vlm.py", *model, "--data_path", data / "val.jsonl", *scoring,
+            "--output", out / "val.json",
+        ]),
+        Step("score val_new", "the same about combinations that never occurred in training", [
+            "python", "eval_vlm.py", *model, "--data_path", data / "val_new.jsonl", *scoring,
+            "--output", out / "val_new.json",
+        ]),
+    ]
+    # fmt: on
+    for step in steps:
+        step.command = [str(part) for part in step.command]
+    return steps
+
+
+def find_llm(bundle: Path, use_moe: bool) -> tuple[Path, int]:
+    """The language model of a bundle and its hidden_size, which its name tells."""
+    again = "python -m scripts.quickstart --from_zero" + (" --use_moe" if use_moe else "")
+    missing = [name for name in ("tokenizer.json", "clip/config.json") if not (bundle / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"--bundle {bundle}: no {missing[0]} there. To make everything from nothing:\n$ {again}"
+        )
+    pattern = r"llm_(\d+)_moe\.pth" if use_moe else r"llm_(\d+)\.pth"
+    found = [(path, re.fullmatch(pattern, path.name)) for path in sorted(bundle.glob("llm_*.pth"))]
+    found = [(path, int(match[1])) for path, match in found if match]
+    if len(found) != 1:
+        name = "llm_{hidden}_moe.pth" if use_moe else "llm_{hidden}.pth"
+        raise FileNotFoundError(
+            f"--bundle {bundle} holds {len(found)} files {name}, expected 1. To train one:\n$ {again}"
+        )
+    return found[0]
+
+
+def next_commands(out: Path, model: list, weights: Path, args) -> list[tuple[str, list[str]]]:
+    """Three things to try: (what for, command)."""
+    picture = out / "data/images/val_00000.jpg"
+    own = [*model[:-1], "out/mine"]
+    ask = ["python", "eval_vlm.py", *model, "--image", picture, "--prompt", "What is in the picture?", "--greedy"]
+    train = ["python", "train_sft_vlm.py", *own, "--from_weight", weights]
+    train += ["--data_path", "rows.jsonl", "--images_path", "pictures"]
+    if not args.from_zero:
+        more = "train tokenizer, encoder and language model too, from nothing", ["--from_zero", "--out_dir", "out/zero"]
+    elif not args.use_moe:
+        more = "the same with a mixture of experts", ["--from_zero", "--use_moe", "--out_dir", "out/zero_moe"]
+    else:
+        more = "the same without experts", ["--from_zero", "--out_dir", "out/zero"]
+    commands = [
+        ("ask about a picture", ask),
+        ("go on with your own rows and pictures", train),
+        (more[0], ["python", "-m", "scripts.quickstart", *more[1]]),
+    ]
+    return [(what, [str(part) for part in command]) for what, command in commands]
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out_dir", type=Path, default=Path("out/quickstart"), help="all files go there (default: out/quickstart)")
+    add("--bundle", type=Path, default=Path("model/tiny"), help="tokenizer, encoder and LLM (default: model/tiny)")
+    add("--from_zero", action="store_true", help="train these three first, in OUT_DIR/tiny; up to an hour more")
+    add("--use_moe", action="store_true", help="a language model with a mixture of experts")
+    add("--restart", action="store_true", help="remove OUT_DIR with all that is in it and begin anew")
+    return parser.parse_args(argv)
+
+
+def quickstart(args, again: str) -> dict:
+    """Runs what is not done yet, writes and shows the report, and returns it."""
+    started = time.perf_counter()
+    out, moe = args.out_dir, "_moe" if args.use_moe else ""
+    steps, bundle = [], args.bundle
+    if args.from_zero:
+        bundle, hidden_size = out / "tiny", make_bundle.HIDDEN_SIZE
+        steps, llm = make_bundle.recipe(bundle, args.use_moe), bundle / f"llm_{hidden_size}{moe}.pth"
+    else:
+        llm, hidden_size = find_llm(bundle, args.use_moe)
+    model = ["--tokenizer_path", bundle, "--vision_model_path", bundle / "clip", "--hidden_size", hidden_size]
+    model += [*(["--use_moe"] if args.use_moe else []), "--out_dir", out]
+    steps += recipe(out, bundle, llm, model)
+
+    open_folder(out, args.restart)
+    earlier = sum(record["seconds"] for record in read_records(out))
+    records = run_steps(steps, out, again)
+    weights = out / f"sft_vlm_{hidden_size}{moe}.pth"
+    result = report.summary(out, records, next_commands(out, model, weights, args))
+    result["wall_s"] = round(earlier + time.perf_counter() - started, 1)
+    write_json(out / "report.json", result)
+    write_text(out / "report.html", report.page(out))
+    print("\n" + report.table(out))
+    print("\n" + report.examples(out))
+    print(f"\n{duration(result['wall_s'])} in all, {gigabytes(result['peak_gb'])} of memory at most")
+    print(f"the report, with pictures and curves: {out / 'report.html'}\n\nWhat to try next:")
+    for what, command in result["next"]:
+        print(f"\n# {what}\n{typed(command)}")
+    return result
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    flags = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--restart"]
+    try:
+        return quickstart(args, shlex.join(["python", "-m", "scripts.quickstart", *flags]))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"\nerror: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

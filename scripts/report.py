@@ -1,0 +1,507 @@
+"""What a run of the quickstart tells: report.json, a table for the terminal, and a page for the browser.
+
+    python -m scripts.report --out_dir out/quickstart      # writes report.html anew
+
+The page is one file: pictures, curves and style are in it, nothing is fetched and no script runs. Its examples are
+drawn by chance, the same on every call, and not for being right; those that are wrong come again by themselves.
+"""
+
+import argparse
+import base64
+import json
+import math
+import os
+import platform
+import random
+import re
+import shlex
+import subprocess
+from html import escape
+from importlib import metadata
+from pathlib import Path
+
+from scripts.steps import duration, gigabytes, typed, write_text
+
+SPLITS = {"val": "new scenes", "val_new": "new combinations"}
+LANGUAGES = {"en": "English", "zh": "Chinese"}
+WRONG = 12  # wrong answers shown, at most
+SWAPPED = 6  # questions shown with another picture, at most
+
+# ---------------------------------------------------------------------------- figures
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def share(answers: list[dict], key: str) -> float | None:
+    """How many are "right" (or "right_shuffled"), 0 to 1; None if there are no answers."""
+    return round(sum(answer[key] for answer in answers) / len(answers), 4) if answers else None
+
+
+def shares(answers: list[dict], key: str) -> dict:
+    """{"en", "zh", "all", "by_kind": {kind: share}} of the answers of a scores file."""
+    by_language = {lang: [answer for answer in answers if answer["language"] == lang] for lang in LANGUAGES}
+    kinds = sorted({answer["kind"] for answer in answers})
+    return {
+        **{lang: share(own, key) for lang, own in by_language.items()},
+        "all": share(answers, key),
+        "by_kind": {kind: share([answer for answer in answers if answer["kind"] == kind], key) for kind in kinds},
+    }
+
+
+def cpu_name() -> str:
+    if Path("/proc/cpuinfo").is_file():
+        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        if found:
+            return found[1]
+    if platform.system() == "Darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return platform.processor() or platform.machine()
+
+
+def machine() -> dict:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": cpu_name(),
+        "cores": cores,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": metadata.version("torch"),
+    }
+
+
+def summary(folder: Path, records: list[dict], next_commands: list) -> dict:
+    """What stands in report.json but for "wall_s": shares from 0 to 1, seconds, GB. folder: of a finished run."""
+    scores = {split: read_json(folder / f"{split}.json") for split in SPLITS}
+    answers = {split: found["answers"] for split, found in scores.items()}
+    return {
+        "wall_s": None,
+        "peak_gb": max(record["peak_gb"] for record in records),
+        "val": shares(answers["val"], "right"),
+        "val_new": shares(answers["val_new"], "right"),
+        "shuffled": shares(answers["val"], "right_shuffled"),
+        "shuffled_new": shares(answers["val_new"], "right_shuffled"),
+        "questions": {split: len(found) for split, found in answers.items()},
+        "steps": [
+            {
+                "name": record["name"],
+                "command": shlex.join(record["command"]),
+                "seconds": record["seconds"],
+                "peak_gb": record["peak_gb"],
+            }
+            for record in records
+        ],
+        "machine": machine() | {"device": scores["val"]["device"]},
+        "weights": scores["val"]["weights"],
+        "parameters": scores["val"]["parameters"],
+        "next": next_commands,
+    }
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
+
+
+def cells(folder: Path) -> dict:
+    """{kind: {split: {language: (share, share with shuffled pictures)}}}, and "all" for all kinds, at the end."""
+    answers = {split: read_json(folder / f"{split}.json")["answers"] for split in SPLITS}
+    kinds = sorted({answer["kind"] for found in answers.values() for answer in found})
+    found = {}
+    for kind in [*kinds, "all"]:
+        found[kind] = {split: {} for split in SPLITS}
+        for split in SPLITS:
+            for language in LANGUAGES:
+                own = [answer for answer in answers[split] if answer["language"] == language]
+                own = [answer for answer in own if kind in ("all", answer["kind"])]
+                found[kind][split][language] = (share(own, "right"), share(own, "right_shuffled"))
+    return found
+
+
+def table(folder: Path) -> str:
+    """Exact match by kind and language on both splits, beside shuffled pictures, for a terminal of 80 columns."""
+    lines = [
+        f"{'right answers':14}{'val: new scenes':^32}{'val_new: new combinations':^32}".rstrip(),
+        f"{'':14}" + f"{'true pictures':>16}{'shuffled':>16}" * 2,
+        f"{'':14}" + "".join(f"{language:>8}" for language in LANGUAGES) * 4,
+    ]
+    for kind, splits in cells(folder).items():
+        line = f"{kind:14}"
+        for split in SPLITS:
+            for which in (0, 1):
+                line += "".join(f"{percent(splits[split][language][which]):>8}" for language in LANGUAGES)
+        lines.append(line)
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------- examples
+
+
+def choose(answers: list[dict], per_group: int, seed: str, groups=("kind", "language")) -> list[dict]:
+    """So many answers by chance of each kind and language, in this order; always the same ones."""
+    found = {}
+    for answer in answers:
+        found.setdefault(tuple(answer[key] for key in groups), []).append(answer)
+    rng = random.Random(seed)
+    return [answer for key in sorted(found) for answer in rng.sample(found[key], min(per_group, len(found[key])))]
+
+
+def some(answers: list[dict], count: int, seed: str) -> list[dict]:
+    """So many answers by chance, from as many kinds as possible."""
+    rng = random.Random(seed)
+    by_kind = {}
+    for answer in rng.sample(answers, len(answers)):
+        by_kind.setdefault(answer["kind"], []).append(answer)
+    rounds = [found[i] for i in range(count) for found in by_kind.values() if i < len(found)]
+    return rounds[:count]
+
+
+def plain(question: str) -> str:
+    return question.replace("<image>", "").strip()
+
+
+def examples(folder: Path, count: int = 5) -> str:
+    """A few questions and answers of both splits for a terminal."""
+    lines = []
+    for split, many in (("val", count - 2), ("val_new", 2)):
+        for answer in some(read_json(folder / f"{split}.json")["answers"], many, split):
+            verdict = "right" if answer["right"] else f"wrong, it is: {answer['references'][0]}"
+            lines.append(
+                f"[{', '.join(answer['images'])}] {plain(answer['question'])}\n  {answer['answer']}  ({verdict})"
+            )
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------- curves
+
+
+def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """{"loss": [(step, value), ...], "val_loss": ...} of a metrics file."""
+    found = {"loss": [], "val_loss": []}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            line = json.loads(line)
+            for key, points in found.items():
+                if line.get(key) is not None:
+                    points.append((line["step"], line[key]))
+    return found
+
+
+def ticks(most: float) -> list[float]:
+    """Three to six round numbers from 0 to `most`."""
+    step = 10 ** math.floor(math.log10(most))
+    step *= next(factor for factor in (0.2, 0.25, 0.5, 1, 2) if most / (step * factor) < 6)
+    return [i * step for i in range(int(most / step) + 1)]
+
+
+def curve(metrics: dict, title: str) -> str:
+    """The losses of a stage as inline SVG; "" without any."""
+    points = metrics["loss"] + metrics["val_loss"]
+    if not points:
+        return ""
+    steps, top = max(step for step, _ in points), max(value for _, value in points) * 1.05
+    left, right, upper, lower = 44, 500, 14, 236  # of the plot within 520 × 280
+
+    def place(step, value):
+        return f"{left + (right - left) * step / steps:.1f},{lower - (lower - upper) * value / top:.1f}"
+
+    parts = []
+    for tick in ticks(top):
+        x, y = place(0, tick).split(",")
+        parts.append(f'<path class="grid" d="M{left} {y}H{right}"/>')
+        parts.append(f'<text x="{left - 8}" y="{float(y) + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    for tick in ticks(steps):
+        x, y = place(tick, 0).split(",")
+        parts.append(f'<text x="{x}" y="{lower + 18}" text-anchor="middle">{tick:g}</text>')
+    parts.append(f'<text x="{(left + right) / 2}" y="274" text-anchor="middle">step</text>')
+    last = []
+    if metrics["loss"]:
+        parts.append(f'<polyline class="loss" points="{" ".join(place(*point) for point in metrics["loss"])}"/>')
+        last.append(f"training {metrics['loss'][-1][1]:.3f}")
+    if metrics["val_loss"]:
+        dots = [place(*point) for point in metrics["val_loss"]]
+        parts.append(f'<polyline class="val" points="{" ".join(dots)}"/>')
+        parts += ['<circle class="val" cx="{}" cy="{}" r="4"/>'.format(*dot.split(",")) for dot in dots]
+        last.append(f"validation {metrics['val_loss'][-1][1]:.3f}")
+    label = f"{title}: loss against step, at the end {', '.join(last)}"
+    return (
+        f'<figure class="card curve"><figcaption><b>{escape(title)}</b><span>{escape(", ".join(last))}</span>'
+        f'</figcaption><svg viewBox="0 0 520 280" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+        "</figure>"
+    )
+
+
+# ---------------------------------------------------------------------------- the page
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #f6f6f3; --card: #fff; --ink: #1a1c20; --soft: #5b616b; --line: #e2e3e0;
+  --accent: #2a5bd7; --bar: #dbe5fb; --pale: #ececea; --good: #0b6b41; --good-bg: #e3f4eb; --bad: #a8201a;
+  --bad-bg: #fbe9e7; --second: #c2570c; }
+@media (prefers-color-scheme: dark) { :root { --paper: #101216; --card: #191c22; --ink: #e8e9eb; --soft: #a2a8b3;
+  --line: #2c3038; --accent: #8fb0ff; --bar: #26375f; --pale: #262a31; --good: #67d8a4; --good-bg: #12301f;
+  --bad: #ff9c94; --bad-bg: #3b1917; --second: #ffab5e; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.5; -webkit-text-size-adjust: 100%;
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "PingFang SC", "Noto Sans CJK SC",
+  "Microsoft YaHei", "WenQuanYi Micro Hei", sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 64px; }
+h1 { font-size: clamp(1.8rem, 5vw, 2.6rem); line-height: 1.15; letter-spacing: -.02em; margin: 0 0 8px; }
+h2 { font-size: 1.35rem; letter-spacing: -.01em; margin: 56px 0 4px; }
+h3 { font-size: 1rem; margin: 24px 0 8px; text-transform: capitalize; }
+p { margin: 0 0 16px; color: var(--soft); max-width: 68ch; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 14px; margin: 0; min-width: 0; }
+.grid-2, .grid-3, .tiles { display: grid; gap: 16px; }
+.grid-2 { grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
+.grid-3 { grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); margin: 28px 0 0; }
+.tile { padding: 16px 18px; }
+.tile b { display: block; font-size: 1.9rem; line-height: 1.2; letter-spacing: -.02em;
+  font-variant-numeric: tabular-nums; }
+.tile span { color: var(--soft); font-size: .875rem; }
+.tile.accent b { color: var(--accent); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .9375rem; }
+caption { text-align: left; padding: 14px 16px 6px; font-weight: 600; }
+caption span { color: var(--soft); font-weight: 400; }
+th, td { padding: 7px 10px; text-align: right; border-top: 1px solid var(--line); white-space: nowrap; }
+thead th { color: var(--soft); font-weight: 500; font-size: .8125rem; border-top: 0; }
+th:first-child, td:first-child { text-align: left; padding-left: 16px; font-weight: 500; }
+th:last-child, td:last-child { padding-right: 16px; }
+td.bar { background: linear-gradient(to right, var(--bar) calc(var(--share) * 1%), transparent 0); }
+td.bar.pale { background: linear-gradient(to right, var(--pale) calc(var(--share) * 1%), transparent 0);
+  color: var(--soft); }
+tr.all th, tr.all td { border-top: 2px solid var(--line); font-weight: 700; }
+.curve { padding: 14px 16px 6px; }
+.curve figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 16px; }
+.curve span { color: var(--soft); font-size: .875rem; }
+svg { display: block; width: 100%; height: auto; }
+svg text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
+svg .grid { stroke: var(--line); }
+svg polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
+svg .loss { stroke: var(--accent); }
+svg polyline.val { stroke: var(--second); stroke-dasharray: 3 4; }
+svg circle.val { fill: var(--second); }
+.key::before { content: ""; display: inline-block; width: 18px; height: 3px; margin: 0 6px 4px 0; border-radius: 2px;
+  background: var(--accent); }
+.key.second::before { background: var(--second); }
+.example { display: flex; gap: 14px; padding: 14px; }
+.pictures { display: flex; flex-direction: column; gap: 6px; flex: none; }
+img { display: block; width: 128px; height: 128px; border-radius: 8px; background: var(--pale); }
+.pictures.two img { width: 96px; height: 96px; }
+.example > div:last-child { min-width: 0; overflow-wrap: anywhere; }
+.question { font-weight: 600; line-height: 1.35; margin: 2px 0 8px; }
+.tags { color: var(--soft); font-size: .8125rem; }
+.answer { display: inline-block; border-radius: 8px; padding: 3px 9px; line-height: 1.4; }
+.right { color: var(--good); background: var(--good-bg); }
+.wrong { color: var(--bad); background: var(--bad-bg); }
+.expected { color: var(--soft); font-size: .9375rem; margin-top: 6px; }
+.swap { padding: 14px; }
+.swap .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; }
+.swap .sides > div { min-width: 0; overflow-wrap: anywhere; }
+.swap .tags { margin: 6px 0 2px; }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px;
+  margin: 6px 0 18px; overflow-x: auto; font: .84375rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+details pre { margin: 6px 16px 12px; }
+summary { cursor: pointer; padding: 10px 16px; border-top: 1px solid var(--line); color: var(--soft); }
+footer { margin-top: 56px; color: var(--soft); font-size: .875rem; }
+@media (max-width: 480px) { main { padding: 24px 14px 40px; } .tiles { grid-template-columns: 1fr 1fr; gap: 10px; }
+  .tile { padding: 12px 14px; } .tile b { font-size: 1.5rem; } th, td { padding: 7px 6px; font-size: .875rem; }
+  .example img { width: 104px; height: 104px; } }
+"""
+
+
+def tile(value: str, label: str, accent: bool = False) -> str:
+    return (
+        f'<div class="card tile{" accent" if accent else ""}"><b>{escape(value)}</b><span>{escape(label)}</span></div>'
+    )
+
+
+def bar(value: float | None, pale: bool) -> str:
+    style = f' class="bar{" pale" if pale else ""}" style="--share:{100 * value:.0f}"' if value is not None else ""
+    return f"<td{style}>{percent(value)}</td>"
+
+
+def kinds_table(folder: Path, split: str, questions: int) -> str:
+    head = "".join(f'<th scope="col">{name}</th>' for name in LANGUAGES.values())
+    head += "".join(f'<th scope="col">{name}, shuffled</th>' for name in LANGUAGES.values())
+    rows = []
+    for kind, splits in cells(folder).items():
+        row = "".join(bar(splits[split][language][0], False) for language in LANGUAGES)
+        row += "".join(bar(splits[split][language][1], True) for language in LANGUAGES)
+        rows.append(f'<tr{" class=all" if kind == "all" else ""}><th scope="row">{escape(kind)}</th>{row}</tr>')
+    return (
+        f'<div class="card scroll"><table><caption>{split}: {SPLITS[split]} <span>{questions:,} questions</span>'
+        f'</caption><thead><tr><th scope="col">kind</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
+
+
+def picture(folder: Path, name: str) -> str:
+    path = folder / "data/images" / name
+    data = base64.b64encode(path.read_bytes()).decode()
+    kind = "png" if path.suffix == ".png" else "jpeg"
+    return f'<img src="data:image/{kind};base64,{data}" alt="drawn scene {escape(name)}" width="128" height="128">'
+
+
+def said(answer: str, right: bool, language: str) -> str:
+    mark, verdict = ("✓", "right") if right else ("✗", "wrong")
+    text = escape(answer) or "(nothing)"
+    mark = f'<span role="img" aria-label="{verdict}">{mark}</span>'
+    return f'<span class="answer {verdict}">{mark} <span lang="{language}">{text}</span></span>'
+
+
+def example(folder: Path, answer: dict, split: str) -> str:
+    pictures = "".join(picture(folder, name) for name in answer["images"])
+    language, two = answer["language"], " two" if len(answer["images"]) > 1 else ""
+    expected = ""
+    if not answer["right"]:
+        expected = (
+            f'<div class="expected">expected: <span lang="{language}">{escape(answer["references"][0])}</span></div>'
+        )
+    return (
+        f'<div class="card example"><div class="pictures{two}">{pictures}</div><div>'
+        f'<div class="tags">{escape(answer["kind"])} · {LANGUAGES[language]} · {split}</div>'
+        f'<div class="question" lang="{language}">{escape(plain(answer["question"]))}</div>'
+        f"{said(answer['answer'], answer['right'], language)}{expected}</div></div>"
+    )
+
+
+def swapped(folder: Path, answer: dict) -> str:
+    """A question with its own picture and with another one."""
+    sides = []
+    for title, images, key, right in (
+        ("its own picture", "images", "answer", "right"),
+        ("another picture", "images_shuffled", "answer_shuffled", "right_shuffled"),
+    ):
+        shown = "".join(picture(folder, name) for name in answer[images])
+        verdict = said(answer[key], answer[right], answer["language"])
+        sides.append(f'<div><div class="pictures">{shown}</div><div class="tags">{title}</div>{verdict}</div>')
+    question = f'<div class="question" lang="{answer["language"]}">{escape(plain(answer["question"]))}</div>'
+    return f'<div class="card swap">{question}<div class="sides">{"".join(sides)}</div></div>'
+
+
+def rows_table(title: str, head: list[str], rows: list[list[str]], below: str = "") -> str:
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    body = "".join(
+        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
+        for first, *rest in rows
+    )
+    return (
+        f'<div class="card"><div class="scroll"><table><caption>{escape(title)}</caption><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>{below}</div>"
+    )
+
+
+def page(folder: Path) -> str:
+    """The whole page, of the files of a finished run: report.json, {val,val_new}.json, metrics and pictures."""
+    report = read_json(folder / "report.json")
+    answers = {split: read_json(folder / f"{split}.json")["answers"] for split in SPLITS}
+    model, parameters = Path(report["weights"]), report["parameters"]
+    about = report["machine"]
+    where = f"{about['cores']} cores of {about['cpu']}, {about['device']}, {about['system']}"
+
+    tiles = [
+        tile(percent(report["val"]["en"]), "right in English", True),
+        tile(percent(report["val"]["zh"]), "right in Chinese", True),
+        tile(percent(report["val_new"]["all"]), "right about new combinations", True),
+        tile(percent(report["shuffled"]["all"]), "right with shuffled pictures"),
+        tile(duration(report["wall_s"]), "the whole quickstart"),
+        tile(gigabytes(report["peak_gb"]), "memory at most"),
+    ]
+    suffix = model.stem.removeprefix("sft_vlm")
+    curves = [
+        curve(read_metrics(folder / f"{stage}{suffix}.metrics.jsonl"), title)
+        for stage, title in (("pretrain_vlm", "Stage 1: learn to see"), ("sft_vlm", "Stage 2: learn to answer"))
+    ]
+    gallery = [(answer, "val") for answer in choose(answers["val"], 1, "val")]
+    gallery += [(answer, "val_new") for answer in choose(answers["val_new"], 1, "val_new", ("kind",))]
+    wrong = {split: [answer for answer in found if not answer["right"]] for split, found in answers.items()}
+    total = sum(map(len, answers.values()))
+    errors = [(answer, "val") for answer in some(wrong["val"], WRONG // 2, "wrong")]
+    errors += [(answer, "val_new") for answer in some(wrong["val_new"], WRONG - len(errors), "wrong")]
+    swaps = some([answer for answer in answers["val"] if answer["images"]], SWAPPED, "swapped")
+
+    sizes = [[name, f"{count:,}"] for name, count in parameters.items()]
+    sizes.append(["in all", f"{sum(parameters.values()):,}"])
+    times = [[step["name"], duration(step["seconds"]), gigabytes(step["peak_gb"])] for step in report["steps"]]
+    times.append(["in all", duration(report["wall_s"]), gigabytes(report["peak_gb"])])
+    commands = "".join(f"<pre>$ {escape(typed(shlex.split(step['command'])))}</pre>" for step in report["steps"])
+    following = "".join(
+        f"<h3>{escape(what)}</h3><pre>{escape(typed(command))}</pre>" for what, command in report["next"]
+    )
+    size = f"{model.stat().st_size / 1e6:.1f} MB" if model.is_file() else "not there"
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>MiniMind-V quickstart</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<main>
+<header>
+<h1>MiniMind-V quickstart</h1>
+<p>A vision-language model of {sum(parameters.values()) / 1e6:.1f} million parameters, taught to see on this computer
+in {escape(duration(report["wall_s"]))}. Here is what it can do, and what it cannot.</p>
+<div class="tiles">{"".join(tiles)}</div>
+</header>
+
+<h2>Does it look?</h2>
+<p>An answer is right when it is exactly the expected one. With shuffled pictures the same model gets the same questions
+about somebody else's picture: what it then gets right is guessing. New combinations of colour, shape and place never
+occurred in training.</p>
+<div class="grid-2">{"".join(kinds_table(folder, split, report["questions"][split]) for split in SPLITS)}</div>
+
+<h2>How it learned</h2>
+<p>Loss per answer token, in nats: <span class="key">training</span>, <span class="key second">validation</span>.</p>
+<div class="grid-2">{"".join(curves)}</div>
+
+<h2>Questions and answers</h2>
+<p>Drawn by chance from each kind and language, not for being right.</p>
+<div class="grid-3">{"".join(example(folder, answer, split) for answer, split in gallery)}</div>
+
+<h2>What it gets wrong</h2>
+<p>{sum(map(len, wrong.values())):,} of {total:,} answers are wrong{"; some of them:" if errors else "."}</p>
+<div class="grid-3">{"".join(example(folder, answer, split) for answer, split in errors)}</div>
+
+<h2>The same question, another picture</h2>
+<p>Drawn by chance. Right is what is right about the question's own picture.</p>
+<div class="grid-3">{"".join(swapped(folder, answer) for answer in swaps)}</div>
+
+<h2>Sizes and times</h2>
+<p>{escape(where)}; Python {escape(about["python"])}, PyTorch {escape(about["torch"])}.</p>
+<div class="grid-2">
+{
+        rows_table(
+            "Time and memory",
+            ["step", "time", "memory at most"],
+            times,
+            f"<details><summary>the commands</summary>{commands}</details>",
+        )
+    }
+{rows_table(f"Parameters; {model.name} takes {size}", ["part", "parameters"], sizes)}
+</div>
+
+<h2>What to try next</h2>
+{following}
+<footer>Made by <code>python -m scripts.quickstart</code>. This page is one file and loads nothing.</footer>
+</main>
+</body>
+</html>
+"""
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out_dir", type=Path, default=Path("out/quickstart"), help="folder of a finished quickstart")
+    folder = parser.parse_args(argv).out_dir
+    if not (folder / "report.json").is_file():
+        raise SystemExit(f"error: --out_dir {folder}: no report.json there. To make one: python -m scripts.quickstart")
+    write_text(folder / "report.html", page(folder))
+    print(table(folder))
+    print(f"\nwritten: {folder / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()

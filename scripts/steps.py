@@ -1,0 +1,224 @@
+"""Recipes as a list of commands, one after the other: what `scripts.quickstart` and `scripts.make_bundle` share.
+
+Every command is shown as a user would type it and then run as a process of its own, so there is nothing in a recipe
+that could not be done by hand. What is done stands in folder/steps.json, with the time and memory it took: a second
+start skips it. No torch here: importing it would take seconds, and memory beside that of the steps.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+WIDTH = 80  # columns of a terminal
+SAMPLES = 4  # looks at the memory, per second
+
+
+@dataclass
+class Step:
+    name: str  # "stage 1"
+    about: str  # a line for the user
+    command: list[str]  # as it would be typed, beginning with "python"
+    resumable: bool = False  # does it know --from_resume?
+    makes: Path | None = None  # if not resumable: a file or folder that must be gone before it can begin again
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def write_text(path, text: str) -> None:
+    """Written beside and renamed, so that there is a whole file at any moment."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path, value) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_records(folder: Path) -> list[dict]:
+    """steps.json: {"name", "command", "status", "seconds", "peak_gb"} for each step that was begun, in order.
+
+    status: "begun" (it runs, or was interrupted), "done" or "failed". seconds: of all attempts; peak_gb: of the worst.
+    """
+    path = folder / "steps.json"
+    if not path.is_file():
+        return []
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): remove it to begin anew") from None
+
+
+def open_folder(folder: Path, restart: bool, flag: str = "--out_dir") -> None:
+    """Makes the folder of a run, or finds one of an earlier start, which `restart` removes. flag: what names it.
+
+    Raises ValueError if there are files of somebody else in it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{flag} {folder} is a file: choose another")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / "steps.json").is_file():
+            raise ValueError(f"{flag} {folder} holds other files, which would get mixed up: choose another folder")
+        if restart:
+            shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+# ---------------------------------------------------------------------------- one command
+
+
+def typed(command: list[str]) -> str:
+    """A command as it can be pasted into a shell, in lines that fit a terminal; a flag stays with its values."""
+    groups = []
+    for part in command:
+        if part.startswith("--") or not groups:
+            groups.append(shlex.quote(part))
+        else:
+            groups[-1] += " " + shlex.quote(part)
+    lines = [groups[0]]
+    for group in groups[1:]:
+        if len(lines[-1]) + 1 + len(group) > WIDTH - 4:  # the prompt before, the backslash behind
+            lines.append("    " + group)
+        else:
+            lines[-1] += " " + group
+    return " \\\n".join(lines)
+
+
+def memory(process: psutil.Process) -> int:
+    """Bytes that a process and all below it take: PSS on Linux, where pages that they share count once, else RSS."""
+    total = 0
+    for each in [process, *process.children(recursive=True)]:
+        try:
+            info = each.memory_full_info() if psutil.LINUX else each.memory_info()
+            total += getattr(info, "pss", info.rss)
+        except psutil.Error:  # it has just ended
+            continue
+    return total
+
+
+def run(command: list[str]) -> tuple[int, bool, float, float]:
+    """Runs a command. Returns its exit status, whether Ctrl-C or SIGTERM came meanwhile, its seconds, its peak in GB.
+
+    Ctrl-C reaches the command too, which is given the time to finish and save.
+    """
+    started, peak, interrupted = time.perf_counter(), 0, False
+    process = subprocess.Popen([sys.executable if command[0] == "python" else command[0], *command[1:]])
+    ended = threading.Event()
+
+    def watch():
+        nonlocal peak
+        try:
+            watched = psutil.Process(process.pid)
+            while not ended.is_set():
+                peak = max(peak, memory(watched))
+                ended.wait(1 / SAMPLES)
+        except psutil.Error:  # it has ended before us
+            pass
+
+    def stop(*_):  # `kill` reaches this process alone, so it is passed on
+        nonlocal interrupted
+        interrupted = True
+        process.terminate()
+
+    before = signal.signal(signal.SIGTERM, stop)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        while process.returncode is None:
+            try:
+                process.wait()
+            except KeyboardInterrupt:
+                interrupted = True
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        ended.set()
+        watcher.join()
+    return process.returncode, interrupted, time.perf_counter() - started, peak / 1e9
+
+
+# ---------------------------------------------------------------------------- all of them
+
+
+def check_same(steps: list[Step], records: list[dict], folder: Path) -> None:
+    """ValueError if the folder holds steps with other settings, whose results would get mixed up with these."""
+    for step, record in zip(steps, records):
+        if (record["name"], record["command"]) != (step.name, step.command):
+            raise ValueError(
+                f"{folder} holds a run with other settings. Its step {record['name']!r} was\n"
+                f"$ {typed(record['command'])}\nand {step.name!r} would now be\n$ {typed(step.command)}\n"
+                "Keep it and choose another folder, or remove it and begin anew with --restart"
+            )
+
+
+def run_steps(steps: list[Step], folder: Path, again: str) -> list[dict]:
+    """Runs what is not done yet; returns the records of all steps, see `read_records`.
+
+    again: the command that goes on after an interruption. Raises SystemExit(130) after Ctrl-C, ValueError when a step
+    fails or an earlier start had other settings.
+    """
+    records = read_records(folder)
+    check_same(steps, records, folder)
+    for number, step in enumerate(steps):
+        title = f"[{number + 1}/{len(steps)}] {step.name}: "
+        if number == len(records):
+            records.append({"name": step.name, "command": step.command, "status": "new", "seconds": 0, "peak_gb": 0})
+        record = records[number]
+        if record["status"] == "done":
+            print(f"{title}done already, {duration(record['seconds'])}")
+            continue
+        command = step.command
+        if record["status"] != "new" and step.resumable:
+            command = [*command, "--from_resume"]
+        elif record["status"] != "new" and step.makes is not None:
+            shutil.rmtree(step.makes) if step.makes.is_dir() else step.makes.unlink(missing_ok=True)
+        record["status"] = "begun"
+        write_json(folder / "steps.json", records)
+
+        print(f"\n{title}{step.about}\n$ {typed(command)}", flush=True)
+        status, interrupted, seconds, peak_gb = run(command)
+        interrupted = interrupted or status in (130, -signal.SIGINT)
+        record["seconds"] = round(record["seconds"] + seconds, 2)
+        record["peak_gb"] = round(max(record["peak_gb"], peak_gb), 3)
+        record["status"] = "done" if status == 0 else "begun" if interrupted else "failed"
+        write_json(folder / "steps.json", records)
+        if interrupted:
+            print(f"\nstopped. To go on, type:\n$ {again}", flush=True)
+            raise SystemExit(130)
+        if status:
+            how = f"ended with status {status}" if status > 0 else f"was killed by {signal.Signals(-status).name}"
+            hint = ", perhaps for want of memory" if status == -9 else ""
+            raise ValueError(
+                f"step {number + 1}, {step.name!r}, {how}{hint}. What it said stands above; its command is\n"
+                f"$ {typed(command)}\nWhen it is mended, go on with\n$ {again}"
+            )
+        print(f"{step.name}: {duration(seconds)}, {gigabytes(peak_gb)} at most", flush=True)
+    return records
+
+
+def duration(seconds: float) -> str:
+    """ "3.2 s", "4 min 05 s", "1 h 02 min"."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def gigabytes(size: float) -> str:
+    """ "1.2 GB"; below a tenth "40 MB"."""
+    return f"{size:.1f} GB" if size >= 0.1 else f"{1000 * size:.0f} MB"
