@@ -236,10 +236,10 @@ def curve(metrics: dict, title: str) -> str:
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #f6f6f3; --card: #fff; --ink: #1a1c20; --soft: #5b616b; --line: #e2e3e0;
-  --accent: #2a5bd7; --bar: #dbe5fb; --pale: #ececea; --good: #0b6b41; --good-bg: #e3f4eb; --bad: #a8201a;
+  --accent: #2a5bd7; --pale: #ececea; --good: #0b6b41; --good-bg: #e3f4eb; --bad: #a8201a;
   --bad-bg: #fbe9e7; --second: #c2570c; }
 @media (prefers-color-scheme: dark) { :root { --paper: #101216; --card: #191c22; --ink: #e8e9eb; --soft: #a2a8b3;
-  --line: #2c3038; --accent: #8fb0ff; --bar: #26375f; --pale: #262a31; --good: #67d8a4; --good-bg: #12301f;
+  --line: #2c3038; --accent: #8fb0ff; --pale: #262a31; --good: #67d8a4; --good-bg: #12301f;
   --bad: #ff9c94; --bad-bg: #3b1917; --second: #ffab5e; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.5; -webkit-text-size-adjust: 100%;
@@ -248,15 +248,16 @@ body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.5;
 main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 64px; }
 h1 { font-size: clamp(1.8rem, 5vw, 2.6rem); line-height: 1.15; letter-spacing: -.02em; margin: 0 0 8px; }
 h2 { font-size: 1.35rem; letter-spacing: -.01em; margin: 56px 0 4px; }
-h3 { font-size: 1rem; margin: 24px 0 8px; text-transform: capitalize; }
+h3 { font-size: 1rem; margin: 24px 0 8px; }
+h3::first-letter { text-transform: uppercase; }
 p { margin: 0 0 16px; color: var(--soft); max-width: 68ch; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 14px; margin: 0; min-width: 0; }
 .grid-2, .grid-3, .tiles { display: grid; gap: 16px; }
 .grid-2 { grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
 .grid-3 { grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
-.tiles { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); margin: 28px 0 0; }
-.tile { padding: 16px 18px; }
-.tile b { display: block; font-size: 1.9rem; line-height: 1.2; letter-spacing: -.02em;
+.tiles { grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); margin: 28px 0 0; }
+.tile { padding: 14px 16px; }
+.tile b { display: block; font-size: 1.55rem; line-height: 1.4; white-space: nowrap; letter-spacing: -.02em;
   font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .875rem; }
 .tile.accent b { color: var(--accent); }
@@ -265,12 +266,17 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 caption { text-align: left; padding: 14px 16px 6px; font-weight: 600; }
 caption span { color: var(--soft); font-weight: 400; }
 th, td { padding: 7px 10px; text-align: right; border-top: 1px solid var(--line); white-space: nowrap; }
-thead th { color: var(--soft); font-weight: 500; font-size: .8125rem; border-top: 0; }
+thead th, thead td { color: var(--soft); font-weight: 500; font-size: .8125rem; border-top: 0; }
 th:first-child, td:first-child { text-align: left; padding-left: 16px; font-weight: 500; }
 th:last-child, td:last-child { padding-right: 16px; }
-td.bar { background: linear-gradient(to right, var(--bar) calc(var(--share) * 1%), transparent 0); }
-td.bar.pale { background: linear-gradient(to right, var(--pale) calc(var(--share) * 1%), transparent 0);
-  color: var(--soft); }
+.kinds { table-layout: fixed; min-width: 340px; }
+.kinds thead th { padding-bottom: 2px; }
+.kinds th:first-child { width: 24%; }
+.kinds th[colspan] { text-align: center; }
+.kinds .pale { color: var(--soft); }
+.bar::after { content: ""; display: block; height: 4px; margin-top: 3px; border-radius: 2px; background:
+  linear-gradient(to right, var(--accent) calc(var(--share) * 1%), var(--pale) 0); }
+.bar.pale::after { background: linear-gradient(to right, var(--soft) calc(var(--share) * 1%), var(--pale) 0); }
 tr.all th, tr.all td { border-top: 2px solid var(--line); font-weight: 700; }
 .curve { padding: 14px 16px 6px; }
 .curve figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 16px; }
@@ -292,6 +298,7 @@ img { display: block; width: 128px; height: 128px; border-radius: 8px; backgroun
 .example > div:last-child { min-width: 0; overflow-wrap: anywhere; }
 .question { font-weight: 600; line-height: 1.35; margin: 2px 0 8px; }
 .tags { color: var(--soft); font-size: .8125rem; }
+.tags span { white-space: nowrap; }
 .answer { display: inline-block; border-radius: 8px; padding: 3px 9px; line-height: 1.4; }
 .right { color: var(--good); background: var(--good-bg); }
 .wrong { color: var(--bad); background: var(--bad-bg); }
@@ -323,16 +330,18 @@ def bar(value: float | None, pale: bool) -> str:
 
 
 def kinds_table(folder: Path, split: str, questions: int) -> str:
-    head = "".join(f'<th scope="col">{name}</th>' for name in LANGUAGES.values())
-    head += "".join(f'<th scope="col">{name}, shuffled</th>' for name in LANGUAGES.values())
+    names = "".join(f'<th scope="col">{name}</th>' for name in LANGUAGES.values())
+    head = '<tr><td></td><th colspan="2" scope="colgroup">true pictures</th>'
+    head += f'<th colspan="2" scope="colgroup">shuffled</th></tr><tr><th scope="col">kind</th>{names * 2}</tr>'
     rows = []
     for kind, splits in cells(folder).items():
         row = "".join(bar(splits[split][language][0], False) for language in LANGUAGES)
         row += "".join(bar(splits[split][language][1], True) for language in LANGUAGES)
         rows.append(f'<tr{" class=all" if kind == "all" else ""}><th scope="row">{escape(kind)}</th>{row}</tr>')
+    caption = f"{split}: {SPLITS[split]} <span>{questions:,} questions</span>"
     return (
-        f'<div class="card scroll"><table><caption>{split}: {SPLITS[split]} <span>{questions:,} questions</span>'
-        f'</caption><thead><tr><th scope="col">kind</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        f'<div class="card scroll"><table class="kinds"><caption>{caption}</caption>'
+        f"<thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
@@ -360,7 +369,7 @@ def example(folder: Path, answer: dict, split: str) -> str:
         )
     return (
         f'<div class="card example"><div class="pictures{two}">{pictures}</div><div>'
-        f'<div class="tags">{escape(answer["kind"])} · {LANGUAGES[language]} · {split}</div>'
+        f'<div class="tags">{escape(answer["kind"])} · {LANGUAGES[language]} · <span>{split}</span></div>'
         f'<div class="question" lang="{language}">{escape(plain(answer["question"]))}</div>'
         f"{said(answer['answer'], answer['right'], language)}{expected}</div></div>"
     )
