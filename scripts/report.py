@@ -314,7 +314,7 @@ summary { cursor: pointer; padding: 10px 16px; border-top: 1px solid var(--line)
 footer { margin-top: 56px; color: var(--soft); font-size: .875rem; }
 @media (max-width: 480px) { main { padding: 24px 14px 40px; } .tiles { grid-template-columns: 1fr 1fr; gap: 10px; }
   .tile { padding: 12px 14px; } .tile b { font-size: 1.5rem; } th, td { padding: 7px 6px; font-size: .875rem; }
-  .example img { width: 104px; height: 104px; } }
+  .example img { width: 104px; height: 104px; } svg text { font-size: 17px; } }
 """
 
 
