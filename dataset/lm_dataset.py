@@ -96,8 +96,14 @@ def fit(pieces, max_length: int) -> tuple[list[int], list[int], int]:
 
 
 def encode_row(line: str, tokenizer, placeholders: str, max_length: int):
-    """A line → input_ids, labels, names of its pictures, and whether it was shortened. Raises BadRow."""
+    """A line → input_ids, labels, names of its pictures, and whether it was shortened. Raises BadRow.
+
+    Without placeholders the pictures are left out: what remains is text.
+    """
     conversations, images = parse_row(line)
+    if not placeholders:
+        conversations = [turn | {"content": turn["content"].replace(IMAGE_TAG, "").strip()} for turn in conversations]
+        images = []
     try:
         pieces = encode_chat(tokenizer, conversations, placeholders)
     except ValueError as error:
@@ -162,7 +168,7 @@ class VLMDataset(torch.utils.data.Dataset):
             tokenizer: of `model.processing.load_tokenizer`.
             preprocess: an `ImageProcessor`; needed as soon as a row has a picture.
             max_length: tokens a row may have.
-            image_special_token: the placeholders of one picture.
+            image_special_token: the placeholders of one picture; "" leaves pictures out, for a model of text only.
             on_bad_row: "error" raises ValueError with a table of what is wrong, "skip" leaves bad rows out.
         """
         self.tokenizer, self.preprocess = tokenizer, preprocess

@@ -18,9 +18,9 @@ out_dir/{train,val,val_new}.jsonl and out_dir/images/, so that everything that r
   combination of colour and shape (NEW_PAIRS) or three of a shape in a corner (`is_new`), and all its questions are
   about that. Each colour and each shape for itself occurs in train.
 
-Captions alone, for contrastive training, one English and one Chinese to a picture: --kinds describe --rows 2. With the
-same seed the pictures are the same. `text_rows_of` gives the same conversations with the scene in words in place of
-the picture, for training on text. Pictures are in `dataset.scene_pictures`.
+--form captions writes a caption of every object, for contrastive training; --form text writes conversations with the
+scene in words in place of the picture, for training on text. With the same seed the scenes are the same. Pictures are
+in `dataset.scene_pictures`.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from io import BytesIO
 from itertools import permutations
@@ -47,6 +48,14 @@ bottom left 左下角, bottom middle 下方, bottom right 右下角
 left of 左边, right of 右边, above 上面, below 下面, left 左边, right 右边
 leftmost 最左边, rightmost 最右边, topmost 最上面, lowest 最下面
 """
+MENTIONS = {  # form of a description: what it says of each thing, and whether it says where it is
+    "short": (("colour", "shape"), False),
+    "shapes": (("shape",), False),
+    "sizes": (("size", "shape"), False),
+    "layout": (("shape",), True),
+    "places": (("colour", "shape"), True),
+    "full": (("colour", "shape", "size"), True),
+}
 NUMBERS = ("one", "two", "three", "four")
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # step in columns, in rows
 MOST = {"leftmost": "left of", "rightmost": "right of", "topmost": "above", "lowest": "below"}
@@ -62,6 +71,12 @@ describe short   | Describe the picture briefly.                 | 简单描述�
                  | What can you see here?                        | 你看到了什么？
                  | List the objects, only colour and shape.      | 列出图形，只说颜色和形状。
                  | Write a short caption.                        | 写一个简短的标题。
+describe shapes  | Which shapes are in the picture?              | 图片里有哪些形状？
+                 | List only the shapes.                         | 只列出形状。
+describe sizes   | List the shapes with their sizes.             | 列出形状和大小。
+                 | Which shapes are there, big and small?        | 有哪些形状，是大是小？
+describe layout  | Say which shape is where.                     | 说出哪个形状在哪里。
+                 | List only the shapes and their places.        | 只列出形状和位置。
 describe places  | Say what is where.                            | 说出什么在哪里。
                  | Name every object and its place.              | 说出每个图形和它的位置。
                  | List the objects with their places.           | 列出图形和位置。
@@ -132,7 +147,7 @@ KINDS = {  # share of rows, as far as scenes allow; "multi" is a conversation of
     "exists": 2,
     "relation": 5,
     "size": 4,
-    "multi": 3,
+    "multi": 12,
     "compare": 2,
 }
 TURNS = ("what", "colour", "count", "where", "exists", "relation", "size")  # a description would give away the rest
@@ -212,19 +227,19 @@ def beyond(thing: Thing, other: Thing, side: str) -> bool:
 
 
 def caption(scene: Scene, lang: str, form: str) -> str:
-    """The one right description in this form of "describe", in reading order; "short" gathers what looks the same."""
-    if form == "short":
-        groups = Counter(name(lang, thing.colour, thing.shape) for thing in scene.things)
-        parts = [several(number, noun, lang) for noun, number in groups.items()]
+    """The one right description in this form of "describe", in reading order; without places alike ones are counted."""
+    said, with_places = MENTIONS[form]
+    nouns = [name(lang, **{each: getattr(thing, each) for each in said}) for thing in scene.things]
+    if not with_places:
+        parts = [several(number, noun, lang) for noun, number in Counter(nouns).items()]
         return join(parts, *((", ", " and ") if lang == "en" else ("、", "和")))
-    nouns = [name(lang, thing.colour, thing.shape, thing.size if form == "full" else "") for thing in scene.things]
     if lang == "zh":
         return "，".join(f"{CHINESE[thing.place]}有一个{noun}" for noun, thing in zip(nouns, scene.things))
     return join([f"{a(noun, lang)} in the {thing.place}" for noun, thing in zip(nouns, scene.things)], ", ", " and ")
 
 
 def describe(scene, form, lang):
-    yield {}, caption(scene, lang, form), True
+    yield {}, caption(scene, lang, form), "colour" in MENTIONS[form][0]
 
 
 def what(scene, form, lang):
@@ -397,9 +412,9 @@ def rows_of(scene, image: str, rng, used: Counter, rows=4, kinds=tuple(KINDS), n
         shown = [(scene, image)]
         if kind == "compare":
             shown.insert(rng.randrange(2), other)
-        turns = rng.sample(TURNS, rng.randint(2, 4)) if kind == "multi" else [kind]
+        turns = rng.choices(TURNS, k=rng.randint(2, 8)) if kind == "multi" else [kind]
         asked = [ask([each for each, _ in shown], turn, lang, rng, used, new) for turn in turns]
-        asked = [pair for pair in asked if pair]
+        asked = list(dict.fromkeys(pair for pair in asked if pair))
         if len(asked) < (2 if kind == "multi" else 1) or not questions.isdisjoint(asked):
             continue
         questions.update(asked)
@@ -426,6 +441,20 @@ def describe_in_words(scene: Scene, lang: str, rng=None) -> str:
     return ("; " if lang == "en" else "；").join(rng.sample(parts, len(parts)))
 
 
+def captions_of(scene: Scene, image: str) -> list[dict]:
+    """For each thing a row in each language that says what it is and where: "a big red star in the middle"."""
+    said = [(lang, caption(replace(scene, things=(thing,)), lang, "full")) for thing in scene.things for lang in LANGS]
+    return [
+        {
+            "conversations": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": text}],
+            "image": image,
+            "kind": "caption",
+            "lang": lang,
+        }
+        for lang, text in said
+    ]
+
+
 def text_rows_of(scene, rng, used, rows=4, kinds=tuple(KINDS), new=False, other=None) -> list[dict]:
     """As `rows_of`, with each picture in words instead, so without "image"; other: a scene to compare with."""
     scenes = {"one": scene, "two": other}
@@ -443,28 +472,39 @@ def scenes_of(split: str, count: int, seed: int) -> Iterator[Scene]:
         yield random_scene(random.Random(f"{seed} {split} {i}"), new=split == "val_new")
 
 
-def write_world(out_dir, scenes=12000, val_scenes=400, seed=0, image_size=64, rows=4, kinds=tuple(KINDS)) -> dict:
+def write_world(
+    out_dir, scenes=12000, val_scenes=400, seed=0, image_size=64, rows=4, kinds=tuple(KINDS), form="chat"
+) -> dict:
     """Writes train.jsonl, val.jsonl, val_new.jsonl and images/ into out_dir; returns {split: number of rows}.
 
     Same arguments, same bytes. Other rows or kinds show the same scenes. A .jsonl stands there only when complete.
+    form: "chat", conversations; "text", with scenes in words and without images/; "captions", see `captions_of`.
     """
     out_dir = Path(out_dir)
-    (out_dir / "images").mkdir(parents=True, exist_ok=True)
+    (out_dir if form == "text" else out_dir / "images").mkdir(parents=True, exist_ok=True)
     written = {}
     for split, count in (("train", scenes), ("val", val_scenes), ("val_new", val_scenes)):
         start, used, other, written[split] = time.perf_counter(), Counter(), None, 0
         beside = out_dir / f"{split}.jsonl.tmp"
         with beside.open("w", encoding="utf-8", newline="\n") as file:
             for i, scene in enumerate(scenes_of(split, count, seed)):
-                image = f"{split}_{i:05}.jpg"
-                jpeg = BytesIO()
-                draw(scene, image_size).save(jpeg, "JPEG", quality=92, subsampling=0)
-                (out_dir / "images" / image).write_bytes(jpeg.getvalue())
                 rng = random.Random(f"{seed} {split} {i} rows")
-                for row in rows_of(scene, image, rng, used, rows, kinds, split == "val_new", other):
+                if form == "text":
+                    found = text_rows_of(scene, rng, used, rows, kinds, split == "val_new", other)
+                    other = scene
+                else:
+                    image = f"{split}_{i:05}.jpg"
+                    jpeg = BytesIO()
+                    draw(scene, image_size).save(jpeg, "JPEG", quality=92, subsampling=0)
+                    (out_dir / "images" / image).write_bytes(jpeg.getvalue())
+                    if form == "captions":
+                        found = captions_of(scene, image)
+                    else:
+                        found = rows_of(scene, image, rng, used, rows, kinds, split == "val_new", other)
+                    other = (scene, image)
+                for row in found:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    written[split] += 1
-                other = (scene, image)
+                written[split] += len(found)
         beside.replace(out_dir / f"{split}.jsonl")
         rate = count / (time.perf_counter() - start)
         print(f"{out_dir / split}.jsonl: {count:,} scenes, {written[split]:,} rows, {rate:,.0f} scenes/s")
@@ -485,6 +525,8 @@ def main(argv=None):
     parser.add_argument("--image_size", type=int, default=64, help="side of a picture, pixels, 32 to 1024")
     parser.add_argument("--rows", type=int, default=4, help="conversations about a picture, number")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of conversation to write")
+    forms = "chat, for a VLM; text, in which words take the place of pictures, for an LLM; captions, for an encoder"
+    parser.add_argument("--form", choices=("chat", "text", "captions"), default="chat", help=forms)
     args = parser.parse_args(argv)
     try:
         limits = {"scenes": (1, 10**6), "val_scenes": (1, 10**6), "image_size": (32, 1024), "rows": (1, 20)}

@@ -407,6 +407,10 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.lm_head = value
 
+    def text_state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights that are saved: here all of them."""
+        return self.state_dict()
+
     def forward(
         self,
         input_ids,

@@ -180,11 +180,12 @@ def encode_chat(tokenizer, conversations: list[dict], placeholders: str) -> list
 
     Args:
         conversations: [{"role": "system" | "user" | "assistant", "content": str}, ...], `<image>` in user turns.
-        placeholders: the text that takes the place of each `<image>`, P characters.
+        placeholders: the text that takes the place of each `<image>`, P characters; "" if no turn has one.
     Raises ValueError for an unknown role, turns out of order, or placeholders typed as text.
     """
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    run = re.compile(f"{re.escape(placeholders[0])}{{{len(placeholders)},}}")  # what the model takes for pictures
+    # What the model takes for pictures: one that reads text only takes nothing for one.
+    run = re.compile(f"{re.escape(placeholders[0])}{{{len(placeholders)},}}" if placeholders else r"(?!)")
 
     backend = tokenizer.backend_tokenizer  # a third of the time of tokenizer(...), whose every call sets these anew
     backend.no_truncation()

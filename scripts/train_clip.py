@@ -8,14 +8,15 @@ A picture encoder and a text encoder learn together to give a picture and its ca
 else in the batch another one (Radford et al. 2021, https://arxiv.org/abs/2103.00020). Afterwards the picture half is
 what `--vision_model_path` of the other scripts takes, in the layout of any CLIP on the hubs.
 
-    picture ── ViT ─┬─ class token ───── visual_projection ─┐                         symmetric InfoNCE:
-                    ├─ mean of patches ─ visual_projection ─┼─ cosine / temperature ─ (B, B) logits, the
-    caption ── causal transformer ─ end ─ text_projection ──┘                         diagonal is right
-                    └─ mean of patches ─ the words of all its captions
+    picture ── ViT ─┬─ class token ─ visual_projection ─┐                         symmetric InfoNCE:
+                    ├─ patches ───── visual_projection ─┼─ cosine / temperature ─ (B, B) logits, the
+    caption ── causal transformer ─ text_projection ────┘                         diagonal is right
 
-A language model reads the patches, so half of the contrastive loss is on their mean: a class token alone would leave
-them without any gradient in the last layer. On few pictures `--words_weight` adds a loss on naming the captions' words.
-CLIP's own output, the class token's, is trained beside them and is what retrieval measures.
+A language model reads the patches, so half of the contrastive loss is on them: a class token alone would leave them
+without any gradient in the last layer. For a caption of the whole picture it takes their mean; where each caption is
+about one object, `--patch_pool max` takes the patch that fits it best, so that patches learn what is where (as FILIP
+does for single words, https://arxiv.org/abs/2111.07783). CLIP's own output, the class token's, is trained beside them
+and is what retrieval measures.
 
 Shapes: B batch, T tokens, P patches, V width of the ViT, E of the shared space.
 """
@@ -158,8 +159,9 @@ def build_config(args, vocab_size: int) -> dict:
     }
 
 
-def encode_pictures(model, pixels, mask_ratio: float = 0.0):
-    """float (B, 3, S, S) → unit vectors (2, B, E), of the class token and of the mean of the patches; that mean (B, V).
+def encode_pictures(model, pixels, patch_pool: str = "mean", mask_ratio: float = 0.0):
+    """float (B, 3, S, S) → unit vectors of the class token (B, 1, E), and of the patches' mean, or with "max" of each
+    patch: (B, 1 or P, E).
 
     mask_ratio of the patches, others for each picture, are left out altogether: as much less to compute, and harder to
     learn by heart (FLIP, Li et al. 2023, https://arxiv.org/abs/2212.00794).
@@ -171,8 +173,10 @@ def encode_pictures(model, pixels, mask_ratio: float = 0.0):
         kept = torch.rand(B, P, device=h.device).argsort(dim=1)[:, : round(P * (1 - mask_ratio))] + 1
         h = torch.cat([h[:, :1], h.gather(1, kept[..., None].expand(-1, -1, V))], dim=1)
     h = vision.encoder(inputs_embeds=vision.pre_layrnorm(h)).last_hidden_state
-    pooled = vision.post_layernorm(torch.stack([h[:, 0], h[:, 1:].mean(dim=1)]))  # (2, B, V)
-    return F.normalize(model.visual_projection(pooled).float(), dim=-1), pooled[1]
+    patches = h[:, 1:] if patch_pool == "max" else h[:, 1:].mean(dim=1, keepdim=True)
+    h = vision.post_layernorm(torch.cat([h[:, :1], patches], dim=1))
+    h = F.normalize(model.visual_projection(h).float(), dim=-1)
+    return h[:, :1], h[:, 1:]
 
 
 def encode_texts(model, ids):
@@ -181,35 +185,14 @@ def encode_texts(model, ids):
     return F.normalize(model.text_projection(model.text_model(input_ids=ids).pooler_output).float(), dim=-1)
 
 
-def weigh_words(captions, vocab_size: int):
-    """How telling each token is, float (vocab_size,): log(pictures / pictures with it): "surfboard" more than "a"."""
-    pictures_with = torch.zeros(vocab_size)
-    for own in captions:
-        pictures_with[own.unique()] += 1
-    pictures_with[END_OF_CAPTION] = len(captions)  # weight 0
-    return (len(captions) / pictures_with.clamp(min=1)).log()
-
-
-def words_loss(logits, captions, telling):
-    """Cross-entropy of logits (B, vocab_size) with the tokens of all captions of a picture at once as its classes.
-
-    All captions count, every time, without a text encoder: more to learn from than one caption against a batch
-    (SuperClass, Huang et al. 2024, https://arxiv.org/abs/2411.03313). captions: B times int64 (n, T).
-    """
-    targets = torch.zeros_like(logits)
-    for row, own in zip(targets, captions):
-        tokens = own.unique().to(row.device)
-        row[tokens] = telling[tokens]
-    return F.cross_entropy(logits, targets / targets.sum(dim=1, keepdim=True).clamp(min=1e-6))
-
-
 def contrastive_loss(pictures, texts, ids, scale):
-    """Symmetric InfoNCE of unit vectors (B, E) and (B, E); also how often a picture finds its caption in the batch.
+    """Symmetric InfoNCE of unit vectors (B, P, E) and (B, E); also how often a picture finds its caption in the batch.
 
-    ids: int64 (B, T), the captions: two pictures with the very same words are not told apart.
+    A picture fits a caption as well as the best of its P vectors does. ids: int64 (B, T), the captions: two pictures
+    with the very same words are not told apart.
     """
     same = (ids[:, None] == ids[None]).all(dim=-1)  # (B, B), the diagonal and the pairs alike
-    logits = scale * pictures @ texts.T
+    logits = scale * (pictures @ texts.T).amax(dim=1)  # (B, B)
     targets = same / same.sum(dim=1, keepdim=True)
     loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
     return loss, same.gather(1, logits.argmax(dim=1, keepdim=True)).float().mean()
@@ -226,7 +209,7 @@ def retrieval(model, processor, pictures, captions, device) -> dict[str, float]:
     """
     model.eval()
     pixels = (processor.normalize(pictures[part].to(device)) for part in torch.arange(len(pictures)).split(128))
-    seen = torch.cat([encode_pictures(model, part)[0][0] for part in pixels])
+    seen = torch.cat([encode_pictures(model, part)[0][:, 0] for part in pixels])
     read = torch.cat([encode_texts(model, part.to(device)) for part in torch.cat(captions).split(128)])
     model.train()
     scores = (seen @ read.T).cpu()  # (N, M)
@@ -287,8 +270,8 @@ def parse_args(argv):
     add("--learning_rate", type=positive(float), default=1e-3, help="peak of the cosine schedule")
     add("--weight_decay", type=float, default=0.1, help="AdamW's, for matrices; norms and biases have none")
     add("--warmup_iters", type=not_negative, default=100, help="steps of linear warmup")
-    add("--patch_weight", type=float, default=0.5, help="share of the patches' mean in the contrastive loss, 0 to 1")
-    add("--words_weight", type=float, default=0.0, help="weight of the loss on words; 0: contrastive only")
+    add("--patch_weight", type=float, default=0.5, help="share of the patches in the contrastive loss, 0 to 1")
+    add("--patch_pool", choices=["mean", "max"], default="mean", help="a caption is about all patches, or about one")
     add("--mask_ratio", type=float, default=0.0, help="share of the patches left out in training, 0 to below 1")
     add("--min_scale", type=float, default=0.4, help="smallest random window, share of the area; 1: the whole picture")
     add("--flip", action="store_true", help="mirror half of the pictures; teaches that left and right are the same")
@@ -344,11 +327,9 @@ def main(argv=None):
     # ------------------------------------------------------------------------ model and optimizer
     config = build_config(args, len(tokenizer))
     model = CLIPModel(CLIPConfig(**config)).to(device).train()
-    telling = weigh_words(captions, len(tokenizer)).to(device)
-    namer = torch.nn.Linear(args.hidden_size, len(tokenizer)).to(device)  # for training only, not saved
     total, seeing = (sum(weight.numel() for weight in part.parameters()) / 1e6 for part in (model, model.vision_model))
     print(f"{total:.1f}M parameters, {seeing:.1f}M of them see, on {device}")
-    weights = [*model.parameters(), *namer.parameters()]
+    weights = list(model.parameters())
     groups = [
         {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": args.weight_decay},
         {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0},  # and the temperature
@@ -369,19 +350,18 @@ def main(argv=None):
             for group in optimizer.param_groups:
                 group["lr"] = args.learning_rate * warmup * (1 + math.cos(math.pi * done)) / 2
 
-            pixels = augment(processor.normalize(pictures[chosen].to(device)), args.min_scale, args.flip)
+            pixels = processor.normalize(pictures[chosen].to(device))
+            if args.min_scale < 1 or args.flip:
+                pixels = augment(pixels, args.min_scale, args.flip)
             own = [captions[picture] for picture in chosen.tolist()]
             texts = torch.stack([each[torch.randint(len(each), ())] for each in own]).to(device)  # (B, T)
             with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-                (by_class, by_patches), patches = encode_pictures(model, pixels, args.mask_ratio)  # 2x (B, E), (B, V)
+                by_class, by_patches = encode_pictures(model, pixels, args.patch_pool, args.mask_ratio)
                 read = encode_texts(model, texts)  # (B, E)
-                named = namer(patches)  # (B, vocab_size)
             scale = model.logit_scale.exp()
-            class_loss, found = contrastive_loss(by_class, read, texts, scale)
-            patch_loss, _ = contrastive_loss(by_patches, read, texts, scale)
-            contrastive = (1 - args.patch_weight) * class_loss + args.patch_weight * patch_loss
-            naming = words_loss(named.float(), own, telling) if args.words_weight else torch.zeros(())
-            loss = contrastive + args.words_weight * naming
+            class_loss, _ = contrastive_loss(by_class, read, texts, scale)
+            patch_loss, found = contrastive_loss(by_patches, read, texts, scale)
+            loss = (1 - args.patch_weight) * class_loss + args.patch_weight * patch_loss
 
             optimizer.zero_grad()
             loss.backward()
@@ -393,7 +373,7 @@ def main(argv=None):
             bar.update()
             if step % 10 == 0 or done == 1:
                 speed = step * args.batch_size / (time.time() - begun)
-                shown = {"contrastive": contrastive, "words": naming, "temperature": 1 / scale, "found_in_batch": found}
+                shown = {"loss": loss, "temperature": 1 / scale, "found_in_batch": found}
                 shown = {key: f"{value.item():.3f}" for key, value in shown.items()}
                 bar.set_postfix({"epoch": epoch} | shown | {"pictures/s": f"{speed:.0f}"}, refresh=False)
             if done == 1:
@@ -408,7 +388,7 @@ def main(argv=None):
             command = "python -m scripts.train_clip " + shlex.join(sys.argv[1:] if argv is None else argv)
             seconds = round(time.time() - started)
             metrics = {"command": command, "steps": step, "epochs": epoch, "seconds": seconds}
-            metrics |= {"contrastive_loss": contrastive.item(), "words_loss": naming.item(), "retrieval": figures}
+            metrics |= {"loss": loss.item(), "retrieval": figures}
             save(model, config, processor, args.out_dir, args.vision_only, metrics)
         if done == 1:
             break

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from model.model_vlm import MiniMindVLM
 from trainer.distributed import is_main, say
 from trainer.weights import load_weights, read_weights, save_weights, write_safely
 
@@ -38,10 +37,10 @@ class Checkpoint:
         """path: of the weights, as in out/sft_vlm_512.pth; about: their JSON; rows: of the training data."""
         self.path, self.about = Path(path), about
         self.flags = {key: value for key, value in vars(args).items() if key not in FREE} | {"rows of data": rows}
-        self.flags |= {f"sha256 of {key}": about[key]["sha256"] for key in ("tokenizer", "vision_model")}
+        self.flags |= {f"sha256 of {key}": about[key].get("sha256") for key in ("tokenizer", "vision_model")}
         self.resume_path = self.path.with_suffix(".resume.pt")
 
-    def save(self, model: MiniMindVLM, optimizer, scaler, state: State) -> None:
+    def save(self, model, optimizer, scaler, state: State) -> None:
         if not is_main():
             return
         resume = {
@@ -55,7 +54,7 @@ class Checkpoint:
         write_safely(self.resume_path, lambda file: torch.save(resume, file))
         save_weights(self.path, model, self.about | asdict(state))
 
-    def load(self, model: MiniMindVLM, optimizer, scaler) -> State:
+    def load(self, model, optimizer, scaler) -> State:
         """Fills all three and says where to go on: at step 0 if there is no checkpoint."""
         if not self.resume_path.is_file():
             say(f"nothing to resume at {self.resume_path}: starting at step 0")

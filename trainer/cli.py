@@ -59,12 +59,14 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return super()._get_help_string(action) if action.default else action.help
 
 
-def add_model_arguments(parser) -> None:
+def add_model_arguments(parser, sees: bool = True) -> None:
+    """sees: a vision-language model, rather than a language model alone."""
     parser.add_argument("--hidden_size", type=positive(int), help="width; read off the weights, 512 from nothing")
     parser.add_argument("--num_hidden_layers", type=positive(int), help="blocks; read off the weights, 8 from nothing")
     parser.add_argument("--use_moe", action="store_true", help="mixture of experts; read off the weights")
     parser.add_argument("--tokenizer_path", default="./model", help="folder with tokenizer.json")
-    parser.add_argument("--vision_model_path", default=DEFAULT_VISION_MODEL, help="CLIP folder")
+    if sees:
+        parser.add_argument("--vision_model_path", default=DEFAULT_VISION_MODEL, help="CLIP folder")
     parser.add_argument("--out_dir", default="./out", help="folder of the weights")
     parser.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
     parser.add_argument(
@@ -76,29 +78,42 @@ def add_model_arguments(parser) -> None:
     parser.add_argument("--seed", type=not_negative, default=42, help="of everything random")
 
 
-def add_training_arguments(parser, *, trainable, from_weight, data_path, images_path, learning_rate, max_seq_len, **kw):
-    """The flags of both stages; a stage gives its own defaults."""
-    add_model_arguments(parser)
+def add_training_arguments(
+    parser,
+    *,
+    from_weight,
+    data_path,
+    learning_rate,
+    max_seq_len,
+    images_path=None,
+    trainable=None,
+    projector_learning_rate=None,
+):
+    """The flags of all training; a stage gives its own defaults, and the last three if it has pictures."""
+    sees = images_path is not None
+    add_model_arguments(parser, sees)
     add = parser.add_argument
     add("--data_path", nargs="+", default=[data_path], metavar="JSONL", help="training rows, one or several files")
-    add("--images_path", default=images_path, metavar="DIR", help='folder that "image" names are relative to')
     add("--val_path", nargs="+", metavar="JSONL", help="held-out rows, for the validation loss")
-    add("--val_images_path", metavar="DIR", help="their pictures, if not in --images_path")
+    if sees:
+        add("--images_path", default=images_path, metavar="DIR", help='folder that "image" names are relative to')
+        add("--val_images_path", metavar="DIR", help="their pictures, if not in --images_path")
+        add(
+            "--trainable",
+            default=trainable,
+            choices=["projector", "last_layer", "attention", "all"],
+            help="what learns beside the projector: nothing, the last layer, q/k/v/o projections, or the whole LLM",
+        )
+        peak = projector_learning_rate
+        add("--projector_learning_rate", type=positive(float), default=peak, help="peak, for the projector")
     add("--val_interval", type=positive(int), help="steps between validations; default: at the end of each epoch")
     add("--on_bad_row", choices=["error", "skip"], default="error", help="what to do with rows that cannot be used")
     add("--from_weight", default=from_weight, metavar="W", help="llm, pretrain_vlm, sft_vlm, a .pth file, or none")
     add("--from_resume", action="store_true", help="go on where the last run with these flags stopped")
-    add(
-        "--trainable",
-        default=trainable,
-        choices=["projector", "last_layer", "attention", "all"],
-        help="what learns beside the projector: nothing, the last layer, q/k/v/o projections, or the whole LLM",
-    )
     add("--epochs", type=positive(int), default=1, help="passes over the data")
     add("--batch_size", type=positive(int), default=32, help="rows per device and forward pass")
     add("--accumulation_steps", type=positive(int), default=1, help="forward passes per optimizer step")
     add("--learning_rate", type=positive(float), default=learning_rate, help="peak, for the LLM")
-    add("--projector_learning_rate", type=positive(float), default=kw["projector_learning_rate"], help="peak")
     add("--warmup_iters", type=not_negative, default=100, help="steps of linear warmup, at most a tenth of the run")
     add("--weight_decay", type=float, default=0.1, help="AdamW's, for matrices; norms and biases have none")
     add("--grad_clip", type=positive(float), default=1.0, help="largest norm of the gradient")

@@ -1,4 +1,4 @@
-"""The training loop that both stages share: epochs, steps, checkpoints, validation, stopping.
+"""The training loop that all stages share: epochs, steps, checkpoints, validation, stopping.
 
 A step is `accumulation_steps` batches on each rank. Its loss is the mean over all labelled tokens of all of them, so
 that neither the number of ranks nor the split into batches changes what is learned.
@@ -38,17 +38,17 @@ MAX_BROKEN = 0.01  # share of rows with broken pictures that --on_bad_row skip p
 # ---------------------------------------------------------------------------- data
 
 
-def load_data(args, model: MiniMindVLM, tokenizer, paths, images_path) -> VLMDataset:
-    """A checked data set; prints what was left out and shortened."""
+def load_data(args, model, tokenizer, paths, images_path=None) -> VLMDataset:
+    """A checked data set, of text only for a model without eyes; prints what was left out and shortened."""
     say(f"checking {', '.join(map(str, paths))} ...")  # minutes for a million rows, the first time
     with main_first():
         data = VLMDataset(
             paths,
             images_path,
             tokenizer,
-            model.processor,
+            getattr(model, "processor", None),
             args.max_seq_len,
-            model.config.image_special_token,
+            getattr(model.config, "image_special_token", ""),
             args.on_bad_row,
         )
     say(f"  {len(data):,} rows, {int(data.lengths.mean())} tokens on average")

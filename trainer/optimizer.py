@@ -26,7 +26,7 @@ def choose_trainable(model: MiniMindVLM, choice: str) -> None:
             weight.requires_grad_(name.startswith("vision_proj.") or learns(name))
 
 
-def make_optimizer(model: MiniMindVLM, learning_rate: float, projector_learning_rate: float, weight_decay: float):
+def make_optimizer(model, learning_rate: float, projector_learning_rate: float | None, weight_decay: float):
     """AdamW over what learns: matrices decay, norms and biases do not, the projector has its own learning rate.
 
     Each group keeps its peak in "peak"; `set_learning_rate` scales from it.

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from model.model_minimind import MiniMindConfig
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing import load_tokenizer, read_json
 
@@ -151,9 +151,9 @@ def load_weights(model, state: dict, path) -> str:
     return f"{loaded}, initialised anew: the projector" if new else loaded
 
 
-def fingerprint(model: MiniMindVLM) -> str | None:
-    """sha256 of the encoder's weights, whatever the format of their file."""
-    if model.vision_encoder is None:
+def fingerprint(model) -> str | None:
+    """sha256 of the encoder's weights, whatever the format of their file; None without encoder."""
+    if getattr(model, "vision_encoder", None) is None:
         return None
     digest = hashlib.sha256()
     for key, value in sorted(model.vision_encoder.state_dict().items()):
@@ -166,9 +166,29 @@ def tokenizer_hash(folder) -> str:
     return hashlib.sha256((Path(folder) / "tokenizer.json").read_bytes()).hexdigest()
 
 
+def upcycle(state: dict[str, torch.Tensor], config: MiniMindConfig) -> dict[str, torch.Tensor]:
+    """The weights of a dense model as those of a mixture of experts that computes the same (Komatsuzaki et al. 2022).
+
+    Every expert starts as a copy of the feed-forward it replaces. A token's routed experts count as one, since their
+    weights sum to 1, and the shared ones are added, so each copy gives its share. The gate starts at random.
+    """
+    found = {}
+    for key, value in state.items():
+        block, mlp, matrix = key.partition(".mlp.")
+        if not mlp:
+            found[key] = value
+            continue
+        copies = [f"experts.{i}" for i in range(config.n_routed_experts)]
+        copies += [f"shared_experts.{i}" for i in range(config.n_shared_experts)]
+        share = value / (1 + config.n_shared_experts) if matrix == "down_proj.weight" else value
+        found |= {f"{block}.mlp.{copy}.{matrix}": share for copy in copies}
+    return found
+
+
 def build_model(args, weights: Path | None, dropout: float = 0.0):
     """The model and its tokenizer from the shared flags: from weights, or from nothing.
 
+    Without --vision_model_path among the flags it is the language model alone.
     Returns (model in fp32 on the CPU, tokenizer, a line for the user). Raises ValueError when flags, weights,
     tokenizer and encoder do not belong together.
     """
@@ -181,15 +201,23 @@ def build_model(args, weights: Path | None, dropout: float = 0.0):
         state = read_weights(weights)
         sidecar = read_sidecar(weights)
         architecture = config_of(state, weights, sidecar["config"])
-        for key, value in (asked | ({"use_moe": True} if args.use_moe else {})).items():
+        for key, value in asked.items():
             if architecture[key] != value:
                 raise ValueError(f"--{key} {value}: {weights} has {architecture[key]}; leave the flag out")
+        dense = not architecture["use_moe"]
+        architecture["use_moe"] |= args.use_moe
 
     for key in ("image_special_token", "image_ids", "ve_hidden_size", "dropout"):
         architecture.pop(key, None)  # they follow from the encoder and the flags
-    config = VLMConfig.for_encoder(args.vision_model_path, dropout=dropout, **architecture)
-    tokenizer = load_tokenizer(args.tokenizer_path, config.image_special_token)
-    config.image_ids = [tokenizer.convert_tokens_to_ids("@")] * len(config.image_ids)
+    sees = hasattr(args, "vision_model_path")
+    if sees:
+        config = VLMConfig.for_encoder(args.vision_model_path, dropout=dropout, **architecture)
+    else:
+        config = MiniMindConfig(dropout=dropout, **architecture)
+    tokenizer = load_tokenizer(args.tokenizer_path, *([config.image_special_token] if sees else []))
+    placeholder = tokenizer.convert_tokens_to_ids("@")
+    if sees:
+        config.image_ids = [placeholder] * len(config.image_ids)
     if weights is None:
         config.vocab_size = len(tokenizer)
     elif len(tokenizer) != config.vocab_size:
@@ -198,9 +226,9 @@ def build_model(args, weights: Path | None, dropout: float = 0.0):
             "the --tokenizer_path that belongs to the weights"
         )
     known = sidecar.get("tokenizer", {})
-    if weights is not None and not known and config.image_ids[0] != 34:
+    if weights is not None and not known and placeholder != 34:
         raise ValueError(
-            f"{args.tokenizer_path} has '@' as {config.image_ids[0]}: weights without a JSON, as {weights}, "
+            f"{args.tokenizer_path} has '@' as {placeholder}: weights without a JSON, as {weights}, "
             "were trained with a tokenizer in which it is 34. Pass that one with --tokenizer_path"
         )
     if known.get("sha256", "") not in ("", tokenizer_hash(args.tokenizer_path)):
@@ -209,10 +237,15 @@ def build_model(args, weights: Path | None, dropout: float = 0.0):
             "ids mean other words. Pass that one with --tokenizer_path"
         )
 
-    model = MiniMindVLM(config, args.vision_model_path)
-    line = "started from nothing" if state is None else load_weights(model, state, weights)
+    model = MiniMindVLM(config, args.vision_model_path) if sees else MiniMindForCausalLM(config)
+    line = "started from nothing"
+    if state is not None and dense and args.use_moe:
+        gates = {key: value for key, value in model.state_dict().items() if key.endswith("mlp.gate.weight")}
+        line = load_weights(model, upcycle(state, config) | gates, weights) + ", each feed-forward as every expert"
+    elif state is not None:
+        line = load_weights(model, state, weights)
     known = sidecar.get("vision_model", {})
-    if known.get("sha256") and known["sha256"] != fingerprint(model):
+    if sees and known.get("sha256") and known["sha256"] != fingerprint(model):
         raise ValueError(
             f"{args.vision_model_path} is not the encoder of {weights}, which is {known.get('path')}. Pass that "
             "one with --vision_model_path"
@@ -220,20 +253,21 @@ def build_model(args, weights: Path | None, dropout: float = 0.0):
     return model, tokenizer, line
 
 
-def describe(model: MiniMindVLM, args, **facts) -> dict:
+def describe(model, args, **facts) -> dict:
     """What stands in the JSON beside the weights."""
     fields = [*signature(MiniMindConfig).parameters, "ve_hidden_size", "image_special_token"]
+    eyes = fingerprint(model)
     return {
-        "config": {key: getattr(model.config, key) for key in fields if key != "kwargs"},
+        "config": {key: getattr(model.config, key) for key in fields if hasattr(model.config, key)},
         "tokenizer": {"path": str(args.tokenizer_path), "sha256": tokenizer_hash(args.tokenizer_path)},
-        "vision_model": {"path": str(args.vision_model_path), "sha256": fingerprint(model)},
+        "vision_model": {"path": str(args.vision_model_path), "sha256": eyes} if eyes else {},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         **facts,
     }
 
 
-def save_weights(path, model: MiniMindVLM, about: dict) -> None:
+def save_weights(path, model, about: dict) -> None:
     """fp16 weights without the encoder, and their JSON. Raises ValueError rather than save a NaN or infinity."""
     state = {key: value.detach().to("cpu", torch.float16) for key, value in model.text_state_dict().items()}
     for key, value in state.items():

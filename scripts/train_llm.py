@@ -1,0 +1,65 @@
+"""Train the decoder on text alone: a language model, before it ever sees a picture.
+
+    python -m scripts.train_llm --data_path text.jsonl --val_path text_val.jsonl --tokenizer_path out/tokenizer \\
+        --hidden_size 256 --num_hidden_layers 4
+    python -m scripts.train_llm --help
+
+Comes between the tokenizer and stage 1, which takes the result as --from_weight llm. Rows are the same conversations,
+one JSON per line; answers are learned. Rows with pictures serve as well: the pictures are left out. A model that can
+answer questions about a scene in words has little left to learn when the words become a picture: see
+`python -m dataset.scenes --text`. Writes out/llm_{hidden}{_moe}.pth; the figure at the end is the perplexity per
+token of the answers in --val_path.
+"""
+
+import argparse
+import math
+
+from trainer import distributed
+from trainer.cli import HelpFormatter, add_training_arguments, make_deterministic, pick_device, run_main
+from trainer.loop import load_data, train_epoch, training
+from trainer.optimizer import make_optimizer
+from trainer.weights import build_model, find_weights
+
+STAGE = "llm"
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add_training_arguments(
+        parser,
+        from_weight="none",
+        data_path="./dataset/llm_data.jsonl",
+        learning_rate=1e-3,
+        max_seq_len=512,
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    make_deterministic(args.seed)
+    device = pick_device(args.device)
+    distributed.start(device)
+
+    # ---- model
+    weights = find_weights(args.from_weight, args.out_dir, args.hidden_size, args.use_moe)
+    model, tokenizer, loaded = build_model(args, weights, args.dropout)
+    distributed.say(f"{loaded}: {sum(weight.numel() for weight in model.parameters()) / 1e6:.1f}M parameters")
+    model.to(device)
+    optimizer = make_optimizer(model, args.learning_rate, None, args.weight_decay)
+
+    # ---- data
+    data = load_data(args, model, tokenizer, args.data_path)
+    val_data = load_data(args, model, tokenizer, args.val_path) if args.val_path else None
+
+    # ---- train, from where the last run stopped if --from_resume
+    with training(args, STAGE, model, tokenizer, optimizer, data, val_data, device) as run:
+        for epoch in run.epochs_left():
+            train_epoch(run, epoch)  # validates and saves on the way
+    if run.val_loss is not None:
+        distributed.say(f"perplexity {math.exp(run.val_loss):.3f} per answer token of {', '.join(args.val_path)}")
+    return run
+
+
+if __name__ == "__main__":
+    run_main(main)
