@@ -110,7 +110,7 @@ def test_the_whole_clip_loads_and_scores_like_the_trained_model(trained, world):
     with torch.no_grad():
         scores = loaded.eval()(input_ids=ids, pixel_values=pixels).logits_per_image
         expected = model(input_ids=ids, pixel_values=pixels).logits_per_image
-        ours = train_clip.encode_pictures(model, pixels)[0][0] @ train_clip.encode_texts(model, ids).T
+        ours = train_clip.encode_pictures(model, pixels)[0][:, 0] @ train_clip.encode_texts(model, ids).T
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(ours * model.logit_scale.exp(), expected, rtol=0, atol=1e-4)
 
@@ -188,7 +188,7 @@ def test_the_last_layer_gives_the_patches_a_gradient(trained, world):
     for half, expected in ((0, False), (1, True)):
         seen = []
         hook = vision.encoder.layers[-1].mlp.register_full_backward_hook(lambda _, __, grad: seen.append(grad[0]))  # noqa: B023
-        train_clip.encode_pictures(model, pixels)[0][half].sum().backward()
+        train_clip.encode_pictures(model, pixels)[half].sum().backward()
         hook.remove()
         assert bool(seen[0][:, 1:].abs().max() > 0) is expected
 
@@ -200,34 +200,81 @@ def test_masking_leaves_out_patches_and_never_the_class_token(trained, world, mo
     hook = model.vision_model.encoder.register_forward_hook(
         lambda module, given, kwargs, out: lengths.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
-    whole, masked = (train_clip.encode_pictures(model, pixels, ratio)[0] for ratio in (0.0, 0.5))
+    whole, masked = (train_clip.encode_pictures(model, pixels, "max", ratio) for ratio in (0.0, 0.5))
     hook.remove()
     assert [h.shape[1] for h in lengths] == [5, 3]
     assert torch.equal(lengths[0][:, 0], lengths[1][:, 0])
-    assert whole.shape == masked.shape == (2, 8, 32)
+    assert [vectors.shape for vectors in (*whole, *masked)] == [(8, 1, 32), (8, 4, 32), (8, 1, 32), (8, 2, 32)]
+
+
+def test_the_pooled_patches_are_their_mean_or_each_of_them(trained, world):
+    _, model = trained
+    pixels = ImageProcessor(32, (32, 32))(pictures(world))["pixel_values"]
+    with torch.no_grad():
+        h = model.vision_model(pixel_values=pixels).last_hidden_state
+        vision = model.vision_model
+        mean = vision.post_layernorm(h[:, 1:].mean(dim=1))
+        each = torch.stack([vision.post_layernorm(h[:, i]) for i in range(5)], dim=1)
+        (one, pooled), (two, patches) = (train_clip.encode_pictures(model, pixels, pool) for pool in ("mean", "max"))
+        for found, expected in (
+            (pooled[:, 0], mean),
+            (one[:, 0], each[:, 0]),
+            (two, each[:, :1]),
+            (patches, each[:, 1:]),
+        ):
+            expected = torch.nn.functional.normalize(model.visual_projection(expected), dim=-1)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def by_hand(pictures, texts, scale):
+    """InfoNCE of captions that all differ, number by number, each picture as good as the best of its vectors."""
+    fit = [[max(scale * float(vector @ text) for vector in own) for text in texts] for own in pictures]
+    B = len(fit)
+    total = 0.0
+    for i in range(B):
+        total -= math.log(math.exp(fit[i][i]) / sum(math.exp(fit[i][j]) for j in range(B)))
+        total -= math.log(math.exp(fit[i][i]) / sum(math.exp(fit[j][i]) for j in range(B)))
+    return total / (2 * B)
+
+
+@pytest.mark.parametrize("P", [1, 3])
+def test_the_loss_is_that_of_the_patch_which_fits_each_caption_best(P):
+    torch.manual_seed(3)
+    unit = torch.nn.functional.normalize(torch.randn(4, P + 1, 8), dim=-1)
+    pictures, texts, ids = unit[:, :P], unit[:, P], torch.arange(5, 9)[:, None]
+    loss, _ = train_clip.contrastive_loss(pictures, texts, ids, 4.0)
+    assert loss.item() == pytest.approx(by_hand(pictures, texts, 4.0), rel=1e-5)
+    if P == 1:  # with one vector per picture it is CLIP's own
+        logits, right = 4 * pictures[:, 0] @ texts.T, torch.arange(4)
+        own = [torch.nn.functional.cross_entropy(way, right) for way in (logits, logits.T)]
+        assert loss.item() == pytest.approx(sum(own).item() / 2, rel=1e-5)
+    else:  # and no mean over patches
+        assert loss.item() != pytest.approx(by_hand(pictures.mean(dim=1, keepdim=True), texts, 4.0), rel=1e-2)
+
+
+def test_a_caption_teaches_the_patch_that_fits_it_and_leaves_the_others_alone():
+    """Two pictures of three patches; each caption, and each wrong one, fits another patch."""
+    axes = torch.eye(8)
+    pictures = torch.stack([axes[[0, 1, 2]], axes[[3, 4, 5]]]).requires_grad_()
+    texts = torch.nn.functional.normalize(axes[[1, 3]] + 0.3 * axes[[5, 2]], dim=-1)  # each: its own, some of another
+    loss, found = train_clip.contrastive_loss(pictures, texts, torch.tensor([[5], [6]]), 5.0)
+    loss.backward()
+    assert found == 1
+    taught = pictures.grad.abs().sum(dim=-1) > 0  # (2, 3)
+    assert taught.tolist() == [[False, True, True], [True, False, True]]  # the fitting one; the one most confused
+    assert (pictures.grad[0, 1] @ texts[0] < 0) and (pictures.grad[1, 0] @ texts[1] < 0)  # towards the right caption
+    assert (pictures.grad[0, 2] @ texts[1] > 0) and (pictures.grad[1, 2] @ texts[0] > 0)  # and away from the wrong
 
 
 def test_pictures_with_the_same_words_are_not_told_apart():
     unit, ids = torch.eye(4), torch.tensor([[5, 0], [6, 0], [7, 0], [8, 0]])
-    loss, found = train_clip.contrastive_loss(unit, unit, ids, 10.0)
+    loss, found = train_clip.contrastive_loss(unit[:, None], unit, ids, 10.0)
     assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(10 * unit, torch.arange(4)).item())
     assert found == 1
     twins, ids[1] = unit[[0, 0, 2, 3]], ids[0]
-    loss, found = train_clip.contrastive_loss(twins, twins, ids, 50.0)
+    loss, found = train_clip.contrastive_loss(twins[:, None], twins, ids, 50.0)
     assert loss.item() == pytest.approx(math.log(2) / 2)  # two of four rows share their probability, rightly
     assert found == 1
-
-
-def test_the_words_loss_wants_every_telling_word_of_all_captions_and_no_other():
-    captions = (torch.tensor([[5, 6, 0], [5, 7, 0]]), torch.tensor([[5, 8, 0]]))
-    telling = train_clip.weigh_words(captions, 10)
-    assert telling[5] == telling[0] == 0  # in every picture; the end of a caption
-    assert telling[6] == telling[7] == telling[8] == pytest.approx(math.log(2))
-    logits = torch.zeros(2, 10, requires_grad=True)
-    train_clip.words_loss(logits, captions, telling).backward()
-    assert (logits.grad < 0).nonzero().tolist() == [[0, 6], [0, 7], [1, 8]]
-    same = (captions[0], captions[0])  # nothing tells them apart: no loss, and above all no NaN
-    assert train_clip.words_loss(logits, same, train_clip.weigh_words(same, 10)) == 0
 
 
 def test_an_encoder_that_sees_no_difference_finds_nothing(trained, world):
@@ -242,7 +289,7 @@ def test_with_several_captions_a_picture_has_found_its_way_with_any(monkeypatch)
     """Hand-made scores: picture 0 finds its second caption first; picture 1 finds a wrong one first."""
     pictures = torch.eye(2)
     texts = torch.tensor([[0.1, 0.9], [1.0, 0.0], [0.9, 0.8]])
-    monkeypatch.setattr(train_clip, "encode_pictures", lambda model, pixels: (pictures[None], None))
+    monkeypatch.setattr(train_clip, "encode_pictures", lambda model, pixels: (pictures[:, None], None))
     monkeypatch.setattr(train_clip, "encode_texts", lambda model, ids: texts)
     blank = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     captions = (torch.zeros(2, 4), torch.zeros(1, 4))
@@ -281,6 +328,17 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others(world, tmp_
     assert one != two
 
 
+def test_the_patch_that_fits_best_can_be_asked_for_and_teaches_something_else(world, tmp_path):
+    states = {}
+    for pool, more in (("default", []), ("mean", ["--patch_pool", "mean"]), ("max", ["--patch_pool", "max"])):
+        train_clip.main(flags(world, tmp_path / pool, "--epochs", "2", *more))
+        states[pool] = (tmp_path / pool / "model.safetensors").read_bytes()
+    assert states["default"] == states["mean"] != states["max"]
+    assert len(states["mean"]) == len(states["max"])
+    metrics = json.loads((tmp_path / "max" / "metrics.json").read_text(encoding="utf-8"))
+    assert 0 < metrics["loss"] < 10 and "words_loss" not in metrics
+
+
 def test_max_minutes_stops_and_saves(world, tmp_path):
     train_clip.main(flags(world, tmp_path / "clip", "--max_minutes", "0.01", "--vision_only", "--flip"))
     MiniMindVLM.get_vision_model(tmp_path / "clip")
@@ -297,6 +355,7 @@ def test_max_minutes_stops_and_saves(world, tmp_path):
         (["--mask_ratio", "1"], "--mask_ratio 1"),
         (["--min_scale", "0"], "--min_scale 0"),
         (["--max_text_len", "1"], "--max_text_len 1"),
+        (["--patch_weight", "1.5"], "--patch_weight 1.5"),
         (["--device", "quantum"], "--device quantum"),
         (["--data_path", "nowhere.jsonl"], "--data_path nowhere.jsonl: no such file"),
         (["--val_path", "nowhere.jsonl"], "--val_path nowhere.jsonl: no such file"),
@@ -310,7 +369,16 @@ def test_mistakes_are_named_before_anything_is_trained(world, tmp_path, change, 
     assert not (tmp_path / "clip").exists()
 
 
-@pytest.mark.parametrize("change", [["--epochs", "0"], ["--max_minutes", "-1"], ["--images_path", "nowhere"]])
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["--epochs", "0"],
+        ["--max_minutes", "-1"],
+        ["--patch_pool", "sum"],
+        ["--words_weight", "1"],
+        ["--images_path", "nowhere"],
+    ],
+)
 def test_a_typo_on_the_command_line_is_one_message_and_no_traceback(world, tmp_path, capsys, change):
     with pytest.raises(SystemExit) as stop:
         run_main(lambda: train_clip.main([*flags(world, tmp_path / "clip"), *change]))
