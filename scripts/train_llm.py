@@ -1,18 +1,19 @@
 """Train the decoder on text alone: a language model, before it ever sees a picture.
 
-    python -m scripts.train_llm --data_path text.jsonl --val_path text_val.jsonl --tokenizer_path out/tokenizer \\
+    python -m dataset.scenes --form text --out_dir out/text        # scenes in words, and questions
+    python -m scripts.train_llm --val_path out/text/val.jsonl --tokenizer_path out/tokenizer \\
         --hidden_size 256 --num_hidden_layers 4
     python -m scripts.train_llm --help
 
 Comes between the tokenizer and stage 1, which takes the result as --from_weight llm. Rows are the same conversations,
 one JSON per line; answers are learned. Rows with pictures serve as well: the pictures are left out. A model that can
-answer questions about a scene in words has little left to learn when the words become a picture: see
-`python -m dataset.scenes --text`. Writes out/llm_{hidden}{_moe}.pth; the figure at the end is the perplexity per
-token of the answers in --val_path.
+answer questions about a scene in words has little left to learn when the words become a picture. Writes
+out/llm_{hidden}{_moe}.pth; the figure at the end is the perplexity per token of the answers in --val_path.
 """
 
 import argparse
 import math
+from pathlib import Path
 
 from trainer import distributed
 from trainer.cli import HelpFormatter, add_training_arguments, make_deterministic, pick_device, run_main
@@ -28,15 +29,27 @@ def parse_args(argv=None):
     add_training_arguments(
         parser,
         from_weight="none",
-        data_path="./dataset/llm_data.jsonl",
+        data_path="./out/text/train.jsonl",
         learning_rate=1e-3,
         max_seq_len=512,
     )
     return parser.parse_args(argv)
 
 
+def check_data(args) -> None:
+    """FileNotFoundError that says how to come by data, before anything is loaded."""
+    for flag, paths in (("--data_path", args.data_path), ("--val_path", args.val_path or [])):
+        for path in paths:
+            if not Path(path).is_file():
+                raise FileNotFoundError(
+                    f"{flag} {path}: no such file. Expected JSONL, one conversation per line. For scenes in words, in "
+                    "out/text/train.jsonl and val.jsonl, type: python -m dataset.scenes --form text --out_dir out/text"
+                )
+
+
 def main(argv=None):
     args = parse_args(argv)
+    check_data(args)
     make_deterministic(args.seed)
     device = pick_device(args.device)
     distributed.start(device)

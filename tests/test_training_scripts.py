@@ -65,6 +65,34 @@ def test_a_language_model_goes_through_both_stages_by_their_defaults(flags, tmp_
     }
 
 
+def test_stage_1_makes_experts_of_dense_weights_and_says_so(flags, tmp_path, capsys):
+    out = tmp_path / "out"
+    dense, _, _ = build_model(train_sft_vlm.parse_args(flags), None)
+    save_weights(out / "llm_64.pth", dense, {})
+    capsys.readouterr()
+    with pytest.raises(FileNotFoundError, match=r"llm_64_moe.pth is not there .*holds llm_64.pth.* or a .pth file"):
+        train_pretrain_vlm.main([*flags, "--use_moe", "--from_weight", "llm"])
+    given = [*flags, "--use_moe", "--from_weight", str(out / "llm_64.pth"), "--log_interval", "1"]
+    run = train_pretrain_vlm.main(given)
+    assert f"from {out / 'llm_64.pth'}; each expert starts as its dense feed-forward, the gates at random\n" in (
+        capsys.readouterr().out
+    )
+    state = torch.load(out / "pretrain_vlm_64_moe.pth")
+    assert run.model.config.use_moe and json.loads((out / "pretrain_vlm_64_moe.json").read_text())["config"]["use_moe"]
+    first = torch.load(out / "llm_64.pth")["model.layers.0.mlp.down_proj.weight"] / 2
+    experts = [state[f"model.layers.{i}.mlp.experts.{k}.down_proj.weight"] for i in range(2) for k in range(4)]
+    assert all(torch.equal(weight, first) for weight in experts[:4])  # frozen in stage 1
+    assert all(not torch.equal(weight, experts[4]) for weight in experts[5:])  # the last layer's have parted
+
+    train_pretrain_vlm.main([*given, "--epochs", "2", "--out_dir", str(tmp_path / "again"), "--save_interval", "3"])
+    again = train_pretrain_vlm.main(
+        [*given, "--epochs", "2", "--out_dir", str(tmp_path / "again"), "--save_interval", "3", "--from_resume"]
+    )
+    assert again.state.step == 8  # a run that made experts is resumed as one that has them
+    second = train_sft_vlm.main([*without(flags, "--from_weight"), "--use_moe"])
+    assert second.model.config.use_moe
+
+
 def test_two_stages_learn_to_look(flags, world):
     """By heart, but from the pictures: with the pictures of other rows the same answers are far from likely."""
     flags = [*without(flags, "--from_weight", "--batch_size"), "--batch_size", "7", "--trainable", "all"]

@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import CLIPModel
 
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig
-from scripts import train_tokenizer
-from tests.conftest import turn, write_rows
+from scripts import train_llm, train_tokenizer
+from tests.conftest import lively, turn, write_rows
 from train_sft_vlm import parse_args
 from trainer.weights import (
     build_model,
@@ -26,6 +27,7 @@ from trainer.weights import (
     read_weights,
     refuse_other_architecture,
     save_weights,
+    upcycle,
     weights_name,
     write_safely,
 )
@@ -244,9 +246,7 @@ def test_the_json_tells_what_shapes_cannot(args, bare):
     assert loaded.config.rope_theta == 5e5
 
 
-@pytest.mark.parametrize(
-    "flag, value, has", [("hidden_size", 128, 64), ("num_hidden_layers", 3, 2), ("use_moe", True, False)]
-)
+@pytest.mark.parametrize("flag, value, has", [("hidden_size", 128, 64), ("num_hidden_layers", 3, 2)])
 def test_a_flag_that_contradicts_the_file_is_refused(args, bare, flag, value, has):
     path, _ = save(args)
     setattr(bare, flag, value)
@@ -305,6 +305,135 @@ def test_weights_of_an_unknown_naming_are_refused(tmp_path):
     path = tmp_path / "lm_512.pth"
     with pytest.raises(ValueError, match="lm_512.pth has no model.embed_tokens.weight"):
         config_of({"tok_embeddings.weight": torch.ones(6400, 512)}, path, {})
+
+
+# ---------------------------------------------------------------------------- from dense to experts
+
+
+def dense_and_experts(routed=4, shared=1, **config):
+    """A lively dense language model, and the mixture of experts that it becomes; both in eval mode."""
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300, "max_position_embeddings": 64} | config
+    dense = lively(MiniMindForCausalLM(MiniMindConfig(**small))).eval()
+    config = MiniMindConfig(**small, use_moe=True, n_routed_experts=routed, n_shared_experts=shared)
+    experts = MiniMindForCausalLM(config).eval()
+    gates = {key: value for key, value in experts.state_dict().items() if key.endswith("mlp.gate.weight")}
+    load_weights(experts, upcycle(dense.state_dict(), config) | gates, "dense.pth")
+    return dense, experts
+
+
+TOKENS = torch.randint(0, 300, (3, 40), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def difference(dense, experts) -> float:
+    """The largest, as a share of the largest logit."""
+    one, two = dense(TOKENS).logits, experts(TOKENS).logits
+    return float((one - two).abs().max() / one.abs().max())
+
+
+@pytest.mark.parametrize("shared", [0, 1, 2])
+@pytest.mark.parametrize("routed, per_token", [(2, 2), (4, 2), (7, 3)])
+def test_a_dense_model_and_the_experts_it_becomes_give_the_same_logits(routed, shared, per_token):
+    dense, experts = dense_and_experts(routed, shared, num_experts_per_tok=per_token)
+    assert difference(dense, experts) < 1e-5
+    torch.manual_seed(7)  # whatever the gate chooses
+    for layer in experts.model.layers:
+        torch.nn.init.normal_(layer.mlp.gate.weight, std=5)
+    assert difference(dense, experts) < 1e-5
+    for layer in experts.model.layers:
+        torch.nn.init.zeros_(layer.mlp.gate.weight)  # all scores alike: whichever wins a tie
+    assert difference(dense, experts) < 1e-5
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+def test_the_share_of_each_copy_is_what_makes_them_the_same(shared):
+    """The difference sees it when down_proj is not scaled, in a single copy or in all."""
+    dense, experts = dense_and_experts(shared=shared)
+    for whole in (lambda name: "down_proj" in name, lambda name: "shared_experts.0.down_proj" in name):
+        before = {key: value.clone() for key, value in experts.state_dict().items()}
+        with torch.no_grad():
+            for name, weight in experts.named_parameters():
+                weight.mul_(1 + shared if whole(name) else 1)
+        assert difference(dense, experts) > 0.1
+        experts.load_state_dict(before)
+    state = experts.state_dict()
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        own = dense.state_dict()[f"model.layers.1.mlp.{part}.weight"] / (1 + shared if part == "down_proj" else 1)
+        copies = [value for key, value in state.items() if key.startswith("model.layers.1.mlp.") and f".{part}." in key]
+        assert len(copies) == 4 + shared and all(torch.equal(value, own) for value in copies)
+
+
+def test_the_loss_in_training_is_the_same_too_and_the_balance_is_that_of_a_random_gate():
+    """The auxiliary loss stands beside the loss: 0.1 in each layer when the experts are equally busy."""
+    dense, experts = dense_and_experts()
+    dense.train(), experts.train()
+    one, two = dense(TOKENS, labels=TOKENS), experts(TOKENS, labels=TOKENS)
+    assert two.loss.item() == pytest.approx(one.loss.item(), rel=1e-5)
+    assert one.aux_loss == 0 and 0.19 < two.aux_loss.item() < 0.3  # of two layers
+    (two.loss + two.aux_loss).backward()
+    for layer in experts.model.layers:
+        assert layer.mlp.gate.weight.grad.abs().max() > 0  # from the balance: experts that are alike give it nothing
+        busy = [expert.down_proj.weight.grad for expert in layer.mlp.experts]
+        assert all(grad.abs().max() > 0 for grad in busy)
+        assert not any(torch.equal(busy[0], grad) for grad in busy[1:])  # other tokens: so they part
+
+
+def test_a_dense_file_with_use_moe_becomes_experts_that_are_saved_and_loaded_as_such(args, bare):
+    path, dense = save(args)
+    bare.use_moe = True
+    experts, _, line = build_model(bare, path)
+    assert experts.config.use_moe and experts.config.intermediate_size == dense.config.intermediate_size
+    assert line == (
+        f"loaded {len(experts.text_state_dict())} tensors from {path}; "
+        "each expert starts as its dense feed-forward, the gates at random"
+    )
+    ids = TOKENS.clone()
+    ids[ids == 34] = 35  # no stray placeholder
+    with torch.no_grad():
+        one, two = dense.eval()(ids).logits, experts.eval()(ids).logits
+    torch.testing.assert_close(two, one, rtol=0, atol=2e-3)  # fp16 in between
+
+    moe_path = path.with_name(weights_name("sft_vlm", experts.config))
+    assert moe_path.name == "sft_vlm_64_moe.pth"
+    save_weights(moe_path, experts, describe(experts, args))
+    for asked in (False, True):  # with or without the flag: the file says what it is
+        bare.use_moe = asked
+        again, _, line = build_model(bare, moe_path)
+        assert again.config.use_moe and line == f"loaded {len(again.text_state_dict())} tensors from {moe_path}"
+        gate = "model.layers.1.mlp.gate.weight"
+        assert torch.equal(again.state_dict()[gate], experts.state_dict()[gate].half().float())
+
+
+def test_the_same_seed_makes_the_same_experts(args, bare):
+    path, _ = save(args)
+    bare.use_moe = True
+    states = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        states.append(build_model(bare, path)[0].text_state_dict())
+    one, same, other = states
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    apart = {key for key in one if not torch.equal(one[key], other[key])}
+    assert apart == {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
+
+
+@pytest.mark.parametrize("json_there", [True, False])
+def test_a_language_model_of_text_becomes_experts_that_see(args, bare, json_there):
+    """Two changes at once: the projector is new, and every feed-forward becomes several."""
+    flags = ["--tokenizer_path", str(args.tokenizer_path), "--hidden_size", "64", "--num_hidden_layers", "2"]
+    alone = train_llm.parse_args(flags)
+    model, _, line = build_model(alone, None)
+    assert type(model) is MiniMindForCausalLM and line == "started from nothing"
+    path = Path(args.out_dir) / "llm_64.pth"
+    save_weights(path, model, describe(model, alone))
+    if not json_there:
+        path.with_suffix(".json").unlink()
+    bare.use_moe = True
+    seeing, _, line = build_model(bare, path)
+    assert type(seeing) is MiniMindVLM and seeing.config.use_moe
+    assert line.endswith(
+        "initialised anew: the projector; each expert starts as its dense feed-forward, the gates at random"
+    )
 
 
 # ---------------------------------------------------------------------------- finding

@@ -16,7 +16,8 @@ class Progress:
     """Reports the steps of a run, on the first rank. The metrics file has a JSON object per line:
 
     {"step", "epoch", "loss", "aux_loss", "lr", "projector_lr", "grad_norm", "samples_per_s", "tokens_per_s",
-    "seconds"} for each log interval (loss: mean over it) and {"step", "val_loss"} for each validation.
+    "seconds"} for each log interval (loss: mean over it) and {"step", "val_loss"} for each validation. A language model
+    has no "projector_lr".
     """
 
     def __init__(self, path, args, total_steps: int, first_step: int):
@@ -53,13 +54,14 @@ class Progress:
             return
         now = time.perf_counter()
         seconds, steps = now - self.since, len(self.recent)
+        groups = optimizer.param_groups  # the projector's first, where there is one
         line = {
             "step": step,
             "epoch": epoch,
             "loss": sum(loss for loss, _ in self.recent) / steps,
             "aux_loss": sum(aux for _, aux in self.recent) / steps,
-            "lr": optimizer.param_groups[-1]["lr"],
-            "projector_lr": optimizer.param_groups[0]["lr"],
+            "lr": groups[-1]["lr"],
+            **({"projector_lr": groups[0]["lr"]} if hasattr(self.args, "projector_learning_rate") else {}),
             "grad_norm": grad_norm,
             "samples_per_s": self.samples / seconds,
             "tokens_per_s": self.tokens / seconds,

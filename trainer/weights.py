@@ -241,7 +241,8 @@ def build_model(args, weights: Path | None, dropout: float = 0.0):
     line = "started from nothing"
     if state is not None and dense and args.use_moe:
         gates = {key: value for key, value in model.state_dict().items() if key.endswith("mlp.gate.weight")}
-        line = load_weights(model, upcycle(state, config) | gates, weights) + ", each feed-forward as every expert"
+        line = load_weights(model, upcycle(state, config) | gates, weights)
+        line += "; each expert starts as its dense feed-forward, the gates at random"
     elif state is not None:
         line = load_weights(model, state, weights)
     known = sidecar.get("vision_model", {})
