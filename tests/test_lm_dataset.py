@@ -32,9 +32,9 @@ def read(tokenizer, clip_folder, world, tmp_path):
         path.parent.mkdir(exist_ok=True)
         if rows is not None:
             path.write_bytes(rows) if isinstance(rows, bytes) else write_rows(path, rows)
-        options = {"images_path": world / "pictures", "max_length": 200} | options
+        options = {"images_path": world / "pictures", "max_length": 200, "image_special_token": "@" * P} | options
         preprocess = ImageProcessor.from_pretrained(clip_folder)
-        return VLMDataset(path, tokenizer=tokenizer, preprocess=preprocess, image_special_token="@" * P, **options)
+        return VLMDataset(path, tokenizer=tokenizer, preprocess=preprocess, **options)
 
     return read
 
@@ -239,6 +239,15 @@ def test_a_path_may_hold_the_characters_of_a_pattern(read):
 def test_a_file_that_has_changed_is_read_anew(read):
     assert len(read([GOOD])) == 1
     assert len(read([GOOD, GOOD])) == 2
+
+
+def test_rows_without_their_pictures_are_not_answered_from_the_cache(read, tokenizer):
+    rows = [row("What?\n<image>", "Red.", image="red.png")]
+    seeing, blind, again = read(rows), read(image_special_token="", images_path=None), read()
+    assert seeing.lengths == again.lengths > blind.lengths + P
+    assert blind[0]["pictures"] is None and len(again[0]["pictures"]) == 1
+    assert len(blind[0]["input_ids"]) == blind.lengths
+    assert learned(blind[0], tokenizer) == learned(seeing[0], tokenizer) == ["Red.<|im_end|>"]
 
 
 def test_another_max_length_is_not_answered_from_the_cache(read):

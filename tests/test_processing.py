@@ -295,6 +295,13 @@ def test_placeholders_typed_as_text_that_the_model_would_take_for_a_picture_are_
         encode_chat(tokenizer, conversation, PLACEHOLDERS)
 
 
+def test_without_placeholders_no_text_is_taken_for_a_picture(tokenizer):
+    conversation = [turn("user", "@" * 3 * P), turn("assistant", "@" * P)]
+    pieces = encode_chat(tokenizer, conversation, "")
+    assert tokenizer.decode(flat(pieces)).count("@") == 4 * P
+    assert sum(pictures for _, _, pictures in pieces) == 0
+
+
 @pytest.mark.parametrize(
     "roles, message",
     [

@@ -345,6 +345,12 @@ def test_a_dense_model_and_the_experts_it_becomes_give_the_same_logits(routed, s
     assert difference(dense, experts) < 1e-5
 
 
+@pytest.mark.parametrize("gate", [{"num_experts_per_tok": 1}, {"norm_topk_prob": False}])
+def test_a_gate_whose_weights_do_not_sum_to_one_is_refused(gate):
+    with pytest.raises(ValueError, match="dense weights become experts only with num_experts_per_tok >= 2 and norm_"):
+        dense_and_experts(**gate)
+
+
 @pytest.mark.parametrize("shared", [1, 2])
 def test_the_share_of_each_copy_is_what_makes_them_the_same(shared):
     """The difference sees it when down_proj is not scaled, in a single copy or in all."""

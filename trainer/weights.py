@@ -171,7 +171,12 @@ def upcycle(state: dict[str, torch.Tensor], config: MiniMindConfig) -> dict[str,
 
     Every expert starts as a copy of the feed-forward it replaces. A token's routed experts count as one, since their
     weights sum to 1, and the shared ones are added, so each copy gives its share. The gate starts at random.
+    Raises ValueError for a gate whose weights do not sum to 1.
     """
+    if config.num_experts_per_tok < 2 or not config.norm_topk_prob:
+        raise ValueError(
+            "--use_moe: dense weights become experts only with num_experts_per_tok >= 2 and norm_topk_prob"
+        )
     found = {}
     for key, value in state.items():
         block, mlp, matrix = key.partition(".mlp.")
