@@ -102,7 +102,12 @@ def encode_row(line: str, tokenizer, placeholders: str, max_length: int):
     """
     conversations, images = parse_row(line)
     if not placeholders:
-        conversations = [turn | {"content": turn["content"].replace(IMAGE_TAG, "").strip()} for turn in conversations]
+        conversations = [
+            turn | {"content": turn["content"].replace(IMAGE_TAG, "").strip()}
+            if turn["role"] == "user" and IMAGE_TAG in turn["content"]
+            else turn
+            for turn in conversations
+        ]
         images = []
     try:
         pieces = encode_chat(tokenizer, conversations, placeholders)

@@ -59,10 +59,6 @@ MENTIONS = {  # form of a description: what it says of each thing, and whether i
 NUMBERS = ("one", "two", "three", "four")
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # step in columns, in rows
 MOST = {"leftmost": "left of", "rightmost": "right of", "topmost": "above", "lowest": "below"}
-IN_WORDS = {  # ways to put one thing of a scene in words
-    "en": ("{ax} in the {p}", "{p}: {x}", "in the {p} there is {ax}"),
-    "zh": ("{p}有一个{x}", "{p}：{x}", "一个{x}在{p}"),
-}
 # kind, form of question, its wordings. {x} {y} objects, {ax} {xs} with "a" and in the plural, {p} a place, {d} a side,
 # {m} leftmost and so on, {s} a size, {o} first or second.
 WORDINGS = """
@@ -431,19 +427,23 @@ def rows_of(scene, image: str, rng, used: Counter, rows=4, kinds=tuple(KINDS), n
     return found
 
 
-def describe_in_words(scene: Scene, lang: str, rng=None) -> str:
-    """Everything in the picture that can be asked about. With rng in any order and one of three ways to say it."""
-    if rng is None:
-        return caption(scene, lang, "full")
-    way = rng.choice(IN_WORDS[lang])
-    nouns = [(name(lang, thing.colour, thing.shape, thing.size), thing.place) for thing in scene.things]
-    parts = [way.format(x=noun, ax=a(noun, lang), p=say(place, lang)) for noun, place in nouns]
-    return ("; " if lang == "en" else "；").join(rng.sample(parts, len(parts)))
+def describe_in_words(scene: Scene, lang: str) -> str:
+    """Everything in the picture that can be asked about, in the order of its patches."""
+    colon, comma = (": ", "; ") if lang == "en" else ("：", "；")
+    nouns = [name(lang, thing.colour, thing.shape, thing.size) for thing in scene.things]
+    return comma.join(say(thing.place, lang) + colon + noun for noun, thing in zip(nouns, scene.things))
 
 
 def captions_of(scene: Scene, image: str) -> list[dict]:
-    """For each thing a row in each language that says what it is and where: "a big red star in the middle"."""
-    said = [(lang, caption(replace(scene, things=(thing,)), lang, "full")) for thing in scene.things for lang in LANGS]
+    """For each thing rows in each language that say what it is and where: "a big red star in the middle", and without
+    the colour "a star in the middle": an encoder must know a shape in a colour that it never had.
+    """
+    said = [
+        (lang, caption(replace(scene, things=(thing,)), lang, form))
+        for thing in scene.things
+        for form in ("full", "layout")
+        for lang in LANGS
+    ]
     return [
         {
             "conversations": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": text}],
@@ -461,7 +461,7 @@ def text_rows_of(scene, rng, used, rows=4, kinds=tuple(KINDS), new=False, other=
     found = rows_of(scene, "one", rng, used, rows, kinds, new, other and (other, "two"))
     for row in found:
         for picture in row.pop("image").split(", "):
-            words = describe_in_words(scenes[picture], row["lang"], rng)
+            words = describe_in_words(scenes[picture], row["lang"])
             row["conversations"][0]["content"] = row["conversations"][0]["content"].replace("<image>", words, 1)
     return found
 

@@ -9,7 +9,7 @@ of which is shown before it runs. Ctrl-C and a second start go on where it was. 
 
     tokenizer.json, tokenizer_config.json      scripts.train_tokenizer
     clip/                                      scripts.train_clip, an ordinary CLIP folder, vision half only
-    llm_{hidden}{_moe}.pth, .json              scripts.train_llm, fp16
+    llm_{hidden}.pth, .json                    scripts.train_llm, fp16
 """
 
 import argparse
@@ -22,23 +22,23 @@ from pathlib import Path
 
 from scripts.steps import Step, duration, gigabytes, open_folder, run_steps
 
-HIDDEN_SIZE = 160  # of the language model
+HIDDEN_SIZE = 128  # of the language model
 LIMIT_MB = 8  # what a repository can carry
 
 
-def recipe(folder: Path, use_moe: bool = False) -> list[Step]:
+def recipe(folder: Path) -> list[Step]:
     """The commands that make a bundle in `folder`, with all files they need on the way."""
     captions, text, clip = folder / "captions", folder / "text", folder / "clip"
-    moe = ["--use_moe"] if use_moe else []
     # fmt: off
     steps = [
-        Step("captions", "draw pictures with captions in two languages, for the encoder", [
-            "python", "-m", "dataset.scenes", "--out_dir", captions, "--kinds", "describe", "--rows", 2,
-            "--scenes", 20000, "--val_scenes", 1000, "--seed", 1,
+        Step("captions", "draw pictures with a caption of each object in two languages, for the encoder", [
+            "python", "-m", "dataset.scenes", "--form", "captions", "--out_dir", captions,
+            "--scenes", 40000, "--val_scenes", 500, "--image_size", 72, "--seed", 1,
         ]),
         Step("text", "write scenes in words with conversations about them, for the language model", [
-            "python", "-m", "dataset.scenes", "--out_dir", text, "--text",
-            "--scenes", 40000, "--val_scenes", 400, "--seed", 2,
+            "python", "-m", "dataset.scenes", "--form", "text", "--out_dir", text,
+            "--scenes", 50000, "--val_scenes", 200, "--rows", 2, "--kinds", "multi", "describe", "compare",
+            "--seed", 2,
         ]),
         Step("tokenizer", "learn which letters make a token", [
             "python", "-m", "scripts.train_tokenizer", "--data_path", text / "train.jsonl",
@@ -48,17 +48,18 @@ def recipe(folder: Path, use_moe: bool = False) -> list[Step]:
             "python", "-m", "scripts.train_clip", "--vision_only",
             "--data_path", captions / "train.jsonl", "--val_path", captions / "val.jsonl",
             "--images_path", captions / "images", "--tokenizer_path", folder, "--out_dir", clip,
-            "--image_size", 64, "--patch_size", 16, "--hidden_size", 128, "--num_hidden_layers", 4,
-            "--text_hidden_size", 128, "--projection_dim", 128, "--max_text_len", 48,
-            "--min_scale", 1, "--batch_size", 256, "--epochs", 30, "--val_interval", 5,
+            "--image_size", 72, "--patch_size", 24, "--hidden_size", 128, "--num_hidden_layers", 4,
+            "--text_hidden_size", 128, "--text_num_hidden_layers", 1, "--projection_dim", 128,
+            "--max_text_len", 16, "--min_scale", 1, "--patch_pool", "max", "--patch_weight", 0.8,
+            "--batch_size", 128, "--epochs", 14, "--val_interval", 2,
         ], makes=clip),
         Step("language model", "train the decoder on text: questions about scenes in words", [
             "python", "-m", "scripts.train_llm",
             "--data_path", text / "train.jsonl", "--val_path", text / "val.jsonl",
             "--tokenizer_path", folder, "--out_dir", folder,
-            "--hidden_size", HIDDEN_SIZE, "--num_hidden_layers", 4, *moe,
-            "--epochs", 2, "--batch_size", 64, "--learning_rate", 2e-3,
-            "--num_workers", 0, "--save_interval", 500,
+            "--hidden_size", HIDDEN_SIZE, "--num_hidden_layers", 4, "--max_seq_len", 320,
+            "--epochs", 2, "--batch_size", 16, "--learning_rate", 2e-3, "--num_workers", 0,
+            "--val_interval", 2500,
         ], resumable=True),
     ]
     # fmt: on
@@ -67,20 +68,20 @@ def recipe(folder: Path, use_moe: bool = False) -> list[Step]:
     return steps
 
 
-def files(use_moe: bool = False) -> list[str]:
+def files() -> list[str]:
     """What of it belongs to the bundle."""
-    llm = f"llm_{HIDDEN_SIZE}{'_moe' if use_moe else ''}"
+    llm = f"llm_{HIDDEN_SIZE}"
     clip = ("config.json", "preprocessor_config.json", "model.safetensors", "metrics.json")
     return ["tokenizer.json", "tokenizer_config.json", *(f"clip/{name}" for name in clip), f"{llm}.pth", f"{llm}.json"]
 
 
-def figures(folder: Path, use_moe: bool = False) -> list[str]:
+def figures(folder: Path) -> list[str]:
     """What the parts can do, a line each: recall of the encoder, perplexity of the language model."""
     lines = []
     for path, found in json.loads((folder / "clip/metrics.json").read_text(encoding="utf-8"))["retrieval"].items():
         shares = ", ".join(f"{key.replace('_', ' ')} {value:.1f}%" for key, value in found.items())
         lines.append(f"encoder on {path}:\n  {shares}")
-    metrics = folder / f"llm_{HIDDEN_SIZE}{'_moe' if use_moe else ''}.metrics.jsonl"
+    metrics = folder / f"llm_{HIDDEN_SIZE}.metrics.jsonl"
     losses = [json.loads(line).get("val_loss") for line in metrics.read_text(encoding="utf-8").splitlines()]
     losses = [loss for loss in losses if loss is not None]
     if losses:
@@ -93,20 +94,19 @@ def main(argv=None):
     add = parser.add_argument
     add("--out_dir", type=Path, default=Path("model/tiny"), help="folder of the bundle (default: model/tiny)")
     add("--work_dir", type=Path, default=Path("out/bundle"), help="data and checkpoints (default: out/bundle)")
-    add("--use_moe", action="store_true", help="a language model with a mixture of experts")
     add("--restart", action="store_true", help="remove --work_dir with all that is in it and begin anew")
     args = parser.parse_args(argv)
     flags = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--restart"]
     try:
         open_folder(args.work_dir, args.restart, flag="--work_dir")
         records = run_steps(
-            recipe(args.work_dir, args.use_moe),
+            recipe(args.work_dir),
             args.work_dir,
             shlex.join(["python", "-m", "scripts.make_bundle", *flags]),
         )
         print()
         total = 0
-        for name in files(args.use_moe):
+        for name in files():
             (args.out_dir / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(args.work_dir / name, args.out_dir / name)
             size = (args.out_dir / name).stat().st_size
@@ -119,7 +119,7 @@ def main(argv=None):
         for record in records:
             print(f"{record['name']:20}{duration(record['seconds']):>14}{gigabytes(record['peak_gb']):>10} at most")
         print(f"{'in all':20}{duration(sum(record['seconds'] for record in records)):>14}\n")
-        print("\n".join(figures(args.work_dir, args.use_moe)))
+        print("\n".join(figures(args.work_dir)))
     except (ValueError, OSError) as error:
         raise SystemExit(f"\nerror: {error}") from None
 

@@ -60,21 +60,19 @@ def recipe(out: Path, bundle: Path, llm: Path, model: list) -> list[Step]:
     return steps
 
 
-def find_llm(bundle: Path, use_moe: bool) -> tuple[Path, int]:
+def find_llm(bundle: Path) -> tuple[Path, int]:
     """The language model of a bundle and its hidden_size, which its name tells."""
-    again = "python -m scripts.quickstart --from_zero" + (" --use_moe" if use_moe else "")
+    again = "python -m scripts.quickstart --from_zero"
     missing = [name for name in ("tokenizer.json", "clip/config.json") if not (bundle / name).is_file()]
     if missing:
         raise FileNotFoundError(
             f"--bundle {bundle}: no {missing[0]} there. To make everything from nothing:\n$ {again}"
         )
-    pattern = r"llm_(\d+)_moe\.pth" if use_moe else r"llm_(\d+)\.pth"
-    found = [(path, re.fullmatch(pattern, path.name)) for path in sorted(bundle.glob("llm_*.pth"))]
+    found = [(path, re.fullmatch(r"llm_(\d+)\.pth", path.name)) for path in sorted(bundle.glob("llm_*.pth"))]
     found = [(path, int(match[1])) for path, match in found if match]
     if len(found) != 1:
-        name = "llm_{hidden}_moe.pth" if use_moe else "llm_{hidden}.pth"
         raise FileNotFoundError(
-            f"--bundle {bundle} holds {len(found)} files {name}, expected 1. To train one:\n$ {again}"
+            f"--bundle {bundle} holds {len(found)} files llm_{{hidden}}.pth, expected 1. To train one:\n$ {again}"
         )
     return found[0]
 
@@ -106,7 +104,7 @@ def parse_args(argv):
     add("--out_dir", type=Path, default=Path("out/quickstart"), help="all files go there (default: out/quickstart)")
     add("--bundle", type=Path, default=Path("model/tiny"), help="tokenizer, encoder and LLM (default: model/tiny)")
     add("--from_zero", action="store_true", help="train these three first, in OUT_DIR/tiny; up to an hour more")
-    add("--use_moe", action="store_true", help="a language model with a mixture of experts")
+    add("--use_moe", action="store_true", help="make the language model a mixture of experts, which start as copies")
     add("--restart", action="store_true", help="remove OUT_DIR with all that is in it and begin anew")
     return parser.parse_args(argv)
 
@@ -118,9 +116,9 @@ def quickstart(args, again: str) -> dict:
     steps, bundle = [], args.bundle
     if args.from_zero:
         bundle, hidden_size = out / "tiny", make_bundle.HIDDEN_SIZE
-        steps, llm = make_bundle.recipe(bundle, args.use_moe), bundle / f"llm_{hidden_size}{moe}.pth"
+        steps, llm = make_bundle.recipe(bundle), bundle / f"llm_{hidden_size}.pth"
     else:
-        llm, hidden_size = find_llm(bundle, args.use_moe)
+        llm, hidden_size = find_llm(bundle)
     model = ["--tokenizer_path", bundle, "--vision_model_path", bundle / "clip", "--hidden_size", hidden_size]
     model += [*(["--use_moe"] if args.use_moe else []), "--out_dir", out]
     steps += recipe(out, bundle, llm, model)

@@ -185,17 +185,16 @@ def encode_texts(model, ids):
     return F.normalize(model.text_projection(model.text_model(input_ids=ids).pooler_output).float(), dim=-1)
 
 
-def contrastive_loss(pictures, texts, ids, scale):
+def contrastive_loss(pictures, texts, right, scale):
     """Symmetric InfoNCE of unit vectors (B, P, E) and (B, E); also how often a picture finds its caption in the batch.
 
-    A picture fits a caption as well as the best of its P vectors does. ids: int64 (B, T), the captions: two pictures
-    with the very same words are not told apart.
+    A picture fits a caption as well as the best of its P vectors does. right: bool (B, B), which captions are right for
+    which pictures: the diagonal, and others that happen to be among a picture's own, which are not told apart.
     """
-    same = (ids[:, None] == ids[None]).all(dim=-1)  # (B, B), the diagonal and the pairs alike
     logits = scale * (pictures @ texts.T).amax(dim=1)  # (B, B)
-    targets = same / same.sum(dim=1, keepdim=True)
-    loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-    return loss, same.gather(1, logits.argmax(dim=1, keepdim=True)).float().mean()
+    targets = [each / each.sum(dim=1, keepdim=True) for each in (right, right.T)]
+    loss = (F.cross_entropy(logits, targets[0]) + F.cross_entropy(logits.T, targets[1])) / 2
+    return loss, right.gather(1, logits.argmax(dim=1, keepdim=True)).float().mean()
 
 
 # ---------------------------------------------------------------------------- validation and saving
@@ -205,21 +204,23 @@ def contrastive_loss(pictures, texts, ids, scale):
 def retrieval(model, processor, pictures, captions, device) -> dict[str, float]:
     """Recall@1 and @5 in percent: how often the right one is among the k best of the whole set, both ways.
 
-    captions: for each picture int64 (n, T). With several captions, a picture has found its way with any of them.
+    captions: as of `load_split`. With several captions, a picture has found its way with any of them; a caption of
+    several pictures has found its way with any of those.
     """
     model.eval()
     pixels = (processor.normalize(pictures[part].to(device)) for part in torch.arange(len(pictures)).split(128))
     seen = torch.cat([encode_pictures(model, part)[0][:, 0] for part in pixels])
-    read = torch.cat([encode_texts(model, part.to(device)) for part in torch.cat(captions).split(128)])
+    texts, numbers = captions
+    read = torch.cat([encode_texts(model, part.to(device)) for part in texts.split(128)])
     model.train()
     scores = (seen @ read.T).cpu()  # (N, M)
-    owner = torch.repeat_interleave(torch.tensor([len(own) for own in captions]))  # (M,), the picture of each caption
-    own = owner == torch.arange(len(captions))[:, None]  # (N, M)
+    own = torch.zeros(len(numbers), len(texts) + 1, dtype=torch.bool).scatter(1, numbers, True)[:, :-1]  # (N, M)
     # The rank is the number of wrong ones at least as good, so that an encoder that sees no difference finds nothing.
-    best = scores.masked_fill(~own, -2).amax(dim=1, keepdim=True)  # (N, 1)
-    right = scores.gather(0, owner[None])  # (1, M)
-    ranks = {"image_to_text": ((scores >= best) & ~own).sum(dim=1)}
-    ranks["text_to_image"] = ((scores >= right) & ~own).sum(dim=0)
+    right = scores.masked_fill(~own, -2)
+    ranks = {
+        "image_to_text": ((scores >= right.amax(dim=1, keepdim=True)) & ~own).sum(dim=1),
+        "text_to_image": ((scores >= right.amax(dim=0, keepdim=True)) & ~own).sum(dim=0),
+    }
     return {
         f"{way}_recall@{k}": round(100 * (rank < k).float().mean().item(), 2)
         for way, rank in ranks.items()
@@ -301,11 +302,16 @@ def check(args) -> None:
 
 
 def load_split(args, paths, flag, tokenizer, processor):
-    """→ (pictures, captions: for each picture int64 (n, T))."""
+    """→ pictures, and captions: the different texts (M, T), and which of them each picture has (N, n), both int64,
+    filled up with M.
+    """
     captions = read_captions(paths, flag)
     pictures = Pictures(args.images_path, list(captions), processor, args.cache_gb)
-    ids = encode_captions(tokenizer, [text for own in captions.values() for text in own], args.max_text_len)
-    return pictures, ids.split([len(own) for own in captions.values()])
+    texts, number = encode_captions(
+        tokenizer, [text for own in captions.values() for text in own], args.max_text_len
+    ).unique(dim=0, return_inverse=True)
+    numbers = number.split([len(own) for own in captions.values()])
+    return pictures, (texts, torch.nn.utils.rnn.pad_sequence(numbers, batch_first=True, padding_value=len(texts)))
 
 
 def main(argv=None):
@@ -317,7 +323,7 @@ def main(argv=None):
     # ------------------------------------------------------------------------ data
     tokenizer = load_tokenizer(args.tokenizer_path)
     processor = ImageProcessor(args.image_size, (args.image_size, args.image_size))
-    pictures, captions = load_split(args, args.data_path, "--data_path", tokenizer, processor)
+    pictures, (captions, numbers) = load_split(args, args.data_path, "--data_path", tokenizer, processor)
     vals = {path: load_split(args, [path], "--val_path", tokenizer, processor) for path in args.val_path}
     if args.batch_size > len(pictures):
         raise ValueError(f"--batch_size {args.batch_size}: there are {len(pictures)} pictures only")
@@ -353,14 +359,16 @@ def main(argv=None):
             pixels = processor.normalize(pictures[chosen].to(device))
             if args.min_scale < 1 or args.flip:
                 pixels = augment(pixels, args.min_scale, args.flip)
-            own = [captions[picture] for picture in chosen.tolist()]
-            texts = torch.stack([each[torch.randint(len(each), ())] for each in own]).to(device)  # (B, T)
+            own = numbers[chosen]  # (B, n)
+            number = own.gather(1, (own < len(captions)).float().multinomial(1))  # (B, 1), of one of its captions
+            right = (own[:, None] == number).any(dim=-1).to(device)  # (B, B)
+            texts = captions[number[:, 0]].to(device)  # (B, T)
             with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
                 by_class, by_patches = encode_pictures(model, pixels, args.patch_pool, args.mask_ratio)
                 read = encode_texts(model, texts)  # (B, E)
             scale = model.logit_scale.exp()
-            class_loss, _ = contrastive_loss(by_class, read, texts, scale)
-            patch_loss, found = contrastive_loss(by_patches, read, texts, scale)
+            class_loss, _ = contrastive_loss(by_class, read, right, scale)
+            patch_loss, found = contrastive_loss(by_patches, read, right, scale)
             loss = (1 - args.patch_weight) * class_loss + args.patch_weight * patch_loss
 
             optimizer.zero_grad()

@@ -209,9 +209,8 @@ def bundle(tmp_path_factory, clip_folder, tokenizer_folder):
     shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
     shutil.copytree(clip_folder, folder / "clip")
     size = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": len(load_tokenizer(folder, "@" * 16))}
-    for use_moe, name in ((False, "llm_64.pth"), (True, "llm_64_moe.pth")):
-        model = MiniMindForCausalLM(MiniMindConfig(use_moe=use_moe, **size))
-        torch.save({key: value.half() for key, value in model.state_dict().items()}, folder / name)
+    model = MiniMindForCausalLM(MiniMindConfig(**size))
+    torch.save({key: value.half() for key, value in model.state_dict().items()}, folder / "llm_64.pth")
     return folder
 
 
@@ -283,18 +282,12 @@ def test_a_second_start_runs_nothing_and_shows_the_report_again(finished, bundle
     assert again["steps"] == first["steps"]
 
 
-def test_experts_need_their_own_language_model(bundle, tmp_path, capfd):
-    found = {}
-    for flags in ([], ["--use_moe"]):
-        args = quickstart.parse_args(["--bundle", str(bundle), *flags])
-        llm, hidden_size = quickstart.find_llm(bundle, args.use_moe)
-        found[llm.name] = hidden_size
-    assert found == {"llm_64.pth": 64, "llm_64_moe.pth": 64}
-    dense = tmp_path / "dense"
-    shutil.copytree(bundle, dense)
-    (dense / "llm_64_moe.pth").unlink()
-    with pytest.raises(SystemExit, match=r"holds 0 files llm_{hidden}_moe\.pth(.|\n)*quickstart --from_zero --use_moe"):
-        quickstart.main(["--out_dir", str(tmp_path / "out"), "--bundle", str(dense), "--use_moe"])
+def test_a_folder_that_is_no_bundle_is_refused(bundle, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(bundle, other)
+    (other / "llm_64.pth").rename(other / "llm.pth")
+    with pytest.raises(SystemExit, match=r"holds 0 files llm_{hidden}\.pth(.|\n)*quickstart --from_zero"):
+        quickstart.main(["--out_dir", str(tmp_path / "out"), "--bundle", str(other)])
     with pytest.raises(SystemExit, match=r"no tokenizer\.json there(.|\n)*--from_zero"):
         quickstart.main(["--out_dir", str(tmp_path / "out"), "--bundle", str(tmp_path)])
     assert not (tmp_path / "out").exists()
@@ -315,9 +308,9 @@ def test_from_zero_trains_what_it_then_starts_from(tmp_path, monkeypatch):
     names = ["captions", "text", "tokenizer", "encoder", "language model", "data", "stage 1", "stage 2"]
     assert [step.name for step in ran[:8]] == names
     llm, stage_1, stage_2 = ran[4].command, ran[6].command, ran[7].command
-    assert "--use_moe" in llm and "--use_moe" in stage_1 and "--use_moe" in stage_2
+    assert "--use_moe" not in llm and "--use_moe" in stage_1 and "--use_moe" in stage_2
     hidden_size = llm[llm.index("--hidden_size") + 1]
-    assert stage_1[stage_1.index("--from_weight") + 1] == str(tiny / f"llm_{hidden_size}_moe.pth")
+    assert stage_1[stage_1.index("--from_weight") + 1] == str(tiny / f"llm_{hidden_size}.pth")
     assert stage_1[stage_1.index("--hidden_size") + 1] == hidden_size
     assert (
         stage_1[stage_1.index("--vision_model_path") + 1]
@@ -370,7 +363,7 @@ def test_every_script_of_the_recipes_takes_the_flags_that_it_is_given(tmp_path, 
         raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-    recipes = make_bundle.recipe(tmp_path, use_moe=True)
+    recipes = make_bundle.recipe(tmp_path)
     recipes += quickstart.recipe(tmp_path, tmp_path, tmp_path / "llm_8.pth", ["--hidden_size", 8, "--use_moe"])
     for step in recipes:
         name, *flags = step.command[2 if step.command[1] == "-m" else 1 :]

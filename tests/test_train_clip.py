@@ -1,5 +1,6 @@
 """scripts/train_clip.py: it learns to tell pictures apart, and what it saves is an ordinary CLIP folder."""
 
+import argparse
 import json
 import math
 
@@ -241,8 +242,8 @@ def by_hand(pictures, texts, scale):
 def test_the_loss_is_that_of_the_patch_which_fits_each_caption_best(P):
     torch.manual_seed(3)
     unit = torch.nn.functional.normalize(torch.randn(4, P + 1, 8), dim=-1)
-    pictures, texts, ids = unit[:, :P], unit[:, P], torch.arange(5, 9)[:, None]
-    loss, _ = train_clip.contrastive_loss(pictures, texts, ids, 4.0)
+    pictures, texts = unit[:, :P], unit[:, P]
+    loss, _ = train_clip.contrastive_loss(pictures, texts, torch.eye(4, dtype=torch.bool), 4.0)
     assert loss.item() == pytest.approx(by_hand(pictures, texts, 4.0), rel=1e-5)
     if P == 1:  # with one vector per picture it is CLIP's own
         logits, right = 4 * pictures[:, 0] @ texts.T, torch.arange(4)
@@ -257,7 +258,7 @@ def test_a_caption_teaches_the_patch_that_fits_it_and_leaves_the_others_alone():
     axes = torch.eye(8)
     pictures = torch.stack([axes[[0, 1, 2]], axes[[3, 4, 5]]]).requires_grad_()
     texts = torch.nn.functional.normalize(axes[[1, 3]] + 0.3 * axes[[5, 2]], dim=-1)  # each: its own, some of another
-    loss, found = train_clip.contrastive_loss(pictures, texts, torch.tensor([[5], [6]]), 5.0)
+    loss, found = train_clip.contrastive_loss(pictures, texts, torch.eye(2, dtype=torch.bool), 5.0)
     loss.backward()
     assert found == 1
     taught = pictures.grad.abs().sum(dim=-1) > 0  # (2, 3)
@@ -266,33 +267,36 @@ def test_a_caption_teaches_the_patch_that_fits_it_and_leaves_the_others_alone():
     assert (pictures.grad[0, 2] @ texts[1] > 0) and (pictures.grad[1, 2] @ texts[0] > 0)  # and away from the wrong
 
 
-def test_pictures_with_the_same_words_are_not_told_apart():
-    unit, ids = torch.eye(4), torch.tensor([[5, 0], [6, 0], [7, 0], [8, 0]])
-    loss, found = train_clip.contrastive_loss(unit[:, None], unit, ids, 10.0)
+def test_a_caption_of_another_picture_that_is_right_too_is_not_told_apart():
+    unit, right = torch.eye(4), torch.eye(4, dtype=torch.bool)
+    loss, found = train_clip.contrastive_loss(unit[:, None], unit, right, 10.0)
     assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(10 * unit, torch.arange(4)).item())
     assert found == 1
-    twins, ids[1] = unit[[0, 0, 2, 3]], ids[0]
-    loss, found = train_clip.contrastive_loss(twins[:, None], twins, ids, 50.0)
+    twins = unit[[0, 0, 2, 3]]
+    right[0, 1] = right[1, 0] = True
+    loss, found = train_clip.contrastive_loss(twins[:, None], twins, right, 50.0)
     assert loss.item() == pytest.approx(math.log(2) / 2)  # two of four rows share their probability, rightly
     assert found == 1
 
 
 def test_an_encoder_that_sees_no_difference_finds_nothing(trained, world):
-    ids = train_clip.encode_captions(load_tokenizer(world / "tokenizer"), ["red"] * 8, 24)
+    ids = train_clip.encode_captions(load_tokenizer(world / "tokenizer"), ["red " * n for n in range(1, 9)], 24)
     blind = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
-    figures = train_clip.retrieval(trained[1], ImageProcessor(32), blind, ids.split(1), torch.device("cpu"))
+    figures = train_clip.retrieval(
+        trained[1], ImageProcessor(32), blind, (ids, torch.arange(8)[:, None]), torch.device("cpu")
+    )
     trained[1].eval()
     assert set(figures.values()) == {0.0}
 
 
 def test_with_several_captions_a_picture_has_found_its_way_with_any(monkeypatch):
-    """Hand-made scores: picture 0 finds its second caption first; picture 1 finds a wrong one first."""
+    """Hand-made scores: picture 0 finds its second caption first; picture 1, with one only, finds a wrong one first."""
     pictures = torch.eye(2)
     texts = torch.tensor([[0.1, 0.9], [1.0, 0.0], [0.9, 0.8]])
     monkeypatch.setattr(train_clip, "encode_pictures", lambda model, pixels: (pictures[:, None], None))
     monkeypatch.setattr(train_clip, "encode_texts", lambda model, ids: texts)
     blank = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    captions = (torch.zeros(2, 4), torch.zeros(1, 4))
+    captions = (torch.zeros(3, 4), torch.tensor([[0, 1], [2, 3]]))  # 3: none
     figures = train_clip.retrieval(torch.nn.Identity(), ImageProcessor(32), blank, captions, torch.device("cpu"))
     assert figures["image_to_text_recall@1"] == 50
     assert figures["text_to_image_recall@1"] == pytest.approx(33.33)
@@ -407,3 +411,22 @@ def test_rows_without_exactly_one_picture_are_counted_and_left_out(tmp_path, cap
 def test_an_encoder_that_weights_may_depend_on_is_not_overwritten(trained, world):
     with pytest.raises(ValueError, match="--out_dir .* holds an encoder already"):
         train_clip.main(flags(world, trained[0]))
+
+
+def test_a_caption_is_right_for_every_picture_that_has_it(world, tmp_path):
+    rows = [("a.png", "red"), ("a.png", "green left"), ("b.png", "red"), ("c.png", "blue")]
+    lines = [{"conversations": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": text}],
+              "image": name} for name, text in rows]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    for name in "abc":
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.png")
+    args = argparse.Namespace(images_path=tmp_path, cache_gb=1, max_text_len=8)
+    tokenizer = load_tokenizer(world / "tokenizer")
+    pictures, (texts, numbers) = train_clip.load_split(
+        args, [tmp_path / "rows.jsonl"], "--data_path", tokenizer, ImageProcessor(32)
+    )
+    said = train_clip.encode_captions(tokenizer, [text for _, text in rows], 8)
+    assert len(pictures) == 3 and len(texts) == 3
+    assert numbers[1, 1] == numbers[2, 1] == 3  # filled up
+    for number, text in zip((numbers[0, 0], numbers[0, 1], numbers[1, 0], numbers[2, 0]), said):
+        assert texts[number].equal(text)

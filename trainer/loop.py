@@ -30,7 +30,7 @@ from trainer.cli import Stopped, autocast, pick_dtype
 from trainer.distributed import all_sum, gather, main_first, rank, say, world_size
 from trainer.optimizer import schedule, set_learning_rate
 from trainer.progress import Progress
-from trainer.weights import describe, refuse_other_architecture, weights_name
+from trainer.weights import describe, refuse_other_architecture, script, weights_name
 
 MAX_BROKEN = 0.01  # share of rows with broken pictures that --on_bad_row skip puts up with while training
 
@@ -343,4 +343,4 @@ def fit_accumulation(args, state: State) -> int:
 def resume_command() -> str:
     flags = [flag for flag in sys.argv[1:] if flag != "--from_resume"]
     launcher = f"torchrun --nproc_per_node {world_size()}" if world_size() > 1 else "python"
-    return f"{launcher} {shlex.join([Path(sys.argv[0]).name, *flags, '--from_resume'])}"
+    return f"{launcher} {shlex.join([*script(), *flags, '--from_resume'])}"

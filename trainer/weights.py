@@ -210,6 +210,8 @@ def build_model(args, weights: Path | None, dropout: float = 0.0):
             if architecture[key] != value:
                 raise ValueError(f"--{key} {value}: {weights} has {architecture[key]}; leave the flag out")
         dense = not architecture["use_moe"]
+        if dense and args.use_moe and not hasattr(args, "from_weight"):
+            raise ValueError(f"--use_moe: {weights} is dense; only training makes experts of it. Leave the flag out")
         architecture["use_moe"] |= args.use_moe
 
     for key in ("image_special_token", "image_ids", "ve_hidden_size", "dropout"):
@@ -259,6 +261,12 @@ def build_model(args, weights: Path | None, dropout: float = 0.0):
     return model, tokenizer, line
 
 
+def script() -> list[str]:
+    """What was typed between `python` and the flags: train_sft_vlm.py, or -m scripts.train_llm."""
+    spec = sys.modules["__main__"].__spec__
+    return ["-m", spec.name] if spec else [Path(sys.argv[0]).name]
+
+
 def describe(model, args, **facts) -> dict:
     """What stands in the JSON beside the weights."""
     fields = [*signature(MiniMindConfig).parameters, "ve_hidden_size", "image_special_token"]
@@ -268,7 +276,7 @@ def describe(model, args, **facts) -> dict:
         "tokenizer": {"path": str(args.tokenizer_path), "sha256": tokenizer_hash(args.tokenizer_path)},
         "vision_model": {"path": str(args.vision_model_path), "sha256": eyes} if eyes else {},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([*script(), *sys.argv[1:]]),
         **facts,
     }
 
