@@ -536,6 +536,8 @@ def main(argv=None):
         write_world(**vars(args))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:  # what is complete stays, and the same command draws the rest anew
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from scripts.steps import Step, duration, gigabytes, open_folder, run_steps
+from scripts.steps import Step, duration, gigabytes, open_folder, processes, run_steps, train
 
 HIDDEN_SIZE = 128  # of the language model
 LIMIT_MB = 8  # what a repository can carry
@@ -29,6 +29,7 @@ LIMIT_MB = 8  # what a repository can carry
 def recipe(folder: Path) -> list[Step]:
     """The commands that make a bundle in `folder`, with all files they need on the way."""
     captions, text, clip = folder / "captions", folder / "text", folder / "clip"
+    ranks = processes()
     # fmt: off
     steps = [
         Step("captions", "draw pictures with a caption of each object in two languages, for the encoder", [
@@ -37,7 +38,7 @@ def recipe(folder: Path) -> list[Step]:
         ]),
         Step("text", "write scenes in words with conversations about them, for the language model", [
             "python", "-m", "dataset.scenes", "--form", "text", "--out_dir", text,
-            "--scenes", 50000, "--val_scenes", 200, "--rows", 2, "--kinds", "multi", "describe", "compare",
+            "--scenes", 75000, "--val_scenes", 200, "--rows", 2, "--kinds", "multi", "describe", "compare",
             "--seed", 2,
         ]),
         Step("tokenizer", "learn which letters make a token", [
@@ -54,12 +55,12 @@ def recipe(folder: Path) -> list[Step]:
             "--batch_size", 128, "--epochs", 14, "--val_interval", 2,
         ], makes=clip),
         Step("language model", "train the decoder on text: questions about scenes in words", [
-            "python", "-m", "scripts.train_llm",
+            *train("-m scripts.train_llm", ranks),
             "--data_path", text / "train.jsonl", "--val_path", text / "val.jsonl",
             "--tokenizer_path", folder, "--out_dir", folder,
             "--hidden_size", HIDDEN_SIZE, "--num_hidden_layers", 4, "--max_seq_len", 320,
-            "--epochs", 2, "--batch_size", 16, "--learning_rate", 2e-3, "--num_workers", 0,
-            "--val_interval", 2500,
+            "--batch_size", 16 // ranks, "--learning_rate", 2e-3, "--num_workers", 0,
+            "--val_interval", 2000,
         ], resumable=True),
     ]
     # fmt: on

@@ -185,6 +185,27 @@ def test_an_interruption_lets_the_step_save_and_the_next_start_resumes_it(tmp_pa
 
 # ---------------------------------------------------------------------------- the quickstart, in small
 
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    """Whatever the machine: here the steps run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (quickstart, make_bundle):
+            patch.setattr(module, "processes", lambda: 1)
+        yield
+
+
+def test_several_processes_are_started_by_torchrun(tmp_path, capfd):
+    assert steps.train("train_sft_vlm.py", 1) == ["python", "train_sft_vlm.py"]
+    assert steps.train("-m scripts.train_llm", 1) == ["python", "-m", "scripts.train_llm"]
+    script = tmp_path / "script.py"
+    script.write_text("import os; print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])")
+    status, *_ = run(steps.train(str(script), 2))
+    printed = capfd.readouterr().out
+    assert status == 0 and "rank 0 of 2" in printed and "rank 1 of 2" in printed
+    assert 1 <= steps.processes() <= 4
+
+
 SMALL = {"--scenes": "40", "--val_scenes": "20", "--max_new_tokens": "12", "--batch_size": "32", "--epochs": "1"}
 
 
@@ -194,7 +215,7 @@ def small(recipe):
         for flag, value in SMALL.items():
             if flag in step.command:
                 step.command[step.command.index(flag) + 1] = value
-        if step.name not in ("data", "captions", "text", "tokenizer"):
+        if step.name not in ("data 1", "data 2", "captions", "text", "tokenizer"):
             step.command += ["--device", "cpu"]
     return recipe
 
@@ -241,7 +262,9 @@ def test_the_quickstart_goes_from_a_bundle_to_a_report(finished):
     assert {"report.html", "sft_vlm_64.pth", "pretrain_vlm_64.pth", "val.json", "val_new.json", "data"} <= {
         path.name for path in folder.iterdir()
     }
-    assert [step["name"] for step in result["steps"]] == ["data", "stage 1", "stage 2", "score val", "score val_new"]
+    assert [step["name"] for step in result["steps"]] == [
+        *("data 1", "data 2", "stage 1", "stage 2", "score val", "score val_new")
+    ]
     assert result["wall_s"] >= sum(step["seconds"] for step in result["steps"]) - 1
     assert result["peak_gb"] == 0.5
     for split in ("val", "val_new", "shuffled", "shuffled_new"):
@@ -277,7 +300,7 @@ def test_a_second_start_runs_nothing_and_shows_the_report_again(finished, bundle
     monkeypatch.setattr(steps, "run", None)  # would be called
     again = quickstart.main(["--out_dir", str(folder), "--bundle", str(bundle)])
     printed = capfd.readouterr().out
-    assert printed.count("done already") == 5 and "What to try next" in printed
+    assert printed.count("done already") == 6 and "What to try next" in printed
     assert max(map(len, printed.splitlines())) <= 80 + len(str(folder))
     assert again["steps"] == first["steps"]
 
@@ -305,9 +328,9 @@ def test_from_zero_trains_what_it_then_starts_from(tmp_path, monkeypatch):
     with pytest.raises(IndexError):  # nothing has run, so there is nothing to report
         quickstart.main(["--out_dir", str(tmp_path / "out"), "--from_zero", "--use_moe"])
     tiny = tmp_path / "out/tiny"
-    names = ["captions", "text", "tokenizer", "encoder", "language model", "data", "stage 1", "stage 2"]
+    names = ["captions", "text", "tokenizer", "encoder", "language model", "data 1", "data 2", "stage 1"]
     assert [step.name for step in ran[:8]] == names
-    llm, stage_1, stage_2 = ran[4].command, ran[6].command, ran[7].command
+    llm, stage_1, stage_2 = ran[4].command, ran[7].command, ran[8].command
     assert "--use_moe" not in llm and "--use_moe" in stage_1 and "--use_moe" in stage_2
     hidden_size = llm[llm.index("--hidden_size") + 1]
     assert stage_1[stage_1.index("--from_weight") + 1] == str(tiny / f"llm_{hidden_size}.pth")

@@ -392,7 +392,8 @@ def test_captions_say_of_every_thing_what_and_where_it_is(scenes):
     found = world.captions_of(scene, "a.jpg")
     for lang in ("en", "zh"):
         said = [row["conversations"][1]["content"] for row in found if row["lang"] == lang]
-        assert said == [description(Scene((thing,), *[None] * 4), "full", lang) for thing in scene.things]
+        alone = [(Scene((thing,), *[None] * 4), form) for thing in scene.things for form in ("full", "layout")]
+        assert said == [description(one, form, lang) for one, form in alone]
     assert {(row["image"], row["kind"], row["conversations"][0]["content"]) for row in found} == {
         ("a.jpg", "caption", "<image>")
     }
