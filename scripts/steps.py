@@ -134,7 +134,8 @@ def run(command: list[str]) -> tuple[int, bool, float, float]:
     """
     started, peak, interrupted = time.perf_counter(), 0, False
     program = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[command[0]]
-    process = subprocess.Popen([*program, *command[1:]])
+    ranks = {"OMP_NUM_THREADS": "1"} if command[0] == "torchrun" else {}  # which it would set itself, with a warning
+    process = subprocess.Popen([*program, *command[1:]], env=ranks | os.environ)
     ended = threading.Event()
 
     def watch():

@@ -181,7 +181,7 @@ def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: V
 
     forward = torch.compile(model, dynamic=True) if args.compile else model
     if world_size() > 1:
-        forward = DistributedDataParallel(forward, broadcast_buffers=False)
+        forward = DistributedDataParallel(forward, forward_sync_buffers=False)
     model.train()
     total_steps = args.epochs * sampler.steps_per_epoch
     metrics = checkpoint.path.with_suffix(".metrics.jsonl")
