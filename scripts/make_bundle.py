@@ -20,7 +20,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from scripts.steps import Step, duration, gigabytes, open_folder, processes, run_steps, train
+from scripts.steps import Step, duration, gigabytes, open_folder, run_steps
 
 HIDDEN_SIZE = 128  # of the language model
 LIMIT_MB = 8  # what a repository can carry
@@ -29,7 +29,6 @@ LIMIT_MB = 8  # what a repository can carry
 def recipe(folder: Path) -> list[Step]:
     """The commands that make a bundle in `folder`, with all files they need on the way."""
     captions, text, clip = folder / "captions", folder / "text", folder / "clip"
-    ranks = processes()
     # fmt: off
     steps = [
         Step("captions", "draw pictures with a caption of each object in two languages, for the encoder", [
@@ -55,11 +54,11 @@ def recipe(folder: Path) -> list[Step]:
             "--batch_size", 128, "--epochs", 14, "--val_interval", 2,
         ], makes=clip),
         Step("language model", "train the decoder on text: questions about scenes in words", [
-            *train("-m scripts.train_llm", ranks),
+            "python", "-m", "scripts.train_llm",
             "--data_path", text / "train.jsonl", "--val_path", text / "val.jsonl",
             "--tokenizer_path", folder, "--out_dir", folder,
             "--hidden_size", HIDDEN_SIZE, "--num_hidden_layers", 4, "--max_seq_len", 320,
-            "--batch_size", 16 // ranks, "--learning_rate", 2e-3, "--num_workers", 0,
+            "--batch_size", 16, "--learning_rate", 2e-3, "--num_workers", 0,
             "--val_interval", 2000,
         ], resumable=True),
     ]

@@ -21,30 +21,18 @@ import time
 from pathlib import Path
 
 from scripts import make_bundle, report
-from scripts.steps import (
-    Step,
-    duration,
-    gigabytes,
-    open_folder,
-    processes,
-    read_records,
-    run_steps,
-    train,
-    typed,
-    write_json,
-    write_text,
-)
+from scripts.steps import Step, duration, gigabytes, open_folder, read_records, run_steps, typed, write_json, write_text
 
 
 def recipe(out: Path, bundle: Path, llm: Path, model: list) -> list[Step]:
     """The commands. llm: the weights to start from; model: the flags that name the model."""
-    captions, data, ranks = out / "captions", out / "data", processes()
+    captions, data = out / "captions", out / "data"
 
     def rows(folder):
         read = ["--data_path", folder / "train.jsonl", "--val_path", folder / "val.jsonl"]
         return [*read, "--images_path", folder / "images"]
 
-    training = ["--trainable", "all", "--batch_size", 16 // ranks, "--num_workers", 0, "--save_interval", 400]
+    training = ["--trainable", "all", "--batch_size", 16, "--num_workers", 0, "--save_interval", 400]
     training += ["--learning_rate", 2e-3, "--warmup_iters", 20]
     scoring = ["--images_path", data / "images", "--batch_size", 64, "--num_workers", 0]
     scoring += ["--max_new_tokens", 80, "--no_loss"]
@@ -55,15 +43,15 @@ def recipe(out: Path, bundle: Path, llm: Path, model: list) -> list[Step]:
             "--image_size", 72, "--kinds", "describe", "--rows", 2, "--seed", 3,
         ]),
         Step("data 2", "draw scenes with conversations about them, for stage 2", [
-            "python", "-m", "dataset.scenes", "--out_dir", data, "--scenes", 4500, "--val_scenes", 125,
+            "python", "-m", "dataset.scenes", "--out_dir", data, "--scenes", 6000, "--val_scenes", 125,
             "--image_size", 72,
         ]),
         Step("stage 1", "the projector learns to put pictures into the language model's words", [
-            *train("train_pretrain_vlm.py", ranks), *model, *rows(captions), "--from_weight", llm, *training,
+            "python", "train_pretrain_vlm.py", *model, *rows(captions), "--from_weight", llm, *training,
             "--projector_learning_rate", 4e-3,
         ], resumable=True),
         Step("stage 2", "the whole model learns to answer", [
-            *train("train_sft_vlm.py", ranks), *model, *rows(data), *training,
+            "python", "train_sft_vlm.py", *model, *rows(data), *training,
             "--projector_learning_rate", 2e-3,
         ], resumable=True),
         Step("score val", "questions about other scenes; then with pictures that do not belong to them", [

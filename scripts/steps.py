@@ -7,7 +7,6 @@ start skips it. No torch here: importing it would take seconds, and memory besid
 
 import json
 import os
-import platform
 import shlex
 import shutil
 import signal
@@ -28,7 +27,7 @@ SAMPLES = 4  # looks at the memory, per second
 class Step:
     name: str  # "stage 1"
     about: str  # a line for the user
-    command: list[str]  # as it would be typed, beginning with "python" or "torchrun"
+    command: list[str]  # as it would be typed, beginning with "python"
     resumable: bool = False  # does it know --from_resume?
     makes: Path | None = None  # if not resumable: a file or folder that must be gone before it can begin again
 
@@ -84,20 +83,6 @@ def open_folder(folder: Path, restart: bool, flag: str = "--out_dir") -> None:
 # ---------------------------------------------------------------------------- one command
 
 
-def processes() -> int:
-    """How many a training step should have: small matrices on a CPU gain little from threads, but much from ranks."""
-    if shutil.which("nvidia-smi") or platform.system() == "Darwin":  # CUDA, MPS
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(4, cores)
-
-
-def train(script: str, ranks: int) -> list[str]:
-    """The beginning of a command that runs train_sft_vlm.py, or -m scripts.train_llm, in so many processes."""
-    head = ["torchrun", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else ["python"]
-    return [*head, *shlex.split(script)]
-
-
 def typed(command: list[str]) -> str:
     """A command as it can be pasted into a shell, in lines that fit a terminal; a flag stays with its values."""
     groups = []
@@ -133,9 +118,7 @@ def run(command: list[str]) -> tuple[int, bool, float, float]:
     Ctrl-C reaches the command too, which is given the time to finish and save.
     """
     started, peak, interrupted = time.perf_counter(), 0, False
-    program = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[command[0]]
-    ranks = {"OMP_NUM_THREADS": "1"} if command[0] == "torchrun" else {}  # which it would set itself, with a warning
-    process = subprocess.Popen([*program, *command[1:]], env=ranks | os.environ)
+    process = subprocess.Popen([sys.executable if command[0] == "python" else command[0], *command[1:]])
     ended = threading.Event()
 
     def watch():

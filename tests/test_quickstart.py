@@ -186,26 +186,6 @@ def test_an_interruption_lets_the_step_save_and_the_next_start_resumes_it(tmp_pa
 # ---------------------------------------------------------------------------- the quickstart, in small
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_process():
-    """Whatever the machine: here the steps run in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (quickstart, make_bundle):
-            patch.setattr(module, "processes", lambda: 1)
-        yield
-
-
-def test_several_processes_are_started_by_torchrun(tmp_path, capfd):
-    assert steps.train("train_sft_vlm.py", 1) == ["python", "train_sft_vlm.py"]
-    assert steps.train("-m scripts.train_llm", 1) == ["python", "-m", "scripts.train_llm"]
-    script = tmp_path / "script.py"
-    script.write_text("import os; print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])")
-    status, *_ = run(steps.train(str(script), 2))
-    printed = capfd.readouterr().out
-    assert status == 0 and "rank 0 of 2" in printed and "rank 1 of 2" in printed
-    assert 1 <= steps.processes() <= 4
-
-
 SMALL = {"--scenes": "40", "--val_scenes": "20", "--max_new_tokens": "12", "--batch_size": "32", "--epochs": "1"}
 
 
