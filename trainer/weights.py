@@ -264,7 +264,8 @@ def build_model(args, weights: Path | None, dropout: float = 0.0):
 def script() -> list[str]:
     """What was typed between `python` and the flags: train_sft_vlm.py, or -m scripts.train_llm."""
     spec = sys.modules["__main__"].__spec__
-    return ["-m", spec.name] if spec else [Path(sys.argv[0]).name]
+    as_module = spec is not None and spec.origin == sys.argv[0]
+    return ["-m", spec.name] if as_module else [Path(sys.argv[0]).name]
 
 
 def describe(model, args, **facts) -> dict:
