@@ -24,7 +24,7 @@ from scripts import make_bundle, report
 from scripts.steps import Step, duration, gigabytes, open_folder, read_records, run_steps, typed, write_json, write_text
 
 
-def recipe(out: Path, bundle: Path, llm: Path, model: list) -> list[Step]:
+def recipe(out: Path, llm: Path, model: list) -> list[Step]:
     """The commands. llm: the weights to start from; model: the flags that name the model."""
     captions, data = out / "captions", out / "data"
 
@@ -130,7 +130,7 @@ def quickstart(args, again: str) -> dict:
         llm, hidden_size = find_llm(bundle)
     model = ["--tokenizer_path", bundle, "--vision_model_path", bundle / "clip", "--hidden_size", hidden_size]
     model += [*(["--use_moe"] if args.use_moe else []), "--out_dir", out]
-    steps += recipe(out, bundle, llm, model)
+    steps += recipe(out, llm, model)
 
     open_folder(out, args.restart)
     earlier = sum(record["seconds"] for record in read_records(out))

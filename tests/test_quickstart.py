@@ -367,7 +367,7 @@ def test_every_script_of_the_recipes_takes_the_flags_that_it_is_given(tmp_path, 
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
     recipes = make_bundle.recipe(tmp_path)
-    recipes += quickstart.recipe(tmp_path, tmp_path, tmp_path / "llm_8.pth", ["--hidden_size", 8, "--use_moe"])
+    recipes += quickstart.recipe(tmp_path, tmp_path / "llm_8.pth", ["--hidden_size", 8, "--use_moe"])
     for step in recipes:
         name, *flags = step.command[2 if step.command[1] == "-m" else 1 :]
         with pytest.raises(Parsed):
