@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -183,7 +184,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_anything(
     )
     with pytest.raises(ValueError) as error:
         main([*flags, "--dtype", dtype, "--save_interval", "3"])
-    assert str(error.value).startswith(f"step 4: loss {'nan' if spoil is nan_loss else '5.'}")
+    assert re.match(f"step 4: loss {'nan' if spoil is nan_loss else '[56][.]'}", str(error.value))
     run, culprits = batches[-1]
     for row in culprits[0]["rows"]:
         assert f"{world / 'rows.jsonl'}:{row + 1}" in str(error.value)

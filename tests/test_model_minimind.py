@@ -519,6 +519,14 @@ def test_a_left_padded_batch_generates_what_its_rows_generate_alone(options):
     assert len({tuple(row.tolist()) for row in alone}) == 3
 
 
+@pytest.mark.parametrize("width", [64, 256])
+def test_a_narrow_model_starts_with_wider_weights(width):
+    """With 0.02 everywhere, a width of 128 does not learn to look anything up: results/quickstart.md."""
+    model = MiniMindForCausalLM(MiniMindConfig(hidden_size=width, num_hidden_layers=1, vocab_size=300))
+    for weight in (model.model.embed_tokens.weight, model.model.layers[0].self_attn.q_proj.weight):
+        assert weight.std().item() == pytest.approx(width**-0.5, rel=0.05)
+
+
 def test_generation_ends_at_the_end_token_of_the_configuration():
     ids = tokens(1, 6)
     free = generate(decoder(), ids, do_sample=False)[0].tolist()

@@ -1,6 +1,7 @@
 """scripts/train_tokenizer.py: the contract that the model rests on, and what users get wrong."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -174,3 +175,12 @@ def test_a_typo_on_the_command_line_is_one_message_and_no_traceback(tmp_path, ca
     assert stop.value.code == 2
     told = capsys.readouterr().err
     assert "--data_path nowhere.jsonl: no such file" in told and "Traceback" not in told
+
+
+def test_with_split_chinese_no_token_holds_two_characters_and_a_word_is_the_same_beside_any_other(data, tmp_path):
+    main(["--data_path", str(data), "--out_dir", str(tmp_path), "--vocab_size", "330", "--split_chinese"])
+    tokenizer = load_tokenizer(tmp_path)
+    tokens = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+    assert "红" in tokens and not [token for token in tokens if len(re.findall("[\u4e00-\u9fff]", token)) > 1]
+    alone = tokenizer("圆形")["input_ids"]
+    assert tokenizer("红色的圆形")["input_ids"][-len(alone) :] == alone

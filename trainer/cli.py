@@ -63,6 +63,9 @@ def add_model_arguments(parser, sees: bool = True) -> None:
     """sees: a vision-language model, rather than a language model alone."""
     parser.add_argument("--hidden_size", type=positive(int), help="width; read off the weights, 512 from nothing")
     parser.add_argument("--num_hidden_layers", type=positive(int), help="blocks; read off the weights, 8 from nothing")
+    own = "; read off the weights and their JSON, {} from nothing"
+    parser.add_argument("--num_attention_heads", type=positive(int), help="of queries" + own.format(8))
+    parser.add_argument("--num_key_value_heads", type=positive(int), help="of keys and values" + own.format(2))
     parser.add_argument("--use_moe", action="store_true", help="mixture of experts; read off the weights")
     parser.add_argument("--tokenizer_path", default="./model", help="folder with tokenizer.json")
     if sees:

@@ -197,15 +197,16 @@ def build_model(args, weights: Path | None, dropout: float = 0.0):
     Returns (model in fp32 on the CPU, tokenizer, a line for the user). Raises ValueError when flags, weights,
     tokenizer and encoder do not belong together.
     """
-    asked = {"hidden_size": args.hidden_size, "num_hidden_layers": args.num_hidden_layers}
-    asked = {key: value for key, value in asked.items() if value is not None}
+    shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    asked = {key: value for key in shape if (value := getattr(args, key, None)) is not None}
     state, sidecar = None, {}
     if weights is None:
         architecture = {"hidden_size": 512, "num_hidden_layers": 8} | asked | {"use_moe": args.use_moe}
     else:
         state = read_weights(weights)
         sidecar = read_sidecar(weights)
-        architecture = config_of(state, weights, sidecar["config"])
+        heads = {key: value for key, value in asked.items() if key == "num_attention_heads"}  # no shape tells them
+        architecture = config_of(state, weights, heads | sidecar["config"])
         for key, value in asked.items():
             if architecture[key] != value:
                 raise ValueError(f"--{key} {value}: {weights} has {architecture[key]}; leave the flag out")
