@@ -383,8 +383,8 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module):
         # Only nn.init functions: Transformers 5 guards those against overwriting weights it has just loaded.
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            # 0.088 at a width of 128. With the 0.02 of wide models, a narrow one hardly ever learns to look anything
-            # up: queries and keys stay too small for attention to choose (results/quickstart.md).
+            # 0.088 at a width of 128. With the 0.02 of wide models, queries and keys of a narrow one are too small for
+            # attention to choose, and it takes several times the steps to look anything up (results/quickstart.md).
             nn.init.normal_(module.weight, std=self.config.hidden_size**-0.5)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
