@@ -22,7 +22,7 @@ from trainer.cli import HelpFormatter, run_main
 from trainer.weights import write_safely
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2
-CHINESE = "[\u4e00-\u9fff]"
+CHINESE = "\u4e00-\u9fff"  # as a range in a regular expression
 SMALLEST = len(SPECIAL) + 256  # a vocabulary without a single merge
 # The text of `model.processing.encode_chat`: a user turn opens the answer, whether or not a prompt was asked for.
 CHAT_TEMPLATE = (
@@ -100,7 +100,7 @@ def train(texts, vocab_size: int, split_chinese: bool = False) -> Tokenizer:
     # Chinese has no spaces, so merges cross words: of 红色的星星 and 蓝色的爱心, 色的 comes first. In much text that
     # is harmless. In a few words that combine in all ways, a word gets another token beside each neighbour, and no
     # model finds 星星 in 色的星星 again.
-    pattern = f"{CHINESE}|[^@\n{CHINESE[1:]}+" if split_chinese else "[^@\n]+"
+    pattern = f"[{CHINESE}]|[^@\n{CHINESE}]+" if split_chinese else "[^@\n]+"
     pieces = (piece for text in texts for piece in re.findall(pattern, text))
     tokenizer.train_from_iterator(pieces, trainer)
     reached = tokenizer.get_vocab_size()
@@ -142,7 +142,7 @@ def check(folder: Path, texts) -> None:
     assert [token for token in tokenizer.get_vocab() if "@" in token] == ["@"]
     answers = [text.removeprefix("assistant\n") for text in texts if text.startswith("assistant\n")]
     english = [text for text in answers if text.isascii()]
-    chinese = [text for text in answers if re.search(CHINESE, text)]
+    chinese = [text for text in answers if re.search(f"[{CHINESE}]", text)]
     for language, own in {"English": english, "Chinese": chinese}.items():
         if not own:
             continue

@@ -248,6 +248,10 @@ def test_the_json_tells_what_shapes_cannot(args, bare):
     bare.num_attention_heads = 4  # without a JSON, the flag tells it
     loaded, _, _ = build_model(bare, path)
     assert (loaded.config.num_attention_heads, loaded.config.num_key_value_heads) == (4, 1)
+    for wrong in (1, 3, 1000):
+        bare.num_attention_heads = wrong
+        with pytest.raises(ValueError, match=f"num_attention_heads={wrong} does not fit .*sft_vlm_64.pth"):
+            build_model(bare, path)
 
 
 @pytest.mark.parametrize(

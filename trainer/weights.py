@@ -96,7 +96,13 @@ def config_of(state: dict, path: Path, known: dict) -> dict:
     heads = known.get("num_attention_heads", 8)
     read = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_hidden_layers": layers, "use_moe": use_moe}
     read["num_attention_heads"] = heads
-    read["num_key_value_heads"] = state["model.layers.0.self_attn.k_proj.weight"].shape[0] // (hidden_size // heads)
+    keys = state["model.layers.0.self_attn.k_proj.weight"].shape[0]
+    if hidden_size % heads or keys % (hidden_size // heads):
+        raise ValueError(
+            f"num_attention_heads={heads} does not fit {path}: {hidden_size} wide, its keys {keys}. Give the "
+            "--num_attention_heads that it was trained with"
+        )
+    read["num_key_value_heads"] = keys // (hidden_size // heads)
     up = "experts.0.up_proj" if use_moe else "up_proj"
     read["intermediate_size"] = state[f"model.layers.0.mlp.{up}.weight"].shape[0]
     if use_moe:
@@ -198,7 +204,7 @@ def build_model(args, weights: Path | None, dropout: float = 0.0):
     tokenizer and encoder do not belong together.
     """
     shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    asked = {key: value for key in shape if (value := getattr(args, key, None)) is not None}
+    asked = {key: value for key in shape if (value := getattr(args, key)) is not None}
     state, sidecar = None, {}
     if weights is None:
         architecture = {"hidden_size": 512, "num_hidden_layers": 8} | asked | {"use_moe": args.use_moe}
