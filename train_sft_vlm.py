@@ -13,7 +13,7 @@ import argparse
 from trainer import distributed
 from trainer.cli import HelpFormatter, add_training_arguments, make_deterministic, pick_device, run_main
 from trainer.loop import load_data, train_epoch, training
-from trainer.optimizer import choose_trainable, make_optimizer
+from trainer.optimizer import choose_trainable, optimizer_of
 from trainer.weights import build_model, find_weights
 
 STAGE = "sft_vlm"
@@ -46,7 +46,7 @@ def main(argv=None):
     distributed.say(loaded)
     choose_trainable(model, args.trainable)
     model.to(device)
-    optimizer = make_optimizer(model, args.learning_rate, args.projector_learning_rate, args.weight_decay)
+    optimizer = optimizer_of(model, args)
 
     # ---- data
     data = load_data(args, model, tokenizer, args.data_path, args.images_path)

@@ -18,7 +18,7 @@ from pathlib import Path
 from trainer import distributed
 from trainer.cli import HelpFormatter, add_training_arguments, make_deterministic, pick_device, run_main
 from trainer.loop import load_data, train_epoch, training
-from trainer.optimizer import make_optimizer
+from trainer.optimizer import optimizer_of
 from trainer.weights import build_model, find_weights
 
 STAGE = "llm"
@@ -59,7 +59,7 @@ def main(argv=None):
     model, tokenizer, loaded = build_model(args, weights, args.dropout)
     distributed.say(f"{loaded}: {sum(weight.numel() for weight in model.parameters()) / 1e6:.1f}M parameters")
     model.to(device)
-    optimizer = make_optimizer(model, args.learning_rate, None, args.weight_decay)
+    optimizer = optimizer_of(model, args)
 
     # ---- data
     data = load_data(args, model, tokenizer, args.data_path)

@@ -3,8 +3,9 @@
 import math
 
 import pytest
+import torch
 
-from trainer.optimizer import choose_trainable, make_optimizer, schedule, set_learning_rate
+from trainer.optimizer import choose_trainable, make_optimizer, orthogonalize, schedule, set_learning_rate
 
 PROJECTOR = {"vision_proj.vision_proj.0.weight", "vision_proj.vision_proj.0.bias"}
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
@@ -89,3 +90,68 @@ def test_each_group_keeps_its_own_peak(make_vlm):
             (1e-3, share * 1e-3),
             (1e-4, share * 1e-4),
         }
+
+
+def test_embeddings_have_their_own_rate_if_there_is_one(make_vlm):
+    model = make_vlm()
+    for rate, expected in ((None, 1e-4), (5e-3, 5e-3)):
+        optimizer = make_optimizer(model, 1e-4, 1e-3, 0.1, embedding_learning_rate=rate)
+        names = {weight: name for name, weight in model.named_parameters()}
+        peaks = {names[weight]: group["peak"] for group in optimizer.param_groups for weight in group["params"]}
+        assert peaks.pop("model.embed_tokens.weight") == expected
+        assert set(peaks.values()) == {1e-4, 1e-3}
+
+
+def test_orthogonalize_makes_all_directions_about_equally_long():
+    for rows, columns in ((16, 16), (8, 40), (40, 8)):
+        matrices = torch.randn(3, rows, columns, generator=torch.Generator().manual_seed(0))
+        found = orthogonalize(matrices)
+        assert found.shape == matrices.shape
+        singular = torch.linalg.svdvals(found)
+        assert singular.min() > 0.5 and singular.max() < 1.3
+        u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+        assert torch.nn.functional.cosine_similarity(found.flatten(1), (u @ v).flatten(1)).min() > 0.95
+
+
+def test_muon_moves_the_matrices_of_the_blocks_as_far_as_adamw_would_and_all_else_as_adamw_does(make_vlm):
+    def step_of(muon):
+        torch.manual_seed(0)
+        model = make_vlm(hidden_size=64)
+        choose_trainable(model, "all")
+        optimizer = make_optimizer(model, 1e-2, 1e-3, 0.0, muon=muon)
+        before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        learning = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        for weight in learning.values():
+            weight.grad = torch.randn_like(weight)
+        optimizer.step()
+        return {name: weight.detach() - before[name] for name, weight in learning.items()}
+
+    muon, adamw = step_of(True), step_of(False)
+    assert muon.keys() == adamw.keys()
+    for name, moved in muon.items():
+        if ".layers." in name and moved.ndim == 2:
+            assert moved.square().mean().sqrt() == pytest.approx(0.2 * 1e-2, rel=0.35), name
+        else:
+            torch.testing.assert_close(moved, adamw[name], rtol=1e-4, atol=1e-7)
+
+
+def test_muon_goes_on_from_its_state_as_if_it_had_not_stopped(make_vlm):
+    def steps(optimizer, model, seeds):
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            for group in optimizer.param_groups:
+                for weight in group["params"]:
+                    weight.grad = torch.randn(weight.shape, generator=generator)
+            optimizer.step()
+
+    whole, first, second = make_vlm(), make_vlm(), make_vlm()
+    for model in (whole, first, second):
+        model.load_state_dict(whole.state_dict())
+    optimizers = [make_optimizer(model, 1e-2, 1e-3, 0.1, muon=True) for model in (whole, first, second)]
+    steps(optimizers[0], whole, (1, 2, 3))
+    steps(optimizers[1], first, (1, 2))
+    second.load_state_dict(first.state_dict())
+    optimizers[2].load_state_dict(optimizers[1].state_dict())
+    steps(optimizers[2], second, (3,))
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, second.state_dict()[name]), name

@@ -117,6 +117,8 @@ def add_training_arguments(
     add("--batch_size", type=positive(int), default=32, help="rows per device and forward pass")
     add("--accumulation_steps", type=positive(int), default=1, help="forward passes per optimizer step")
     add("--learning_rate", type=positive(float), default=learning_rate, help="peak, for the LLM")
+    add("--embedding_learning_rate", type=positive(float), help="peak, for the embeddings; default: as the LLM")
+    add("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for the matrices of the blocks")
     add("--warmup_iters", type=not_negative, default=100, help="steps of linear warmup, at most a tenth of the run")
     add("--weight_decay", type=float, default=0.1, help="AdamW's, for matrices; norms and biases have none")
     add("--grad_clip", type=positive(float), default=1.0, help="largest norm of the gradient")

@@ -1,6 +1,7 @@
 """What learns, and how fast."""
 
 import math
+from collections import defaultdict
 
 import torch
 
@@ -26,25 +27,105 @@ def choose_trainable(model: MiniMindVLM, choice: str) -> None:
             weight.requires_grad_(name.startswith("vision_proj.") or learns(name))
 
 
-def make_optimizer(model, learning_rate: float, projector_learning_rate: float | None, weight_decay: float):
-    """AdamW over what learns: matrices decay, norms and biases do not, the projector has its own learning rate.
+class Muon(torch.optim.AdamW):
+    """AdamW, except that the matrices of groups with "muon" move along their momentum made orthogonal.
 
-    Each group keeps its peak in "peak"; `set_learning_rate` scales from it.
+    All directions of such a step are equally long, so that what few rows teach is not drowned by what all rows have in
+    common (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Steps are scaled to the size of AdamW's, so
+    that one learning rate serves both (Liu et al. 2025, https://arxiv.org/abs/2502.16982). As `torch.optim.Muon`, but
+    in fp32 on CPUs, most of which only emulate bfloat16, and with all matrices of a shape at once.
     """
-    groups = []
-    learning = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    for projector, peak in ((True, projector_learning_rate), (False, learning_rate)):
-        for matrices in (True, False):
-            weights = [
-                weight
-                for name, weight in learning
-                if name.startswith("vision_proj.") == projector and (weight.ndim >= 2) == matrices
-            ]
-            if weights:
-                decay = weight_decay if matrices else 0.0
-                groups.append({"params": weights, "lr": peak, "peak": peak, "weight_decay": decay})
-    # Every group has its own weight_decay; AdamW checks only the one it is given.
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+
+    momentum = 0.95
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        groups = self.param_groups
+        try:
+            self.param_groups = [group for group in groups if not group["muon"]]
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            by_shape = defaultdict(list)
+            for weight in group["params"] if group["muon"] else ():
+                if weight.grad is not None:
+                    by_shape[weight.shape].append(weight)
+            for weights in by_shape.values():
+                self.step_together(weights, group["lr"], group["weight_decay"])
+        return loss
+
+    def step_together(self, weights: list, lr: float, weight_decay: float) -> None:
+        """weights: matrices of one shape."""
+        ahead = []
+        for weight in weights:
+            state = self.state[weight]
+            if not state:  # the names of AdamW, which wants to find its "step" when a state is loaded
+                state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(weight))
+            state["step"] += 1
+            average = state["exp_avg"].lerp_(weight.grad, 1 - self.momentum)
+            ahead.append(weight.grad.lerp(average, self.momentum))  # Nesterov
+        scale = 0.2 * max(weights[0].shape) ** 0.5  # an orthogonal matrix has entries of 1/sqrt(its longer side)
+        for weight, direction in zip(weights, orthogonalize(torch.stack(ahead))):
+            weight.mul_(1 - lr * weight_decay).sub_(direction, alpha=lr * scale)
+
+
+def orthogonalize(x, steps: int = 5):
+    """The nearest (half-)orthogonal matrices to x (N, R, C), roughly: singular values end up between 0.7 and 1.2.
+
+    Newton-Schulz iterations of fifth order, whose coefficients are those of Muon.
+    """
+    x = x.bfloat16() if x.is_cuda else x
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return (x.mT if tall else x).float()
+
+
+def make_optimizer(
+    model,
+    learning_rate: float,
+    projector_learning_rate: float | None,
+    weight_decay: float,
+    embedding_learning_rate: float | None = None,
+    muon: bool = False,
+):
+    """AdamW over what learns: matrices decay, norms and biases do not, the projector has its own learning rate, and if
+    there is one for them, so have the embeddings.
+
+    muon: the matrices of the blocks get `Muon`. Each group keeps its peak in "peak"; `set_learning_rate` scales it.
+    """
+    rates = {"projector": projector_learning_rate, "embeddings": embedding_learning_rate or learning_rate}
+    groups = {}
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
+        part = "projector" if name.startswith("vision_proj.") else "embeddings" if "embed_tokens" in name else "blocks"
+        decays = weight.ndim >= 2
+        peak = rates.get(part, learning_rate)
+        group = {"lr": peak, "peak": peak, "weight_decay": weight_decay if decays else 0.0}
+        group["muon"] = muon and decays and part == "blocks"
+        groups.setdefault((part, decays), {"params": [], **group})["params"].append(weight)
+    order = sorted(groups, key=lambda key: ("projector", "embeddings", "blocks").index(key[0]))  # as Progress expects
+    # Every group has its own weight_decay; AdamW checks only the one it is given. Not fused with Muon: a fused AdamW
+    # leaves steps out by itself when fp16 overflows, and the matrices must not go on without it.
+    kind = Muon if muon else torch.optim.AdamW
+    return kind([groups[key] for key in order], betas=(0.9, 0.95), weight_decay=weight_decay, fused=not muon)
+
+
+def optimizer_of(model, args):
+    """What the flags of a training script ask for."""
+    return make_optimizer(
+        model,
+        args.learning_rate,
+        getattr(args, "projector_learning_rate", None),
+        args.weight_decay,
+        args.embedding_learning_rate,
+        args.optimizer == "muon",
+    )
 
 
 def schedule(step: int, total: int, warmup: int) -> float:
