@@ -367,7 +367,11 @@ class StepSampler:
             rows = order[start : start + self.window * self.batch_size]
             rows = rows[np.argsort(self.lengths[rows], kind="stable")]
             batches += [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        return [batches[i] for i in random.permutation(len(batches))]
+        # The batches of a step are neighbours in length: ranks that wait for each other should have as much to do.
+        per_step = self.world_size * self.accumulation_steps
+        steps = [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
+        last = [steps.pop()] if len(steps[-1]) < per_step else []  # only the last may be incomplete
+        return [batch for i in random.permutation(len(steps)) for batch in steps[i]] + sum(last, [])
 
     def batches_in_step(self, step: int) -> int:
         """How many batches each rank runs in this step of an epoch: accumulation_steps, or fewer in the last."""
