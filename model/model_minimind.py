@@ -382,7 +382,11 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module):
         # Only nn.init functions: Transformers 5 guards those against overwriting weights it has just loaded.
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, nn.Embedding) or module is getattr(self, "lm_head", None):  # one matrix
+            # Small, as what a word has in common with others is learned on top of it. Began all words far apart, later
+            # layers would learn each by heart, and what they learn of one would not hold for the next.
+            nn.init.normal_(module.weight, std=0.01)
+        elif isinstance(module, nn.Linear):
             # 0.088 at a width of 128. With the 0.02 of wide models, queries and keys of a narrow one are too small for
             # attention to choose, and it takes several times the steps to look anything up (results/quickstart.md).
             nn.init.normal_(module.weight, std=self.config.hidden_size**-0.5)
