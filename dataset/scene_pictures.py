@@ -87,9 +87,9 @@ def is_new(things) -> bool:
     )
 
 
-def random_scene(rng: random.Random, new: bool = False) -> Scene:
-    """One to four things, often some of one colour, shape or both; for val_new, with a combination that is new."""
-    number = rng.randint(1, 4)
+def random_scene(rng: random.Random, new: bool = False, objects: tuple[int, int] = (1, 4)) -> Scene:
+    """So many things, often some of one colour, shape or both; for val_new, with a combination that is new."""
+    number = rng.randint(*objects)
     corner = new and number >= 3 and rng.random() < 0.5  # as many of them as pairs would leave few
     while True:
         alike = "shape" if corner else rng.choice(("", "", "colour", "shape", "both"))

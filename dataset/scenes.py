@@ -6,14 +6,14 @@ Data for a model that starts from nothing, without any download. It writes what 
 out_dir/{train,val,val_new}.jsonl and out_dir/images/, so that everything that reads them is the ordinary path:
 
     {"conversations": [{"role": "user", "content": "<image>\\nWhat colour is the star?"},
-                       {"role": "assistant", "content": "purple"}],
+                       {"role": "assistant", "content": "the star is purple"}],
      "image": "val_new_00007.jpg", "kind": "colour", "lang": "en"}
 
-* `kind` and `lang` are there to split scores by; the reader leaves them alone.
+* `kind` (of a conversation: of each question) and `lang` are there to split scores by; the reader leaves them alone.
 * One question has one right answer in one form, so that exact match is fair. Where a picture cannot settle a question
   (which of two red circles? is it left of, or just about below?) the question is not asked.
 * Among the questions a scene allows, the one whose answer was given least often so far is asked (`used`), so a model
-  that never looks scores little: less than 20% (tests/test_scenes.py measures it).
+  that never looks scores little: about a fifth (tests/test_scenes.py measures it).
 * val holds other scenes of the same kind as train. Those of val_new have what no picture and no text of train has, a
   combination of colour and shape (NEW_PAIRS) or three of a shape in a corner (`is_new`), and all its questions are
   about that. Each colour and each shape for itself occurs in train.
@@ -41,98 +41,48 @@ from dataset.scene_pictures import COLOURS, NEW_PAIRS, OLD_PAIRS, SHAPES, Scene,
 
 VOCABULARY = """
 red 红色, orange 橙色, yellow 黄色, green 绿色, blue 蓝色, purple 紫色, black 黑色, white 白色
-circle 圆形, square 正方形, triangle 三角形, star 五角星, heart 爱心, cross 十字, ring 圆环, moon 月牙, object 图形
+circle 圆点, square 方块, triangle 三角, star 星星, heart 爱心, cross 十字, ring 圆环, moon 月亮, object 图形
 big 大, small 小, one 一个, two 两个, three 三个, four 四个, first 第一张, second 第二张, yes 是, no 不是
 top left 左上角, top middle 上方, top right 右上角, middle left 左侧, middle 正中, middle right 右侧
 bottom left 左下角, bottom middle 下方, bottom right 右下角
-left of 左边, right of 右边, above 上面, below 下面, left 左边, right 右边
-leftmost 最左边, rightmost 最右边, topmost 最上面, lowest 最下面
+left of 左边, right of 右边, above 上面, below 下面
 """
-MENTIONS = {  # form of a description: what it says of each thing, and whether it says where it is
-    "short": (("colour", "shape"), False),
-    "shapes": (("shape",), False),
-    "sizes": (("size", "shape"), False),
-    "layout": (("shape",), True),
-    "places": (("colour", "shape"), True),
-    "full": (("colour", "shape", "size"), True),
-}
 NUMBERS = ("one", "two", "three", "four")
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # step in columns, in rows
-MOST = {"leftmost": "left of", "rightmost": "right of", "topmost": "above", "lowest": "below"}
-# kind, form of question, its wordings. {x} {y} objects, {ax} {xs} with "a" and in the plural, {p} a place, {d} a side,
-# {m} leftmost and so on, {s} a size, {o} first or second.
+# kind, form of question, its wordings. {x} {y} objects, {ax} {xs} with "a" and in the plural, {p} a place, {d} a side.
 WORDINGS = """
-describe short   | Describe the picture briefly.                 | 简单描述这张图片。
-                 | What is in the picture?                       | 图片里有什么？
-                 | What can you see here?                        | 你看到了什么？
-                 | List the objects, only colour and shape.      | 列出图形，只说颜色和形状。
-                 | Write a short caption.                        | 写一个简短的标题。
-describe shapes  | Which shapes are in the picture?              | 图片里有哪些形状？
-                 | List only the shapes.                         | 只列出形状。
-describe sizes   | List the shapes with their sizes.             | 列出形状和大小。
-                 | Which shapes are there, big and small?        | 有哪些形状，是大是小？
-describe layout  | Say which shape is where.                     | 说出哪个形状在哪里。
-                 | List only the shapes and their places.        | 只列出形状和位置。
-describe places  | Say what is where.                            | 说出什么在哪里。
-                 | Name every object and its place.              | 说出每个图形和它的位置。
-                 | List the objects with their places.           | 列出图形和位置。
+describe short   | What is in the picture?                       | 图片里有什么？
+                 | Describe the picture briefly.                 | 简单描述这张图片。
 describe full    | Describe the picture in detail.               | 详细描述这张图片。
-                 | Describe size, colour, shape and place.       | 描述大小、颜色、形状和位置。
-                 | Write a full caption, with sizes and places.  | 写一个完整的标题，包括大小和位置。
+                 | Say what is where, and how big.               | 说出什么在哪里，有多大。
+describe list    | List shape, colour, size and place.           | 列出形状、颜色、大小和位置。
+                 | List the objects, shapes first.               | 列出图形，先说形状。
 what at          | What is in the {p}?                           | {p}是什么？
                  | Which object is in the {p}?                   | {p}是哪个图形？
-                 | Name the object in the {p}.                   | 说出{p}的图形。
-what most        | What is the {m} object?                       | {m}的图形是什么？
-                 | Name the {m} object.                          | 说出{m}的图形。
 what shape       | What shape is the {x}?                        | {x}是什么形状？
-                 | Name the shape of the {x}.                    | 说出{x}的形状。
+                 | Which shape does the {x} have?                | {x}是哪种形状？
 colour of        | What colour is the {x}?                       | {x}是什么颜色？
                  | Which colour does the {x} have?               | {x}是哪种颜色？
-                 | Name the colour of the {x}.                   | 说出{x}的颜色。
-colour at        | What colour is the object in the {p}?         | {p}的图形是什么颜色？
-                 | Which colour is in the {p}?                   | {p}是哪种颜色？
-                 | Name the colour in the {p}.                   | 说出{p}的颜色。
 count all        | How many objects are there?                   | 有几个图形？
                  | How many objects do you see?                  | 你看到几个图形？
-                 | Count all the objects.                        | 数一数所有的图形。
 count part       | How many {xs} are there?                      | 有几个{x}？
-                 | Count the {xs}.                               | 数一数{x}。
-count pair       | How many {xs} do you see?                     | 你看到几个{x}？
-                 | How many {xs} does the picture show?          | 图片里有几个{x}？
+                 | How many {xs} do you see?                     | 你看到几个{x}？
 where of         | Where is the {x}?                             | {x}在哪里？
-                 | In which place is the {x}?                    | {x}在什么位置？
-                 | Name the place of the {x}.                    | 说出{x}的位置。
                  | Where do you see the {x}?                     | 你在哪里看到{x}？
-                 | Where in the picture is the {x}?              | {x}在图片的哪个位置？
-                 | Find the {x} and name its place.              | 找到{x}，说出位置。
 exists pair      | Is there {ax}?                                | 有{x}吗？
-                 | Does the picture show {ax}?                   | 图中有没有{x}？
-                 | Can you find {ax}?                            | 这里有{x}吗？
-exists part      | Is there {ax} in the picture?                 | 图片里有{x}吗？
                  | Do you see {ax}?                              | 有没有{x}？
-                 | Yes or no: is there {ax}?                     | 回答有或没有：有{x}吗？
+exists part      | Is there {ax} in the picture?                 | 图片里有{x}吗？
+                 | Do you see {ax} in the picture?               | 图片里有没有{x}？
 relation is      | Is the {x} {d} the {y}?                       | {x}是在{y}的{d}吗？
                  | Yes or no: is the {x} {d} the {y}?            | {x}是不是在{y}的{d}？
-relation side    | Is the {x} left of, right of, above or below the {y}? | {x}在{y}的左边、右边、上面还是下面？
-                 | Left, right, above or below: where is the {x}, seen from the {y}? | {x}在{y}的哪一边？
-relation what    | What is {d} the {y}?                          | {y}的{d}是什么？
-                 | Which object is {d} the {y}?                  | {y}的{d}是哪个图形？
 size of          | Is the {x} big or small?                      | {x}是大还是小？
-                 | What size is the {x}, big or small?           | {x}有多大，大还是小？
-size is          | Is the {x} bigger than the {y}?               | {x}是不是比{y}大？
-                 | Yes or no: is the {x} bigger than the {y}?    | 是不是{x}比{y}大？
+                 | What size is the {x}?                         | {x}有多大？
 size which       | Which is bigger, the {x} or the {y}?          | {x}和{y}，哪个更大？
                  | What is bigger: the {x} or the {y}?           | 哪个更大，{x}还是{y}？
-size only        | What is the only {s} object?                  | 唯一的{s}图形是什么？
-                 | Only one object is {s}: which?                | 只有一个{s}图形，是哪个？
 compare more     | Which picture has more objects, the first or the second?  | 哪张图片的图形更多，第一张还是第二张？
                  | Which has more objects, the first or the second picture?  | 第一张和第二张，哪张的图形更多？
 compare has      | Which picture shows {ax}, the first or the second?        | 哪张图片有{x}，第一张还是第二张？
                  | Is there {ax} in the first or the second picture?         | 第一张和第二张，哪张有{x}？
-compare colour   | What colour is the {x} in the {o} picture?                | {o}图片里的{x}是什么颜色？
-                 | Look at the {o} picture: what colour is the {x}?          | 看{o}图片：{x}是什么颜色？
-compare count    | How many objects are in the {o} picture?                  | {o}图片里有几个图形？
-                 | Look at the {o} picture: how many objects are there?      | 看{o}图片：有几个图形？
 """
 KINDS = {  # share of rows, as far as scenes allow; "multi" is a conversation of several questions
     "describe": 5,
@@ -147,6 +97,7 @@ KINDS = {  # share of rows, as far as scenes allow; "multi" is a conversation of
     "compare": 2,
 }
 TURNS = ("what", "colour", "count", "where", "exists", "relation", "size")  # a description would give away the rest
+LENGTH = (4, 12)  # questions drawn for a conversation; those that cannot be asked, or come twice, fall away
 LANGS = ("en", "zh")
 
 
@@ -172,11 +123,12 @@ def say(word: str, lang: str) -> str:
 
 @cache
 def name(lang: str, colour: str = "", shape: str = "", size: str = "") -> str:
-    """A noun without article: "big red star", "红色的大五角星"; without shape "red object"; only shape "star"."""
-    shape = shape or "object"
+    """A noun without article: "big red star", "大红星星"; without shape "red object", "红色图形"; only shape "star"."""
     if lang == "en":
-        return " ".join(word for word in (size, colour, shape) if word)
-    return (CHINESE[colour] + "的" if colour else "") + (CHINESE[size] if size else "") + CHINESE[shape]
+        return " ".join(word for word in (size, colour, shape or "object") if word)
+    if not shape:
+        return CHINESE.get(size, "") + CHINESE.get(colour, "") + CHINESE["object"]
+    return CHINESE.get(size, "") + CHINESE.get(colour, "")[:1] + CHINESE[shape]
 
 
 def a(noun: str, lang: str) -> str:
@@ -188,7 +140,7 @@ def plural(noun: str) -> str:
 
 
 def several(number: int, noun: str, lang: str) -> str:
-    """ "a red star", "two red stars"; "两个红色的五角星"."""
+    """ "a red star", "two red stars"; "两个红星星"."""
     if lang == "zh":
         return CHINESE[NUMBERS[number - 1]] + noun
     return a(noun, lang) if number == 1 else f"{NUMBERS[number - 1]} {plural(noun)}"
@@ -208,12 +160,14 @@ def find(scene: Scene, colour: str = "", shape: str = "") -> list[Thing]:
 
 
 def named(scene: Scene, lang: str) -> list[tuple[Thing, str]]:
-    """The things that colour and shape tell from all others, with these for a name."""
-    return [
-        (thing, name(lang, thing.colour, thing.shape))
-        for thing in scene.things
-        if len(find(scene, thing.colour, thing.shape)) == 1
-    ]
+    """The things that a name tells from all others: their shape if no other has it, else colour and shape."""
+    found = []
+    for thing in scene.things:
+        for look in ({"shape": thing.shape}, {"shape": thing.shape, "colour": thing.colour}):
+            if len(find(scene, **look)) == 1:
+                found.append((thing, name(lang, **look)))
+                break
+    return found
 
 
 def beyond(thing: Thing, other: Thing, side: str) -> bool:
@@ -222,11 +176,13 @@ def beyond(thing: Thing, other: Thing, side: str) -> bool:
     return (thing.column - other.column) * column + (thing.row - other.row) * row > 0
 
 
-def caption(scene: Scene, lang: str, form: str) -> str:
-    """The one right description in this form of "describe", in reading order; without places alike ones are counted."""
-    said, with_places = MENTIONS[form]
-    nouns = [name(lang, **{each: getattr(thing, each) for each in said}) for thing in scene.things]
-    if not with_places:
+def caption(scene: Scene, lang: str, full: bool = True, colour: bool = True) -> str:
+    """What there is, in reading order: "a red star and two blue rings"; full: "a big red star in the middle"."""
+    nouns = [
+        name(lang, thing.colour if colour else "", thing.shape, thing.size if full and colour else "")
+        for thing in scene.things
+    ]
+    if not full:
         parts = [several(number, noun, lang) for noun, number in Counter(nouns).items()]
         return join(parts, *((", ", " and ") if lang == "en" else ("、", "和")))
     if lang == "zh":
@@ -234,46 +190,72 @@ def caption(scene: Scene, lang: str, form: str) -> str:
     return join([f"{a(noun, lang)} in the {thing.place}" for noun, thing in zip(nouns, scene.things)], ", ", " and ")
 
 
+# Answers repeat what was asked about before they say what is asked for, and where two things are compared, they say
+# first what is known of each. A small model answers word by word: it looks up a thing best right after naming it, and
+# compares what it has already said far sooner than what it would have to keep in mind.
+
+
+def state(lang: str, x: str, english: str, chinese: str, y: str) -> str:
+    return (english if lang == "en" else chinese).format(x=x, y=y)
+
+
+def is_where(thing: Thing, x: str, lang: str) -> str:
+    return state(lang, x, "the {x} is in the {y}", "{x}在{y}", say(thing.place, lang))
+
+
+def has_size(thing: Thing, x: str, lang: str) -> str:
+    return state(lang, x, "the {x} is {y}", "{x}是{y}的", say(thing.size, lang))
+
+
+def conclude(known: list[str], answer: str, lang: str) -> str:
+    """ "the star is big, the ring is small: the star" """
+    return ", ".join(known) + f": {answer}" if lang == "en" else "，".join(known) + f"：{answer}"
+
+
 def describe(scene, form, lang):
-    yield {}, caption(scene, lang, form), "colour" in MENTIONS[form][0]
+    if form == "list":
+        yield {}, listing(scene, lang), True
+    else:
+        yield {}, caption(scene, lang, form == "full"), True
+
+
+def listing(scene: Scene, lang: str) -> str:
+    """ "star red big top left, ring blue small middle": the shape first, from which captions never go to the colour."""
+    between, comma = (" ", ", ") if lang == "en" else ("", "，")
+    looks = [(thing.shape, thing.colour, thing.size, thing.place) for thing in scene.things]
+    return comma.join(between.join(say(word, lang) for word in words) for words in looks)
 
 
 def what(scene, form, lang):
     for thing in scene.things:
-        answer = a(name(lang, thing.colour, thing.shape), lang)
         if form == "at":
-            yield {"p": say(thing.place, lang)}, answer, thing.new
-        elif form == "shape" and len(find(scene, thing.colour)) == 1:
-            yield {"x": name(lang, thing.colour)}, say(thing.shape, lang), thing.new
-        elif form == "most" and len(scene.things) > 1:
-            for word, side in MOST.items():
-                if all(beyond(thing, other, side) for other in scene.things if other is not thing):
-                    yield {"m": say(word, lang)}, answer, thing.new
+            place, noun = say(thing.place, lang), a(name(lang, thing.colour, thing.shape), lang)
+            yield {"p": place}, state(lang, place, "in the {x} is {y}", "{x}是{y}", noun), thing.new
+        elif len(find(scene, thing.colour)) == 1:
+            x, shape = name(lang, thing.colour), a(say(thing.shape, lang), lang)
+            yield {"x": x}, state(lang, x, "the {x} is {y}", "{x}是{y}", shape), thing.new
 
 
 def colour(scene, form, lang):
     for thing in scene.things:
-        if form == "at":
-            yield {"p": say(thing.place, lang)}, say(thing.colour, lang), thing.new
-        elif len(find(scene, shape=thing.shape)) == 1:
-            yield {"x": say(thing.shape, lang)}, say(thing.colour, lang), thing.new
+        if len(find(scene, shape=thing.shape)) == 1:
+            x = say(thing.shape, lang)
+            yield {"x": x}, state(lang, x, "the {x} is {y}", "{x}是{y}", say(thing.colour, lang)), thing.new
 
 
 def count(scene, form, lang):
     if form == "all":
         yield {}, say(NUMBERS[len(scene.things) - 1], lang), False
         return
-    looks = [(thing.colour, thing.shape) for thing in scene.things]
-    if form == "part":
-        looks = [(colour, "") for colour, _ in looks] + [("", shape) for _, shape in looks]
+    looks = [(thing.colour, "") for thing in scene.things] + [("", thing.shape) for thing in scene.things]
     for look in dict.fromkeys(looks):
         found, noun = find(scene, *look), name(lang, *look)
         yield {"x": noun, "xs": plural(noun)}, say(NUMBERS[len(found) - 1], lang), is_new(found)
 
 
 def where(scene, form, lang):
-    for thing, noun in named(scene, lang):
-        yield {"x": noun}, say(thing.place, lang), thing.new
+    for thing, x in named(scene, lang):
+        yield {"x": x}, is_where(thing, x, lang), thing.new
 
 
 def exists(scene, form, lang, rng, new):
@@ -292,64 +274,44 @@ def exists(scene, form, lang, rng, new):
 
 
 def relation(scene, form, lang):
-    known = named(scene, lang)
-    if form == "what":
-        for thing, noun in known:
-            others = [other for other in scene.things if other is not thing]
-            for side in SIDES:
-                found = [other for other in others if beyond(other, thing, side)]
-                if len(found) == 1 and all(beyond(thing, other, side) for other in others if other is not found[0]):
-                    answer = a(name(lang, found[0].colour, found[0].shape), lang)
-                    yield {"y": noun, "d": say(side, lang)}, answer, thing.new or found[0].new
-        return
-    for (one, x), (other, y) in permutations(known, 2):
-        sides = [side for side in SIDES if beyond(one, other, side)]
-        if form == "is":
-            for side in SIDES:
-                if side in sides or beyond(other, one, side):
-                    answer = say("yes" if side in sides else "no", lang)
-                    yield {"x": x, "y": y, "d": say(side, lang)}, answer, one.new or other.new
-        elif len(sides) == 1:
-            yield {"x": x, "y": y}, say(sides[0].removesuffix(" of"), lang), one.new or other.new
+    for (one, x), (other, y) in permutations(named(scene, lang), 2):
+        for side in SIDES:
+            yes = beyond(one, other, side)
+            if yes or beyond(other, one, side):
+                known = [is_where(one, x, lang), is_where(other, y, lang)]
+                answer = conclude(known, say("yes" if yes else "no", lang), lang)
+                yield {"x": x, "y": y, "d": say(side, lang)}, answer, one.new or other.new
 
 
 def size(scene, form, lang):
-    known = named(scene, lang)
     if form == "of":
-        for thing, noun in known:
-            yield {"x": noun}, say(thing.size, lang), thing.new
-    elif form == "only":
-        sizes = Counter(thing.size for thing in scene.things)
-        for thing in scene.things:
-            if sizes[thing.size] == 1 < len(scene.things):
-                answer = a(name(lang, thing.colour, thing.shape), lang)
-                yield {"s": say(thing.size, lang)}, answer, thing.new
-    else:
-        for (one, x), (other, y) in permutations(known, 2):
-            if one.size != other.size:
-                bigger = x if one.size == "big" else y
-                which = f"the {bigger}" if lang == "en" else bigger
-                answer = which if form == "which" else say("yes" if bigger == x else "no", lang)
-                yield {"x": x, "y": y}, answer, one.new or other.new
+        for thing, x in named(scene, lang):
+            yield {"x": x}, has_size(thing, x, lang), thing.new
+        return
+    for (one, x), (other, y) in permutations(named(scene, lang), 2):
+        if one.size != other.size:
+            bigger = x if one.size == "big" else y
+            known = [has_size(one, x, lang), has_size(other, y, lang)]
+            answer = conclude(known, f"the {bigger}" if lang == "en" else bigger, lang)
+            yield {"x": x, "y": y}, answer, one.new or other.new
 
 
 def compare(scenes, form, lang):
-    counts = [len(scene.things) for scene in scenes]
     if form == "more":
-        if counts[0] != counts[1]:
-            yield {}, which_picture(counts[1] > counts[0], lang), False
+        first, second = (len(scene.things) for scene in scenes)
+        if first != second:
+            counts = [several_in(number, i, lang) for i, number in enumerate((first, second))]
+            yield {}, conclude(counts, which_picture(second > first, lang), lang), False
         return
     for second, scene in enumerate(scenes):
-        o = {"o": say("second" if second else "first", lang)}
-        if form == "count":
-            yield o, say(NUMBERS[counts[second] - 1], lang), False
-            continue
         for thing in scene.things:
             noun = name(lang, thing.colour, thing.shape)
-            if form == "has" and not find(scenes[1 - second], thing.colour, thing.shape):
+            if not find(scenes[1 - second], thing.colour, thing.shape):
                 yield {"x": noun, "ax": a(noun, lang)}, which_picture(second, lang), thing.new
-            elif form == "colour" and len(find(scene, shape=thing.shape)) == 1:
-                yield o | {"x": say(thing.shape, lang)}, say(thing.colour, lang), thing.new
+
+
+def several_in(number: int, second: bool, lang: str) -> str:
+    return state(lang, which_picture(second, lang), "{x} has {y}", "{x}有{y}", say(NUMBERS[number - 1], lang))
 
 
 def which_picture(second: bool, lang: str) -> str:
@@ -408,9 +370,12 @@ def rows_of(scene, image: str, rng, used: Counter, rows=4, kinds=tuple(KINDS), n
         shown = [(scene, image)]
         if kind == "compare":
             shown.insert(rng.randrange(2), other)
-        turns = rng.choices(TURNS, k=rng.randint(2, 8)) if kind == "multi" else [kind]
-        asked = [ask([each for each, _ in shown], turn, lang, rng, used, new) for turn in turns]
-        asked = list(dict.fromkeys(pair for pair in asked if pair))
+        turns = rng.choices(TURNS, k=rng.randint(*LENGTH)) if kind == "multi" else [kind]
+        asked = {}  # question and answer: kind
+        for turn in turns:
+            pair = ask([each for each, _ in shown], turn, lang, rng, used, new)
+            if pair:
+                asked.setdefault(pair, turn)
         if len(asked) < (2 if kind == "multi" else 1) or not questions.isdisjoint(asked):
             continue
         questions.update(asked)
@@ -421,17 +386,20 @@ def rows_of(scene, image: str, rng, used: Counter, rows=4, kinds=tuple(KINDS), n
         parts = [tags, chat[0]["content"]]
         chat[0]["content"] = "\n".join(parts if kind == "compare" or rng.random() < 0.5 else parts[::-1])
         names = ", ".join(picture for _, picture in shown)
-        found.append({"conversations": chat, "image": names, "kind": kind, "lang": lang})
+        kinds_asked = list(asked.values()) if kind == "multi" else kind
+        found.append({"conversations": chat, "image": names, "kind": kinds_asked, "lang": lang})
         if len(found) == rows:
             break
     return found
 
 
-def describe_in_words(scene: Scene, lang: str) -> str:
-    """Everything in the picture that can be asked about, in the order of its patches."""
-    colon, comma = (": ", "; ") if lang == "en" else ("：", "；")
-    nouns = [name(lang, thing.colour, thing.shape, thing.size) for thing in scene.things]
-    return comma.join(say(thing.place, lang) + colon + noun for noun, thing in zip(nouns, scene.things))
+def describe_in_words(scene: Scene) -> str:
+    """All that can be asked about, in the order of the patches: "picture: topleft bigredstar middle smallbluering".
+
+    Two words for an object, its place and all of its looks, as in a picture a patch is one vector.
+    """
+    words = [f"{thing.place.replace(' ', '')} {thing.size}{thing.colour}{thing.shape}" for thing in scene.things]
+    return " ".join(["picture:", *words])
 
 
 def captions_of(scene: Scene, image: str) -> list[dict]:
@@ -439,9 +407,9 @@ def captions_of(scene: Scene, image: str) -> list[dict]:
     the colour "a star in the middle": an encoder must know a shape in a colour that it never had.
     """
     said = [
-        (lang, caption(replace(scene, things=(thing,)), lang, form))
+        (lang, caption(replace(scene, things=(thing,)), lang, colour=colour))
         for thing in scene.things
-        for form in ("full", "layout")
+        for colour in (True, False)
         for lang in LANGS
     ]
     return [
@@ -461,19 +429,27 @@ def text_rows_of(scene, rng, used, rows=4, kinds=tuple(KINDS), new=False, other=
     found = rows_of(scene, "one", rng, used, rows, kinds, new, other and (other, "two"))
     for row in found:
         for picture in row.pop("image").split(", "):
-            words = describe_in_words(scenes[picture], row["lang"])
+            words = describe_in_words(scenes[picture])
             row["conversations"][0]["content"] = row["conversations"][0]["content"].replace("<image>", words, 1)
     return found
 
 
-def scenes_of(split: str, count: int, seed: int) -> Iterator[Scene]:
+def scenes_of(split: str, count: int, seed: int, objects=(1, 4)) -> Iterator[Scene]:
     """The scenes of "train", "val" or "val_new". Each has its own seed, so more of them leave the first ones as are."""
     for i in range(count):
-        yield random_scene(random.Random(f"{seed} {split} {i}"), new=split == "val_new")
+        yield random_scene(random.Random(f"{seed} {split} {i}"), split == "val_new", objects)
 
 
 def write_world(
-    out_dir, scenes=12000, val_scenes=400, seed=0, image_size=64, rows=4, kinds=tuple(KINDS), form="chat"
+    out_dir,
+    scenes=12000,
+    val_scenes=400,
+    seed=0,
+    image_size=64,
+    rows=4,
+    kinds=tuple(KINDS),
+    form="chat",
+    objects=(1, 4),
 ) -> dict:
     """Writes train.jsonl, val.jsonl, val_new.jsonl and images/ into out_dir; returns {split: number of rows}.
 
@@ -487,7 +463,7 @@ def write_world(
         start, used, other, written[split] = time.perf_counter(), Counter(), None, 0
         beside = out_dir / f"{split}.jsonl.tmp"
         with beside.open("w", encoding="utf-8", newline="\n") as file:
-            for i, scene in enumerate(scenes_of(split, count, seed)):
+            for i, scene in enumerate(scenes_of(split, count, seed, objects)):
                 rng = random.Random(f"{seed} {split} {i} rows")
                 if form == "text":
                     found = text_rows_of(scene, rng, used, rows, kinds, split == "val_new", other)
@@ -523,6 +499,8 @@ def main(argv=None):
     parser.add_argument("--val_scenes", type=int, default=400, help="pictures of val, and of val_new, number")
     parser.add_argument("--seed", type=int, default=0, help="another number, another world")
     parser.add_argument("--image_size", type=int, default=64, help="side of a picture, pixels, 32 to 1024")
+    few = "least and most objects in a scene, 1 to 4"
+    parser.add_argument("--objects", type=int, nargs=2, default=(1, 4), metavar=("MIN", "MAX"), help=few)
     parser.add_argument("--rows", type=int, default=4, help="conversations about a picture, number")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of conversation to write")
     forms = "chat, for a VLM; text, in which words take the place of pictures, for an LLM; captions, for an encoder"
@@ -533,6 +511,8 @@ def main(argv=None):
         for flag, (least, most) in limits.items():
             if not least <= getattr(args, flag) <= most:
                 raise ValueError(f"--{flag} {getattr(args, flag)}: expected {least} to {most}")
+        if not 1 <= args.objects[0] <= args.objects[1] <= 4:
+            raise ValueError(f"--objects {args.objects[0]} {args.objects[1]}: expected two numbers from 1 to 4, rising")
         write_world(**vars(args))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -32,8 +32,9 @@ def recipe(out: Path, llm: Path, model: list) -> list[Step]:
         read = ["--data_path", folder / "train.jsonl", "--val_path", folder / "val.jsonl"]
         return [*read, "--images_path", folder / "images"]
 
+    train = ["torchrun", "--nproc_per_node", make_bundle.PROCESSES]
     training = ["--trainable", "all", "--batch_size", 16, "--num_workers", 0, "--save_interval", 400]
-    training += ["--learning_rate", 2e-3, "--warmup_iters", 20]
+    training += ["--optimizer", "muon", "--warmup_iters", 20]
     scoring = ["--images_path", data / "images", "--batch_size", 64, "--num_workers", 0]
     scoring += ["--max_new_tokens", 80, "--no_loss"]
     # fmt: off
@@ -43,16 +44,16 @@ def recipe(out: Path, llm: Path, model: list) -> list[Step]:
             "--image_size", 72, "--kinds", "describe", "--rows", 2, "--seed", 3,
         ]),
         Step("data 2", "draw scenes with conversations about them, for stage 2", [
-            "python", "-m", "dataset.scenes", "--out_dir", data, "--scenes", 6000, "--val_scenes", 125,
-            "--image_size", 72,
+            "python", "-m", "dataset.scenes", "--out_dir", data, "--scenes", 4500, "--val_scenes", 60,
+            "--image_size", 72, "--kinds", "multi", "describe", "compare",
         ]),
         Step("stage 1", "the projector learns to put pictures into the language model's words", [
-            "python", "train_pretrain_vlm.py", *model, *rows(captions), "--from_weight", llm, *training,
-            "--projector_learning_rate", 4e-3,
+            *train, "train_pretrain_vlm.py", *model, *rows(captions), "--from_weight", llm, *training,
+            "--learning_rate", 2e-3, "--projector_learning_rate", 4e-3,
         ], resumable=True),
         Step("stage 2", "the whole model learns to answer", [
-            "python", "train_sft_vlm.py", *model, *rows(data), *training,
-            "--projector_learning_rate", 2e-3,
+            *train, "train_sft_vlm.py", *model, *rows(data), *training,
+            "--learning_rate", 3e-3, "--projector_learning_rate", 2e-3,
         ], resumable=True),
         Step("score val", "questions about other scenes; then with pictures that do not belong to them", [
             "python", "eval_vlm.py", *model, "--data_path", data / "val.jsonl", *scoring,

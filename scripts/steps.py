@@ -27,7 +27,7 @@ SAMPLES = 4  # looks at the memory, per second
 class Step:
     name: str  # "stage 1"
     about: str  # a line for the user
-    command: list[str]  # as it would be typed, beginning with "python"
+    command: list[str]  # as it would be typed, beginning with "python" or "torchrun"
     resumable: bool = False  # does it know --from_resume?
     makes: Path | None = None  # if not resumable: a file or folder that must be gone before it can begin again
 
@@ -118,7 +118,11 @@ def run(command: list[str]) -> tuple[int, bool, float, float]:
     Ctrl-C reaches the command too, which is given the time to finish and save.
     """
     started, peak, interrupted = time.perf_counter(), 0, False
-    process = subprocess.Popen([sys.executable if command[0] == "python" else command[0], *command[1:]])
+    python, environment = [sys.executable], None
+    if command[0] == "torchrun":  # of this Python; without this variable it says in five lines that it sets it
+        python += ["-m", "torch.distributed.run"]
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ
+    process = subprocess.Popen([*python, *command[1:]], env=environment)
     ended = threading.Event()
 
     def watch():

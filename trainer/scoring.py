@@ -67,7 +67,7 @@ class Question:
     text: str  # the last user turn
     references: list[str]
     tokens: int  # of the answer in the data
-    kind: str  # what the row says of itself, as the drawn scenes do: "colour", "count"; "" if nothing
+    kind: str  # what the row says of it, as the drawn scenes do: "colour", or a list for all its turns; "" if nothing
 
     @property
     def language(self) -> str:
@@ -79,7 +79,7 @@ def questions_of(data: VLMDataset, captions: dict[str, list[str]]) -> list[Quest
     questions = []
     for row in range(len(data)):
         conversations, images = parse_row(data.line(row))
-        kind = str(json.loads(data.line(row)).get("kind") or "")
+        kinds = json.loads(data.line(row)).get("kind") or ""
         pieces = encode_chat(data.tokenizer, conversations, data.placeholders)
         answers = [turn["content"] for turn in conversations if turn["role"] == "assistant"]
         users = [turn["content"] for turn in conversations if turn["role"] == "user"]
@@ -92,7 +92,8 @@ def questions_of(data: VLMDataset, captions: dict[str, list[str]]) -> list[Quest
             more = captions.get(images[0], []) if len(images) == 1 and len(answers) == 1 else []
             references += [text for text in more if language(text) == language(answers[turn]) and text != answers[turn]]
             shown, tokens = images[:pictures], len(answer[0])
-            questions.append(Question(row, ids, pictures, shown, users[turn], references, tokens, kind))
+            kind = kinds[turn] if isinstance(kinds, list) and turn < len(kinds) else kinds
+            questions.append(Question(row, ids, pictures, shown, users[turn], references, tokens, str(kind)))
             ids = ids + answer[0]
     return questions
 
