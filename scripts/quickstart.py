@@ -44,8 +44,8 @@ def recipe(out: Path, llm: Path, model: list) -> list[Step]:
             "--image_size", 72, "--kinds", "describe", "--rows", 2, "--seed", 3,
         ]),
         Step("data 2", "draw scenes with conversations about them, for stage 2", [
-            "python", "-m", "dataset.scenes", "--out_dir", data, "--scenes", 4500, "--val_scenes", 60,
-            "--image_size", 72, "--kinds", "multi", "describe", "compare",
+            "python", "-m", "dataset.scenes", "--out_dir", data, "--scenes", 6500, "--val_scenes", 75,
+            "--image_size", 72,
         ]),
         Step("stage 1", "the projector learns to put pictures into the language model's words", [
             *train, "train_pretrain_vlm.py", *model, *rows(captions), "--from_weight", llm, *training,
