@@ -127,6 +127,15 @@ def test_prompts_show_as_many_pictures_as_the_question_and_shuffled_ones_those_o
             assert other[i]["ids"] == own[i]["ids"]
 
 
+def test_the_turns_of_a_row_may_each_have_a_kind(world, tokenizer, clip_folder, tmp_path):
+    chat = [turn("user", "How many?"), turn("assistant", "Two."), turn("user", "Which?"), turn("assistant", "All.")]
+    write_rows(
+        tmp_path / "rows.jsonl", [{"conversations": chat, "kind": kinds} for kinds in (["count", "what"], ["count"])]
+    )
+    data = VLMDataset(tmp_path / "rows.jsonl", None, tokenizer, None, image_special_token="")
+    assert [question.kind for question in questions_of(data, {})] == ["count", "what", "count", ""]
+
+
 def answer(kind, language, right, right_shuffled=False):
     return {"kind": kind, "language": language, "right": right, "right_shuffled": right_shuffled}
 

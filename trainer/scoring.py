@@ -92,8 +92,8 @@ def questions_of(data: VLMDataset, captions: dict[str, list[str]]) -> list[Quest
             more = captions.get(images[0], []) if len(images) == 1 and len(answers) == 1 else []
             references += [text for text in more if language(text) == language(answers[turn]) and text != answers[turn]]
             shown, tokens = images[:pictures], len(answer[0])
-            kind = kinds[turn] if isinstance(kinds, list) and turn < len(kinds) else kinds
-            questions.append(Question(row, ids, pictures, shown, users[turn], references, tokens, str(kind)))
+            kind = "".join(map(str, kinds[turn : turn + 1])) if isinstance(kinds, list) else str(kinds)
+            questions.append(Question(row, ids, pictures, shown, users[turn], references, tokens, kind))
             ids = ids + answer[0]
     return questions
 
