@@ -326,10 +326,10 @@ def collate(examples: list[dict], pad_token_id: int = 0) -> dict:
 class StepSampler:
     """Batches of rows, step by step, for one rank: the `batch_sampler` of a DataLoader.
 
-    All ranks deal out the same list of batches, which follows from lengths, batch_size, seed and epoch alone. A step
-    is the next world_size · accumulation_steps batches; batch i of a step goes to rank i % world_size. So 2 ranks
-    with 1 batch each and 1 rank with 2 make the same steps. At the end of an epoch, where batches run out, a rank
-    may get an empty one: it takes part in the step without a row.
+    All ranks deal out the same list of batches, which follows from lengths, batch_size, batches per step, seed and
+    epoch alone. A step is the next world_size · accumulation_steps batches; batch i of a step goes to rank
+    i % world_size. So 2 ranks with 1 batch each and 1 rank with 2 make the same steps. At the end of an epoch, where
+    batches run out, a rank may get an empty one: it takes part in the step without a row.
     """
 
     def __init__(
@@ -370,8 +370,8 @@ class StepSampler:
         # The batches of a step are neighbours in length: ranks that wait for each other should have as much to do.
         per_step = self.world_size * self.accumulation_steps
         steps = [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
-        last = [steps.pop()] if len(steps[-1]) < per_step else []  # only the last may be incomplete
-        return [batch for i in random.permutation(len(steps)) for batch in steps[i]] + sum(last, [])
+        whole = len(batches) // per_step  # a step that is not must stay the last
+        return [batch for i in (*random.permutation(whole), *range(whole, len(steps))) for batch in steps[i]]
 
     def batches_in_step(self, step: int) -> int:
         """How many batches each rank runs in this step of an epoch: accumulation_steps, or fewer in the last."""

@@ -23,7 +23,7 @@ from pathlib import Path
 from scripts.steps import Step, duration, gigabytes, open_folder, run_steps
 
 HIDDEN_SIZE = 128  # of the language model
-PROCESSES = 2  # that learn together, a core each: nearly twice as fast as one with two threads
+PROCESSES = 2  # that learn together, a core each
 LIMIT_MB = 8  # what a repository can carry
 
 

@@ -407,5 +407,5 @@ def test_the_batches_of_a_step_have_like_lengths_so_that_no_rank_waits():
     ranks = [list(StepSampler(lengths, 16, rank=rank, world_size=2)) for rank in (0, 1)]
     longest = [[lengths[batch].max() for batch in batches] for batches in ranks]
     apart = [abs(int(a) - int(b)) for a, b in zip(*longest)]
-    assert sum(apart) / len(apart) < 20  # 93 when batches are dealt out at random
+    assert sum(apart) / len(apart) < 20  # 90 when batches are dealt out at random
     assert abs(np.corrcoef(longest[0][:-1], longest[0][1:])[0, 1]) < 0.3  # while the steps come in any order

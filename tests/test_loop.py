@@ -453,9 +453,9 @@ def test_a_run_without_resume_starts_anew_and_so_does_its_metrics_file(flags, tm
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_precision_learns_and_keeps_fp32_weights(flags, tmp_path, dtype):
     rates = ["--learning_rate", "3e-3", "--projector_learning_rate", "3e-3"]
-    run = main([*flags, *rates, "--dtype", dtype, "--epochs", "6", "--batch_size", "8", "--log_interval", "1"])
+    run = main([*flags, *rates, "--dtype", dtype, "--epochs", "8", "--batch_size", "8", "--log_interval", "1"])
     found = [loss for _, _, loss in losses(tmp_path / "out")]
-    assert found[-1] < found[0] - 1  # which begins at the log of the vocabulary
+    assert found[-1] < found[0] - 1.5
     assert {weight.dtype for weight in run.model.parameters()} == {torch.float32}
     assert run.scaler.is_enabled() == (dtype == "float16")
     assert (run.dtype == torch.float32) == (dtype == "float32")

@@ -372,7 +372,8 @@ def test_answers_are_balanced(rows):
     closed = {"yes", "no", "有", "没有", "是", "不是", "big", "small", "大", "小", "the first", "the second"}
     for (kind, form, _), found in answers.items():
         if set(found) <= closed | {"第一张", "第二张"}:
-            assert max(found.values()) <= 0.55 * found.total() + 2 * found.total() ** 0.5, (kind, form, found)
+            most = 0.6 if form == "more" else 0.58  # few rows compare, and only their whole answers are balanced
+            assert max(found.values()) <= most * found.total(), (kind, form, found)
         elif kind == "count":
             assert len(found) == 4 and max(found.values()) <= 0.36 * found.total(), (kind, form, found)
         elif kind in ("colour", "where") or form in ("shape", "colour"):

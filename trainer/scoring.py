@@ -67,7 +67,7 @@ class Question:
     text: str  # the last user turn
     references: list[str]
     tokens: int  # of the answer in the data
-    kind: str  # what the row says of it, as the drawn scenes do: "colour", or a list for all its turns; "" if nothing
+    kind: str  # what its row says of it (one for all turns, or a list), as the drawn scenes do: "colour"; else ""
 
     @property
     def language(self) -> str:
@@ -79,9 +79,10 @@ def questions_of(data: VLMDataset, captions: dict[str, list[str]]) -> list[Quest
     questions = []
     for row in range(len(data)):
         conversations, images = parse_row(data.line(row))
-        kinds = json.loads(data.line(row)).get("kind") or ""
+        kind = json.loads(data.line(row)).get("kind") or ""
         pieces = encode_chat(data.tokenizer, conversations, data.placeholders)
         answers = [turn["content"] for turn in conversations if turn["role"] == "assistant"]
+        kinds = [*map(str, kind), *[""] * len(answers)] if isinstance(kind, list) else [str(kind)] * len(answers)
         users = [turn["content"] for turn in conversations if turn["role"] == "user"]
         ids, pictures = [], 0
         for turn, (prompt, answer) in enumerate(zip(pieces[:-1:2], pieces[1::2])):
@@ -92,8 +93,7 @@ def questions_of(data: VLMDataset, captions: dict[str, list[str]]) -> list[Quest
             more = captions.get(images[0], []) if len(images) == 1 and len(answers) == 1 else []
             references += [text for text in more if language(text) == language(answers[turn]) and text != answers[turn]]
             shown, tokens = images[:pictures], len(answer[0])
-            kind = "".join(map(str, kinds[turn : turn + 1])) if isinstance(kinds, list) else str(kinds)
-            questions.append(Question(row, ids, pictures, shown, users[turn], references, tokens, kind))
+            questions.append(Question(row, ids, pictures, shown, users[turn], references, tokens, kinds[turn]))
             ids = ids + answer[0]
     return questions
 
