@@ -18,8 +18,7 @@ from PIL import Image
 from transformers import TextStreamer
 
 from dataset.lm_dataset import VLMDataset
-from model.model_vlm import MiniMindVLM
-from model.processing import IMAGE_TAG, encode_chat, load_tokenizer, read_json
+from model.processing import IMAGE_TAG, encode_chat, read_json
 from trainer.cli import HelpFormatter, add_model_arguments, autocast, pick_device, pick_dtype, positive, run_main
 from trainer.scoring import score, table
 from trainer.weights import build_model, find_weights, write_json
@@ -34,7 +33,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--load", type=int, choices=[0, 1], default=0, help="0: .pth weights in --out_dir, 1: a Transformers folder")
     add("--model_mode", type=int, choices=[0, 1, 2], default=1, help="0: pretrain_vlm, 1: sft_vlm, 2: sft_vlm_multi")
-    add("--weights", metavar="W", help=".pth file, or the folder for --load 1 (default ./MiniMind2-V)")
+    add("--weights", metavar="W", help="file or Transformers folder; default of --load 1: ./MiniMind2-V")
     add("--image", nargs="+", metavar="FILE", help="pictures to ask about, all in one question")
     add("--prompt", help=f"the question; {IMAGE_TAG} says where a picture stands in it, else after it")
     add(
@@ -45,8 +44,8 @@ def parse_args(argv=None):
     add("--top_p", type=positive(float), default=0.85, help="draw from the likeliest words that make up this share")
     add("--greedy", action="store_true", help="always the likeliest word")
     add("--max_new_tokens", type=positive(int), default=512, help="longest answer, in tokens")
-    add("--data_path", nargs="+", metavar="JSONL", help="score on these rows instead; answers are then greedy")
-    add("--images_path", metavar="DIR", help="their pictures")
+    add("--data_path", nargs="+", metavar="PATH", help="score on these rows, JSONL or Parquet; answers are then greedy")
+    add("--images_path", nargs="+", metavar="PATH", help="their pictures, folder or zip; default: beside the rows")
     add("--refs_path", nargs="+", default=[], metavar="JSON", help='further references, {"name.jpg": ["caption", ...]}')
     add("--no_loss", action="store_true", help="score answers alone, which takes a third less time")
     add("--max_seq_len", type=positive(int), default=1536, help="tokens per row, placeholders included")
@@ -65,20 +64,13 @@ def parse_args(argv=None):
 def load(args):
     """Model on its device in eval mode, tokenizer, path of the weights."""
     if args.load == 1:
-        folder = Path(args.weights or "./MiniMind2-V")
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"--weights {folder}: no config.json there. --load 1 wants a Transformers folder")
-        model, info = MiniMindVLM.from_pretrained(
-            folder, vision_model_path=args.vision_model_path, dtype=torch.float32, output_loading_info=True
-        )
-        wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
-        if wrong:
-            raise ValueError(f"{folder}: {len(wrong)} tensors do not fit the model, first {wrong[0]}")
-        tokenizer = load_tokenizer(folder, model.config.image_special_token)
-        return model.eval(), tokenizer, folder
-    if args.weights == "none":
+        path = Path(args.weights or "./MiniMind2-V")
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"--weights {path}: no config.json there. --load 1 wants a Transformers folder")
+    elif args.weights == "none":
         raise ValueError("--weights none: there is nothing to ask a model that has not learned. Name a .pth file")
-    path = find_weights(args.weights or STAGES[args.model_mode], args.out_dir, args.hidden_size, args.use_moe)
+    else:
+        path = find_weights(args.weights or STAGES[args.model_mode], args.out_dir, args.hidden_size, args.use_moe)
     model, tokenizer, line = build_model(args, path)
     print(line)
     return model.eval(), tokenizer, path

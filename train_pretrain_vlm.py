@@ -25,8 +25,7 @@ def parse_args(argv=None):
         parser,
         trainable="last_layer",
         from_weight="llm",
-        data_path="./dataset/pretrain_data.jsonl",
-        images_path="./dataset/pretrain_images",
+        data_path="./dataset/pretrain_data",
         learning_rate=4e-4,
         projector_learning_rate=1e-3,  # it starts at random, the last layer does not
         max_seq_len=640,
@@ -49,7 +48,7 @@ def main(argv=None):
     optimizer = optimizer_of(model, args)
 
     # ---- data
-    data = load_data(args, model, tokenizer, args.data_path, args.images_path)
+    data = load_data(args, model, tokenizer, args.data_path, args.images_path, args.data_weights)
     val_data = None
     if args.val_path:
         val_data = load_data(args, model, tokenizer, args.val_path, args.val_images_path or args.images_path)

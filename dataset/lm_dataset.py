@@ -3,26 +3,28 @@
     {"conversations": [{"role": "user", "content": "What is this?\\n<image>"},
                        {"role": "assistant", "content": "A cat."}], "image": "cat.jpg"}
 
-`VLMDataset` reads JSONL files of such rows, checks them before the first step, and makes each a training example;
-`collate` pads examples to a batch; `StepSampler` decides which rows go into which batch of which step.
+`VLMDataset` takes such rows from where they lie (dataset/sources.py), checks them before the first step, and makes each
+a training example; `collate` pads examples to a batch; `StepSampler` decides which rows go into which batch of which
+step.
 
 Shapes: B batch, T tokens, N pictures of a row or batch, H and W pixels.
 """
 
-import glob
 import hashlib
-import json
-from collections import defaultdict
-from pathlib import Path
+import os
+from collections import Counter, defaultdict
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from PIL import Image
 
+from dataset.sources import BadRow, Jsonl, Parquet, Row, open_rows
 from model.processing import IGNORE, IMAGE_TAG, encode_chat
 
-FORMAT = 2  # raise it when `check_line` changes what it finds: results are cached on disk
+FORMAT = 3  # raise it when `check_rows` changes what it finds: results are cached on disk
 KINDS = {
     "json": "not valid JSON",
     "key": "missing or malformed key",
@@ -35,42 +37,7 @@ KINDS = {
 }
 
 
-class BadRow(ValueError):
-    """A row that cannot be learned from. `kind` is a key of KINDS."""
-
-    def __init__(self, kind: str, message: str):
-        super().__init__(message)
-        self.kind = kind
-
-
 # ---------------------------------------------------------------------------- one row
-
-
-def parse_row(line: str) -> tuple[list[dict], list[str]]:
-    """A line of JSONL → conversations and names of pictures. Raises BadRow."""
-    try:
-        row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is valid JSON, but no text
-    except (ValueError, RecursionError) as error:
-        raise BadRow("json", str(error)) from None
-    if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
-        raise BadRow("key", 'no "conversations" list')
-    conversations = row["conversations"]
-    for turn in conversations:
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
-            raise BadRow("key", 'a turn needs "role" and "content", both text')
-    if not any(turn["role"] == "assistant" for turn in conversations):
-        raise BadRow("answer", "no assistant turn, nothing to learn")
-    images = row.get("image") or []
-    if isinstance(images, str):
-        images = images.split(",")
-    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-        raise BadRow("key", '"image" must be text, as in "a.jpg" or "a.jpg, b.jpg", or a list of texts')
-    images = [name.strip() for name in images if name.strip()]
-    tags = sum(turn["content"].count(IMAGE_TAG) for turn in conversations if turn["role"] == "user")
-    if tags != len(images):
-        raise BadRow("count", f'{tags} {IMAGE_TAG} in the user\'s turns, {len(images)} in "image"')
-    return conversations, images
 
 
 def fit(pieces, max_length: int) -> tuple[list[int], list[int], int]:
@@ -95,12 +62,12 @@ def fit(pieces, max_length: int) -> tuple[list[int], list[int], int]:
     return ids, labels, pictures
 
 
-def encode_row(line: str, tokenizer, placeholders: str, max_length: int):
-    """A line → input_ids, labels, names of its pictures, and whether it was shortened. Raises BadRow.
+def encode_row(row: Row, tokenizer, placeholders: str, max_length: int):
+    """A row → input_ids, labels, names of its pictures, and whether it was shortened. Raises BadRow.
 
     Without placeholders the pictures are left out: what remains is text.
     """
-    conversations, images = parse_row(line)
+    conversations, images = row.conversations, row.images
     if not placeholders:
         conversations = [
             turn | {"content": turn["content"].replace(IMAGE_TAG, "").strip()}
@@ -118,20 +85,34 @@ def encode_row(line: str, tokenizer, placeholders: str, max_length: int):
     return ids, labels, images[:pictures], sum(label != IGNORE for label in labels) < answers
 
 
-def check_line(lines: dict, tokenizer, placeholders: str, max_length: int) -> dict:
-    """For `datasets.map`: what can be known of rows without opening their pictures."""
-    found = {"length": [], "images": [], "shortened": [], "kind": [], "problem": []}
-    for line in lines["text"]:
-        length, images, shortened, kind, problem = 0, [], False, "", ""
-        if not line.strip():
-            kind = "blank"
-        else:
-            try:
-                ids, _, images, shortened = encode_row(line, tokenizer, placeholders, max_length)
-                length = len(ids)
-            except BadRow as error:
-                kind, problem = error.kind, str(error)
-        for key, value in zip(found, (length, images, shortened, kind, problem)):
+CHECKED = datasets.Features(
+    {
+        "length": datasets.Value("int32"),
+        "images": datasets.List(datasets.Value("string")),
+        "shortened": datasets.Value("bool"),
+        "mended": datasets.Value("string"),
+        "kind": datasets.Value("string"),
+        "problem": datasets.Value("string"),
+    }
+)
+
+
+def check_rows(batch, numbers: list[int], parse, tokenizer, placeholders: str, max_length: int) -> dict:
+    """For `datasets.map`: what can be known of rows without opening their pictures. parse: of their source."""
+    found = {key: [] for key in CHECKED}
+    for row in parse(batch, numbers[0]):
+        length, images, shortened, mended, kind, problem = 0, [], False, "", "", ""
+        try:
+            if row is None:
+                kind = "blank"
+            elif isinstance(row, BadRow):
+                raise row
+            else:
+                ids, _, images, shortened = encode_row(row, tokenizer, placeholders, max_length)
+                length, mended = len(ids), row.mended
+        except BadRow as error:
+            kind, problem = error.kind, str(error)
+        for key, value in zip(found, (length, images, shortened, mended, kind, problem)):
             found[key].append(value)
     return found
 
@@ -139,129 +120,141 @@ def check_line(lines: dict, tokenizer, placeholders: str, max_length: int) -> di
 # ---------------------------------------------------------------------------- the data set
 
 
-def read_lines(path: Path) -> datasets.Dataset:
-    """A text file as an Arrow table with the column "text", a row per line. Raises ValueError if it is not UTF-8."""
-    try:  # -sig: Windows likes to put a mark at the start. escape: [ and * in a path are no patterns.
-        return datasets.load_dataset("text", data_files=glob.escape(str(path)), split="train", encoding="utf-8-sig")
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(f"--data_path {path} cannot be read: {error.__cause__}. Expected JSONL in UTF-8") from None
-
-
 class VLMDataset(torch.utils.data.Dataset):
-    """Training examples from JSONL files and a folder of pictures.
+    """Training examples from JSONL or Parquet.
 
     Attributes:
         lengths: int64 (rows,), tokens of each usable row.
         bad: {kind: ["file:line: what is wrong", ...]} of the rows that are not usable.
         shortened: how many usable rows lost the end of their conversation to max_length.
+        mended: {key of MENDED: how many usable rows}.
+        parts: [(first row, end, weight)] of the usable rows of each path.
     """
 
     def __init__(
         self,
-        jsonl_path,
+        data_path,
         images_path,
         tokenizer,
         preprocess=None,
         max_length: int = 640,
         image_special_token: str = "@" * 196,
         on_bad_row: str = "error",
+        weights: list[float] | None = None,
     ):
         """
         Args:
-            jsonl_path: a file or a list of files.
-            images_path: the folder that the names in "image" are relative to; None for text only.
+            data_path: a file, a pattern as in data/*.parquet, or a list of these.
+            images_path: the folder or zip that the names in "image" are relative to, or a list of them, one for each
+                data_path; None: one that stands beside the rows, see `dataset.sources.pictures_beside`.
             tokenizer: of `model.processing.load_tokenizer`.
             preprocess: an `ImageProcessor`; needed as soon as a row has a picture.
             max_length: tokens a row may have.
             image_special_token: the placeholders of one picture; "" leaves pictures out, for a model of text only.
             on_bad_row: "error" raises ValueError with a table of what is wrong, "skip" leaves bad rows out.
+            weights: how many times an epoch passes over each data_path; 1 without it.
         """
         self.tokenizer, self.preprocess = tokenizer, preprocess
         self.max_length, self.placeholders = max_length, image_special_token
-        self.on_bad_row = on_bad_row
-        self.images_path = None if images_path is None else Path(images_path)
-        self.files = [Path(path) for path in ([jsonl_path] if isinstance(jsonl_path, (str, Path)) else jsonl_path)]
-        for path in self.files:
-            if not path.is_file():
-                raise FileNotFoundError(f"--data_path {path}: no such file. Expected JSONL, one conversation per line")
-            if path.stat().st_size == 0:
-                raise ValueError(f"--data_path {path} is empty")
-        if self.images_path is not None and not self.images_path.is_dir():
-            raise FileNotFoundError(f"--images_path {images_path}: no such folder")
+        paths, stores = as_list(data_path), as_list(images_path)
+        weights = weights or [1.0] * len(paths)
+        stores = stores * len(paths) if len(stores) == 1 else stores
+        for flag, values in (("images_path", stores), ("data_weights", weights)):
+            if len(values) != len(paths):
+                raise ValueError(f"--{flag} names {len(values)}, --data_path {len(paths)}: give as many, in this order")
 
-        datasets.disable_progress_bars()
-        parts = [read_lines(path) for path in self.files]
-        self.starts = np.cumsum([0, *(len(part) for part in parts)])  # the row at which each file begins
-        self.lines = datasets.concatenate_datasets(parts)
-        self._drop_bad_rows(self._check())
+        found = [open_rows(path, store) for path, store in zip(paths, stores)]
+        self.sources = [source for of_path in found for source in of_path]
+        self.starts = np.cumsum([0, *(len(source.table) for source in self.sources)])  # the first row of each
+        self.bad, self.mended, self.shortened, self.parts = defaultdict(list), Counter(), 0, []
+        rows, lengths, end = [], [], 0
+        for of_path, weight in zip(found, weights):
+            begin = end
+            for source in of_path:
+                good, length = self._usable(source)
+                rows.append(good + self.starts[len(rows)])
+                lengths.append(length)
+                end += len(good)
+            self.parts.append((begin, end, weight))
+        self.rows, self.lengths = np.concatenate(rows), np.concatenate(lengths)
+        if self.bad and on_bad_row == "error":
+            raise ValueError(f"{self.report()}\nMend the data, or leave these rows out with --on_bad_row skip")
+        if not len(self.rows):
+            raise ValueError(f"no usable row in {', '.join(map(str, paths))}\n{self.report()}")
 
-    def _check(self):
-        """length, images, shortened, kind, problem of every line; computed once per data, tokenizer and setting."""
+    def _check(self, source: Jsonl | Parquet) -> datasets.Dataset:
+        """The columns CHECKED of all rows of a source; computed once per data, tokenizer and setting."""
         settings = (self.tokenizer.backend_tokenizer.to_str(), self.placeholders, self.max_length, FORMAT)
-        return self.lines.map(
-            check_line,
+        # `datasets` would fingerprint the pickled tokenizer, which changes from run to run and so never hits.
+        fingerprint = hashlib.sha256(repr((source.table._fingerprint, settings)).encode()).hexdigest()[:32]
+        many = len(source.table) > 50_000  # rows: below, more processes are not worth their start
+        return source.table.with_format("arrow").map(
+            check_rows,
             batched=True,
+            with_indices=True,
+            num_proc=os.cpu_count() if many else None,
             fn_kwargs={
+                "parse": source.parse,
                 "tokenizer": self.tokenizer,
                 "placeholders": self.placeholders,
                 "max_length": self.max_length,
             },
-            remove_columns=["text"],
-            # `datasets` would fingerprint the pickled tokenizer, which changes from run to run and so never hits.
-            new_fingerprint=hashlib.sha256(repr((self.lines._fingerprint, settings)).encode()).hexdigest()[:32],
+            remove_columns=source.table.column_names,
+            features=CHECKED,
+            new_fingerprint=fingerprint,
         )
 
-    def _drop_bad_rows(self, checked) -> None:
-        self.bad = defaultdict(list)
-        kinds, images = np.array(checked["kind"]), checked["images"]
-        exists = {}
-        good = []
-        for row, names in enumerate(images):
-            kind, problem = str(kinds[row]), ""
-            if kind == "blank":
-                continue
-            if kind:
-                problem = checked[row]["problem"]
-            for name in names:
-                if name not in exists:
-                    exists[name] = self.images_path is not None and (self.images_path / name).is_file()
-                if not exists[name] and not kind:
-                    kind, problem = "missing", f"{name} is not in {self.images_path or '--images_path, not given'}"
-            if kind:
-                self.bad[kind].append(f"{self.where_line(row)}: {problem}")
-            else:
-                good.append(row)
-        self.rows = np.array(good, dtype=np.int64)
-        self.lengths = np.array(checked["length"], dtype=np.int64)[self.rows]
-        self.shortened = int(np.array(checked["shortened"])[self.rows].sum())
-        if self.bad and self.on_bad_row == "error":
-            raise ValueError(f"{self.report()}\nMend the data, or leave these rows out with --on_bad_row skip")
-        if not good:
-            raise ValueError(f"no usable row in {', '.join(map(str, self.files))}\n{self.report()}")
+    def _usable(self, source: Jsonl | Parquet) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers and lengths of the rows of a source that can be learned from; notes what is wrong with the others."""
+        checked = self._check(source).with_format("arrow")[:]
+        good = pc.equal(checked["kind"], "").to_numpy()
+        for number in np.flatnonzero(~good).tolist():
+            kind = checked["kind"][number].as_py()
+            if kind != "blank":
+                self.bad[kind].append(f"{source.path}:{number + 1}: {checked['problem'][number]}")
+
+        images = checked["images"].combine_chunks()
+        names = images.flatten()
+        gone = pa.array([name for name in pc.unique(names).to_pylist() if not source.has(name)], names.type)
+        lost = pc.is_in(names, value_set=gone)
+        numbers, names = pc.list_parent_indices(images).filter(lost).to_pylist(), names.filter(lost).to_pylist()
+        for number, name in sorted(dict(zip(numbers, names)).items()):
+            good[number] = False
+            self.bad["missing"].append(f"{source.path}:{number + 1}: {name} is not in {source.pictures_path}")
+
+        usable = checked.filter(pa.array(good))
+        self.shortened += pc.sum(usable["shortened"]).as_py() or 0
+        for found in usable["mended"].value_counts().to_pylist():
+            if found["values"]:
+                self.mended[found["values"]] += found["counts"]
+        return np.flatnonzero(good), usable["length"].to_numpy().astype(np.int64)
 
     def report(self, examples: int = 3) -> str:
         """The bad rows as a table: kind, count, first examples."""
         total = sum(map(len, self.bad.values()))
-        lines = [f"{total} of {len(self.lines)} rows are not usable:"]
+        lines = [f"{total} of {self.starts[-1]} rows are not usable:"]
         for kind, found in sorted(self.bad.items(), key=lambda item: -len(item[1])):
             lines.append(f"  {len(found):>8}  {KINDS[kind]}")
             lines += [f"            {example}" for example in found[:examples]]
         return "\n".join(lines)
 
-    def where_line(self, line: int) -> str:
-        file = int(np.searchsorted(self.starts, line, side="right")) - 1
-        return f"{self.files[file]}:{line - self.starts[file] + 1}"
+    def place(self, row: int) -> tuple[int, int]:
+        """Which source a usable row is from, and its number there."""
+        at = int(self.rows[row])
+        source = int(np.searchsorted(self.starts, at, side="right")) - 1
+        return source, at - int(self.starts[source])
 
     def where(self, row: int) -> str:
         """file:line of a usable row."""
-        return self.where_line(int(self.rows[row]))
+        source, number = self.place(row)
+        return f"{self.sources[source].path}:{number + 1}"
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def line(self, row: int) -> str:
-        """A usable row as it stands in its file."""
-        return self.lines[int(self.rows[row])]["text"]
+    def row(self, row: int) -> Row:
+        source, number = self.place(row)
+        return self.sources[source].row(number)
 
     def __getitem__(self, row: int) -> dict:
         """{"row", "input_ids" int64 (T,), "labels" int64 (T,), "pictures" uint8 (N, 3, H, W)}.
@@ -269,9 +262,9 @@ class VLMDataset(torch.utils.data.Dataset):
         A picture that cannot be read gives {"row", "broken": why} instead of an exception, which would cross the
         border of a worker process as a page of traceback.
         """
-        ids, labels, images, _ = encode_row(self.line(row), self.tokenizer, self.placeholders, self.max_length)
+        ids, labels, images, _ = encode_row(self.row(row), self.tokenizer, self.placeholders, self.max_length)
         try:
-            pictures = [self.load_picture(name) for name in images]
+            pictures = [self.load_picture(row, name) for name in images]
         except BadRow as error:
             return {"row": row, "broken": f"{self.where(row)}: {error}"}
         return {
@@ -281,13 +274,18 @@ class VLMDataset(torch.utils.data.Dataset):
             "pictures": torch.stack(pictures) if pictures else None,
         }
 
-    def load_picture(self, name: str) -> torch.Tensor:
-        """uint8 (3, H, W). Raises BadRow."""
+    def load_picture(self, row: int, name: str) -> torch.Tensor:
+        """A picture of the source that a usable row is from: uint8 (3, H, W). Raises BadRow."""
+        source = self.sources[self.place(row)[0]]
         try:
-            with Image.open(self.images_path / name) as image:
+            with Image.open(source.open(name)) as image:
                 return self.preprocess.resize(image)
         except Exception as error:  # Pillow's decoders raise whatever their format makes them stumble over
-            raise BadRow("broken", f"{self.images_path / name} cannot be read: {error}") from None
+            raise BadRow("broken", f"{source.where(name)} cannot be read: {error}") from None
+
+
+def as_list(value) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 # ---------------------------------------------------------------------------- batches
@@ -342,12 +340,19 @@ class StepSampler:
         world_size: int = 1,
         shuffle: bool = True,
         window: int = 32,
+        parts: list[tuple[int, int, float]] | None = None,
     ):
-        """window: rows are sorted by length among this many batches at a time, after shuffling."""
+        """window: rows are sorted by length among this many batches at a time, after shuffling.
+
+        parts: (first row, end, how many times an epoch passes over them); all rows once without it. Over epochs, each
+        row of a part comes as often as any other, so an epoch of half a part is followed by the other half.
+        """
         self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
         self.rank, self.world_size, self.accumulation_steps = rank, world_size, accumulation_steps
         self.shuffle, self.window = shuffle, window
-        self.batches = -(-len(self.lengths) // batch_size)
+        parts = parts or [(0, len(self.lengths), 1)]
+        self.parts = [(first, end, round((end - first) * weight)) for first, end, weight in parts]
+        self.batches = -(-sum(rows for *_, rows in self.parts) // batch_size)
         self.steps_per_epoch = -(-self.batches // (world_size * accumulation_steps))
         self.set_epoch(0)
 
@@ -361,7 +366,7 @@ class StepSampler:
             order = np.argsort(self.lengths, kind="stable")
             return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         random = np.random.default_rng((self.seed, self.epoch))
-        order = random.permutation(len(self.lengths))
+        order = random.permutation(np.concatenate([self.rows_of_part(part) for part in range(len(self.parts))]))
         batches = []
         for start in range(0, len(order), self.window * self.batch_size):
             rows = order[start : start + self.window * self.batch_size]
@@ -372,6 +377,15 @@ class StepSampler:
         steps = [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
         whole = len(batches) // per_step  # a step that is not must stay the last
         return [batch for i in (*random.permutation(whole), *range(whole, len(steps))) for batch in steps[i]]
+
+    def rows_of_part(self, part: int) -> np.ndarray:
+        """The rows of a part in this epoch: the next ones of an endless row of passes, each in another order."""
+        first, end, rows = self.parts[part]
+        size = max(end - first, 1)
+        start = self.epoch * rows
+        passes = range(start // size, -(-(start + rows) // size))
+        order = [first + np.random.default_rng((self.seed, part, i)).permutation(end - first) for i in passes]
+        return np.concatenate([*order, np.empty(0, np.int64)])[start % size :][:rows]
 
     def batches_in_step(self, step: int) -> int:
         """How many batches each rank runs in this step of an epoch: accumulation_steps, or fewer in the last."""

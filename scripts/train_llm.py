@@ -62,7 +62,7 @@ def main(argv=None):
     optimizer = optimizer_of(model, args)
 
     # ---- data
-    data = load_data(args, model, tokenizer, args.data_path)
+    data = load_data(args, model, tokenizer, args.data_path, weights=args.data_weights)
     val_data = load_data(args, model, tokenizer, args.val_path) if args.val_path else None
 
     # ---- train, from where the last run stopped if --from_resume

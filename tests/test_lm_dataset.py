@@ -147,9 +147,9 @@ BAD = [
     ("role", b'{"conversations": [{"role": "assistant", "content": "b"}]}', "assistant after system"),
     ("answer", json.dumps(row("a")).encode(), "nothing to learn"),
     ("answer", b'{"conversations": []}', "nothing to learn"),
-    ("count", json.dumps(row("<image><image>", "b", image="red.png")).encode(), "2 <image> in the user's turns, 1 in"),
-    ("count", json.dumps(row("<image>", "b")).encode(), "1 <image> in the user's turns, 0 in"),
-    ("count", json.dumps(row("a", "<image>", image="red.png")).encode(), "0 <image> in the user's turns, 1 in"),
+    ("count", json.dumps(row("<image>", "b", image="red.png, blue.png")).encode(), "1 <image> in the user's turns, 2"),
+    ("count", json.dumps(row("<image>", "b")).encode(), "1 <image> in the user's turns, 0 pictures"),
+    ("count", json.dumps(row("a", "<image>", image="red.png")).encode(), "0 <image> in the user's turns, 1 pictures"),
     ("missing", json.dumps(row("<image>", "b", image="no.png")).encode(), "no.png is not in"),
     ("missing", json.dumps(row("<image>", "b", image=".")).encode(), ". is not in"),
     ("long", json.dumps(row("word " * 200, "b")).encode(), "--max_seq_len allows 200"),
@@ -198,7 +198,7 @@ def test_a_data_set_without_a_usable_row_is_refused_even_under_skip(read):
 def test_files_and_folders_that_are_not_there_are_named_with_their_flag(read, tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match="--data_path .*nowhere.jsonl: no such file"):
         VLMDataset(tmp_path / "nowhere.jsonl", None, tokenizer)
-    with pytest.raises(FileNotFoundError, match="--images_path .*nowhere: no such folder"):
+    with pytest.raises(FileNotFoundError, match="--images_path .*nowhere: no such folder or zip"):
         read([GOOD], images_path=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="--data_path .*rows.jsonl is empty"):
         read(b"")
@@ -263,7 +263,7 @@ def test_a_broken_picture_gives_an_item_that_says_so(read, world, tmp_path, kind
     (tmp_path / "broken.jpg").write_bytes(content)
     data = read([row("<image>", "b", image="broken.jpg"), row("<image>", "b", image="whole.jpg")], images_path=tmp_path)
     assert set(data[0]) == {"row", "broken"}
-    assert data[0]["broken"].startswith(f"{data.files[0]}:1: {tmp_path / 'broken.jpg'} cannot be read: ")
+    assert data[0]["broken"].startswith(f"{data.sources[0].path}:1: {tmp_path / 'broken.jpg'} cannot be read: ")
     assert data[1]["pictures"].shape == (1, 3, 32, 32)
     batch = collate([data[0], data[1]])
     assert batch["rows"] == [1] and batch["broken"] == [data[0]["broken"]]

@@ -333,7 +333,7 @@ def test_rows_go_through_the_ordinary_reader(folder, tmp_path):
             image_special_token="@" * 16,
         )
         assert not data.bad and data.shortened == 0 and len(data) > 3 * VAL
-        compared = next(i for i in range(len(data)) if json.loads(data.line(i))["kind"] == "compare")
+        compared = next(i for i in range(len(data)) if data.row(i).kind == "compare")
         assert data[compared]["pictures"].shape == (2, 3, 64, 64)
 
 

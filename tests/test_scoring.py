@@ -123,7 +123,7 @@ def test_prompts_show_as_many_pictures_as_the_question_and_shuffled_ones_those_o
         assert len(other.images(i)) == question.pictures == len(own[i]["pictures"] if question.pictures else [])
         if question.pictures == 1:
             assert other.images(i) != own.images(i)
-            assert other[i]["pictures"].equal(data.load_picture(other.images(i)[0])[None])
+            assert other[i]["pictures"].equal(data.load_picture(other.questions[i].row, other.images(i)[0])[None])
             assert other[i]["ids"] == own[i]["ids"]
 
 

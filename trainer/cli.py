@@ -67,7 +67,8 @@ def add_model_arguments(parser, sees: bool = True) -> None:
     parser.add_argument("--num_attention_heads", type=positive(int), help="of queries" + own.format(8))
     parser.add_argument("--num_key_value_heads", type=positive(int), help="of keys and values" + own.format(2))
     parser.add_argument("--use_moe", action="store_true", help="mixture of experts; read off the weights")
-    parser.add_argument("--tokenizer_path", default="./model", help="folder with tokenizer.json")
+    default = "that of a Transformers folder, else ./model"
+    parser.add_argument("--tokenizer_path", help=f"folder with tokenizer.json; default: {default}")
     if sees:
         parser.add_argument("--vision_model_path", default=DEFAULT_VISION_MODEL, help="CLIP folder")
     parser.add_argument("--out_dir", default="./out", help="folder of the weights")
@@ -88,19 +89,24 @@ def add_training_arguments(
     data_path,
     learning_rate,
     max_seq_len,
-    images_path=None,
     trainable=None,
     projector_learning_rate=None,
 ):
-    """The flags of all training; a stage gives its own defaults, and the last three if it has pictures."""
-    sees = images_path is not None
+    """The flags of all training; a stage gives its own defaults, and the last two if it has pictures."""
+    sees = trainable is not None
     add_model_arguments(parser, sees)
     add = parser.add_argument
-    add("--data_path", nargs="+", default=[data_path], metavar="JSONL", help="training rows, one or several files")
-    add("--val_path", nargs="+", metavar="JSONL", help="held-out rows, for the validation loss")
+    rows = "training rows: JSONL or Parquet, files or patterns; without suffix: whichever is there"
+    add("--data_path", nargs="+", default=[data_path], metavar="PATH", help=rows)
+    passes = "how often an epoch passes over each --data_path, as in 1 0.5; default: once"
+    add("--data_weights", nargs="+", type=positive(float), metavar="W", help=passes)
+    add("--val_path", nargs="+", metavar="PATH", help="held-out rows, for the validation loss")
     if sees:
-        add("--images_path", default=images_path, metavar="DIR", help='folder that "image" names are relative to')
-        add("--val_images_path", metavar="DIR", help="their pictures, if not in --images_path")
+        beside = (
+            'folder or zip of the pictures named by "image", one for all --data_path or one each; default: beside it'
+        )
+        add("--images_path", nargs="+", metavar="PATH", help=beside)
+        add("--val_images_path", nargs="+", metavar="PATH", help="of --val_path; default: as --images_path")
         add(
             "--trainable",
             default=trainable,
@@ -111,7 +117,7 @@ def add_training_arguments(
         add("--projector_learning_rate", type=positive(float), default=peak, help="peak, for the projector")
     add("--val_interval", type=positive(int), help="steps between validations; default: at the end of each epoch")
     add("--on_bad_row", choices=["error", "skip"], default="error", help="what to do with rows that cannot be used")
-    add("--from_weight", default=from_weight, metavar="W", help="llm, pretrain_vlm, sft_vlm, a .pth file, or none")
+    add("--from_weight", default=from_weight, metavar="W", help="llm, pretrain_vlm, sft_vlm, a path, or none")
     add("--from_resume", action="store_true", help="go on where the last run with these flags stopped")
     add("--epochs", type=positive(int), default=1, help="passes over the data")
     add("--batch_size", type=positive(int), default=32, help="rows per device and forward pass")

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from dataset.lm_dataset import StepSampler, VLMDataset, collate
+from dataset.sources import MENDED
 from model.model_vlm import MiniMindVLM
 from model.processing import IGNORE
 from trainer.checkpoint import Checkpoint, State
@@ -38,8 +39,8 @@ MAX_BROKEN = 0.01  # share of rows with broken pictures that --on_bad_row skip p
 # ---------------------------------------------------------------------------- data
 
 
-def load_data(args, model, tokenizer, paths, images_path=None) -> VLMDataset:
-    """A checked data set, of text only for a model without eyes; prints what was left out and shortened."""
+def load_data(args, model, tokenizer, paths, images_path=None, weights=None) -> VLMDataset:
+    """A checked data set, of text only for a model without eyes; prints what was left out, mended and shortened."""
     say(f"checking {', '.join(map(str, paths))} ...")  # minutes for a million rows, the first time
     with main_first():
         data = VLMDataset(
@@ -50,8 +51,11 @@ def load_data(args, model, tokenizer, paths, images_path=None) -> VLMDataset:
             args.max_seq_len,
             getattr(model.config, "image_special_token", ""),
             args.on_bad_row,
+            weights,
         )
     say(f"  {len(data):,} rows, {int(data.lengths.mean())} tokens on average")
+    for kind, count in data.mended.items():
+        say(f"  {count:,} rows {MENDED[kind]}")
     if data.shortened:
         say(f"  {data.shortened:,} rows lose the end of their answers to --max_seq_len {args.max_seq_len}")
     if data.bad:
@@ -172,7 +176,9 @@ def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: V
         raise ValueError("--from_resume: the ranks find different checkpoints; --out_dir must be one that all see")
 
     accumulation = fit_accumulation(args, state)
-    sampler = StepSampler(data.lengths, args.batch_size, accumulation, args.seed, rank(), world_size())
+    sampler = StepSampler(
+        data.lengths, args.batch_size, accumulation, args.seed, rank(), world_size(), parts=data.parts
+    )
     loader = make_loader(data, sampler, args, device, tokenizer)
     val_loader = None
     if val_data is not None:

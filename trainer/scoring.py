@@ -2,10 +2,9 @@
 with the pictures shuffled between rows. A model that only knows what captions usually say loses nothing by that.
 """
 
-import json
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import sacrebleu
@@ -14,7 +13,8 @@ from pycocoevalcap.cider.cider import Cider
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from dataset.lm_dataset import BadRow, StepSampler, VLMDataset, collate, parse_row
+from dataset.lm_dataset import StepSampler, VLMDataset, collate
+from dataset.sources import BadRow, Row
 from model.processing import encode_chat
 from trainer.cli import autocast
 from trainer.loop import validate
@@ -78,8 +78,8 @@ def questions_of(data: VLMDataset, captions: dict[str, list[str]]) -> list[Quest
     """A question for each assistant turn. captions: more references, by name of the picture, any language."""
     questions = []
     for row in range(len(data)):
-        conversations, images = parse_row(data.line(row))
-        kind = json.loads(data.line(row)).get("kind") or ""
+        found = data.row(row)
+        conversations, images, kind = found.conversations, found.images, found.kind
         pieces = encode_chat(data.tokenizer, conversations, data.placeholders)
         answers = [turn["content"] for turn in conversations if turn["role"] == "assistant"]
         kinds = [*map(str, kind), *[""] * len(answers)] if isinstance(kind, list) else [str(kind)] * len(answers)
@@ -101,26 +101,29 @@ def questions_of(data: VLMDataset, captions: dict[str, list[str]]) -> list[Quest
 class ShuffledPictures(VLMDataset):
     """The same rows with the pictures of others; as many as before.
 
-    Pictures are exchanged, not rows: two rows about one picture both get the same other one. Only a row that is alone
-    in its number of pictures keeps its own.
+    Pictures are exchanged, not rows: two rows about one picture both get the same other one, from the same file. Only a
+    row that is alone in its number of pictures keeps its own.
     """
 
     def __init__(self, data: VLMDataset, seed: int):
         vars(self).update(vars(data))  # rows that are checked already
-        images = [tuple(parse_row(data.line(row))[1]) for row in range(len(data))]
+        shown = {self.shown(row) for row in range(len(data))}
         self.other = {}
-        for count in {len(names) for names in images} - {0}:
-            distinct = sorted({names for names in images if len(names) == count})
-            random.Random(seed).shuffle(distinct)
-            self.other |= dict(zip(distinct, distinct[1:] + distinct[:1]))
+        for source, count in sorted({(source, len(names)) for source, *names in shown if names}):
+            alike = sorted(key for key in shown if key[0] == source and len(key) == count + 1)
+            random.Random(seed).shuffle(alike)
+            self.other |= dict(zip(alike, alike[1:] + alike[:1]))
         if all(own == other for own, other in self.other.items()):
             raise ValueError("the rows have no two different pictures to exchange, so looking cannot be tested")
 
-    def line(self, row: int) -> str:
+    def shown(self, row: int) -> tuple:
+        """The source of a row and the names of its own pictures."""
+        return self.place(row)[0], *super().row(row).images
+
+    def row(self, row: int) -> Row:
         """A row as it stands in its file, but for the names of its pictures."""
-        line = super().line(row)
-        images = tuple(parse_row(line)[1])
-        return json.dumps(json.loads(line) | {"image": self.other[images]}) if images else line
+        key = self.shown(row)
+        return replace(super().row(row), images=list(self.other.get(key, key)[1:]))
 
 
 # ---------------------------------------------------------------------------- scores
@@ -138,12 +141,12 @@ class Prompts(Dataset):
     def images(self, i: int) -> list[str]:
         """The names of the pictures."""
         question = self.questions[i]
-        return parse_row(self.rows.line(question.row))[1][: question.pictures]
+        return self.rows.row(question.row).images[: question.pictures]
 
     def __getitem__(self, i: int) -> dict:
         question = self.questions[i]
         try:
-            pictures = [self.rows.load_picture(name) for name in self.images(i)]
+            pictures = [self.rows.load_picture(question.row, name) for name in self.images(i)]
         except BadRow as error:
             return {"number": i, "broken": f"{self.rows.where(question.row)}: {error}"}
         return {"number": i, "ids": question.prompt, "pictures": torch.stack(pictures) if pictures else None}

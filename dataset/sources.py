@@ -1,0 +1,340 @@
+"""Where rows and their pictures lie: JSONL or Parquet, a folder or a zip that stays zipped.
+
+    rows.jsonl + pictures/ or pictures.zip     {"conversations": [...], "image": "a.jpg, b.jpg"}, one row per line
+    rows.parquet                               columns conversations (the list as JSON) and image_bytes (one, or a list)
+
+Both are read through `datasets`, as Arrow tables that lie on disk and are mapped into memory: worker processes share
+them, and a table may be larger than the memory. A row is checked when it is parsed, and what public data sets are known
+to get wrong is mended there, and counted: see MENDED.
+"""
+
+import glob
+import json
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from model.processing import IMAGE_TAG
+
+MENDED = {
+    "surplus": "had more <image> than pictures: the last ones were left out",
+    "placeholder": "had no <image> and a picture of at most 8×8: read as text",
+}
+
+
+class BadRow(ValueError):
+    """A row that cannot be learned from. `kind` is a key of `dataset.lm_dataset.KINDS`."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+# ---------------------------------------------------------------------------- one row
+
+
+@dataclass
+class Row:
+    conversations: list[dict]  # {"role", "content"}, as many <image> in the user's turns as there are images
+    images: list[str]  # names, to be opened by the `pictures` of the row's source
+    kind: str | list = ""  # what the row says of its questions, as drawn scenes do; see trainer/scoring.py
+    mended: str = ""  # a key of MENDED
+
+
+def checked(conversations, images: list[str], **about) -> Row:
+    """Conversations as they were parsed, and names of pictures → a Row. Raises BadRow."""
+    if not isinstance(conversations, list):
+        raise BadRow("key", 'no "conversations" list')
+    for turn in conversations:
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+            raise BadRow("key", 'a turn needs "role" and "content", both text')
+    if not any(turn["role"] == "assistant" for turn in conversations):
+        raise BadRow("answer", "no assistant turn, nothing to learn")
+    tags = sum(turn["content"].count(IMAGE_TAG) for turn in conversations if turn["role"] == "user")
+    if tags > len(images) > 0:
+        return Row(drop_tags(conversations, len(images)), images, **about, mended="surplus")
+    if tags != len(images):
+        raise BadRow("count", f"{tags} {IMAGE_TAG} in the user's turns, {len(images)} pictures")
+    return Row(conversations, images, **about)
+
+
+def drop_tags(conversations: list[dict], keep: int) -> list[dict]:
+    """The conversation with its first `keep` tags, each other one gone with the line break before it."""
+
+    def tag(match):
+        nonlocal keep
+        keep -= 1
+        return match[0] if keep >= 0 else ""
+
+    return [
+        turn | {"content": re.sub(rf"\n?{IMAGE_TAG}", tag, turn["content"]).strip()} if turn["role"] == "user" else turn
+        for turn in conversations
+    ]
+
+
+def from_json(text: str):
+    """What a JSON text holds. Raises BadRow."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is valid JSON, but no text
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRow("json", str(error)) from None
+    return value
+
+
+def parse_line(line: str) -> Row:
+    """A line of JSONL → a Row. Raises BadRow."""
+    row = from_json(line)
+    if not isinstance(row, dict):
+        raise BadRow("key", 'no "conversations" list')
+    images = row.get("image") or []
+    if isinstance(images, str):
+        images = images.split(",")
+    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+        raise BadRow("key", '"image" must be text, as in "a.jpg" or "a.jpg, b.jpg", or a list of texts')
+    return checked(
+        row.get("conversations"), [name.strip() for name in images if name.strip()], kind=row.get("kind") or ""
+    )
+
+
+def parse_record(conversations: str, image_bytes: bytes | list | None, number: int) -> Row:
+    """A row of Parquet → a Row, whose pictures are called "number.0", "number.1", ... Raises BadRow."""
+    pictures = picture_list(image_bytes)
+    value = from_json(conversations)
+    text_only = isinstance(value, list) and not any(IMAGE_TAG in str(turn) for turn in value)
+    if text_only and len(pictures) == 1 and is_placeholder(pictures[0]):
+        return replace(checked(value, []), mended="placeholder")
+    return checked(value, [f"{number}.{i}" for i in range(len(pictures))])
+
+
+def picture_list(image_bytes) -> list[bytes]:
+    found = image_bytes if isinstance(image_bytes, list) else [image_bytes]
+    return [picture for picture in found if picture]
+
+
+def is_placeholder(picture: bytes) -> bool:
+    """Text rows of the public Parquet files carry a black picture of 8×8, as the column may not be empty."""
+    try:
+        with Image.open(BytesIO(picture)) as image:
+            return max(image.size) <= 8
+    except Exception:  # not a picture: said when the row is used
+        return False
+
+
+# ---------------------------------------------------------------------------- pictures
+
+
+class Folder:
+    """Pictures in a folder, by their path in it."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def open(self, name: str):
+        """What `PIL.Image.open` takes."""
+        return self.path / name
+
+    def where(self, name: str) -> str:
+        return str(self.path / name)
+
+
+class Zip:
+    """Pictures in a zip, which stays one: by their path in it, without the folders that all of them are in.
+
+    The index of a zip with a million files takes half a gigabyte as Python objects, which every worker would have to
+    read anew; as four arrays it takes tens of megabytes, which workers share.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                entries = [
+                    entry
+                    for entry in archive.infolist()
+                    if not entry.is_dir() and not entry.filename.startswith("__MACOSX/")
+                ]
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"--images_path {path} cannot be read: {error}. Fetch it again") from None
+        if any(entry.flag_bits & 1 for entry in entries):
+            raise ValueError(f"--images_path {path} is encrypted: unpack it, and give the folder")
+        names = [entry.filename for entry in entries]
+        start = common_folder(names)
+        encoded = np.array([name[start:].encode() for name in names], dtype=bytes)
+        order = np.argsort(encoded)
+        self.names = encoded[order]
+        self.entries = np.array(
+            [(entry.header_offset, entry.compress_size, entry.CRC, entry.compress_type) for entry in entries],
+            dtype=np.int64,
+        ).reshape(-1, 4)[order]
+
+    def find(self, name: str) -> int | None:
+        wanted = name.removeprefix("./").encode()
+        at = int(np.searchsorted(self.names, wanted))
+        return at if at < len(self.names) and self.names[at] == wanted else None
+
+    def has(self, name: str) -> bool:
+        return self.find(name) is not None
+
+    def open(self, name: str) -> BytesIO:
+        """The file's bytes. Raises ValueError if they are damaged."""
+        offset, size, crc, method = self.entries[self.find(name)].tolist()
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            # The entry's own header, whose extra field may differ in length from the one in the index.
+            name_length, extra_length = struct.unpack("<26xHH", file.read(30))
+            file.seek(name_length + extra_length, 1)
+            data = file.read(size)
+        if method == zipfile.ZIP_DEFLATED:
+            data = zlib.decompress(data, -15)
+        elif method != zipfile.ZIP_STORED:
+            raise ValueError(f"packed by method {method}, expected none or deflate")
+        if zlib.crc32(data) != crc:
+            raise ValueError("its checksum is wrong, the zip is damaged")
+        return BytesIO(data)
+
+    def where(self, name: str) -> str:
+        return f"{self.path}:{name}"
+
+
+def common_folder(names: list[str]) -> int:
+    """How many characters all paths have in common as folders: 7 for ["images/a.jpg", "images/b.jpg"]."""
+    if not names:
+        return 0
+    first, last = min(names), max(names)
+    common = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
+    return first.rfind("/", 0, common) + 1
+
+
+def open_pictures(path) -> Folder | Zip:
+    """--images_path: a folder or a zip."""
+    if Path(path).is_dir():
+        return Folder(path)
+    if Path(path).is_file():
+        return Zip(path)
+    raise FileNotFoundError(f"--images_path {path}: no such folder or zip")
+
+
+def pictures_beside(path: Path) -> Folder | Zip | None:
+    """The pictures of sft_data.jsonl when no --images_path is given: sft_images or images beside it, folder or zip."""
+    stem = path.stem.removesuffix("_data")
+    for name in (f"{stem}_images", f"{stem}_images.zip", "images", "images.zip"):
+        if (path.parent / name).exists():
+            return open_pictures(path.parent / name)
+    return None
+
+
+# ---------------------------------------------------------------------------- rows
+
+
+class Jsonl:
+    """A file of rows, one per line, and the folder or zip of their pictures."""
+
+    def __init__(self, path: Path, images_path=None):
+        self.path = path
+        try:  # -sig: Windows likes to put a mark at the start. escape: [ and * in a path are no patterns.
+            self.table = datasets.load_dataset(
+                "text", data_files=glob.escape(str(path)), split="train", encoding="utf-8-sig"
+            )
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise ValueError(f"--data_path {path} cannot be read: {error.__cause__}. Expected JSONL in UTF-8") from None
+        self.pictures = open_pictures(images_path) if images_path is not None else pictures_beside(path)
+        self.pictures_path = self.pictures.path if self.pictures else "--images_path, not given"
+
+    @staticmethod
+    def parse(batch, first: int) -> Iterator[Row | BadRow | None]:
+        """The rows of an Arrow table; None for a blank line."""
+        for line in batch["text"].to_pylist():
+            try:
+                yield parse_line(line) if line.strip() else None
+            except BadRow as error:
+                yield error
+
+    def row(self, number: int) -> Row:
+        return parse_line(self.table[number]["text"])
+
+    def has(self, name: str) -> bool:
+        return self.pictures is not None and self.pictures.has(name)
+
+    def open(self, name: str):
+        return self.pictures.open(name)
+
+    def where(self, name: str) -> str:
+        return self.pictures.where(name)
+
+
+class Parquet:
+    """A file of rows in the schema of the public Parquet files, pictures included."""
+
+    def __init__(self, path: Path, images_path=None):
+        self.path = path
+        try:
+            self.table = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
+        except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise ValueError(f"--data_path {path} cannot be read: {reason}. Expected Parquet") from None
+        missing = {"conversations", "image_bytes"} - set(self.table.column_names)
+        if missing:
+            raise ValueError(
+                f"--data_path {path} has no column {' and '.join(sorted(missing))}, but "
+                f"{', '.join(self.table.column_names)}. Expected conversations (JSON) and image_bytes"
+            )
+        self.table = self.table.select_columns(["conversations", "image_bytes"])
+
+    @staticmethod
+    def parse(batch, first: int) -> Iterator[Row | BadRow]:
+        """The rows of an Arrow table, the first of which has this number."""
+        columns = (batch[key].to_pylist() for key in ("conversations", "image_bytes"))
+        for i, record in enumerate(zip(*columns)):
+            try:
+                yield parse_record(*record, first + i)
+            except BadRow as error:
+                yield error
+
+    def row(self, number: int) -> Row:
+        record = self.table[number]
+        return parse_record(record["conversations"], record["image_bytes"], number)
+
+    def has(self, name: str) -> bool:
+        return True
+
+    def open(self, name: str) -> BytesIO:
+        number, which = map(int, name.split("."))
+        return BytesIO(picture_list(self.table[number]["image_bytes"])[which])
+
+    def where(self, name: str) -> str:
+        number, which = map(int, name.split("."))
+        return f"picture {which + 1} of {self.path}:{number + 1}"
+
+
+def open_rows(path, images_path=None) -> list[Jsonl | Parquet]:
+    """--data_path: a file, a pattern such as data/*.parquet, or a name without the suffix .jsonl or .parquet."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"--data_path {path} is a folder: name its files, as in '{path / '*.parquet'}'")
+    files = [file for file in (path, path.with_suffix(".jsonl"), path.with_suffix(".parquet")) if file.is_file()][:1]
+    if path.suffix:
+        root = Path(path.anchor)
+        files = [path] if path.is_file() else sorted(root.glob(str(path.relative_to(root))))
+    if not files:
+        raise FileNotFoundError(
+            f"--data_path {path}: no such file. Expected JSONL, one conversation per line, or Parquet. To fetch the "
+            "public one: python -m scripts.download --what data. To begin without: python -m scripts.quickstart"
+        )
+    for file in files:
+        if file.stat().st_size == 0:
+            raise ValueError(f"--data_path {file} is empty")
+    datasets.disable_progress_bars()
+    return [(Parquet if file.suffix == ".parquet" else Jsonl)(file, images_path) for file in files]

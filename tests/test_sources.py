@@ -1,0 +1,281 @@
+"""dataset/sources.py: zips that stay zipped, Parquet, several files with weights, and what is mended on the way."""
+
+import io
+import json
+import zipfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+
+from dataset.lm_dataset import StepSampler, VLMDataset
+from dataset.sources import Folder, Zip, drop_tags, parse_line
+from model.processing import ImageProcessor
+from tests.conftest import turn, write_rows
+
+P = 16  # placeholders of a picture in the tests' world
+
+
+def chat(*texts):
+    return [turn(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
+
+
+def row(*texts, image=None):
+    return {"conversations": chat(*texts), **({"image": image} if image else {})}
+
+
+def picture(colour, size=(32, 32)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+BLACK = picture("black", (8, 8))  # what text rows of the public Parquet files carry
+
+
+def write_parquet(path, rows, several=True, **options):
+    """rows: (conversations, [pictures])"""
+    texts = [json.dumps(conversations, ensure_ascii=False) for conversations, _ in rows]
+    images = [pictures if several else pictures[0] for _, pictures in rows]
+    kind = pa.list_(pa.binary()) if several else pa.binary()
+    table = pa.table({"conversations": texts, "image_bytes": pa.array(images, kind)})
+    pyarrow.parquet.write_table(table, path, **options)
+    return path
+
+
+@pytest.fixture
+def read(tokenizer, clip_folder):
+    def read(data_path, images_path=None, **options):
+        options = {"max_length": 200, "image_special_token": "@" * P} | options
+        return VLMDataset(data_path, images_path, tokenizer, ImageProcessor.from_pretrained(clip_folder), **options)
+
+    return read
+
+
+def text(data, tokenizer, i) -> str:
+    return tokenizer.decode(data[i]["input_ids"])
+
+
+def colours(data) -> list[list]:
+    """The middle pixel of every picture of every row."""
+    return [[] if data[i]["pictures"] is None else data[i]["pictures"][:, :, 16, 16].tolist() for i in range(len(data))]
+
+
+RED, GREEN, BLUE = [255, 0, 0], [0, 128, 0], [0, 0, 255]
+
+
+# ---------------------------------------------------------------------------- zip
+
+
+@pytest.fixture
+def make_zip(tmp_path):
+    def make_zip(names, name="pictures.zip", method=zipfile.ZIP_DEFLATED, comment=b""):
+        with zipfile.ZipFile(tmp_path / name, "w", method) as archive:
+            for entry, colour in names.items():
+                archive.writestr(entry, picture(colour))
+            archive.comment = comment
+        return tmp_path / name
+
+    return make_zip
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("folder", ["", "sft_images/", "a/b/"])
+def test_a_zip_is_read_as_the_folder_it_holds_without_being_unpacked(read, make_zip, tmp_path, method, folder):
+    archive = make_zip({f"{folder}{name}.png": name for name in ("red", "green", "blue")}, method=method, comment=b"hi")
+    rows = [row("<image>", "b", image="blue.png"), row("<image>\n<image>", "b", image="red.png, ./green.png")]
+    data = read(write_rows(tmp_path / "rows.jsonl", rows), archive)
+    assert colours(data) == [[BLUE], [RED, GREEN]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures.zip", "rows.jsonl"]
+
+
+def test_folders_inside_a_zip_that_only_some_share_belong_to_the_names(make_zip):
+    archive = Zip(
+        make_zip({"all/x/red.png": "red", "all/xy.png": "green", "__MACOSX/all/red.png": "blue", "all/é中.png": "blue"})
+    )
+    assert [archive.has(name) for name in ("x/red.png", "xy.png", "é中.png")] == [True] * 3
+    assert [archive.has(name) for name in ("red.png", "x/", "all/xy.png", "", "zz", "x/red.pn")] == [False] * 6
+    assert Image.open(archive.open("é中.png")).getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_a_picture_that_is_not_in_the_zip_is_named_with_its_row(read, make_zip, tmp_path):
+    archive = make_zip({"red.png": "red"})
+    path = write_rows(
+        tmp_path / "rows.jsonl", [row("<image>", "b", image="red.png"), row("<image>", "b", image="no.png")]
+    )
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: no.png is not in .*pictures.zip"):
+        read(path, archive)
+
+
+def test_a_damaged_picture_in_a_zip_is_a_broken_picture_of_its_row(read, make_zip, tmp_path):
+    archive = make_zip({"red.png": "red", "green.png": "green"}, method=zipfile.ZIP_STORED)
+    content = bytearray(archive.read_bytes())
+    content[content.index(picture("red")) + 60] ^= 1
+    archive.write_bytes(content)
+    path = write_rows(tmp_path / "rows.jsonl", [row("<image>", "b", image=f"{name}.png") for name in ("red", "green")])
+    data = read(path, archive)
+    assert data[0]["broken"].startswith(f"{path}:1: {archive}:red.png cannot be read: its checksum is wrong")
+    assert data[1]["pictures"][0, :, 16, 16].tolist() == GREEN
+
+
+def test_a_file_that_is_no_zip_and_one_that_is_encrypted_are_refused(make_zip, tmp_path):
+    (tmp_path / "cut.zip").write_bytes(make_zip({"red.png": "red"}).read_bytes()[:-10])
+    with pytest.raises(ValueError, match="--images_path .*cut.zip cannot be read: .* Fetch it again"):
+        Zip(tmp_path / "cut.zip")
+    content = bytearray(make_zip({"red.png": "red"}).read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "secret.zip").write_bytes(content)
+    with pytest.raises(ValueError, match="secret.zip is encrypted: unpack it"):
+        Zip(tmp_path / "secret.zip")
+
+
+def test_a_zip_of_many_pictures_takes_little_memory(tmp_path):
+    with zipfile.ZipFile(tmp_path / "many.zip", "w", zipfile.ZIP_STORED) as archive:
+        for i in range(20_000):
+            archive.writestr(f"{i:07}.jpg", b"x")
+    found = Zip(tmp_path / "many.zip")
+    assert found.names.nbytes + found.entries.nbytes < 60 * 20_000  # bytes; as ZipInfo objects they take 600 each
+    assert found.open("0012345.jpg").read() == b"x"
+
+
+@pytest.mark.parametrize("place", ["sft_images", "sft_images.zip", "images", "images.zip"])
+def test_pictures_beside_the_rows_need_no_flag(read, make_zip, tmp_path, place):
+    if place.endswith(".zip"):
+        make_zip({"red.png": "red"}, place)
+    else:
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "red.png").write_bytes(picture("red"))
+    write_rows(tmp_path / "sft_data.jsonl", [row("<image>", "b", image="red.png")])
+    assert colours(read(tmp_path / "sft_data")) == [[RED]]  # nor does the rows' own suffix
+
+
+# ---------------------------------------------------------------------------- Parquet
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_parquet_rows_give_the_same_examples_as_jsonl(read, tokenizer, tmp_path, several):
+    rows = [(chat("What?\n<image>", "红色。"), [picture("red")]), (chat("<image>", "b", "c", "d"), [picture("blue")])]
+    if several:
+        rows.append((chat("<image> or <image>?", "b"), [picture("red"), picture("green")]))
+    data = read(write_parquet(tmp_path / "rows.parquet", rows, several))
+    (tmp_path / "images").mkdir()
+    lines = []
+    for i, (conversations, pictures) in enumerate(rows):
+        names = [f"{i}_{k}.png" for k in range(len(pictures))]
+        for name, content in zip(names, pictures):
+            (tmp_path / "images" / name).write_bytes(content)
+        lines.append({"conversations": conversations, "image": names})
+    same = read(write_rows(tmp_path / "same.jsonl", lines))
+    assert len(data) == len(same) == len(rows) and data.lengths.tolist() == same.lengths.tolist()
+    for i in range(len(rows)):
+        for key in ("input_ids", "labels", "pictures"):
+            assert torch.equal(data[i][key], same[i][key])
+    assert data.where(1) == f"{tmp_path / 'rows.parquet'}:2"
+
+
+def test_public_oddities_are_mended_and_counted(read, tokenizer, tmp_path):
+    rows = [
+        (chat("<image>\n<image>\n<image>\nWhich is red?", "The first."), [picture("red"), picture("blue")]),
+        (chat("Say hello.", "Hello."), [BLACK]),
+        (chat("<image>", "Black."), [BLACK]),  # a picture that is asked about stays one
+        (chat("Say hello.", "Hello."), []),
+    ]
+    data = read(write_parquet(tmp_path / "rows.parquet", rows))
+    assert data.mended == {"surplus": 1, "placeholder": 1} and not data.bad
+    assert colours(data) == [[RED, BLUE], [], [[0, 0, 0]], []]
+    assert f"user\n{'@' * P}\n{'@' * P}\nWhich is red?<|im_end|>" in text(data, tokenizer, 0)
+    assert text(data, tokenizer, 1) == text(data, tokenizer, 3)
+
+
+def test_a_real_picture_without_a_tag_is_a_bad_row(read, tmp_path):
+    path = write_parquet(tmp_path / "rows.parquet", [(chat("Hi.", "b"), [picture("red")]), (chat("a", "b"), [BLACK])])
+    with pytest.raises(ValueError, match=r"rows.parquet:1: 0 <image> in the user's turns, 1 pictures"):
+        read(path)
+
+
+def test_surplus_tags_go_with_their_line_break_wherever_they_stand():
+    found = drop_tags(chat("<image>\nWhich?", "<image>", "And\n<image>", "d", "<image>\nthis?", "f"), 2)
+    assert [turn["content"] for turn in found] == ["<image>\nWhich?", "<image>", "And\n<image>", "d", "this?", "f"]
+    line = json.dumps(row("<image>\n<image>\n<image>", "b", image="a.jpg, b.jpg"))
+    assert (parse_line(line).mended, parse_line(line).conversations[0]["content"]) == ("surplus", "<image>\n<image>")
+
+
+def test_a_bad_row_of_parquet_is_named_and_a_broken_picture_too(read, tmp_path):
+    rows = [(chat("<image>", "b"), [picture("red")]), ("not a list", []), (chat("<image>", "b"), [b"no picture"])]
+    data = read(write_parquet(tmp_path / "rows.parquet", rows), on_bad_row="skip")
+    assert data.bad == {"key": [f'{tmp_path / "rows.parquet"}:2: no "conversations" list']}
+    assert data[1]["broken"].startswith(
+        f"{tmp_path / 'rows.parquet'}:3: picture 1 of {tmp_path / 'rows.parquet'}:3 cannot be read: "
+    )
+
+
+def test_a_file_that_is_no_parquet_or_has_other_columns_is_refused(read, tmp_path):
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(ValueError, match="--data_path .*cut.parquet cannot be read: .* Expected Parquet"):
+        read(tmp_path / "cut.parquet")
+    pyarrow.parquet.write_table(pa.table({"text": ["a"], "conversations": ["b"]}), tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match="has no column image_bytes, but text, conversations. Expected"):
+        read(tmp_path / "other.parquet")
+
+
+# ---------------------------------------------------------------------------- several
+
+
+def test_a_pattern_reads_all_its_files_in_order(read, tmp_path):
+    for i, colour in enumerate(("red", "green", "blue")):
+        write_parquet(tmp_path / f"part-{i}.parquet", [(chat("<image>", "b"), [picture(colour)])])
+    data = read(tmp_path / "part-*.parquet")
+    assert colours(data) == [[RED], [GREEN], [BLUE]] and data.where(2) == f"{tmp_path / 'part-2.parquet'}:1"
+    with pytest.raises(FileNotFoundError, match=r"--data_path .*none-\*.parquet: no such file"):
+        read(tmp_path / "none-*.parquet")
+    with pytest.raises(ValueError, match=r"is a folder: name its files, as in '.*/\*.parquet'"):
+        read(tmp_path)
+
+
+def test_each_file_may_have_pictures_of_its_own(read, make_zip, tmp_path):
+    archive = make_zip({"a.png": "red"})
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/a.png").write_bytes(picture("blue"))
+    rows = [row("<image>", "b", image="a.png")]
+    paths = [write_rows(tmp_path / f"{name}.jsonl", rows) for name in ("one", "two")]
+    paths.append(write_parquet(tmp_path / "three.parquet", [(chat("<image>", "b"), [picture("green")])]))
+    data = read(paths, [archive, tmp_path / "folder", None], weights=[1, 2, 0.5])
+    assert colours(data) == [[RED], [BLUE], [GREEN]] and data.parts == [(0, 1, 1), (1, 2, 2), (2, 3, 0.5)]
+    with pytest.raises(ValueError, match="--images_path names 2, --data_path 3: give as many, in this order"):
+        read(paths, [archive, archive])
+    with pytest.raises(ValueError, match="--data_weights names 1, --data_path 3"):
+        read(paths, archive, weights=[1])
+
+
+def epochs(parts, count, **options) -> list[list[int]]:
+    sampler = StepSampler(np.full(max(end for _, end, _ in parts), 50), 4, parts=parts, **options)
+    found = []
+    for epoch in range(count):
+        sampler.set_epoch(epoch)
+        found.append([row for batch in sampler for row in batch])
+    return found
+
+
+def test_weights_say_how_often_an_epoch_passes_over_a_part():
+    parts = [(0, 100, 1), (100, 140, 2.5), (140, 200, 0.5), (200, 203, 0.1)]
+    for rows in epochs(parts, 3):
+        counts = np.bincount(rows, minlength=203)
+        assert (counts[:100] == 1).all() and counts[100:140].sum() == 100 and set(counts[100:140]) == {2, 3}
+        assert counts[140:200].sum() == 30 and counts[140:].max() == 1 and counts[200:].sum() == 0
+    two = np.bincount(sum(epochs(parts, 2), []), minlength=203)
+    assert (two[100:140] == 5).all() and (two[140:200] == 1).all()  # the halves of two epochs make a whole
+
+
+def test_with_weights_ranks_still_share_the_epoch_and_the_order_follows_from_the_seed():
+    parts = [(0, 100, 0.3), (100, 140, 2)]
+    alone = epochs(parts, 2, seed=3)
+    assert epochs(parts, 2, seed=3) == alone != epochs(parts, 2, seed=4)
+    ranks = [epochs(parts, 2, seed=3, rank=rank, world_size=2) for rank in (0, 1)]
+    assert [sorted(a + b) for a, b in zip(*ranks)] == [sorted(rows) for rows in alone]
+
+
+def test_a_folder_does_not_have_what_lies_outside_a_file(tmp_path):
+    assert not Folder(tmp_path).has(".") and not Folder(tmp_path).has("no.png")
