@@ -24,7 +24,7 @@ from PIL import Image
 from dataset.sources import BadRow, Jsonl, Parquet, Row, open_rows
 from model.processing import IGNORE, IMAGE_TAG, encode_chat
 
-FORMAT = 3  # raise it when `check_rows` changes what it finds: results are cached on disk
+FORMAT = 4  # raise it when `check_rows` changes what it finds: results are cached on disk
 KINDS = {
     "json": "not valid JSON",
     "key": "missing or malformed key",
@@ -63,7 +63,9 @@ def fit(pieces, max_length: int) -> tuple[list[int], list[int], int]:
 
 
 def encode_row(row: Row, tokenizer, placeholders: str, max_length: int):
-    """A row → input_ids, labels, names of its pictures, and whether it was shortened. Raises BadRow.
+    """A row → input_ids, labels, names of its pictures, and how many tokens its answers have. Raises BadRow.
+
+    What the labels have less than the answers is what max_length cost.
 
     Without placeholders the pictures are left out: what remains is text.
     """
@@ -82,14 +84,15 @@ def encode_row(row: Row, tokenizer, placeholders: str, max_length: int):
         raise BadRow("role", str(error)) from None
     ids, labels, pictures = fit(pieces, max_length)
     answers = sum(len(piece) for piece, is_answer, _ in pieces if is_answer)
-    return ids, labels, images[:pictures], sum(label != IGNORE for label in labels) < answers
+    return ids, labels, images[:pictures], answers
 
 
 CHECKED = datasets.Features(
     {
-        "length": datasets.Value("int32"),
+        "length": datasets.Value("int32"),  # tokens
+        "answers": datasets.Value("int32"),  # tokens of its answers
+        "lost": datasets.Value("int32"),  # how many of these max_length cost
         "images": datasets.List(datasets.Value("string")),
-        "shortened": datasets.Value("bool"),
         "mended": datasets.Value("string"),
         "kind": datasets.Value("string"),
         "problem": datasets.Value("string"),
@@ -101,18 +104,19 @@ def check_rows(batch, numbers: list[int], parse, tokenizer, placeholders: str, m
     """For `datasets.map`: what can be known of rows without opening their pictures. parse: of their source."""
     found = {key: [] for key in CHECKED}
     for row in parse(batch, numbers[0]):
-        length, images, shortened, mended, kind, problem = 0, [], False, "", "", ""
+        length, answers, lost, images, mended, kind, problem = 0, 0, 0, [], "", "", ""
         try:
             if row is None:
                 kind = "blank"
             elif isinstance(row, BadRow):
                 raise row
             else:
-                ids, _, images, shortened = encode_row(row, tokenizer, placeholders, max_length)
+                ids, labels, images, answers = encode_row(row, tokenizer, placeholders, max_length)
                 length, mended = len(ids), row.mended
+                lost = answers - sum(label != IGNORE for label in labels)
         except BadRow as error:
             kind, problem = error.kind, str(error)
-        for key, value in zip(found, (length, images, shortened, mended, kind, problem)):
+        for key, value in zip(found, (length, answers, lost, images, mended, kind, problem)):
             found[key].append(value)
     return found
 
@@ -127,6 +131,7 @@ class VLMDataset(torch.utils.data.Dataset):
         lengths: int64 (rows,), tokens of each usable row.
         bad: {kind: ["file:line: what is wrong", ...]} of the rows that are not usable.
         shortened: how many usable rows lost the end of their conversation to max_length.
+        answer_tokens, lost_tokens: of the answers of usable rows, and how many of these max_length cost.
         mended: {key of MENDED: how many usable rows}.
         parts: [(first row, end, weight)] of the usable rows of each path.
     """
@@ -166,7 +171,8 @@ class VLMDataset(torch.utils.data.Dataset):
         found = [open_rows(path, store) for path, store in zip(paths, stores)]
         self.sources = [source for of_path in found for source in of_path]
         self.starts = np.cumsum([0, *(len(source.table) for source in self.sources)])  # the first row of each
-        self.bad, self.mended, self.shortened, self.parts = defaultdict(list), Counter(), 0, []
+        self.bad, self.mended, self.parts = defaultdict(list), Counter(), []
+        self.shortened = self.answer_tokens = self.lost_tokens = 0
         rows, lengths, end = [], [], 0
         for of_path, weight in zip(found, weights):
             begin = end
@@ -223,7 +229,9 @@ class VLMDataset(torch.utils.data.Dataset):
             self.bad["missing"].append(f"{source.path}:{number + 1}: {name} is not in {source.pictures_path}")
 
         usable = checked.filter(pa.array(good))
-        self.shortened += pc.sum(usable["shortened"]).as_py() or 0
+        self.shortened += pc.sum(pc.greater(usable["lost"], 0)).as_py() or 0
+        self.answer_tokens += pc.sum(usable["answers"]).as_py() or 0
+        self.lost_tokens += pc.sum(usable["lost"]).as_py() or 0
         for found in usable["mended"].value_counts().to_pylist():
             if found["values"]:
                 self.mended[found["values"]] += found["counts"]
