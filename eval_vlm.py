@@ -4,8 +4,9 @@
     python eval_vlm.py                                    # every picture in dataset/eval_images/
     python eval_vlm.py --data_path val.jsonl --images_path pictures
 
-Weights are out/sft_vlm_512.pth unless --model_mode, --hidden_size, --use_moe or --weights say otherwise. Scores come
-as a table and as JSON, each also with the pictures shuffled between rows, which shows whether the model looks.
+Weights are out/sft_vlm_512.pth, or the only one of out/sft_vlm_*.pth, unless --model_mode, --hidden_size, --use_moe or
+--weights say otherwise; a Transformers folder, as the hubs have it, with --load 1 --weights FOLDER. Scores come as a
+table and as JSON, each also with the pictures shuffled between rows, which shows whether the model looks.
 """
 
 import argparse

@@ -217,7 +217,7 @@ class VLMDataset(torch.utils.data.Dataset):
         for number in np.flatnonzero(~good).tolist():
             kind = checked["kind"][number].as_py()
             if kind != "blank":
-                self.bad[kind].append(f"{source.path}:{number + 1}: {checked['problem'][number]}")
+                self.bad[kind].append(f"{source.place(number)}: {checked['problem'][number]}")
 
         images = checked["images"].combine_chunks()
         names = images.flatten()
@@ -226,7 +226,7 @@ class VLMDataset(torch.utils.data.Dataset):
         numbers, names = pc.list_parent_indices(images).filter(lost).to_pylist(), names.filter(lost).to_pylist()
         for number, name in sorted(dict(zip(numbers, names)).items()):
             good[number] = False
-            self.bad["missing"].append(f"{source.path}:{number + 1}: {name} is not in {source.pictures_path}")
+            self.bad["missing"].append(f"{source.place(number)}: {name} is not in {source.pictures_path}")
 
         usable = checked.filter(pa.array(good))
         self.shortened += pc.sum(pc.greater(usable["lost"], 0)).as_py() or 0
@@ -255,7 +255,7 @@ class VLMDataset(torch.utils.data.Dataset):
     def where(self, row: int) -> str:
         """file:line of a usable row."""
         source, number = self.place(row)
-        return f"{self.sources[source].path}:{number + 1}"
+        return self.sources[source].place(number)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -265,6 +265,10 @@ class Jsonl:
     def row(self, number: int) -> Row:
         return parse_line(self.table[number]["text"])
 
+    def place(self, number: int) -> str:
+        """file:line of a row"""
+        return f"{self.path}:{number + 1}"
+
     def has(self, name: str) -> bool:
         return self.pictures is not None and self.pictures.has(name)
 
@@ -314,9 +318,25 @@ class Parquet:
         number, which = map(int, name.split("."))
         return BytesIO(picture_list(self.table[number]["image_bytes"])[which])
 
+    def place(self, number: int) -> str:
+        return f"{self.path}:{number + 1}"
+
     def where(self, name: str) -> str:
         number, which = map(int, name.split("."))
-        return f"picture {which + 1} of {self.path}:{number + 1}"
+        return f"picture {which + 1} of {self.place(number)}"
+
+
+class Stretch(Parquet):
+    """Rows of a stream, each of which knows its place there; see dataset/streaming.py."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        table = datasets.Dataset.from_file(str(path))
+        self.places = table.select_columns(["origin"])
+        self.table = table.select_columns(["conversations", "image_bytes"])
+
+    def place(self, number: int) -> str:
+        return self.places[number]["origin"]
 
 
 def open_rows(path, images_path=None) -> list[Jsonl | Parquet]:
@@ -337,4 +357,6 @@ def open_rows(path, images_path=None) -> list[Jsonl | Parquet]:
         if file.stat().st_size == 0:
             raise ValueError(f"--data_path {file} is empty")
     datasets.disable_progress_bars()
+    if path.suffix == ".arrow":
+        return [Stretch(path)]
     return [(Parquet if file.suffix == ".parquet" else Jsonl)(file, images_path) for file in files]

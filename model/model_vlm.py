@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, N pictures, P patches (= placeholders) per picture, H
 V the encoder's width.
 """
 
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -79,6 +80,17 @@ def quiet_transformers():
             logging.enable_progress_bar()
 
 
+def why_unreadable(error: BaseException) -> str:
+    """A line about weights that could not be read, without PyTorch's advice to switch its protection off."""
+    causes = [error]
+    while causes[-1].__context__ is not None:  # some versions of Transformers raise an error of their own on top
+        causes.append(causes[-1].__context__)
+    for cause in causes:
+        if found := re.search(r"GLOBAL (\S+)", str(cause)):
+            return f"it would call {found[1]}, where only tensors are read. Do not use a file that runs code"
+    return str(error).split("\n")[0]
+
+
 class MiniMindVLM(MiniMindForCausalLM):
     """The vision-language model. `vision_encoder` is frozen, always in eval mode, and never saved."""
 
@@ -119,7 +131,7 @@ class MiniMindVLM(MiniMindForCausalLM):
             try:
                 model, info = CLIPVisionModel.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
             except Exception as error:  # safetensors, zip files and pickles each break in their own way
-                reason = str(error).splitlines()[0]
+                reason = why_unreadable(error)
                 raise ValueError(f"{path}: the weights cannot be read, download them anew ({reason})") from None
         unfilled = [*info["missing_keys"], *info["mismatched_keys"]]
         if unfilled:

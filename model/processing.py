@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 IMAGE_TAG = "<image>"  # stands in the text of a data set where the picture belongs
 DEFAULT_SYSTEM = "You are a helpful assistant"
@@ -130,7 +130,7 @@ def vision_config(folder) -> dict:
     if not path.exists():
         raise FileNotFoundError(
             f"--vision_model_path {folder}: no config.json there. Expected a CLIP folder (config.json, "
-            "model.safetensors or pytorch_model.bin, preprocessor_config.json)"
+            "model.safetensors or pytorch_model.bin, preprocessor_config.json): python -m scripts.download --what clip"
         )
     config = read_json(path)
     found = config.get("vision_config", config)
@@ -150,10 +150,10 @@ def load_tokenizer(path, placeholders: str = "@" * 196):
     path = Path(path)
     if not (path / "tokenizer.json").exists():
         raise FileNotFoundError(
-            f"--tokenizer_path {path}: no tokenizer.json there. Take the tokenizer that belongs to your weights, or "
-            "train one: python -m scripts.train_tokenizer --help"
+            f"--tokenizer_path {path}: no tokenizer.json there. Take the tokenizer that belongs to your weights (the "
+            "public one: python -m scripts.download --what llm) or train one: python -m scripts.train_tokenizer --help"
         )
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)  # AutoTokenizer would ask to run the code of an auto_map
     for token in ("<|im_start|>", "<|im_end|>"):
         if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
             raise ValueError(f"{path / 'tokenizer.json'} has no {token} token, which marks the turns of a chat")

@@ -28,7 +28,7 @@ from dataset.lm_dataset import StepSampler, VLMDataset
 from dataset.scene_pictures import draw
 from dataset.scenes import caption, scenes_of
 from model.processing import ImageProcessor, load_tokenizer
-from trainer.loop import make_loader
+from trainer.feed import make_loader
 
 ROW_GROUP = 10_000  # rows
 
@@ -132,8 +132,8 @@ def main(argv=None):
         print(
             f"{which} start: {found['seconds']:.0f} s to the first batch of {found['rows']:,} rows "
             f"({found['text_rows']:,} of text only); then {found['rows_per_s']:,.0f} rows/s; main process "
-            f"{found['main_gb']:.2f} GB; all together {found['own_gb']:.2f} GB of their own, {found['files_gb']:.2f} GB "
-            "of mapped files",
+            f"{found['main_gb']:.2f} GB; all together {found['own_gb']:.2f} GB of their own and "
+            f"{found['files_gb']:.2f} GB of mapped files",
             flush=True,
         )
 

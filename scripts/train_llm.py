@@ -17,7 +17,8 @@ from pathlib import Path
 
 from trainer import distributed
 from trainer.cli import HelpFormatter, add_training_arguments, make_deterministic, pick_device, run_main
-from trainer.loop import load_data, train_epoch, training
+from trainer.feed import load_data
+from trainer.loop import train_epoch, training
 from trainer.optimizer import optimizer_of
 from trainer.weights import build_model, find_weights
 

@@ -38,7 +38,7 @@ def make_run(flags, monkeypatch):
 
 
 def batch(run, *rows):
-    return collate([run.data[row] for row in rows])
+    return collate([run.feed.data[row] for row in rows])
 
 
 def count(batches):
@@ -73,7 +73,7 @@ def test_a_step_learns_the_mean_over_all_labelled_tokens_however_it_is_split(mak
     model, rows = run.model, SPLITS[0][0]
     total, labels, aux = 0, 0, 0
     for row in rows:
-        single = run.data[row]
+        single = run.feed.data[row]
         pictures = single["pictures"]
         out = model(single["input_ids"][None], pixel_values=pictures)
         targets = single["labels"][1:]

@@ -1,6 +1,8 @@
 """model/model_vlm.py: features land on their placeholders, batches equal single rows, the encoder stays as it is."""
 
 import json
+import os
+import pickle
 import shutil
 
 import pytest
@@ -341,6 +343,24 @@ def test_a_damaged_file_of_weights_is_named(clip_copy, name):
     (clip_copy / name).write_bytes(whole[:1000])
     with pytest.raises(ValueError, match="clip: the weights cannot be read, download them anew"):
         MiniMindVLM.get_vision_model(clip_copy)
+
+
+class Payload:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, 2))])
+def test_a_clip_that_would_run_code_is_refused_and_runs_nothing(clip_copy, tmp_path, write):
+    victim, state = tmp_path / "it_ran", load_file(clip_copy / "model.safetensors")
+    (clip_copy / "model.safetensors").unlink()
+    write({"evil": Payload(f"touch {victim}"), **state}, clip_copy / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="clip: the weights cannot be read, .*it would call posix.system"):
+        MiniMindVLM.get_vision_model(clip_copy)
+    assert not victim.exists()
 
 
 @pytest.mark.parametrize("wrong", [{"image_size": 64}, {"patch_size": 4}, {"hidden_size": 64}])

@@ -45,7 +45,7 @@ def test_a_language_model_goes_through_both_stages_by_their_defaults(flags, tmp_
     flags = without(flags, "--from_weight", "--num_hidden_layers")
     first = train_pretrain_vlm.main(flags)
     printed = capsys.readouterr().out
-    assert f"loaded 21 tensors from {out / 'llm_64.pth'}, initialised anew: the projector" in printed
+    assert f"loaded 21 tensors from {out / 'llm_64.pth'}; new: projector" in printed
     pretrained = torch.load(out / "pretrain_vlm_64.pth")
     changed = {key for key in state if "vision" not in key and not torch.equal(pretrained[key], state[key])}
     assert changed == {key for key in state if key.startswith("model.layers.1.")}  # the last of two
@@ -100,7 +100,7 @@ def test_two_stages_learn_to_look(flags, world):
     train_pretrain_vlm.main([*flags, *rates, "--from_weight", "none", "--epochs", "20"])
     run = train_sft_vlm.main([*flags, *rates, "--epochs", "40"])
     model = run.model.eval()
-    examples = [run.data[row] for row in range(12)]  # two about each colour
+    examples = [run.feed.data[row] for row in range(12)]  # two about each colour
     loss = {}
     for kind, shift in (("true", 0), ("shuffled", 2)):
         shown = [other | {"pictures": examples[(i + shift) % 12]["pictures"]} for i, other in enumerate(examples)]

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
 from transformers import CLIPModel
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -18,11 +20,12 @@ from model.model_vlm import MiniMindVLM, VLMConfig
 from scripts import train_llm, train_tokenizer
 from tests.conftest import lively, turn, write_rows
 from train_sft_vlm import parse_args
+from trainer import weights
 from trainer.weights import (
     build_model,
-    config_of,
     describe,
     find_weights,
+    known_names,
     load_weights,
     read_weights,
     refuse_other_architecture,
@@ -156,12 +159,16 @@ class Payload:
         return os.system, (self.command,)
 
 
+@pytest.mark.parametrize("name", ["evil.pth", "folder/pytorch_model.bin"])
 @pytest.mark.parametrize("write", [torch.save, lambda value, path: Path(path).write_bytes(pickle.dumps(value, 2))])
-def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path, write):
-    victim, path = tmp_path / "it_ran", tmp_path / "evil.pth"
+def test_a_file_that_would_run_code_is_refused_and_runs_nothing(bare, tmp_path, write, name):
+    victim, path = tmp_path / "it_ran", tmp_path / name
+    path.parent.mkdir(exist_ok=True)
     write({"model.norm.weight": Payload(f"touch {victim}")}, path)
-    with pytest.raises(ValueError, match="evil.pth is not a file of weights that can be read safely"):
-        read_weights(path)
+    (path.parent / "config.json").write_text('{"model_type": "minimind-v"}')
+    given = find_weights(str(path if name == "evil.pth" else path.parent), bare.out_dir, None, False)
+    with pytest.raises(ValueError, match=f"{name} is not a file of weights that can .* it would call posix.system"):
+        build_model(bare, given)
     assert not victim.exists()
     pickle.loads(pickle.dumps(Payload(f"touch {victim}")))  # the payload is a real one
     assert victim.exists()
@@ -179,23 +186,24 @@ def test_names_that_do_not_match_are_an_error_that_names_them(make_vlm):
     """Loaded with strict=False alone, such a file leaves the model at random: the loss starts at 8 and stays there."""
     model = make_vlm()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    state = {f"module.{key}": torch.zeros_like(value) for key, value in model.text_state_dict().items()}
+    state = {f"net.{key}": torch.zeros_like(value) for key, value in model.text_state_dict().items()}
     with pytest.raises(ValueError) as error:
         load_weights(model, state, "wrong.pth")
     assert "wrong.pth does not fit this model" in str(error.value)
     assert "21 missing, first: model.embed_tokens.weight" in str(error.value)
-    assert "unknown, first: module.model." in str(error.value)
+    assert "unknown, first: net.model." in str(error.value)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
     "change, problem",
     [
-        (lambda state: state.pop("model.norm.weight"), "1 missing, first: model.norm.weight"),
+        (lambda state: state.pop("model.norm.weight"), "1 missing, first: model.norm.weight. Likely: an incomplete"),
         (lambda state: state.update(extra=torch.ones(1)), "1 unknown, first: extra"),
+        (lambda state: state.update({"lm_head.weight": torch.ones(300, 64)}), "lm_head and embed_tokens differ"),
         (
             lambda state: state.update({"vision_proj.vision_proj.0.weight": torch.ones(64, 16)}),
-            r"1 of another shape, first: vision_proj.vision_proj.0.weight is \(64, 16\), expected \(64, 32\)",
+            r"1 of another shape, first: vision_proj.vision_proj.0.weight is .*, expected \(64, 32\). Likely: .*vision",
         ),
     ],
 )
@@ -214,11 +222,36 @@ def test_a_language_model_gives_all_but_the_projector_and_that_is_said(make_vlm)
             weight.normal_()
     state = {key: value for key, value in other.state_dict().items() if key.startswith("model.")}  # lm_head is tied
     projector = model.vision_proj.vision_proj[0].weight.clone()
-    line = load_weights(model, state, "llm_64.pth")
-    assert line == "loaded 21 tensors from llm_64.pth, initialised anew: the projector"
+    line = load_weights(model, known_names(state)[0], "llm_64.pth")
+    assert line == "loaded 21 tensors from llm_64.pth; new: projector"
     assert torch.equal(model.lm_head.weight, other.model.embed_tokens.weight)
     assert torch.equal(model.vision_proj.vision_proj[0].weight, projector)
-    assert "anew" not in load_weights(model, other.state_dict(), "whole.pth")  # with the encoder, which is left out
+    whole, older, ignored = known_names(other.state_dict())
+    assert load_weights(model, whole, "whole.pth") == "loaded 23 tensors from whole.pth" and not older
+    assert ignored and all(key.startswith("vision_encoder.") for key in ignored)
+
+
+@pytest.mark.parametrize(
+    "config, cause",
+    [
+        ({"hidden_size": 128}, "another hidden_size or vocabulary"),
+        ({"num_hidden_layers": 3}, "another number of layers"),
+        ({"num_hidden_layers": 1}, "another number of layers"),
+        ({"use_moe": True}, "one is a mixture of experts, the other dense"),
+    ],
+)
+def test_a_misfit_is_told_with_its_likely_cause(make_vlm, config, cause):
+    one, other = make_vlm(), make_vlm(**config)
+    for model, state in ((one, other.text_state_dict()), (other, one.text_state_dict())):
+        with pytest.raises(ValueError, match=f"x.pth does not fit this model: .* first: .*Likely: {cause}"):
+            load_weights(model, state, "x.pth")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_the_prefix_of_a_wrapper_is_no_part_of_a_name(make_vlm, prefix):
+    state = make_vlm().text_state_dict()
+    found, older, ignored = known_names({prefix + key: value for key, value in state.items()})
+    assert set(found) == set(state) and not older and not ignored
 
 
 def test_the_architecture_is_read_off_the_file_with_and_without_its_json(args, bare):
@@ -227,7 +260,8 @@ def test_the_architecture_is_read_off_the_file_with_and_without_its_json(args, b
         if not json_there:
             path.with_suffix(".json").unlink()
         loaded, _, line = build_model(bare, path)
-        assert line.startswith("loaded ") and str(path) in line
+        assert f"loaded {len(loaded.text_state_dict())} tensors from {path}" in line
+        assert ("warning" in line) != json_there  # which tells the tokenizer
         assert (loaded.config.hidden_size, loaded.config.num_hidden_layers, loaded.config.use_moe) == (128, 3, True)
         assert (loaded.config.intermediate_size, loaded.config.vocab_size) == (model.config.intermediate_size, 300)
         for key, value in loaded.text_state_dict().items():
@@ -245,6 +279,8 @@ def test_the_json_tells_what_shapes_cannot(args, bare):
     assert (loaded.config.num_attention_heads, loaded.config.num_key_value_heads) == (4, 1)
     assert loaded.config.rope_theta == 5e5
     path.with_suffix(".json").unlink()
+    half, _, _ = build_model(bare, path)  # as wide as the public 8 and 2: taken for these
+    assert (half.config.num_attention_heads, half.config.num_key_value_heads) == (8, 2)
     bare.num_attention_heads = 4  # without a JSON, the flag tells it
     loaded, _, _ = build_model(bare, path)
     assert (loaded.config.num_attention_heads, loaded.config.num_key_value_heads) == (4, 1)
@@ -315,10 +351,281 @@ def test_another_encoder_is_refused(args, bare, tmp_path):
         build_model(bare, path)
 
 
-def test_weights_of_an_unknown_naming_are_refused(tmp_path):
-    path = tmp_path / "lm_512.pth"
-    with pytest.raises(ValueError, match="lm_512.pth has no model.embed_tokens.weight"):
-        config_of({"tok_embeddings.weight": torch.ones(6400, 512)}, path, {})
+def test_heads_that_no_public_file_has_are_asked_for(args, bare):
+    """Read as 8 and 8, such a file would load and talk nonsense."""
+    args.num_attention_heads = args.num_key_value_heads = 4
+    path, _ = save(args)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(ValueError, match="64 wide, its keys 64. Give the --num_attention_heads"):
+        build_model(bare, path)
+    bare.num_attention_heads = 4
+    assert build_model(bare, path)[0].config.num_key_value_heads == 4
+
+
+def later(state):
+    state["model.layers.0.self_attn.q_norm.weight"] = torch.ones(8)
+
+
+def clip(state):
+    state.clear()
+    state["vision_model.embeddings.class_embedding"] = torch.ones(32)
+
+
+def checkpoint(state):
+    whole = dict(state)
+    state.clear()
+    state.update(weights=whole, step=3)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            later,
+            "holds q_norm and k_norm: these are weights of a later generation .*MiniMind-3.*, which is another arch",
+        ),
+        (
+            clip,
+            "has no model.embed_tokens.weight, but vision_model.embeddings.*: this is a CLIP, whose folder belongs to",
+        ),
+        (checkpoint, "has no model.embed_tokens.weight, but no tensor: this is not MiniMind of a known naming"),
+        (lambda state: state.pop("model.layers.0.mlp.up_proj.weight"), "has no model.layers.0.mlp.up_proj.weight"),
+        (lambda state: state.pop("model.layers.1.mlp.up_proj.weight"), "1 missing, first: model.layers.1.mlp.up_proj"),
+    ],
+)
+def test_weights_of_something_else_are_refused_with_a_sentence_that_says_what_they_are(args, bare, change, message):
+    path, _ = save(args)
+    path.with_suffix(".json").unlink()
+    state = torch.load(path)
+    change(state)
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=f"sft_vlm_64.pth {message}|sft_vlm_64.pth does not fit .*{message}"):
+        build_model(bare, path)
+
+
+# ---------------------------------------------------------------------------- the tokenizer of weights without JSON
+
+
+def test_the_known_fingerprints_decide_where_the_weights_do_not_tell(args, bare, monkeypatch):
+    path, _ = save(args)
+    path.with_suffix(".json").unlink()
+    assert "warning: " in build_model(bare, path)[2] and "is not the public one" in build_model(bare, path)[2]
+    mine = weights.tokenizer_hash(bare.tokenizer_path)
+    monkeypatch.setattr(weights, "PUBLIC_TOKENIZER", mine)
+    assert build_model(bare, path)[2] == f"loaded 23 tensors from {path}"
+    monkeypatch.setattr(weights, "LATER_TOKENIZER", mine)
+    with pytest.raises(ValueError, match="holds the tokenizer of a later generation .* python -m scripts.download"):
+        build_model(bare, path)
+
+
+def test_a_tokenizer_with_the_placeholder_elsewhere_is_refused(args, bare, tmp_path):
+    """As many tokens, and every one of them another."""
+    path, _ = save(args)
+    path.with_suffix(".json").unlink()
+    bare.tokenizer_path = str(shutil.copytree(args.tokenizer_path, tmp_path / "other"))
+    file = tmp_path / "other" / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    vocab["@"], vocab["!"] = vocab["!"], vocab["@"]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match="other has '@' as 3: .* in which it is 34. Pass that one"):
+        build_model(bare, path)
+
+
+# ---------------------------------------------------------------------------- before April 2025
+
+
+def older_state(moe: bool) -> dict[str, torch.Tensor]:
+    """Random fp16 weights, 64 wide, 2 layers, 300 tokens, with the names and buffers of then."""
+    shapes = {"tok_embeddings.weight": (300, 64), "norm.weight": (64,)}
+    for i in range(2):
+        shapes |= {
+            f"layers.{i}.attention.{w}.weight": (16 if w in ("wk", "wv") else 64, 64) for w in ("wq", "wk", "wv")
+        }
+        shapes |= {f"layers.{i}.attention.wo.weight": (64, 64)}
+        shapes |= {f"layers.{i}.{norm}_norm.weight": (64,) for norm in ("attention", "ffn")}
+        for part in ("experts.0.", "experts.1.", "experts.2.", "experts.3.", "shared_experts.") if moe else ("",):
+            shapes |= {f"layers.{i}.feed_forward.{part}{w}.weight": (192, 64) for w in ("w1", "w3")}
+            shapes[f"layers.{i}.feed_forward.{part}w2.weight"] = (64, 192)
+        if moe:
+            shapes[f"layers.{i}.feed_forward.gate.weight"] = (4, 64)
+    random = torch.Generator().manual_seed(3)
+    state = {key: 0.15 * torch.randn(shape, generator=random) + (len(shape) == 1) for key, shape in shapes.items()}
+    state = {key: value.half() for key, value in state.items()}
+    state["output.weight"] = state["tok_embeddings.weight"]
+    buffers = {"pos_cis": torch.ones(9, 4, dtype=torch.complex64), "layers.0.attention.mask": torch.ones(1, 1, 9, 9)}
+    return state | buffers
+
+
+def older_logits(state, ids):
+    """The older network, one row of tokens at a time, in double precision, written from its description."""
+    state = {key: value.double() for key, value in state.items() if key != "pos_cis"}
+    T, d = len(ids), 8
+    turns = torch.outer(torch.arange(T, dtype=torch.double), 1e6 ** (-torch.arange(0, d, 2, dtype=torch.double) / d))
+    turns = torch.polar(torch.ones_like(turns), turns)[:, None]  # (T, 1, d/2)
+
+    def norm(x, name):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * state[f"{name}.weight"]
+
+    def linear(x, name):
+        return x @ state[f"{name}.weight"].T
+
+    def rotate(x):  # neighbours are real and imaginary part
+        pairs = torch.view_as_complex(x.reshape(T, -1, d // 2, 2))
+        return torch.view_as_real(pairs * turns).reshape(x.shape)
+
+    def feed_forward(x, name):
+        return linear(F.silu(linear(x, f"{name}.w1")) * linear(x, f"{name}.w3"), f"{name}.w2")
+
+    def experts(x, name):
+        out = feed_forward(x, f"{name}.shared_experts")
+        for t, scores in enumerate(linear(x, f"{name}.gate").softmax(-1)):
+            best = scores.topk(2)
+            for score, e in zip(best.values / best.values.sum(), best.indices.tolist()):
+                out[t] += score * feed_forward(x[t], f"{name}.experts.{e}")
+        return out
+
+    x = state["tok_embeddings.weight"][ids]
+    for i in range(2):
+        h, name = norm(x, f"layers.{i}.attention_norm"), f"layers.{i}.attention"
+        q = rotate(linear(h, f"{name}.wq").view(T, 8, d))
+        k, v = rotate(linear(h, f"{name}.wk").view(T, 2, d)), linear(h, f"{name}.wv").view(T, 2, d)
+        heads = []
+        for head in range(8):
+            scores = q[:, head] @ k[:, head // 4].T / d**0.5
+            scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
+            heads.append(scores.softmax(-1) @ v[:, head // 4])
+        x = x + linear(torch.cat(heads, -1), f"{name}.wo")
+        h, name = norm(x, f"layers.{i}.ffn_norm"), f"layers.{i}.feed_forward"
+        x = x + (experts(h, name) if f"{name}.gate.weight" in state else feed_forward(h, name))
+    return linear(norm(x, "norm"), "output")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("moe", [False, True])
+def test_older_weights_are_found_and_give_the_logits_of_the_older_network(bare, moe, monkeypatch):
+    state, path = older_state(moe), Path(bare.out_dir) / f"lm_64{'_moe' if moe else ''}.pth"
+    path.parent.mkdir()
+    torch.save(state, path)
+    assert find_weights("llm", bare.out_dir, None, False) == path
+    model, _, line = build_model(bare, path)
+    assert line.endswith(
+        f"loaded {len(model.text_state_dict()) - 2} tensors from {path} (older naming: renamed, rotary rows reordered)"
+        "; new: projector; ignored: 2 (first: pos_cis)"
+    )
+    ids = torch.randint(40, 300, (2, 50), generator=torch.Generator().manual_seed(1))
+    expected = torch.stack([older_logits(state, row) for row in ids])
+    torch.testing.assert_close(model.eval()(ids).logits.double(), expected, rtol=0, atol=1e-5)
+
+    monkeypatch.setattr(weights, "half_split", lambda state, heads: state)  # the names alone are not enough
+    unturned, _, _ = build_model(bare, path)
+    assert (unturned.eval()(ids).logits - expected).abs().max() > 0.1
+
+
+# ---------------------------------------------------------------------------- Transformers folders
+
+
+def assert_same_weights(loaded, model):
+    expected = {key: value.half().float() for key, value in model.text_state_dict().items()}
+    assert set(expected) == set(loaded.text_state_dict())
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.text_state_dict().items())
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "100KB"}])
+@pytest.mark.parametrize("moe", [False, True])
+def test_a_folder_that_this_code_has_written_is_read(args, bare, tokenizer, moe, shards):
+    args.num_attention_heads, args.num_key_value_heads, args.use_moe = 4, 1, moe
+    model, _, _ = build_model(args, None)
+    model.config.rope_theta = 5e5
+    folder = Path(args.out_dir) / "folder"
+    model.half().save_pretrained(folder, **shards)
+    assert (folder / "model.safetensors.index.json").is_file() == bool(shards)
+    tokenizer.save_pretrained(folder)
+    bare.tokenizer_path = None
+    loaded, _, line = build_model(bare, find_weights(str(folder), bare.out_dir, None, False))
+    assert line == f"loaded {len(model.text_state_dict())} tensors from {folder}"
+    assert bare.tokenizer_path == str(folder)
+    kept = ("num_attention_heads", "num_key_value_heads", "rope_theta", "use_moe", "image_ids")
+    assert [getattr(loaded.config, key) for key in kept] == [getattr(model.config, key) for key in kept]
+    assert_same_weights(loaded, model)
+
+
+def public_folder(args, tokenizer, kind="bin", **config) -> tuple[Path, MiniMindVLM]:
+    """As the hubs have it: code of its own, fp16, the tokenizer, no encoder."""
+    model, _, _ = build_model(args, None)
+    folder = Path(args.out_dir) / "MiniMind2-V"
+    folder.mkdir(parents=True)
+    state = {key: value.half() for key, value in model.text_state_dict().items()}
+    parts = [dict(list(state.items())[i::2]) for i in range(2)]
+    if kind == "bin":
+        torch.save(state, folder / "pytorch_model.bin")
+    elif kind == "sharded bin":
+        names = [f"pytorch_model-0000{i + 1}-of-00002.bin" for i in range(2)]
+        for name, part in zip(names, parts):
+            torch.save(part, folder / name)
+        index = {"weight_map": {key: name for name, part in zip(names, parts) for key in part}}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    else:  # of the tied pair the other half is there
+        del state["model.embed_tokens.weight"]
+        save_file(state, folder / "model.safetensors")
+    about = {
+        "architectures": ["MiniMindVLM"],
+        "auto_map": {"AutoConfig": "model_vlm.VLMConfig", "AutoModelForCausalLM": "model_vlm.MiniMindVLM"},
+        "model_type": "minimind-v",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "intermediate_size": None,
+        "vocab_size": 300,
+        "rope_theta": 1000000.0,
+        "use_moe": False,
+        "n_shared_experts": True,
+        "image_special_token": "@" * 16,
+        "image_ids": [34] * 16,
+        "torch_dtype": "float16",
+        "transformers_version": "4.49.0",
+    }
+    (folder / "config.json").write_text(json.dumps(about | config))
+    tokenizer.save_pretrained(folder)
+    return folder, model
+
+
+@pytest.mark.parametrize("kind", ["bin", "sharded bin", "safetensors"])
+def test_a_public_folder_is_read_without_running_its_code(args, bare, tokenizer, kind):
+    folder, model = public_folder(args, tokenizer, kind)
+    bare.tokenizer_path = None
+    loaded, own, line = build_model(bare, folder)
+    assert line == f"loaded 23 tensors from {folder}" and own.get_vocab() == tokenizer.get_vocab()
+    assert_same_weights(loaded, model)
+    bare.tokenizer_path = str(args.tokenizer_path)  # another file, which the folder says nothing about
+    assert build_model(bare, folder)[2].startswith("warning: ")
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"num_hidden_layers": 3}, "config.json says num_hidden_layers=3, MiniMind2-V holds 2"),
+        ({"model_type": "clip"}, "config.json: expected a MiniMind with model_type minimind-v, got clip"),
+        ({"image_special_token": "@" * 49}, "gives 16 patches, .*MiniMind2-V was made for 49: pass the --vision_model"),
+        ({"image_ids": [40] * 16}, "has '@' as 34: .*MiniMind2-V was trained with a tokenizer in which it is 40"),
+    ],
+)
+def test_a_folder_whose_configuration_is_of_something_else_is_refused(args, bare, tokenizer, config, message):
+    folder, _ = public_folder(args, tokenizer, **config)
+    bare.tokenizer_path = None
+    with pytest.raises(ValueError, match=message):
+        build_model(bare, folder)
+
+
+def test_a_folder_without_weights_or_with_a_lost_shard_is_named(args, bare, tokenizer):
+    folder, _ = public_folder(args, tokenizer, "sharded bin")
+    (folder / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="pytorch_model-00002-of-00002.bin: no such weights"):
+        build_model(bare, folder)
+    (folder / "pytorch_model.bin.index.json").unlink()
+    with pytest.raises(FileNotFoundError, match="MiniMind2-V: neither model.safetensors nor pytorch_model.bin there"):
+        build_model(bare, folder)
 
 
 # ---------------------------------------------------------------------------- from dense to experts
@@ -452,9 +759,7 @@ def test_a_language_model_of_text_becomes_experts_that_see(args, bare, json_ther
     bare.use_moe = True
     seeing, _, line = build_model(bare, path)
     assert type(seeing) is MiniMindVLM and seeing.config.use_moe
-    assert line.endswith(
-        "initialised anew: the projector; each expert starts as its dense feed-forward, the gates at random"
-    )
+    assert line.endswith("new: projector; each expert starts as its dense feed-forward, the gates at random")
 
 
 # ---------------------------------------------------------------------------- finding
@@ -470,6 +775,41 @@ def test_weights_that_are_not_there_are_answered_with_what_is(args, tmp_path):
     assert find_weights("sft_vlm", args.out_dir, 64, False) == Path(args.out_dir) / "sft_vlm_64.pth"
     assert find_weights("none", args.out_dir, 64, False) is None
     assert find_weights("some/where.pth", args.out_dir, 64, False) == Path("some/where.pth")
+    assert find_weights("./folder", args.out_dir, 64, False) == Path("folder")
+
+
+@pytest.mark.parametrize("stage, what", [("llm", "llm"), ("pretrain_vlm", "vlm"), ("sft_vlm", "vlm")])
+def test_who_has_no_weights_is_told_what_to_type(tmp_path, stage, what):
+    with pytest.raises(FileNotFoundError, match=f"scripts.download --what {what}; .*python -m scripts.quickstart"):
+        find_weights(stage, tmp_path, None, False)
+
+
+@pytest.mark.parametrize(
+    "there, stage, asked, found",
+    [  # asked: hidden_size, use_moe
+        (["sft_vlm_256"], "sft_vlm", (None, False), "sft_vlm_256"),
+        (["sft_vlm_256_moe"], "sft_vlm", (None, False), "sft_vlm_256_moe"),  # the file says what it is
+        (["sft_vlm_256_moe"], "sft_vlm", (256, False), "sft_vlm_256_moe"),
+        (["sft_vlm_256", "sft_vlm_512", "sft_vlm_512_moe"], "sft_vlm", (None, False), "sft_vlm_512"),
+        (["sft_vlm_512", "sft_vlm_256_moe"], "sft_vlm", (None, True), "sft_vlm_256_moe"),
+        (["sft_vlm_256", "sft_vlm_multi_768", "pretrain_vlm_64"], "sft_vlm", (None, False), "sft_vlm_256"),
+        (["lm_768"], "llm", (None, False), "lm_768"),
+        (["lm_512", "llm_256"], "llm", (None, False), "lm_512"),
+        (["lm_512", "llm_512"], "llm", (None, False), "llm_512"),
+        (["sft_vlm_256", "sft_vlm_768"], "sft_vlm", (None, False), ValueError),
+        (["sft_vlm_256", "sft_vlm_256_moe"], "sft_vlm", (None, False), ValueError),
+        (["sft_vlm_256"], "sft_vlm", (512, False), FileNotFoundError),
+        (["sft_vlm_256"], "sft_vlm", (None, True), FileNotFoundError),
+    ],
+)
+def test_the_only_file_of_a_stage_needs_no_flags(tmp_path, there, stage, asked, found):
+    for name in there:
+        (tmp_path / f"{name}.pth").touch()
+    if isinstance(found, str):
+        assert find_weights(stage, tmp_path, *asked) == tmp_path / f"{found}.pth"
+    else:
+        with pytest.raises(found, match=f"holds {there[0]}.pth"):
+            find_weights(stage, tmp_path, *asked)
 
 
 def test_a_deeper_model_of_the_same_name_is_not_overwritten(args):

@@ -96,7 +96,7 @@ def add_training_arguments(
     sees = trainable is not None
     add_model_arguments(parser, sees)
     add = parser.add_argument
-    rows = "training rows: JSONL or Parquet, files or patterns; without suffix: whichever is there"
+    rows = "training rows: JSONL or Parquet, files or patterns; without suffix: whichever is there; hf://...: streamed"
     add("--data_path", nargs="+", default=[data_path], metavar="PATH", help=rows)
     passes = "how often an epoch passes over each --data_path, as in 1 0.5; default: once"
     add("--data_weights", nargs="+", type=positive(float), metavar="W", help=passes)
@@ -115,6 +115,8 @@ def add_training_arguments(
         )
         peak = projector_learning_rate
         add("--projector_learning_rate", type=positive(float), default=peak, help="peak, for the projector")
+    stretch = "rows of a streamed --data_path (hf://...) on the disk at a time; twice as many with those to come"
+    add("--stream_rows", type=positive(int), default=20_000, help=stretch)
     add("--val_interval", type=positive(int), help="steps between validations; default: at the end of each epoch")
     add("--on_bad_row", choices=["error", "skip"], default="error", help="what to do with rows that cannot be used")
     add("--from_weight", default=from_weight, metavar="W", help="llm, pretrain_vlm, sft_vlm, a path, or none")

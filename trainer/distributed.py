@@ -55,10 +55,11 @@ def gather(value) -> list:
 
 @contextmanager
 def main_first():
-    """The first rank of each machine goes ahead, the others then find in the cache what it computed."""
+    """The first rank of each machine goes ahead, the others then find in the cache what it computed. Gives whether this
+    is the one."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if dist.is_initialized() and not first:
         dist.barrier()
-    yield
+    yield first
     if dist.is_initialized() and first:
         dist.barrier()

@@ -22,13 +22,14 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from dataset.lm_dataset import StepSampler, VLMDataset, collate
-from dataset.sources import MENDED
+from dataset.lm_dataset import StepSampler, VLMDataset
+from dataset.streaming import Stream
 from model.model_vlm import MiniMindVLM
 from model.processing import IGNORE
 from trainer.checkpoint import Checkpoint, State
 from trainer.cli import Stopped, autocast, pick_dtype
-from trainer.distributed import all_sum, gather, main_first, rank, say, world_size
+from trainer.distributed import all_sum, gather, rank, say, world_size
+from trainer.feed import Feed, StreamFeed, check_data, make_loader
 from trainer.optimizer import schedule, set_learning_rate
 from trainer.progress import Progress
 from trainer.weights import describe, refuse_other_architecture, script, weights_name
@@ -36,51 +37,7 @@ from trainer.weights import describe, refuse_other_architecture, script, weights
 MAX_BROKEN = 0.01  # share of rows with broken pictures that --on_bad_row skip puts up with while training
 
 
-# ---------------------------------------------------------------------------- data
-
-
-def load_data(args, model, tokenizer, paths, images_path=None, weights=None) -> VLMDataset:
-    """A checked data set, of text only for a model without eyes; prints what was left out, mended and shortened."""
-    say(f"checking {', '.join(map(str, paths))} ...")  # minutes for a million rows, the first time
-    with main_first():
-        data = VLMDataset(
-            paths,
-            images_path,
-            tokenizer,
-            getattr(model, "processor", None),
-            args.max_seq_len,
-            getattr(model.config, "image_special_token", ""),
-            args.on_bad_row,
-            weights,
-        )
-    say(f"  {len(data):,} rows, {int(data.lengths.mean())} tokens on average")
-    for kind, count in data.mended.items():
-        say(f"  {count:,} rows {MENDED[kind]}")
-    if data.shortened:
-        say(f"  {data.shortened:,} rows lose the end of their answers to --max_seq_len {args.max_seq_len}")
-    if data.bad:
-        say(f"  {data.report()}")
-    return data
-
-
-def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C and torchrun's SIGTERM go to the whole process group, which worker processes therefore leave; the
-    training process ends them when its step is done."""
-    if hasattr(os, "setsid"):
-        os.setsid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def make_loader(data: VLMDataset, sampler: StepSampler, args, device, tokenizer) -> DataLoader:
-    return DataLoader(
-        data,
-        batch_sampler=sampler,
-        collate_fn=partial(collate, pad_token_id=tokenizer.pad_token_id),
-        num_workers=args.num_workers,
-        persistent_workers=args.num_workers > 0,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_interrupt,
-    )
+# ---------------------------------------------------------------------------- a batch
 
 
 def to_device(batch: dict, model: MiniMindVLM) -> dict:
@@ -133,9 +90,7 @@ class Run:
     forward: torch.nn.Module  # the model, perhaps compiled and wrapped for several ranks
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    data: VLMDataset
-    sampler: StepSampler
-    loader: DataLoader
+    feed: Feed | StreamFeed
     val_loader: DataLoader | None
     checkpoint: Checkpoint
     state: State
@@ -147,18 +102,18 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        return self.args.epochs * self.sampler.steps_per_epoch
+        return self.args.epochs * self.feed.steps_per_epoch
 
     def epochs_left(self) -> range:
         """From the epoch that was interrupted, if any."""
-        return range(self.state.step // self.sampler.steps_per_epoch, self.args.epochs)
+        return range(self.state.step // self.feed.steps_per_epoch, self.args.epochs)
 
     def save(self) -> None:
         self.checkpoint.save(self.model, self.optimizer, self.scaler, self.state)
 
 
 @contextlib.contextmanager
-def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: VLMDataset, val_data, device):
+def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: VLMDataset | Stream, val_data, device):
     """Sets a `Run` up, where --from_resume says so at the point where it stopped, and closes it.
 
     The model is on `device`, its trainable parameters are chosen and in the optimizer.
@@ -169,18 +124,21 @@ def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: V
     path = Path(args.out_dir) / weights_name(stage, model.config)
     refuse_other_architecture(path, model.config)
     about = describe(model, args, stage=stage, data=list(map(str, args.data_path)), seed=args.seed)
-    checkpoint = Checkpoint(path, args, about, len(data))
+    checkpoint = Checkpoint(path, args, about, data.rows if isinstance(data, Stream) else len(data))
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
     state = checkpoint.load(model, optimizer, scaler) if args.from_resume or restarted else State()
     if len({other.step for other in gather(state)}) > 1:
         raise ValueError("--from_resume: the ranks find different checkpoints; --out_dir must be one that all see")
 
     accumulation = fit_accumulation(args, state)
-    sampler = StepSampler(
-        data.lengths, args.batch_size, accumulation, args.seed, rank(), world_size(), parts=data.parts
-    )
-    loader = make_loader(data, sampler, args, device, tokenizer)
+    if isinstance(data, Stream):
+        check = partial(check_data, args, model, tokenizer)
+        feed = StreamFeed(data, args, accumulation, device, tokenizer, check)
+    else:
+        feed = Feed(data, args, accumulation, device, tokenizer)
     val_loader = None
+    if isinstance(val_data, Stream):
+        raise ValueError("--val_path: held-out rows are read again and again, so they must be on the disk")
     if val_data is not None:
         val_sampler = StepSampler(val_data.lengths, args.batch_size, 1, 0, rank(), world_size(), shuffle=False)
         val_loader = make_loader(val_data, val_sampler, args, device, tokenizer)
@@ -189,7 +147,7 @@ def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: V
     if world_size() > 1:
         forward = DistributedDataParallel(forward, forward_sync_buffers=False)
     model.train()
-    total_steps = args.epochs * sampler.steps_per_epoch
+    total_steps = args.epochs * feed.steps_per_epoch
     metrics = checkpoint.path.with_suffix(".metrics.jsonl")
     with contextlib.closing(Progress(metrics, args, total_steps, state.step)) as progress, StopSignal() as stop:
         yield Run(
@@ -198,9 +156,7 @@ def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: V
             forward=forward,
             optimizer=optimizer,
             scaler=scaler,
-            data=data,
-            sampler=sampler,
-            loader=loader,
+            feed=feed,
             val_loader=val_loader,
             checkpoint=checkpoint,
             state=state,
@@ -235,12 +191,11 @@ def train_epoch(run: Run, epoch: int) -> None:
     Raises Stopped after Ctrl-C or SIGTERM, ValueError when a loss is not finite or pictures turn out broken; the last
     good checkpoint stays.
     """
-    args, state, steps = run.args, run.state, run.sampler.steps_per_epoch
+    args, state, steps = run.args, run.state, run.feed.steps_per_epoch
     first = state.step - epoch * steps
-    run.sampler.set_epoch(epoch, first)
-    batches = iter(run.loader)
+    batches = run.feed.batches(epoch, first)
     for step_of_epoch in range(first, steps):
-        step = list(islice(batches, run.sampler.batches_in_step(step_of_epoch)))
+        step = list(islice(batches, run.feed.batches_in_step(step_of_epoch)))
         labels, rows, broken, tokens, stop = all_sum(
             sum(map(count_labels, step)),
             sum(len(batch["rows"]) for batch in step),
@@ -266,6 +221,7 @@ def train_epoch(run: Run, epoch: int) -> None:
             started = time.perf_counter()
             run.val_loss = validate(run.model, run.val_loader, run.device, run.dtype)
             run.progress.validation(state.step, run.val_loss, time.perf_counter() - started)
+    next(batches, None)  # none is left; a stream now removes what it had on the disk
 
 
 def train_step(run: Run, step: list[dict], labels: float, rows: float) -> tuple[float, float, float]:
@@ -300,7 +256,7 @@ def train_step(run: Run, step: list[dict], labels: float, rows: float) -> tuple[
         culprits = [batch for batch, a, b in zip(step, losses, aux_losses) if not math.isfinite(a + b)]
         if math.isfinite(loss + aux_loss):
             culprits = step  # the gradient alone, and it is a sum over all
-        named = [run.data.where(row) for batch in culprits for row in batch["rows"]]
+        named = [run.feed.data.where(row) for batch in culprits for row in batch["rows"]]
         named = [row for rank_rows in gather(named) for row in rank_rows]
         raise ValueError(
             f"step {run.state.step + 1}: loss {loss}, gradient norm {grad_norm}. The step was not taken; the last "
@@ -324,7 +280,7 @@ def check_broken(run: Run, step: list[dict], rows: int, broken: int) -> None:
     for message in found:
         say(f"left out: {message}")
     seen = run.state.rows + rows + run.state.broken
-    if run.state.broken > MAX_BROKEN * max(seen, len(run.data)):
+    if run.state.broken > MAX_BROKEN * max(seen, run.feed.rows):
         raise ValueError(
             f"{run.state.broken} of {seen} rows have broken pictures, more than {MAX_BROKEN:.0%}: the folder itself "
             f"seems damaged. The last one: {found[-1]}"

@@ -2,22 +2,56 @@
 
 Beside each stands a small JSON that says what it is: configuration, tokenizer, encoder, data, step. Everything is
 written beside, flushed and renamed, so that a full disk or a lost power supply leaves the last good file.
+
+`build_model` is how every script comes to its model. It reads these files, those of the public MiniMind-V without a
+JSON, those from before April 2025 under their older names, and Transformers folders; what does not fit is refused.
 """
 
 import hashlib
 import json
 import os
+import re
 import shlex
 import sys
 from inspect import signature
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import transformers
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.model_vlm import MiniMindVLM, VLMConfig
+from model.model_vlm import MiniMindVLM, VLMConfig, why_unreadable
 from model.processing import load_tokenizer, read_json
+
+# sha256 of tokenizer.json: of the public weights that this code reads, and of the generation after them
+PUBLIC_TOKENIZER = "d98595c6aef70d95f72748582fb9b4f53d76dd58c1ae1dd702ad7c84e1caf5e4"
+LATER_TOKENIZER = "71f32c68cf63a15355a8fc171b7594b3d41870fe0ddb54fc6aefa55f73a4a668"
+
+SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+
+OLDER_NAMES = (  # before April 2025 → now
+    (r"^tok_embeddings\.", "model.embed_tokens."),
+    (r"^output\.", "lm_head."),
+    (r"^norm\.", "model.norm."),
+    (r"^layers\.", "model.layers."),
+    (r"\.attention_norm\.", ".input_layernorm."),
+    (r"\.ffn_norm\.", ".post_attention_layernorm."),
+    (r"\.attention\.w([qkvo])\.", r".self_attn.\1_proj."),
+    (r"\.feed_forward\.", ".mlp."),
+    (r"\.shared_experts\.w", ".shared_experts.0.w"),  # there was one
+    (r"\.w1\.", ".gate_proj."),
+    (r"\.w2\.", ".down_proj."),
+    (r"\.w3\.", ".up_proj."),
+)
+
+CAUSES = (  # what a misfit is likely to come from
+    (r"embed_tokens\.weight is", "another hidden_size or vocabulary"),
+    (r"mlp\.(gate\.|experts|shared_experts)", "one is a mixture of experts, the other dense"),
+    (r"first: vision_proj", "another --vision_model_path, or weights that see for a model of text alone"),
+    (r"(missing|unknown), first: model\.layers\.[1-9]", "another number of layers, or an incomplete file"),
+    (r"", "an incomplete file, or weights of something else"),
+)
 
 
 def write_safely(path, write) -> None:
@@ -41,28 +75,97 @@ def write_json(path, value: dict) -> None:
     write_safely(path, lambda file: file.write(json.dumps(value, indent=1, ensure_ascii=False).encode()))
 
 
+def files_of(folder: Path) -> list[Path]:
+    """The files of weights of a Transformers folder: one, or the shards that an index names."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        if (folder / f"{name}.index.json").is_file():
+            index = read_json(folder / f"{name}.index.json")
+            return [folder / shard for shard in sorted(set(index.get("weight_map", {}).values()))]
+    raise FileNotFoundError(f"{folder}: neither model.safetensors nor pytorch_model.bin there, nor an index of shards")
+
+
 def read_weights(path) -> dict[str, torch.Tensor]:
-    """A state dict. Only tensors are unpickled: a file that would run code is refused."""
+    """What a .safetensors file, a pickle of PyTorch or a Transformers folder holds, under the names it has there.
+
+    Only tensors are unpickled: a file that would run code is refused.
+    """
     path = Path(path)
+    if path.is_dir():
+        return {key: value for file in files_of(path) for key, value in read_weights(file).items()}
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights")
     try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a zip, pickle or value error, by what is wrong with it
-        raise ValueError(f"{path} is not a file of weights that can be read safely: {error}".split("\n")[0]) from None
+        reason = why_unreadable(error)
+        raise ValueError(f"{path} is not a file of weights that can be read safely: {reason}") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, expected a state dict: names and tensors")
     return state
 
 
+def sidecar_path(weights: Path) -> Path:
+    return weights / "config.json" if weights.is_dir() else weights.with_suffix(".json")
+
+
 def read_sidecar(weights: Path) -> dict:
-    """The JSON beside weights, with objects under "config", "tokenizer", "vision_model"; empty ones if it is absent."""
-    path = weights.with_suffix(".json")
+    """The JSON beside weights, with objects under "config", "tokenizer", "vision_model"; empty ones if it is absent.
+
+    In a Transformers folder config.json is the "config", of which only what our configuration knows is taken.
+    """
+    path = sidecar_path(weights)
     about = read_json(path) if path.is_file() else {}
+    if weights.is_dir():
+        if about.get("model_type") not in ("minimind", "minimind-v"):
+            raise ValueError(f"{path}: expected a MiniMind with model_type minimind-v, got {about.get('model_type')}")
+        fields = [*signature(MiniMindConfig).parameters, "image_ids", "image_special_token"]
+        about = {"config": {key: about[key] for key in fields if about.get(key) is not None}}
     for key in ("config", "tokenizer", "vision_model"):
         if not isinstance(about.setdefault(key, {}), dict):
             raise ValueError(f"{path}: {key!r} must be an object. Without the file, shapes alone tell what they are")
     return about
+
+
+def known_names(state: dict) -> tuple[dict[str, torch.Tensor], bool, list[str]]:
+    """A state dict of any generation under the names of now.
+
+    Prefixes of wrappers go; buffers, the encoder and what is no tensor are left out; the one matrix that is embedding
+    and head stands under both names. Returns (state, is it an older one that needs `half_split` too, what is left out).
+    """
+    found, ignored = {}, []
+    for key, value in state.items():
+        key = re.sub(r"^((module|_orig_mod)\.)+", "", str(key))
+        if not isinstance(value, torch.Tensor) or re.search(r"^vision_encoder\.|mask|pos_cis|freqs_", key):
+            ignored.append(key)
+        else:
+            found[key] = value
+    older = "layers.0.attention.wq.weight" in found
+    if older:
+        for pattern, name in OLDER_NAMES:
+            found = {re.sub(pattern, name, key): value for key, value in found.items()}
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    if embed in found or head in found:
+        found = {embed: found.get(head), head: found.get(embed)} | found
+    return found, older, ignored
+
+
+def half_split(state: dict[str, torch.Tensor], heads: int) -> dict[str, torch.Tensor]:
+    """Older q and k for the rotary positions of now.
+
+    RoPE turned neighbours together, entries 2i and 2i + 1 of a head; now it turns i and i + d/2. So the even rows of
+    each head come first, then the odd ones. Scores are sums over a head, and stay.
+    """
+
+    def reorder(weight):
+        D = weight.shape[1]
+        return weight.reshape(-1, D // heads // 2, 2, D).transpose(1, 2).reshape(weight.shape)
+
+    turned = (".self_attn.q_proj.weight", ".self_attn.k_proj.weight")
+    return {key: reorder(value) if key.endswith(turned) else value for key, value in state.items()}
 
 
 def weights_name(stage: str, config: MiniMindConfig) -> str:
@@ -70,56 +173,85 @@ def weights_name(stage: str, config: MiniMindConfig) -> str:
 
 
 def find_weights(name: str, out_dir, hidden_size: int | None, use_moe: bool) -> Path | None:
-    """--from_weight or --weights: "none", a path, or a stage, whose file is looked for in `out_dir`."""
+    """--from_weight or --weights: "none", a file, a Transformers folder, or a stage, looked for in `out_dir`.
+
+    Of a stage the file of the width and kind asked for (512 and dense if nothing is said) comes first, else the only
+    one that does not contradict what was said.
+    """
     if name == "none":
         return None
-    if name.endswith(".pth"):
-        return Path(name)
-    path = Path(out_dir) / f"{name}_{hidden_size or 512}{'_moe' if use_moe else ''}.pth"
-    if not path.is_file():
-        there = ", ".join(sorted(file.name for file in Path(out_dir).glob("*.pth"))) or "no .pth file"
-        raise FileNotFoundError(
-            f"{path} is not there ({out_dir} holds {there}). Give the --hidden_size that it has or a .pth file; to "
-            "train from nothing: --from_weight none"
-        )
-    return path
+    path, out_dir = Path(name), Path(out_dir)
+    if path.suffix in SUFFIXES or name != path.name or (path / "config.json").is_file():
+        return path
+    stages = [name, "lm"] if name == "llm" else [name]  # lm_512.pth: before April 2025
+    exact = [out_dir / f"{stage}_{hidden_size or 512}{'_moe' if use_moe else ''}.pth" for stage in stages]
+    for path in exact:
+        if path.is_file():
+            return path
+    width, moe = hidden_size or r"\d+", "_moe" if use_moe else "(_moe)?"
+    fits = re.compile(rf"({'|'.join(map(re.escape, stages))})_{width}{moe}\.pth")
+    there = sorted(path.name for path in out_dir.glob("*.pth"))
+    found = list(filter(fits.fullmatch, there))
+    if len(found) == 1:
+        return out_dir / found[0]
+    if found:
+        names = ", ".join(found)
+        raise ValueError(f"{name}: {out_dir} holds {names}. Say which with --hidden_size, --use_moe or by its path")
+    what = "llm" if name == "llm" else "vlm"
+    raise FileNotFoundError(
+        f"{exact[0]} is not there ({out_dir} holds {', '.join(there) or 'no .pth file'}). Fetch the public one: "
+        f"python -m scripts.download --what {what}; or give the --hidden_size that it has, or a .pth file or folder; "
+        "to train from nothing: --from_weight none; all in small, without a download: python -m scripts.quickstart"
+    )
 
 
 def config_of(state: dict, path: Path, known: dict) -> dict:
-    """The architecture of a state dict: what shapes tell, and the rest from `known`, the "config" of its JSON."""
-    for key in ("model.embed_tokens.weight", "model.layers.0.self_attn.k_proj.weight"):
-        if key not in state:
-            raise ValueError(f"{path} has no {key}: these are not MiniMind weights of a known naming")
-    vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
-    layers = 1 + max((int(key.split(".")[2]) for key in state if key.startswith("model.layers.")), default=-1)
+    """The architecture of a state dict of `known_names`: what shapes tell, and the rest from `known`, the "config" of
+    its JSON. Raises ValueError for weights that are not of this architecture, or not those that `known` describes."""
+    if any(".q_norm." in key or ".k_norm." in key for key in state):
+        raise ValueError(
+            f"{path} holds q_norm and k_norm: these are weights of a later generation (MiniMind-3), which is another "
+            "architecture. Fetch those of this one: python -m scripts.download --what llm"
+        )
     use_moe = "model.layers.0.mlp.gate.weight" in state
+    up = f"model.layers.0.mlp.{'experts.0.' if use_moe else ''}up_proj.weight"
+    for key in ("model.embed_tokens.weight", "model.layers.0.self_attn.k_proj.weight", up):
+        if key not in state:
+            clip = any(key.startswith("vision_model.") for key in state)
+            what = "a CLIP, whose folder belongs to --vision_model_path" if clip else "not MiniMind of a known naming"
+            raise ValueError(f"{path} has no {key}, but {next(iter(state), 'no tensor')}: this is {what}")
+    vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
+    layers = 1 + max(int(found[1]) for key in state if (found := re.match(r"model\.layers\.(\d+)\.", key)))
     heads = known.get("num_attention_heads", 8)
     read = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_hidden_layers": layers, "use_moe": use_moe}
     read["num_attention_heads"] = heads
     keys = state["model.layers.0.self_attn.k_proj.weight"].shape[0]
-    if hidden_size % heads or keys % (hidden_size // heads):
+    public = "num_attention_heads" in known or keys * 4 == hidden_size  # 2 heads for keys beside 8 for queries
+    if not public or hidden_size % heads or keys % (hidden_size // heads):
         raise ValueError(
             f"num_attention_heads={heads} does not fit {path}: {hidden_size} wide, its keys {keys}. Give the "
             "--num_attention_heads that it was trained with"
         )
     read["num_key_value_heads"] = keys // (hidden_size // heads)
-    up = "experts.0.up_proj" if use_moe else "up_proj"
-    read["intermediate_size"] = state[f"model.layers.0.mlp.{up}.weight"].shape[0]
+    read["intermediate_size"] = state[up].shape[0]
     if use_moe:
         read["n_routed_experts"] = state["model.layers.0.mlp.gate.weight"].shape[0]
         read["n_shared_experts"] = sum("layers.0.mlp.shared_experts." in key and "up_proj" in key for key in state)
     for key, value in read.items():
         if key in known and known[key] != value:
             raise ValueError(
-                f"{path.with_suffix('.json')} says {key}={known[key]}, {path.name} holds {value}: they do not belong "
-                "together"
+                f"{sidecar_path(path)} says {key}={known[key]}, {path.name} holds {value}: they do not belong together"
             )
     return known | read
 
 
 def refuse_other_architecture(path: Path, config: VLMConfig) -> None:
     """The name of a file tells the width, not the depth: ValueError if another model would be overwritten."""
-    there = config_of(read_weights(path), path, read_sidecar(path)["config"]) if path.is_file() else {}
+    there = {}
+    if path.is_file():
+        state, _, _ = known_names(read_weights(path))
+        known = {"num_attention_heads": config.num_attention_heads} | read_sidecar(path)["config"]
+        there = config_of(state, path, known)
     other = [
         f"{key} {value}, not {getattr(config, key)}"
         for key, value in there.items()
@@ -130,15 +262,12 @@ def refuse_other_architecture(path: Path, config: VLMConfig) -> None:
 
 
 def load_weights(model, state: dict, path) -> str:
-    """Fills the model from a state dict and returns a line that says with what.
+    """Fills the model from a state dict of `known_names` and returns a line that says with what.
 
-    Everything must fit by name and shape but the encoder, which is never in a file, and the projector, which
-    is not in the file of a language model. Raises ValueError with the first misfits otherwise.
+    Everything must fit by name and shape but the projector, which is not in the file of a language model. Raises
+    ValueError with the first misfits and their likely cause otherwise.
     """
     own = model.text_state_dict()
-    state = {key: value for key, value in state.items() if not key.startswith("vision_encoder.")}
-    if "lm_head.weight" not in state and "model.embed_tokens.weight" in state:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]  # one matrix under two names
     new = [key for key in own if key not in state]
     projector = [key for key in own if key.startswith("vision_proj.")]
     missing = [key for key in new if key not in projector or not set(projector) <= set(new)]
@@ -149,12 +278,14 @@ def load_weights(model, state: dict, path) -> str:
         if key in state and state[key].shape != own[key].shape
     ]
     if missing or unknown or shapes:
-        problems = [f"{len(found)} {what}, first: {found[0]}" for found, what in
-                    ((missing, "missing"), (unknown, "unknown"), (shapes, "of another shape")) if found]  # fmt: skip
-        raise ValueError(f"{path} does not fit this model: {'; '.join(problems)}")
+        kinds = {"missing": missing, "unknown": unknown, "of another shape": shapes}
+        problems = "; ".join(f"{len(found)} {kind}, first: {found[0]}" for kind, found in kinds.items() if found)
+        cause = next(cause for pattern, cause in CAUSES if re.search(pattern, problems))
+        raise ValueError(f"{path} does not fit this model: {problems}. Likely: {cause}")
+    if not torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"]):
+        raise ValueError(f"{path} does not fit this model: lm_head and embed_tokens differ, here they are one matrix")
     model.load_state_dict(state, strict=False)  # checked above: absent are the encoder and perhaps the projector
-    loaded = f"loaded {len(own) - len(new)} tensors from {path}"
-    return f"{loaded}, initialised anew: the projector" if new else loaded
+    return f"loaded {len(own) - len(new)} tensors from {path}{'; new: projector' if new else ''}"
 
 
 def fingerprint(model) -> str | None:
@@ -170,6 +301,43 @@ def fingerprint(model) -> str | None:
 
 def tokenizer_hash(folder) -> str:
     return hashlib.sha256((Path(folder) / "tokenizer.json").read_bytes()).hexdigest()
+
+
+def check_tokenizer(tokenizer, folder, weights: Path, vocab_size: int, known: dict, placeholder: int) -> str:
+    """ValueError if the weights were trained with another tokenizer: the same ids would mean other words.
+
+    known: its "path" and "sha256" in the JSON of the weights. Without these, size and the id of '@' must fit, and the
+    fingerprints of the public tokenizers decide; returns a warning if it is none of them, else "".
+    """
+    sha256 = tokenizer_hash(folder)
+    told = known.get("sha256")
+    if not told and sha256 == LATER_TOKENIZER:
+        raise ValueError(
+            f"{folder} holds the tokenizer of a later generation (MiniMind-3), to which {weights} does not belong. "
+            "Fetch the right one: python -m scripts.download --what llm"
+        )
+    if len(tokenizer) != vocab_size:
+        raise ValueError(
+            f"{folder} has {len(tokenizer)} tokens, {weights} was trained with {vocab_size}: pass the --tokenizer_path "
+            "that belongs to the weights"
+        )
+    if told and told != sha256:
+        raise ValueError(
+            f"{folder} is not the tokenizer of {weights}, which is {known.get('path')}: the same ids mean other words. "
+            "Pass that one with --tokenizer_path"
+        )
+    at = tokenizer.convert_tokens_to_ids("@")
+    if not told and at != placeholder:
+        raise ValueError(
+            f"{folder} has '@' as {at}: {weights} was trained with a tokenizer in which it is {placeholder}. Pass that "
+            "one with --tokenizer_path"
+        )
+    if told or sha256 == PUBLIC_TOKENIZER or Path(folder) == weights:
+        return ""
+    return (
+        f"warning: {weights} does not say which tokenizer it was trained with, and {folder} is not the public one; if "
+        "answers make no sense, this is why\n"
+    )
 
 
 def upcycle(state: dict[str, torch.Tensor], config: MiniMindConfig) -> dict[str, torch.Tensor]:
@@ -199,17 +367,18 @@ def upcycle(state: dict[str, torch.Tensor], config: MiniMindConfig) -> dict[str,
 def build_model(args, weights: Path | None, dropout: float = 0.0):
     """The model and its tokenizer from the shared flags: from weights, or from nothing.
 
-    Without --vision_model_path among the flags it is the language model alone.
+    Without --vision_model_path among the flags it is the language model alone. Without --tokenizer_path the tokenizer
+    is that of the Transformers folder, else the one in ./model; `args` then names it.
     Returns (model in fp32 on the CPU, tokenizer, a line for the user). Raises ValueError when flags, weights,
     tokenizer and encoder do not belong together.
     """
     shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     asked = {key: value for key in shape if (value := getattr(args, key)) is not None}
-    state, sidecar = None, {}
+    state, sidecar, source = None, {}, weights
     if weights is None:
         architecture = {"hidden_size": 512, "num_hidden_layers": 8} | asked | {"use_moe": args.use_moe}
     else:
-        state = read_weights(weights)
+        state, older, ignored = known_names(read_weights(weights))
         sidecar = read_sidecar(weights)
         heads = {key: value for key, value in asked.items() if key == "num_attention_heads"}  # no shape tells them
         architecture = config_of(state, weights, heads | sidecar["config"])
@@ -220,52 +389,54 @@ def build_model(args, weights: Path | None, dropout: float = 0.0):
         if dense and args.use_moe and not hasattr(args, "from_weight"):
             raise ValueError(f"--use_moe: {weights} is dense; only training makes experts of it. Leave the flag out")
         architecture["use_moe"] |= args.use_moe
+        if older:
+            state = half_split(state, architecture["num_attention_heads"])
+            source = f"{weights} (older naming: renamed, rotary rows reordered)"
 
+    patches = len(architecture.get("image_special_token", ""))
+    placeholder = architecture.get("image_ids", [34])[0]
     for key in ("image_special_token", "image_ids", "ve_hidden_size", "dropout"):
         architecture.pop(key, None)  # they follow from the encoder and the flags
     sees = hasattr(args, "vision_model_path")
     if sees:
         config = VLMConfig.for_encoder(args.vision_model_path, dropout=dropout, **architecture)
+        if patches and patches != len(config.image_ids):
+            raise ValueError(
+                f"{args.vision_model_path} gives {len(config.image_ids)} patches, {weights} was made for {patches}: "
+                "pass the --vision_model_path that belongs to the weights"
+            )
     else:
         config = MiniMindConfig(dropout=dropout, **architecture)
+    if args.tokenizer_path is None:
+        own = weights is not None and (weights / "tokenizer.json").is_file()
+        args.tokenizer_path = str(weights) if own else "./model"
     tokenizer = load_tokenizer(args.tokenizer_path, *([config.image_special_token] if sees else []))
-    placeholder = tokenizer.convert_tokens_to_ids("@")
     if sees:
-        config.image_ids = [placeholder] * len(config.image_ids)
+        config.image_ids = [tokenizer.convert_tokens_to_ids("@")] * len(config.image_ids)
+    warning = ""
     if weights is None:
         config.vocab_size = len(tokenizer)
-    elif len(tokenizer) != config.vocab_size:
-        raise ValueError(
-            f"{args.tokenizer_path} has {len(tokenizer)} tokens, {weights} was trained with {config.vocab_size}: pass "
-            "the --tokenizer_path that belongs to the weights"
-        )
-    known = sidecar.get("tokenizer", {})
-    if weights is not None and not known and placeholder != 34:
-        raise ValueError(
-            f"{args.tokenizer_path} has '@' as {placeholder}: weights without a JSON, as {weights}, "
-            "were trained with a tokenizer in which it is 34. Pass that one with --tokenizer_path"
-        )
-    if known.get("sha256", "") not in ("", tokenizer_hash(args.tokenizer_path)):
-        raise ValueError(
-            f"{args.tokenizer_path} is not the tokenizer of {weights}, which is {known.get('path')}: the same "
-            "ids mean other words. Pass that one with --tokenizer_path"
-        )
+    else:
+        known = sidecar["tokenizer"]
+        warning = check_tokenizer(tokenizer, args.tokenizer_path, weights, config.vocab_size, known, placeholder)
 
     model = MiniMindVLM(config, args.vision_model_path) if sees else MiniMindForCausalLM(config)
     line = "started from nothing"
     if state is not None and dense and args.use_moe:
         gates = {key: value for key, value in model.state_dict().items() if key.endswith("mlp.gate.weight")}
-        line = load_weights(model, upcycle(state, config) | gates, weights)
+        line = load_weights(model, upcycle(state, config) | gates, source)
         line += "; each expert starts as its dense feed-forward, the gates at random"
     elif state is not None:
-        line = load_weights(model, state, weights)
+        line = load_weights(model, state, source)
+    if state is not None and ignored:
+        line += f"; ignored: {len(ignored)} (first: {ignored[0]})"
     known = sidecar.get("vision_model", {})
     if sees and known.get("sha256") and known["sha256"] != fingerprint(model):
         raise ValueError(
             f"{args.vision_model_path} is not the encoder of {weights}, which is {known.get('path')}. Pass that "
             "one with --vision_model_path"
         )
-    return model, tokenizer, line
+    return model, tokenizer, warning + line
 
 
 def script() -> list[str]:

@@ -1,0 +1,178 @@
+"""Data sets larger than the disk: Parquet on a hub, a stretch of rows at a time.
+
+    python train_sft_vlm.py --data_path "hf://datasets/owner/name/sft_*.parquet"
+
+A stretch is fetched to a file, becomes a `VLMDataset` like any other, is learned from, and is removed, while the next
+one is being fetched: two of them are on the disk at a time. Which rows are in which stretch follows from seed and epoch
+alone: the row groups of all files are shuffled, and the rows of a stretch again by `StepSampler`. So ranks, workers and
+resumed runs agree without talking, and a run that is resumed fetches only the stretch in which it stopped.
+"""
+
+import hashlib
+import os
+import shutil
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+COLUMNS = ["conversations", "image_bytes"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows first to end of a row group."""
+
+    file: str
+    group: int
+    first: int
+    end: int
+    offset: int  # number of its first row in the file
+
+
+def is_remote(path) -> bool:
+    return "://" in str(path)
+
+
+@contextmanager
+def told(url: str):
+    """Whatever goes wrong inside, of the library, of HTTP or in the file, becomes one sentence: OSError."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise OSError(
+            f"--data_path {url} cannot be read: {reason[0]}. Is the name right, the network there, HF_TOKEN set where "
+            "it is needed? Elsewhere than huggingface.co: HF_ENDPOINT"
+        ) from None
+
+
+def file_system(url: str):
+    """(fsspec's file system, path in it)"""
+    options = {"endpoint": os.environ.get("HF_ENDPOINT")} if url.startswith("hf://") else {}
+    return fsspec.core.url_to_fs(url, **options)
+
+
+def open_parquet(url: str) -> pyarrow.parquet.ParquetFile:
+    with told(url):
+        system, path = file_system(url)
+        return pyarrow.parquet.ParquetFile(system.open(path, "rb"), pre_buffer=True)
+
+
+def find_files(pattern: str) -> list[str]:
+    """The URLs that a pattern such as hf://datasets/owner/name/*.parquet stands for."""
+    with told(pattern):
+        system, path = file_system(pattern)
+        files = sorted(system.glob(path))
+        there = ", ".join(sorted(Path(name).name for name in system.glob(f"{path.rpartition('/')[0]}/*"))[:20])
+    if not files:
+        raise FileNotFoundError(f"--data_path {pattern}: no such file. There is: {there or 'nothing that can be seen'}")
+    scheme = pattern.split("://")[0]
+    return [f"{scheme}://{file}" for file in files]
+
+
+class Stream:
+    """The rows of Parquet files that are somewhere else.
+
+    Attributes:
+        rows: how many there are.
+        pieces: all row groups.
+    """
+
+    def __init__(self, patterns: list[str]):
+        """Raises FileNotFoundError if a pattern finds nothing, ValueError for other columns, OSError without answer."""
+        self.pieces, self.schema = [], None
+        for file in [file for pattern in patterns for file in find_files(pattern)]:
+            with open_parquet(file) as parquet:
+                schema, metadata = parquet.schema_arrow, parquet.metadata
+            missing = [name for name in COLUMNS if name not in schema.names]
+            if missing:
+                names = ", ".join(schema.names)
+                raise ValueError(f"--data_path {file} has no column {' and '.join(missing)}, but {names}")
+            self.schema = self.schema or pa.schema([schema.field(name) for name in COLUMNS])
+            offset = 0
+            for group in range(metadata.num_row_groups):
+                rows = metadata.row_group(group).num_rows
+                self.pieces.append(Piece(file, group, 0, rows, offset))
+                offset += rows
+        self.rows = sum(piece.end for piece in self.pieces)
+
+    def plan(self, stretch_rows: int, seed: int, epoch: int) -> list[list[Piece]]:
+        """The stretches of an epoch, of stretch_rows rows each but for the last."""
+        stretches, room = [[]], stretch_rows
+        for i in np.random.default_rng((seed, epoch)).permutation(len(self.pieces)):
+            piece = self.pieces[i]
+            first = piece.first
+            while first < piece.end:
+                if room == 0:
+                    stretches.append([])
+                    room = stretch_rows
+                taken = min(room, piece.end - first)
+                stretches[-1].append(Piece(piece.file, piece.group, first, first + taken, piece.offset))
+                first, room = first + taken, room - taken
+        return stretches
+
+    def fetch(self, stretch: list[Piece], path: Path) -> None:
+        """Writes the rows of a stretch to an Arrow file, each with its origin, unless that is there already."""
+        if path.is_file():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        schema = self.schema.append(pa.field("origin", pa.string()))
+        opened = {file: open_parquet(file) for file in {piece.file for piece in stretch}}
+        beside = path.with_suffix(".tmp")
+        with pa.OSFile(str(beside), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            for piece in stretch:
+                with told(piece.file):
+                    rows = opened[piece.file].read_row_group(piece.group, columns=COLUMNS)
+                rows = rows.slice(piece.first, piece.end - piece.first)
+                numbers = range(piece.offset + piece.first + 1, piece.offset + piece.end + 1)
+                rows = rows.append_column("origin", pa.array([f"{piece.file}:{number}" for number in numbers]))
+                writer.write_table(rows.cast(schema))
+        beside.replace(path)
+
+
+class Fetcher:
+    """Has the next stretch of a plan fetched while another one is in use, and removes what has been used.
+
+    A stretch is in a folder of its own name, so that one which a run left behind is either the right one or not found.
+    """
+
+    def __init__(self, stream: Stream, plan: list[list[Piece]], folder: Path):
+        self.stream, self.plan, self.folder = stream, plan, folder
+        self.threads, self.errors = {}, {}
+
+    def path(self, number: int) -> Path:
+        name = hashlib.sha256(repr(self.plan[number]).encode()).hexdigest()[:16]
+        return self.folder / name / "rows.arrow"
+
+    def begin(self, number: int) -> None:
+        if number < len(self.plan) and number not in self.threads:
+            thread = threading.Thread(target=self.run, args=(number,), daemon=True)  # never in the way of an exit
+            self.threads[number] = thread
+            thread.start()
+
+    def run(self, number: int) -> None:
+        try:
+            self.stream.fetch(self.plan[number], self.path(number))
+        except OSError as error:
+            self.errors[number] = error
+
+    def get(self, number: int) -> Path:
+        """The file of a stretch, when it is there. The one before is removed, the one after begun."""
+        self.begin(number)
+        self.threads[number].join()
+        if number in self.errors:
+            raise self.errors[number]
+        if number:
+            shutil.rmtree(self.path(number - 1).parent, ignore_errors=True)
+        self.begin(number + 1)
+        return self.path(number)
+
+    def remove(self) -> None:
+        """Everything that is still there."""
+        shutil.rmtree(self.folder, ignore_errors=True)

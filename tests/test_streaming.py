@@ -1,0 +1,299 @@
+"""Rows that are streamed: which come when, what is on the disk, resuming, ranks, and a hub that is not there."""
+
+import json
+import re
+import signal
+import threading
+from collections import Counter
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+
+import trainer.feed
+from dataset import streaming
+from dataset.lm_dataset import VLMDataset
+from dataset.streaming import Fetcher, Stream
+from model.processing import ImageProcessor
+from tests.test_loop import interrupt, losses
+from tests.test_sources import chat, picture, write_parquet
+from train_sft_vlm import main, parse_args
+from trainer.feed import StreamFeed
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two Parquet files of 41 rows in row groups of 6, each row with a word of its own."""
+    folder = tmp_path / "far"
+    folder.mkdir()
+    rows = [(chat(f"What is {i}?\n<image>", f"row {i}."), [picture("red")]) for i in range(41)]
+    write_parquet(folder / "sft_0.parquet", rows[:25], row_group_size=6)
+    write_parquet(folder / "sft_1.parquet", rows[25:], row_group_size=6)
+    return folder
+
+
+@pytest.fixture
+def url(files):
+    return f"file://{files}/sft_*.parquet"
+
+
+@pytest.fixture
+def streamed(flags, url):
+    return [*flags, "--data_path", url, "--batch_size", "3", "--stream_rows", "12", "--max_seq_len", "120"]
+
+
+def rows_of(plan):
+    return [
+        (piece.file, piece.offset + row)
+        for stretch in plan
+        for piece in stretch
+        for row in range(piece.first, piece.end)
+    ]
+
+
+# ---------------------------------------------------------------------------- which rows when
+
+
+@pytest.mark.parametrize("stretch_rows", [1, 5, 12, 1000])
+def test_every_row_is_in_one_stretch_of_an_epoch(url, files, stretch_rows):
+    stream = Stream([url])
+    assert stream.rows == 41 and len(stream.pieces) == 8
+    plan = stream.plan(stretch_rows, seed=1, epoch=0)
+    everyone = [(f"file://{files}/sft_{i}.parquet", row) for i, rows in ((0, 25), (1, 16)) for row in range(rows)]
+    assert sorted(rows_of(plan)) == everyone
+    sizes = [len(rows_of([stretch])) for stretch in plan]
+    assert sizes[:-1] == [stretch_rows] * (len(plan) - 1) and 0 < sizes[-1] <= stretch_rows
+
+
+def test_the_order_follows_from_seed_and_epoch(url):
+    stream = Stream([url])
+    orders = {str(rows_of(stream.plan(12, seed, epoch))) for seed in (0, 1) for epoch in (0, 1)}
+    assert len(orders) == 4 and str(rows_of(Stream([url]).plan(12, 0, 1))) in orders
+
+
+def feed_rows(url, flags, tokenizer, clip_folder, epoch=0, first=0) -> list[Counter]:
+    """The origins of the rows of each step, on the rank that this is."""
+    args = parse_args(flags)
+    processor = ImageProcessor.from_pretrained(clip_folder)
+    stream = Stream([url])
+    feed = StreamFeed(
+        stream,
+        args,
+        2,
+        torch.device("cpu"),
+        tokenizer,
+        lambda path: VLMDataset(path, None, tokenizer, processor, 120, "@" * 16),
+    )
+    steps, batches = [], feed.batches(epoch, first)
+    for _ in range(first, feed.steps_per_epoch):
+        step = [next(batches) for _ in range(feed.batches_in_step(0))]
+        steps.append(Counter(feed.data.where(row) for batch in step for row in batch["rows"]))
+    assert next(batches, None) is None
+    return steps
+
+
+def test_steps_are_whole_and_cover_the_rows_on_whatever_number_of_ranks(
+    url, streamed, tokenizer, clip_folder, monkeypatch, tmp_path
+):
+    alone = feed_rows(url, streamed, tokenizer, clip_folder)
+    assert [step.total() for step in alone] == [6] * 7  # 41 rows in steps of 6: one is seen twice
+    assert len(sum(alone, Counter())) == 41 and sum(alone, Counter()).total() == 42
+    assert feed_rows(url, streamed, tokenizer, clip_folder, first=3) == alone[3:]
+    assert feed_rows(url, streamed, tokenizer, clip_folder, epoch=1) != alone
+
+    two = [*streamed, "--batch_size", "3"]
+    monkeypatch.setattr(trainer.feed, "world_size", lambda: 2)
+    ranks = []
+    for rank in (0, 1):
+        monkeypatch.setattr(trainer.feed, "rank", lambda rank=rank: rank)
+        ranks.append(feed_rows(url, [*two, "--out_dir", str(tmp_path / str(rank))], tokenizer, clip_folder))
+    assert len(ranks[0]) == len(ranks[1]) == 4  # steps of 12
+    assert len(sum(sum(ranks, []), Counter())) == 41
+
+
+# ---------------------------------------------------------------------------- the disk
+
+
+def test_two_stretches_are_on_the_disk_at_a_time_and_none_in_the_end(url, tmp_path):
+    stream = Stream([url])
+    plan = stream.plan(12, 0, 0)
+    fetcher = Fetcher(stream, plan, tmp_path / "stream")
+    for number in range(len(plan)):
+        assert fetcher.get(number).is_file()
+        for thread in fetcher.threads.values():
+            thread.join()
+        assert len(list((tmp_path / "stream").iterdir())) == min(2, len(plan) - number)
+    fetcher.remove()
+    assert not (tmp_path / "stream").exists()
+
+
+def test_a_stretch_that_was_left_behind_is_not_fetched_again(url, tmp_path, monkeypatch):
+    stream = Stream([url])
+    plan = stream.plan(41, 0, 0)
+    path = Fetcher(stream, plan, tmp_path).get(0)
+    monkeypatch.setattr(streaming, "open_parquet", lambda file: pytest.fail("fetched again"))
+    assert Fetcher(stream, plan, tmp_path).get(0) == path
+    assert Fetcher(stream, stream.plan(41, 1, 0), tmp_path).path(0) != path  # while another order is another stretch
+
+
+# ---------------------------------------------------------------------------- training
+
+
+def test_a_streamed_run_that_is_stopped_and_resumed_ends_as_one_that_never_stopped(
+    streamed, tmp_path, monkeypatch, capsys
+):
+    streamed = [*streamed, "--epochs", "2", "--log_interval", "1"]
+    whole = main([*streamed, "--out_dir", str(tmp_path / "whole")])
+    assert whole.state.step == 28 and whole.state.rows == 84  # 2 × 14 steps of 3
+    assert not (tmp_path / "whole/stream").exists()
+    assert "41 rows in 8 row groups, streamed 12 at a time" in capsys.readouterr().out
+    stopped = [*streamed, "--out_dir", str(tmp_path / "stopped")]
+    for step, resume in ((6, []), (18, ["--from_resume"])):
+        with monkeypatch.context() as patch:
+            interrupt(patch, step, signal.SIGTERM)
+            with pytest.raises(SystemExit):
+                main([*stopped, *resume])
+    main([*stopped, "--from_resume"])
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    one, two = (torch.load(tmp_path / name / "sft_vlm_64.pth") for name in ("whole", "stopped"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_bad_row_of_a_stream_is_named_by_its_place_there(streamed, files):
+    rows = [(chat("What?\n<image>", "b"), [picture("red")])] * 8 + [("no chat", [])]
+    write_parquet(files / "sft_1.parquet", rows, row_group_size=4)
+    with pytest.raises(ValueError, match=rf'file://{files}/sft_1.parquet:9: no "conversations" list'):
+        main(streamed)
+    assert main([*streamed, "--on_bad_row", "skip"]).state.step == 12  # 34 rows, the bad one counts
+
+
+@pytest.mark.parametrize(
+    "extra, reason",
+    [
+        (
+            ["--data_path", "file:///nowhere/x.parquet"],
+            "--data_path file:///nowhere/x.parquet: no such file. There is: ",
+        ),
+        (["--data_path", "URL", "ROWS"], "streamed rows go neither with rows on the disk nor with --data_weights"),
+        (["--data_weights", "2"], "streamed rows go neither with rows on the disk nor with --data_weights"),
+        (["--val_path", "URL"], "--val_path: held-out rows are read again and again, so they must be on the disk"),
+        (["--data_path", "file://OTHER"], "other.parquet has no column image_bytes, but conversations"),
+        (["--data_path", "file://BROKEN"], "broken.parquet cannot be read: "),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused(streamed, url, files, world, extra, reason):
+    pyarrow.parquet.write_table(pa.table({"conversations": ["a"]}), files / "other.parquet")
+    (files / "broken.parquet").write_bytes(b"PAR1")
+    there = {"URL": url, "ROWS": str(world / "rows.jsonl"), "OTHER": f"{files}/other.parquet"}
+    there["BROKEN"] = f"{files}/broken.parquet"
+    extra = [re.sub("URL|ROWS|OTHER|BROKEN", lambda match: there[match[0]], flag) for flag in extra]
+    with pytest.raises((ValueError, OSError), match=re.escape(reason)):
+        main([*streamed, *extra])
+
+
+# ---------------------------------------------------------------------------- a hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What huggingface.co answers about one data set repository, owner/name, whose files lie in server.folder."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status, body=b"", kind="application/json", **headers):
+        self.send_response(status)
+        headers = {"Content-Type": kind, "Content-Length": str(len(body)), "X-Repo-Commit": "a" * 40} | headers
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def entries(self):
+        for path in sorted(self.server.folder.iterdir()):
+            yield {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": "b" * 40}
+
+    def do_POST(self):
+        asked = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.asked.append(self.path)
+        names = json.loads(asked)["paths"] if asked[:1] == b"{" else re.findall("paths=([^&]+)", asked.decode())
+        self.answer(
+            200, json.dumps([entry for entry in self.entries() if entry["path"] in map(unquote, names)]).encode()
+        )
+
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path)
+        self.server.asked.append(path)
+        if self.server.status != 200:
+            return self.answer(self.server.status, b"{}", X_Error_Code="RepoNotFound")
+        if "/tree/" in path:
+            return self.answer(200, json.dumps(list(self.entries())).encode())
+        if path.startswith("/api/"):
+            names = [{"rfilename": entry["path"]} for entry in self.entries()]
+            about = {
+                "id": "owner/name",
+                "sha": "a" * 40,
+                "siblings": names,
+                "private": False,
+                "gated": False,
+                "tags": [],
+            }
+            return self.answer(200, json.dumps(about).encode())
+        file = self.server.folder / Path(path).name
+        if not file.is_file():
+            return self.answer(404, b"{}", X_Error_Code="EntryNotFound")
+        content = file.read_bytes()
+        first, last = re.fullmatch(
+            r"bytes=(\d+)-(\d+)", self.headers.get("Range", f"bytes=0-{len(content) - 1}")
+        ).groups()
+        part = content[int(first) : int(last) + 1]
+        self.server.sent += len(part)
+        return self.answer(
+            206 if "Range" in self.headers else 200,
+            part,
+            "application/octet-stream",
+            ETag='"b"',
+            Last_Modified=formatdate(usegmt=True),
+            Content_Range=f"bytes {first}-{last}/{len(content)}",
+        )
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub(files, monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.folder, server.status, server.asked, server.sent = files, 200, [], 0
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_data_set_on_a_hub_is_learned_from_without_being_downloaded(streamed, hub, tmp_path):
+    far = [*streamed, "--data_path", "hf://datasets/owner/name/sft_*.parquet", "--out_dir", str(tmp_path / "far_run")]
+    run = main(far)
+    assert run.state.step == 14 and hub.sent > 0
+    assert not (tmp_path / "far_run/stream").exists()
+    with pytest.raises(FileNotFoundError, match="no such file. There is: sft_0.parquet, sft_1.parquet"):
+        main([*far, "--data_path", "hf://datasets/owner/name/none_*.parquet"])
+
+
+def test_a_hub_without_the_repository_or_the_network_is_told_in_one_sentence(streamed, hub):
+    hub.status = 404
+    far = [*streamed, "--data_path", "hf://datasets/owner/other/sft_*.parquet"]
+    with pytest.raises(OSError, match="(no such file|cannot be read: )"):
+        main(far)
+    hub.shutdown()
+    hub.server_close()
+    with pytest.raises(OSError, match="(no such file|cannot be read: .* the network there, HF_TOKEN set)"):
+        main([*streamed, "--data_path", "hf://datasets/owner/third/sft_*.parquet"])

@@ -1,0 +1,135 @@
+"""Where the batches of a run come from: a data set on the disk, or one that is streamed a stretch at a time."""
+
+import math
+import os
+import signal
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from torch.utils.data import DataLoader
+
+from dataset.lm_dataset import StepSampler, VLMDataset, collate
+from dataset.sources import MENDED
+from dataset.streaming import Fetcher, Stream, is_remote
+from trainer.distributed import main_first, rank, say, world_size
+
+
+def check_data(args, model, tokenizer, paths, images_path=None, weights=None) -> VLMDataset:
+    """A checked data set, of text only for a model without eyes."""
+    with main_first():
+        return VLMDataset(
+            paths,
+            images_path,
+            tokenizer,
+            getattr(model, "processor", None),
+            args.max_seq_len,
+            getattr(model.config, "image_special_token", ""),
+            args.on_bad_row,
+            weights,
+        )
+
+
+def load_data(args, model, tokenizer, paths, images_path=None, weights=None) -> VLMDataset | Stream:
+    """The rows of --data_path; prints how many, and what was left out, mended and shortened."""
+    if any(map(is_remote, paths)):
+        if weights or not all(map(is_remote, paths)):
+            raise ValueError("--data_path: streamed rows go neither with rows on the disk nor with --data_weights")
+        say(f"looking at {', '.join(paths)} ...")
+        stream = Stream(paths)
+        say(f"  {stream.rows:,} rows in {len(stream.pieces):,} row groups, streamed {args.stream_rows:,} at a time")
+        return stream
+    say(f"checking {', '.join(map(str, paths))} ...")  # minutes for a million rows, the first time
+    data = check_data(args, model, tokenizer, paths, images_path, weights)
+    say(f"  {len(data):,} rows, {int(data.lengths.mean())} tokens on average")
+    for kind, count in data.mended.items():
+        say(f"  {count:,} rows {MENDED[kind]}")
+    if data.shortened:
+        say(f"  {data.shortened:,} rows lose the end of their answers to --max_seq_len {args.max_seq_len}")
+    if data.bad:
+        say(f"  {data.report()}")
+    return data
+
+
+def ignore_interrupt(worker: int) -> None:
+    """Ctrl-C and torchrun's SIGTERM go to the whole process group, which worker processes therefore leave; the
+    training process ends them when its step is done."""
+    if hasattr(os, "setsid"):
+        os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def make_loader(data: VLMDataset, sampler: StepSampler, args, device, tokenizer) -> DataLoader:
+    return DataLoader(
+        data,
+        batch_sampler=sampler,
+        collate_fn=partial(collate, pad_token_id=tokenizer.pad_token_id),
+        num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_interrupt,
+    )
+
+
+class Feed:
+    """The batches of a data set on the disk, for this rank.
+
+    Attributes:
+        rows: how many rows the data set has.
+        steps_per_epoch: optimizer steps.
+        data: the rows that batches are made of now.
+    """
+
+    def __init__(self, data: VLMDataset, args, accumulation: int, device, tokenizer):
+        self.data, self.rows = data, len(data)
+        self.sampler = StepSampler(
+            data.lengths, args.batch_size, accumulation, args.seed, rank(), world_size(), parts=data.parts
+        )
+        self.loader = make_loader(data, self.sampler, args, device, tokenizer)
+        self.steps_per_epoch = self.sampler.steps_per_epoch
+
+    def batches_in_step(self, step: int) -> int:
+        return self.sampler.batches_in_step(step)
+
+    def batches(self, epoch: int, first_step: int) -> Iterator[dict]:
+        """Those of an epoch, from this step of it on."""
+        self.sampler.set_epoch(epoch, first_step)
+        return iter(self.loader)
+
+
+class StreamFeed:
+    """The same of a stream. All steps are whole: a stretch that lacks rows gives some of its own twice."""
+
+    def __init__(self, stream: Stream, args, accumulation: int, device, tokenizer, check):
+        """check: path of a stretch → VLMDataset."""
+        self.stream, self.rows, self.data = stream, stream.rows, None
+        self.args, self.accumulation, self.check = args, accumulation, check
+        self.device, self.tokenizer = device, tokenizer
+        self.step_rows = args.batch_size * accumulation * world_size()
+        self.stretch_steps = max(args.stream_rows // self.step_rows, 1)
+        self.steps_per_epoch = math.ceil(self.rows / self.step_rows)
+
+    def batches_in_step(self, step: int) -> int:
+        return self.accumulation
+
+    def batches(self, epoch: int, first_step: int) -> Iterator[dict]:
+        plan = self.stream.plan(self.stretch_steps * self.step_rows, self.args.seed, epoch)
+        fetcher = Fetcher(self.stream, plan, Path(self.args.out_dir) / "stream")
+        for number in range(first_step // self.stretch_steps, len(plan)):
+            with main_first() as leads:
+                path = fetcher.get(number) if leads else fetcher.path(number)
+                self.data = self.check(path)
+            steps = math.ceil(sum(piece.end - piece.first for piece in plan[number]) / self.step_rows)
+            every = len(self.data)
+            sampler = StepSampler(
+                self.data.lengths,
+                self.args.batch_size,
+                self.accumulation,
+                self.args.seed,
+                rank(),
+                world_size(),
+                parts=[(0, every, steps * self.step_rows / every)],
+            )
+            sampler.set_epoch(0, max(first_step - number * self.stretch_steps, 0))
+            yield from make_loader(self.data, sampler, self.args, self.device, self.tokenizer)
+        fetcher.remove()  # a run that stops before leaves its stretch for the one that goes on
