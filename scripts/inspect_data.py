@@ -1,0 +1,343 @@
+"""Look at a data set before training on it: figures for the terminal, and a page for the browser with pictures,
+conversations and exactly which tokens carry loss.
+
+    python -m scripts.inspect_data dataset/sft_data.jsonl
+    python -m scripts.inspect_data 'data/*.parquet' --max_seq_len 640 --samples 40 --html out/rows.html
+
+Rows are read, checked, mended and shortened by the code that training uses, which finds them checked afterwards.
+Pictures are looked for in all rows, but opened in the samples only. The page is one file that loads nothing.
+"""
+
+import argparse
+import base64
+import io
+import re
+import textwrap
+from html import escape
+from itertools import compress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from dataset.lm_dataset import KINDS, VLMDataset, encode_row
+from dataset.sources import MENDED
+from model.model_vlm import DEFAULT_VISION_MODEL, VLMConfig
+from model.processing import IGNORE, ImageProcessor, load_tokenizer
+from scripts.report import STYLE, rows_table, tile
+from scripts.steps import WIDTH, typed, write_text
+from trainer.cli import HelpFormatter, not_negative, positive, run_main
+
+LANGUAGES = ["other", "English", "Chinese", "mixed"]  # by script: neither, Latin letters, Han characters, both
+LATIN, HAN = re.compile("[A-Za-z]"), re.compile("[\u3400-\u9fff]")
+MOST = 5  # pictures or answers of a row; rows with more share a bar
+BINS = 10  # bars of lengths
+MANY = 50_000  # rows that take more than a moment
+
+# ---------------------------------------------------------------------------- figures
+
+
+def survey(data: VLMDataset) -> np.ndarray:
+    """uint8 (usable rows, 3): which of LANGUAGES the answers are in, pictures, answers, all as they stand in the files.
+    One pass, which holds 100 rows at a time."""
+    rows = (
+        row
+        for source in data.sources
+        for batch in source.table.with_format("arrow").iter(100)
+        for row in source.parse(batch, 0)  # the names of pictures in Parquet, which follow from this, are not needed
+    )
+    total, usable = data.starts[-1], np.zeros(data.starts[-1], bool)
+    usable[data.rows] = True
+    rows = tqdm(rows, "looking at rows", total, unit="row", dynamic_ncols=True, disable=total < MANY)
+    found = np.zeros((len(data), 3), np.uint8)
+    for at, row in enumerate(compress(rows, usable)):
+        answers = [turn["content"] for turn in row.conversations if turn["role"] == "assistant"]
+        text = "\n".join(answers)
+        language = bool(LATIN.search(text)) + 2 * bool(HAN.search(text))
+        found[at] = language, min(len(row.images), 255), min(len(answers), 255)
+    return found
+
+
+def length_bins(lengths: np.ndarray) -> list[tuple[str, int]]:
+    """(range, rows) in at most BINS ranges of a round width; the last one is open if a few rows are far longer."""
+    low, high = int(lengths.min()), np.percentile(lengths, 99)
+    widths = (factor * 10**power for power in range(9) for factor in (1, 2, 5))
+    width = next(width for width in widths if (high - low) / width < BINS - 2)
+    start = low // width * width
+    counts = np.bincount(np.minimum((lengths - start) // width, BINS - 1)).tolist()
+    starts = range(start, start + width * BINS, width)
+    labels = [f"{first:,} to {first + width - 1:,}" if width > 1 else f"{first:,}" for first in starts[:-1]]
+    return list(zip([*labels, f"{starts[-1]:,} or more"], counts))
+
+
+def charts(data: VLMDataset, found: np.ndarray) -> dict[str, list[tuple[str, int]]]:
+    """{title: [(label, rows), ...]}"""
+
+    def bars(values, labels):
+        return [(label, rows) for label, rows in zip(labels, np.bincount(values).tolist()) if rows]
+
+    numbers = [*map(str, range(MOST + 1)), f"{MOST + 1} or more"]
+    languages, pictures, answers = found[:, 0], *np.minimum(found[:, 1:], MOST + 1).T
+    return {
+        "language of the answers, by script": sorted(bars(languages, LANGUAGES), key=lambda bar: -bar[1]),
+        "pictures in a row": bars(pictures, numbers),
+        "answers in a row": bars(answers, numbers),
+        f"tokens of a row, at most {data.max_length:,}": length_bins(data.lengths),
+    }
+
+
+def facts(data: VLMDataset) -> list[tuple[str, str]]:
+    """(value, what it is) of the usable rows."""
+    loss = data.answer_tokens - data.lost_tokens
+    lost = f"of answer tokens lost to that ({data.lost_tokens:,} of {data.answer_tokens:,})"
+    return [
+        (f"{len(data):,}", "usable rows"),
+        (f"{sum(map(len, data.bad.values())):,}", "bad rows"),
+        *((f"{rows:,}", f"rows {MENDED[key]}") for key, rows in data.mended.items()),
+        (f"{data.lengths.min():,}", "tokens in the shortest row"),
+        (f"{np.median(data.lengths):,.0f}", "tokens in the median row"),
+        (f"{np.percentile(data.lengths, 95):,.0f}", "tokens, 95th percentile"),
+        (f"{data.lengths.max():,}", "tokens in the longest row"),
+        (f"{loss / data.lengths.sum():.1%}", f"of tokens carry loss ({loss:,} of {data.lengths.sum():,})"),
+        (f"{data.shortened:,}", f"rows shortened to {data.max_length:,} tokens, which is --max_seq_len"),
+        (f"{data.lost_tokens / data.answer_tokens:.1%}", lost),
+    ]
+
+
+def files(data: VLMDataset) -> list[tuple[str, int, int]]:
+    """(path, rows, usable rows)"""
+    usable = np.diff(np.searchsorted(data.rows, data.starts)).tolist()
+    return [(str(source.path), len(source.table), good) for source, good in zip(data.sources, usable)]
+
+
+def wrap(text: str) -> str:
+    """In lines that fit a terminal, each indented as the one it continues; paths stay whole."""
+    lines = []
+    for line in text.splitlines():
+        indent = " " * (len(line) - len(line.lstrip()))
+        about = {"initial_indent": indent, "subsequent_indent": indent}
+        lines += textwrap.wrap(line.strip(), WIDTH, **about, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
+
+
+def terminal(data: VLMDataset, figures: dict) -> str:
+    lines = [f"{'rows':>12}{'usable':>12}  file"]
+    for path, rows, usable in files(data):
+        lines.append(f"{rows:>12,}{usable:>12,}  {path if len(path) <= 54 else '...' + path[-51:]}")
+    lines += ["", *(f"{value:>12}  {what}" for value, what in facts(data))]
+    if data.bad:
+        lines += ["", wrap(data.report())]
+    for title, counts in figures.items():
+        total, most = sum(rows for _, rows in counts), max(rows for _, rows in counts)
+        lines += ["", title]
+        for label, rows in counts:
+            bar = "#" * -(-36 * rows // most)  # any row at all makes one
+            lines.append(f"  {label:18}{rows:>11,}{rows / total:>8.1%}  {bar}".rstrip())
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------- samples
+
+
+def choose(data: VLMDataset, found: np.ndarray, samples: int, seed: int) -> list[int]:
+    """The shortest row, the longest, and others by chance, in turn from each language and number of pictures; sorted by
+    length."""
+    order = np.random.default_rng(seed).permutation(len(data))
+    groups = (found[:, 0] * (MOST + 2) + np.minimum(found[:, 1], MOST + 1))[order]
+    by_group = [order[groups == group][:samples] for group in np.unique(groups)]
+    drawn = [rows[i] for i in range(samples) for rows in by_group if i < len(rows)]
+    chosen = dict.fromkeys(map(int, [data.lengths.argmin(), data.lengths.argmax(), *drawn]))
+    return sorted([*chosen][:samples], key=lambda row: data.lengths[row])
+
+
+def tokens(ids: list[int], labels: list[int], tokenizer, placeholders: str) -> str:
+    """The tokens of a row as HTML, each in a box: <mark> where it carries loss, <span> elsewhere. Tokens that only
+    together make a character share a box, and so do the placeholders of a picture."""
+    picture = tokenizer(placeholders, add_special_tokens=False)["input_ids"]
+    special, decode = tokenizer.added_tokens_decoder, tokenizer.backend_tokenizer.decode
+    parts, at = [], 0
+    while at < len(ids):
+        end, about = at + 1, ' class="chip"'
+        text = decode(ids[at:end], skip_special_tokens=False)
+        if ids[at : at + len(picture)] == picture:
+            text, end = f"{placeholders[0]}×{len(picture)}", at + len(picture)
+        elif ids[at] not in special:
+            while text.endswith("\ufffd") and end < len(ids) and ids[end] not in special:  # part of a character
+                end += 1
+                text = decode(ids[at:end], skip_special_tokens=False)
+            if end == len(ids):  # shortened inside a character
+                text = re.sub("\ufffd+$", "…", text)
+            about = f' data-n="{end - at}"' if end - at > 1 else ""
+        tag = "span" if labels[at] == IGNORE else "mark"
+        parts.append(f"<{tag}{about}>{escape(text)}</{tag}>".replace("\n", "<i></i>\n"))
+        at = end
+    return "".join(parts)
+
+
+def figure(pixels, name: str) -> str:
+    """A picture, uint8 (3, H, W), as the model sees it."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    name = escape(name)
+    return f'<figure><img src="data:image/png;base64,{data}" alt="{name}"><figcaption>{name}</figcaption></figure>'
+
+
+def sample(data: VLMDataset, row: int, example: dict, language: str) -> str:
+    """A row as a card. example: data[row]."""
+    about, body = [data.where(row), language], f'<div class="answer wrong">{escape(example.get("broken", ""))}</div>'
+    if "broken" not in example:
+        ids, labels = example["input_ids"].tolist(), example["labels"].tolist()
+        _, _, names, answers = encode_row(data.row(row), data.tokenizer, data.placeholders, data.max_length)
+        loss = sum(label != IGNORE for label in labels)
+        about += [f"{len(ids):,} tokens", f"{loss:,} with loss"]
+        about += [f"shortened: {answers - loss:,} answer tokens lost"] if loss < answers else []
+        body = f'<div class="shown">{"".join(map(figure, example["pictures"], names))}</div>' if names else ""
+        han = ' lang="zh"' if language in ("Chinese", "mixed") else ""
+        body += f'<div class="tokens"{han}>{tokens(ids, labels, data.tokenizer, data.placeholders)}</div>'
+    return f'<div class="card sample"><div class="tags">{escape(" · ".join(about))}</div>{body}</div>'
+
+
+# ---------------------------------------------------------------------------- the page
+
+OWN_STYLE = """
+p { overflow-wrap: anywhere; }
+caption::first-letter { text-transform: uppercase; }
+.chart td:nth-child(2) { width: 50%; }
+.chart i { display: block; height: 12px; width: var(--share); border-radius: 3px; background: var(--accent); }
+table:not(.chart) tbody th { white-space: normal; overflow-wrap: anywhere; }
+.sample { display: flex; flex-wrap: wrap; gap: 10px 16px; padding: 14px; margin: 16px 0 0; overflow-wrap: anywhere; }
+.sample .tags { flex: 1 0 100%; }
+.shown { display: flex; flex-wrap: wrap; gap: 10px; max-width: 404px; }
+figure { margin: 0; width: 128px; }
+figcaption { color: var(--soft); font-size: .75rem; line-height: 1.3; margin-top: 4px; }
+.tokens { flex: 1 1 300px; min-width: 0; white-space: pre-wrap; font: .875rem/1.9 ui-monospace, SFMono-Regular, Menlo,
+  Consolas, "Noto Sans Mono", "PingFang SC", "Noto Sans CJK SC", "Microsoft YaHei", monospace; }
+.tokens > *, .box { border-radius: 4px; padding: 2px 0; margin-right: 2px; background: var(--pale);
+  color: var(--soft); }
+.tokens > mark, mark.box { background: var(--good-bg); color: var(--good); text-decoration: underline 2px;
+  text-underline-offset: 4px; }
+.tokens > .chip { border: 1px solid currentColor; padding: 1px 4px; font-size: .75rem; }
+.tokens i::before { content: "↵"; opacity: .6; }
+[data-n]::after { content: attr(data-n); font-size: .625rem; vertical-align: super; margin-left: 1px; }
+"""
+
+
+def chart(title: str, counts: list[tuple[str, int]]) -> str:
+    """A table whose second column is a bar."""
+    total, most = sum(rows for _, rows in counts), max(rows for _, rows in counts)
+    body = "".join(
+        f'<tr><th scope="row">{escape(label)}</th><td><i style="--share:{100 * rows / most:.1f}%"></i></td>'
+        f"<td>{rows:,}</td><td>{rows / total:.1%}</td></tr>"
+        for label, rows in counts
+    )
+    return f'<div class="card scroll"><table class="chart"><caption>{escape(title)}</caption>{body}</table></div>'
+
+
+def page(data: VLMDataset, figures: dict, cards: list[str], notes: list[str], command: list[str]) -> str:
+    paths = [[path, f"{rows:,}", f"{usable:,}"] for path, rows, usable in files(data)]
+    tables = [rows_table("files", ["file", "rows", "usable"], paths)]
+    if data.bad:
+        kinds = [[KINDS[kind], f"{len(found):,}"] for kind, found in data.bad.items()]
+        examples = f"<details><summary>examples</summary><pre>{escape(data.report())}</pre></details>"
+        tables.append(rows_table("bad rows", ["what is wrong", "rows"], kinds, examples))
+    tables += [chart(title, counts) for title, counts in figures.items()]
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>MiniMind-V data</title>
+<style>{STYLE}{OWN_STYLE}</style>
+</head>
+<body>
+<main>
+<header>
+<h1>What training sees</h1>
+<p>{escape(" ".join(notes))}</p>
+<div class="tiles">{"".join(tile(value, what) for value, what in facts(data))}</div>
+</header>
+
+<h2>Figures</h2>
+<div class="grid-2">{"".join(tables)}</div>
+
+<h2>Samples</h2>
+<p>Drawn by chance, in turn from each language and number of pictures, from the shortest row to the longest. Each box is
+a token, or several (the small number) that only together make a character. <mark class="box">Underlined</mark> ones
+carry loss: the model learns to predict each of them from all that stands before it.
+<span class="box">Pale</span> ones it only reads; {escape(data.placeholders[0])}×{len(data.placeholders)} is where the
+{len(data.placeholders)} patches of a picture go.</p>
+{"".join(cards)}
+
+<h2>What to type next</h2>
+<pre>{escape(typed(command))}</pre>
+<footer>Made by <code>python -m scripts.inspect_data</code>. This page is one file and loads nothing.</footer>
+</main>
+</body>
+</html>
+"""
+
+
+# ---------------------------------------------------------------------------- main
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("data_path", nargs="+", metavar="PATH", help="JSONL or Parquet, files or patterns, as --data_path in training")
+    add("--images_path", nargs="+", metavar="PATH", help="folder or zip of pictures, one for all or one each")
+    add("--tokenizer_path", default="./model", help="folder with tokenizer.json")
+    add(
+        "--vision_model_path", default=DEFAULT_VISION_MODEL, help="CLIP folder, which says how many tokens a picture is"
+    )
+    add("--max_seq_len", type=positive(int), default=1536, help="tokens per row, placeholders included")
+    add("--samples", type=positive(int), default=12, help="rows on the page")
+    add("--seed", type=not_negative, default=0, help="which ones")
+    add("--html", default="out/inspect.html", metavar="PATH", help="the page")
+    return parser.parse_args(argv)
+
+
+def next_command(args, skip: bool) -> list[str]:
+    """The training that reads what was looked at. skip: bad rows would stop it."""
+    command = ["python", "train_sft_vlm.py", "--data_path", *args.data_path]
+    if args.images_path:
+        command += ["--images_path", *args.images_path]
+    defaults = parse_args(["PATH"])  # which are those of training
+    for flag in ("tokenizer_path", "vision_model_path", "max_seq_len"):
+        if getattr(args, flag) != getattr(defaults, flag):
+            command += [f"--{flag}", str(getattr(args, flag))]
+    return command + ["--on_bad_row", "skip"] * skip
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    notes = ["Pictures were looked for in all rows, but opened in the samples only."]
+    if (Path(args.vision_model_path) / "config.json").exists():
+        placeholders = VLMConfig.for_encoder(args.vision_model_path).image_special_token
+        processor = ImageProcessor.from_pretrained(args.vision_model_path)
+    else:
+        placeholders, processor = VLMConfig().image_special_token, ImageProcessor()
+        notes.append(f"No encoder in {args.vision_model_path}: 196 tokens per picture are assumed, the public CLIP's.")
+    tokenizer = load_tokenizer(args.tokenizer_path, placeholders)
+    print(wrap(f"checking {', '.join(args.data_path)} ..."), flush=True)
+    data = VLMDataset(
+        args.data_path, args.images_path, tokenizer, processor, args.max_seq_len, placeholders, on_bad_row="skip"
+    )
+    found = survey(data)
+    figures = charts(data, found)
+    print(f"\n{terminal(data, figures)}\n")
+
+    chosen = choose(data, found, args.samples, args.seed)
+    examples = [data[row] for row in chosen]
+    broken = [example["broken"] for example in examples if "broken" in example]
+    if broken:
+        notes.append(f"{len(broken)} of {len(chosen)} samples have a picture that cannot be read: {broken[0]}")
+    command = next_command(args, skip=bool(data.bad or broken))
+    cards = [sample(data, row, example, LANGUAGES[found[row, 0]]) for row, example in zip(chosen, examples)]
+    write_text(args.html, page(data, figures, cards, notes, command))
+    print(*map(wrap, notes), f"\nwritten: {args.html}", f"To train on it:\n$ {typed(command)}", sep="\n")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,252 @@
+"""scripts/inspect_data.py: its figures are those of the data, its marks those of the labels, its page loads nothing."""
+
+import base64
+import html
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset import lm_dataset
+from dataset.lm_dataset import IGNORE, VLMDataset
+from model.processing import ImageProcessor
+from scripts import inspect_data
+from tests.conftest import turn, write_rows
+from tests.test_sources import BLACK, chat, picture, row, write_parquet
+from trainer.cli import run_main
+
+EVIL = '<script>alert("&")</script></mark>'
+LONG = row("Tell me a story.", "A very long story. " * 20)
+
+
+@pytest.fixture
+def look(clip_folder, tokenizer_folder, tmp_path, monkeypatch, capsys):
+    """look("rows.jsonl", *flags) → what it prints, and the page; in a folder with images/{red,green,blue}.png."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    for colour in ("red", "green", "blue"):
+        (tmp_path / f"images/{colour}.png").write_bytes(picture(colour))
+
+    def look(*flags):
+        folders = ["--tokenizer_path", str(tokenizer_folder), "--vision_model_path", str(clip_folder)]
+        inspect_data.main([*folders, "--html", "new/page.html", *flags])
+        return capsys.readouterr().out, (tmp_path / "new/page.html").read_text(encoding="utf-8")
+
+    return look
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """JSONL and Parquet in English, Chinese and other scripts, with bad rows of two kinds and two that are mended."""
+    rows = [
+        row("What is this?\n<image>", "It is red.", image="red.png"),
+        row("<image>\n这是什么颜色？", "绿色。", "And in English?", "Green.", image="green.png"),
+        row("<image>\n<image>\n<image>\nWhich colours?", "红，蓝。", image="red.png, blue.png"),
+        row("6 * 7?", "42"),
+        row("<image>", "It is pink.", image="pink.png"),
+        LONG,
+    ]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
+        file.write("{no JSON\n\n[more of it\n")
+    write_parquet(tmp_path / "a.parquet", [(chat("什么？\n<image>", "蓝色。"), [picture("blue")])])
+    write_parquet(tmp_path / "b.parquet", [(chat("Say hello.", "Hello."), [BLACK])])
+    return ["rows.jsonl", "*.parquet"]
+
+
+def table(out: str, title: str) -> dict[str, tuple[int, float]]:
+    """{label: (rows, percent)} of a chart in what is printed."""
+    lines = out.partition(f"\n{title}")[2].partition("\n\n")[0].splitlines()[1:]
+    return {
+        found[1]: (int(found[2]), float(found[3]))
+        for found in (re.fullmatch(r"  (.+?) +(\d+) +([\d.]+)%(?:  #+)?", line) for line in lines)
+    }
+
+
+def figure(out: str, what: str) -> str:
+    return re.search(rf"^ *(\S+)  {re.escape(what)}", out, re.MULTILINE)[1]
+
+
+def cards(page: str) -> dict[str, list[tuple[bool, str, int]]]:
+    """{file:line: [(carries loss, text, tokens), ...]} of the samples."""
+    found = {}
+    for card in page.split('<div class="card sample">')[1:]:
+        where = re.search(r'<div class="tags">(.+?) ·', card)[1]
+        boxes = re.findall(
+            r'<(mark|span)(?: class="chip"| data-n="(\d)")?>(.*?)</\1>', card.split('class="tokens"')[1], re.DOTALL
+        )
+        found[where] = [
+            (tag == "mark", html.unescape(text.replace("<i></i>", "")), int(many or 1)) for tag, many, text in boxes
+        ]
+    return found
+
+
+def marked(boxes) -> str:
+    return "".join(text for loss, text, _ in boxes if loss)
+
+
+# ---------------------------------------------------------------------------- figures
+
+
+def test_the_figures_are_those_of_the_data(look, mixed):
+    out, page = look(*mixed)
+    assert re.search(r"^ +9 +5  rows.jsonl\n +1 +1  a.parquet\n +1 +1  b.parquet$", out, re.MULTILINE)
+    assert (figure(out, "usable rows"), figure(out, "bad rows")) == ("7", "3")
+    assert figure(out, "rows had more <image>") == figure(out, "rows had no <image>") == "1"
+    assert table(out, "language of the answers") == {
+        "English": (3, 42.9),
+        "Chinese": (2, 28.6),
+        "mixed": (1, 14.3),
+        "other": (1, 14.3),
+    }
+    assert table(out, "pictures in a row") == {"0": (3, 42.9), "1": (3, 42.9), "2": (1, 14.3)}
+    assert table(out, "answers in a row") == {"1": (6, 85.7), "2": (1, 14.3)}
+    assert sum(rows for rows, _ in table(out, "tokens of a row").values()) == 7
+    assert "       2  not valid JSON\n            rows.jsonl:7: " in out
+    assert "       1  picture file missing\n            rows.jsonl:5: pink.png is not in images" in out
+    for value, what in re.findall(r"^ +(\S+)  ([a-z].*)$", out.split("\n\n")[2], re.MULTILINE):
+        assert f"<b>{value}</b><span>{html.escape(what)}</span>" in page
+    assert '<th scope="row">not valid JSON</th><td>2</td>' in page and '<th scope="row">Chinese</th>' in page
+
+
+def test_what_max_seq_len_costs_is_said_in_rows_and_tokens(look, mixed):
+    out, page = look(*mixed)
+    longest, shortest = (int(figure(out, f"tokens in the {which} row")) for which in ("longest", "shortest"))
+    assert figure(out, "rows shortened to 1,536 tokens") == "0" and " shortened:" not in page
+    answers = int(re.search(r"lost to that \(0 of (\d+)\)", out)[1])
+
+    out, page = look(*mixed, "--max_seq_len", str(longest - 51))  # 50 and the line break behind
+    assert figure(out, "rows shortened") == "1" and figure(out, "tokens in the shortest row") == str(shortest)
+    assert figure(out, "of answer tokens lost") == f"{50 / answers:.1%}" and f"(50 of {answers})" in out
+    assert " shortened: 50 answer tokens lost" in page
+    assert LONG["conversations"][1]["content"].startswith(marked(cards(page)["rows.jsonl:6"]))  # without <|im_end|>
+
+
+def test_lines_fit_80_columns_and_end_with_what_to_type_next(look, mixed):
+    out, _ = look(*mixed, "--images_path", "images", "--max_seq_len", "640")
+    assert max(map(len, out.replace(out[out.index("To train") :], "").splitlines())) <= 80
+    command = out.split("$ ")[1].replace("\\\n", "").split()
+    expected = "python train_sft_vlm.py --data_path rows.jsonl '*.parquet' --images_path images --tokenizer_path"
+    assert command[: len(expected.split())] == expected.split()
+    assert command[-4:] == ["--max_seq_len", "640", "--on_bad_row", "skip"]
+
+
+def test_lengths_fall_into_at_most_10_round_ranges():
+    random = np.random.default_rng(0)
+    for lengths in (np.array([7]), np.array([5, 1500]), random.integers(40, 90, 999), random.geometric(0.01, 9999)):
+        found = inspect_data.length_bins(lengths)
+        assert sum(rows for _, rows in found) == len(lengths) and len(found) <= 10
+        for label, rows in found:
+            first, _, last = label.replace(",", "").replace("or more", "to 9999").partition(" to ")
+            assert ((lengths >= int(first)) & (lengths <= int(last or first))).sum() == rows, (label, found)
+
+
+# ---------------------------------------------------------------------------- the page
+
+
+def test_marks_are_exactly_the_tokens_with_loss(look, tmp_path, tokenizer, clip_folder):
+    rows = [
+        row("<image><image>\nWhat <|im_end|> @@@?", "红色 and 😀.\n\nYes\ufffd", image="red.png, blue.png"),
+        row("<image>", "It is red.", "确定吗？", f"{EVIL} 是的<|im_end|>。", image="red.png"),
+    ]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    out, page = look("rows.jsonl")
+    processor = ImageProcessor.from_pretrained(clip_folder)
+    data = VLMDataset("rows.jsonl", None, tokenizer, processor, 1536, "@" * 16)
+    assert len(cards(page)) == 2
+    for i in range(2):
+        boxes = cards(page)[f"rows.jsonl:{i + 1}"]
+        answers = [said["content"] for said in rows[i]["conversations"] if said["role"] == "assistant"]
+        assert marked(boxes) == "".join(f"{answer}<|im_end|>" for answer in answers)
+        labels, text = data[i]["labels"], "".join(text for _, text, _ in boxes)
+        assert sum(many for loss, _, many in boxes if loss) == (labels != IGNORE).sum()
+        assert text.replace("@×16", "@" * 16) == tokenizer.decode(data[i]["input_ids"])
+        assert ("�" in text) == (i == 0)  # the one that was typed; characters of several tokens are whole
+        assert [text for _, text, _ in boxes].count("@×16") == len(data[i]["pictures"])
+        assert max(many for _, _, many in boxes) > 1  # and say so
+        assert [text for loss, text, _ in boxes if loss].count("<|im_end|>") == len(answers)  # in boxes of their own
+
+
+def test_a_row_that_is_cut_inside_a_character_ends_with_dots(look, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [row("Hi.", "😀😀")])
+    longest = int(figure(look("rows.jsonl")[0], "tokens in the longest row"))
+    boxes = cards(look("rows.jsonl", "--max_seq_len", str(longest - 3))[1])[
+        "rows.jsonl:1"
+    ]  # <|im_end|> and half a face
+    assert marked(boxes) == "😀…"
+
+
+def test_the_page_shows_markup_and_runs_nothing(look, tmp_path):
+    name = "<img src=x onerror=y>.png"
+    (tmp_path / "images" / name).write_bytes(picture("red"))
+    evil = [row(f"<image>{EVIL}", EVIL, image=name), {"conversations": [turn(EVIL, "a"), turn("assistant", "b")]}]
+    write_rows(tmp_path / "<b>.jsonl", evil)
+    _, page = look("<b>.jsonl")
+    assert "<mark>&lt;</mark>" in page and "<mark>&amp;</mark>" in page and "unknown role &#x27;&lt;script&gt;" in page
+    assert page.count(html.escape(name)) == 2 and "&lt;b&gt;.jsonl" in page and "<b>." not in page
+    assert "<script" not in page and "<link" not in page and page.count("<img") == 1
+    assert "http://" not in page and "https://" not in page and "url(" not in page and "@import" not in page
+    assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'(?:src|href)="(.*?)"', page))
+
+
+def test_pictures_are_those_that_the_model_sees(look, tmp_path, clip_folder):
+    Image.new("RGB", (90, 40), "red").save(tmp_path / "images/wide.png")
+    write_rows(tmp_path / "rows.jsonl", [row("<image>", "b", image="wide.png")])
+    _, page = look("rows.jsonl")
+    shown = Image.open(io.BytesIO(base64.b64decode(re.search(r'base64,(.*?)"', page)[1])))
+    assert shown.size == (32, 32) and shown.getpixel((16, 16)) == (255, 0, 0)
+
+
+def test_a_sample_with_a_broken_picture_is_named(look, tmp_path):
+    (tmp_path / "images/broken.png").write_bytes(picture("red")[:50])
+    write_rows(tmp_path / "rows.jsonl", [row("<image>", "b", image=f"{name}.png") for name in ("broken", "red")])
+    out, page = look("rows.jsonl")
+    said = "1 of 2 samples have a picture that cannot be read: rows.jsonl:1: images/broken.png cannot be read"
+    assert "opened in the samples only" in out and said in " ".join(out.split()) and said in page
+    assert (
+        '<div class="answer wrong">rows.jsonl:1: images/broken.png cannot be read' in page and page.count("<img") == 1
+    )
+    assert "--on_bad_row skip" in out.splitlines()[-1]
+
+
+def test_samples_are_the_shortest_the_longest_and_some_of_every_kind(look, tmp_path):
+    rows = [row(f"Is it {i}?", "It is.") for i in range(300)]
+    rows[150] = row("<image>\n<image>", "两个。", image="red.png, blue.png")
+    rows[151], rows[152] = row("?", "I"), LONG
+    write_rows(tmp_path / "rows.jsonl", rows)
+    first, again, other = (
+        list(cards(look("rows.jsonl", "--samples", "5", "--seed", seed)[1])) for seed in ("0", "0", "1")
+    )
+    assert first == again != other
+    for chosen in (first, other):
+        assert len(chosen) == 5 and "rows.jsonl:151" in chosen
+        assert (chosen[0], chosen[-1]) == ("rows.jsonl:152", "rows.jsonl:153")
+
+
+# ---------------------------------------------------------------------------- what is missing
+
+
+def test_without_a_usable_row_the_table_of_bad_rows_is_the_message(look, tmp_path, capsys):
+    write_rows(tmp_path / "rows.jsonl", [row("<image>", "b", image="no.png"), row("Hi.")])
+    with pytest.raises(SystemExit):
+        run_main(lambda: look("rows.jsonl"))
+    error = capsys.readouterr().err
+    assert "error: no usable row in rows.jsonl\n2 of 2 rows are not usable:" in error and "Traceback" not in error
+    assert "1  no assistant turn\n            rows.jsonl:2: " in error and not (tmp_path / "new").exists()
+    with pytest.raises(FileNotFoundError, match="--data_path none.jsonl: no such file"):
+        look("none.jsonl")
+
+
+def test_without_an_encoder_196_tokens_per_picture_are_assumed_and_that_is_said(look, mixed):
+    out, page = look(*mixed, "--vision_model_path", "nowhere")
+    assert "No encoder in nowhere: 196 tokens per picture are assumed" in out and "No encoder in nowhere" in page
+    assert "@×196" in page and int(figure(out, "tokens in the longest row")) > 2 * 196
+
+
+def test_training_finds_the_rows_checked(look, mixed, tokenizer, monkeypatch):
+    look(*mixed)
+    monkeypatch.setattr(lm_dataset, "check_rows", None)
+    data = VLMDataset(mixed, None, tokenizer, None, 1536, "@" * 16, on_bad_row="skip")
+    assert len(data) == 7
