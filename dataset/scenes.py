@@ -83,8 +83,20 @@ compare more     | Which picture has more objects, the first or the second?  | �
                  | Which has more objects, the first or the second picture?  | 第一张和第二张，哪张的图形更多？
 compare has      | Which picture shows {ax}, the first or the second?        | 哪张图片有{x}，第一张还是第二张？
                  | Is there {ax} in the first or the second picture?         | 第一张和第二张，哪张有{x}？
+each colour      | What colours are {them}?                      | {them}各是什么颜色？
+each shape       | What shapes are {them}?                       | {them}各是什么形状？
+each place       | Where are {them}?                             | {them}各在哪里？
+each size        | What sizes are {them}?                        | {them}各有多大？
+each object      | What is in {them}?                            | {them}各是什么？
 """
-KINDS = {  # share of rows, as far as scenes allow; "multi" is a conversation of several questions
+EACH = {  # what "each" asks of one object
+    "colour": ("colour", "of"),
+    "shape": ("what", "shape"),
+    "place": ("where", "of"),
+    "size": ("size", "of"),
+    "object": ("what", "at"),
+}
+KINDS = {  # share of rows, as far as scenes allow; "multi" is a conversation of several questions, "each" of lists
     "describe": 5,
     "what": 3,
     "colour": 3,
@@ -95,7 +107,9 @@ KINDS = {  # share of rows, as far as scenes allow; "multi" is a conversation of
     "size": 4,
     "multi": 12,
     "compare": 2,
+    "each": 5,
 }
+USUAL = tuple(kind for kind in KINDS if kind != "each")  # that is for practice: all objects looked up, one by one
 TURNS = ("what", "colour", "count", "where", "exists", "relation", "size")  # a description would give away the rest
 LENGTH = (4, 12)  # questions drawn for a conversation; those that cannot be asked, or come twice, fall away
 LANGS = ("en", "zh")
@@ -243,6 +257,18 @@ def colour(scene, form, lang):
             yield {"x": x}, state(lang, x, "the {x} is {y}", "{x}是{y}", say(thing.colour, lang)), thing.new
 
 
+def each(scene, form, lang, rng):
+    """One question about all that a question of this form can be asked about, in any order."""
+    kind, of_one = EACH[form]
+    found = list(QUESTIONS[kind](scene, of_one, lang))
+    rng.shuffle(found)
+    if len(found) > 1:
+        them = [("the " if lang == "en" else "") + next(iter(slots.values())) for slots, _, _ in found]
+        joined = join(them, *((", ", " and ") if lang == "en" else ("、", "和")))
+        said = (", " if lang == "en" else "，").join(answer for _, answer, _ in found)
+        yield {"them": joined}, said, any(new for _, _, new in found)
+
+
 def count(scene, form, lang):
     if form == "all":
         yield {}, say(NUMBERS[len(scene.things) - 1], lang), False
@@ -321,17 +347,20 @@ def which_picture(second: bool, lang: str) -> str:
 QUESTIONS = {function.__name__: function for function in (describe, what, colour, count, where, relation, size)}
 
 
-def ask(scenes, kind: str, lang: str, rng, used: Counter, new: bool) -> tuple[str, str] | None:
+def ask(scenes, kind: str, lang: str, rng, used: Counter, new: bool, form: str = "") -> tuple[str, str] | None:
     """A question of this kind about the scene (two to compare) with its answer; None where there is none to ask.
 
+    form: of question; drawn without it.
     used: how often each answer was given so far, by form of question and language; the rarest that is possible now is
     asked for.
     """
-    form = rng.choice(list(ASK[kind]))
+    form = form or rng.choice(list(ASK[kind]))
     if kind == "exists":
         found = exists(scenes[0], form, lang, rng, new)
     elif kind == "compare":
         found = compare(scenes, form, lang)
+    elif kind == "each":
+        found = each(scenes[0], form, lang, rng)
     else:
         found = QUESTIONS[kind](scenes[0], form, lang)
     found = [(slots, answer) for slots, answer, about_new in found if about_new or not new]
@@ -349,7 +378,7 @@ def ask(scenes, kind: str, lang: str, rng, used: Counter, new: bool) -> tuple[st
 # ---------------------------------------------------------------------------- rows
 
 
-def rows_of(scene, image: str, rng, used: Counter, rows=4, kinds=tuple(KINDS), new=False, other=None) -> list[dict]:
+def rows_of(scene, image: str, rng, used: Counter, rows=4, kinds=USUAL, new=False, other=None) -> list[dict]:
     """Conversations about a scene, half of them Chinese, in the format of the module's docstring; `rows` of them, fewer
     where the scene allows fewer.
 
@@ -370,10 +399,14 @@ def rows_of(scene, image: str, rng, used: Counter, rows=4, kinds=tuple(KINDS), n
         shown = [(scene, image)]
         if kind == "compare":
             shown.insert(rng.randrange(2), other)
-        turns = rng.choices(TURNS, k=rng.randint(*LENGTH)) if kind == "multi" else [kind]
+        turns = [(kind, "")]
+        if kind == "multi":
+            turns = [(turn, "") for turn in rng.choices(TURNS, k=rng.randint(*LENGTH))]
+        elif kind == "each":
+            turns = [(kind, form) for form in rng.sample(list(EACH), 3)]
         asked = {}  # question and answer: kind
-        for turn in turns:
-            pair = ask([each for each, _ in shown], turn, lang, rng, used, new)
+        for turn, form in turns:
+            pair = ask([one for one, _ in shown], turn, lang, rng, used, new, form)
             if pair:
                 asked.setdefault(pair, turn)
         if len(asked) < (2 if kind == "multi" else 1) or not questions.isdisjoint(asked):
@@ -394,11 +427,11 @@ def rows_of(scene, image: str, rng, used: Counter, rows=4, kinds=tuple(KINDS), n
 
 
 def describe_in_words(scene: Scene) -> str:
-    """All that can be asked about, in the order of the patches: "picture: topleft bigredstar middle smallbluering".
+    """All that can be asked about, in the order of the patches: "picture: topleftbigredstar middlesmallbluering".
 
-    Two words for an object, its place and all of its looks, as in a picture a patch is one vector.
+    One word for an object, its place and all of its looks, as in a picture a patch is one vector.
     """
-    words = [f"{thing.place.replace(' ', '')} {thing.size}{thing.colour}{thing.shape}" for thing in scene.things]
+    words = [f"{thing.place.replace(' ', '')}{thing.size}{thing.colour}{thing.shape}" for thing in scene.things]
     return " ".join(["picture:", *words])
 
 
@@ -423,7 +456,7 @@ def captions_of(scene: Scene, image: str) -> list[dict]:
     ]
 
 
-def text_rows_of(scene, rng, used, rows=4, kinds=tuple(KINDS), new=False, other=None) -> list[dict]:
+def text_rows_of(scene, rng, used, rows=4, kinds=USUAL, new=False, other=None) -> list[dict]:
     """As `rows_of`, with each picture in words instead, so without "image"; other: a scene to compare with."""
     scenes = {"one": scene, "two": other}
     found = rows_of(scene, "one", rng, used, rows, kinds, new, other and (other, "two"))
@@ -447,7 +480,7 @@ def write_world(
     seed=0,
     image_size=64,
     rows=4,
-    kinds=tuple(KINDS),
+    kinds=USUAL,
     form="chat",
     objects=(1, 4),
 ) -> dict:
@@ -502,7 +535,7 @@ def main(argv=None):
     few = "least and most objects in a scene, 1 to 4"
     parser.add_argument("--objects", type=int, nargs=2, default=(1, 4), metavar=("MIN", "MAX"), help=few)
     parser.add_argument("--rows", type=int, default=4, help="conversations about a picture, number")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of conversation to write")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(USUAL), help="kinds of conversation to write")
     forms = "chat, for a VLM; text, in which words take the place of pictures, for an LLM; captions, for an encoder"
     parser.add_argument("--form", choices=("chat", "text", "captions"), default="chat", help=forms)
     args = parser.parse_args(argv)

@@ -42,22 +42,21 @@ def recipe(folder: Path) -> list[Step]:
         ]),
         Step("words", "scenes of one object in words, with descriptions, for the language model's first lesson", [
             "python", "-m", "dataset.scenes", "--form", "text", "--out_dir", words,
-            "--scenes", 12000, "--val_scenes", 100, "--rows", 2, "--kinds", "describe", "--objects", 1, 1,
+            "--scenes", 32000, "--val_scenes", 100, "--rows", 2, "--kinds", "describe", "--objects", 1, 1,
             "--seed", 3,
         ]),
-        Step("lookups", "scenes of three or four, with one question each, for its second lesson", [
+        Step("lookups", "scenes of three or four, with questions about each of them, for its second lesson", [
             "python", "-m", "dataset.scenes", "--form", "text", "--out_dir", lookups,
-            "--scenes", 25000, "--val_scenes", 100, "--rows", 4, "--kinds", "what", "colour", "where", "size",
-            "--objects", 3, 4, "--seed", 4,
+            "--scenes", 60000, "--val_scenes", 100, "--rows", 2, "--kinds", "each", "--objects", 3, 4, "--seed", 4,
         ]),
         Step("text", "scenes in words with whole conversations about them, for its third lesson", [
             "python", "-m", "dataset.scenes", "--form", "text", "--out_dir", text,
-            "--scenes", 42000, "--val_scenes", 200, "--rows", 2, "--kinds", "multi", "describe", "compare",
+            "--scenes", 42000, "--val_scenes", 200, "--rows", 2, "--kinds", "multi", "describe", "compare", "each",
             "--seed", 2,
         ]),
         Step("tokenizer", "learn which letters make a token", [
             "python", "-m", "scripts.train_tokenizer", "--data_path", text / "train.jsonl",
-            "--vocab_size", 780, "--split_chinese", "--out_dir", folder,
+            "--vocab_size", 1750, "--split_chinese", "--out_dir", folder,
         ], makes=folder / "tokenizer.json"),
         Step("encoder", "train the picture encoder: which caption belongs to which picture?", [
             "python", "-m", "scripts.train_clip", "--vision_only",
@@ -72,12 +71,12 @@ def recipe(folder: Path) -> list[Step]:
             *llm, "--data_path", words / "train.jsonl", "--val_path", words / "val.jsonl", "--out_dir", one,
             "--hidden_size", HIDDEN_SIZE, "--num_hidden_layers", 4,
             "--num_attention_heads", 4, "--num_key_value_heads", 4,
-            "--batch_size", 16, "--learning_rate", 1e-3, "--embedding_learning_rate", 1e-2,
+            "--batch_size", 32, "--learning_rate", 1e-3, "--embedding_learning_rate", 1e-2,
         ], resumable=True),
         Step("second lesson", "it learns to find one object among several, by place, colour or shape", [
             *llm, "--data_path", lookups / "train.jsonl", "--val_path", lookups / "val.jsonl", "--out_dir", two,
-            "--from_weight", one / weights, "--batch_size", 32, "--optimizer", "muon", "--learning_rate", 4e-3,
-            "--val_interval", 200,
+            "--from_weight", one / weights, "--batch_size", 16, "--optimizer", "muon", "--learning_rate", 4e-3,
+            "--val_interval", 500,
         ], resumable=True),
         Step("third lesson", "it learns to answer all kinds of questions", [
             *llm, "--data_path", text / "train.jsonl", "--val_path", text / "val.jsonl", "--out_dir", folder,

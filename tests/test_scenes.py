@@ -108,6 +108,7 @@ PATTERNS = {
             ),
         )
         for kind, forms in world.ASK.items()
+        if kind != "each"
         for form, wordings in forms.items()
         for wording in wordings
     ]
@@ -290,7 +291,8 @@ def test_every_question_can_be_taken_one_way_and_its_answer_is_right(rows, scene
                 kind, form, _ = understand(question, row["lang"])
                 assert kind in row["kind"] if isinstance(row["kind"], list) else kind == row["kind"]
                 seen.add((kind, form, row["lang"]))
-    assert seen == {(kind, form, lang) for kind, forms in world.ASK.items() for form in forms for lang in ("en", "zh")}
+    kinds = set(world.ASK) - {"each"}
+    assert seen == {(kind, form, lang) for kind in kinds for form in world.ASK[kind] for lang in ("en", "zh")}
 
 
 def test_same_seed_gives_same_bytes_and_another_seed_another_world(tmp_path):
@@ -341,15 +343,15 @@ def test_languages_kinds_and_wordings_are_mixed(rows):
     for split in rows.values():
         languages = Counter(row["lang"] for row in split)
         assert abs(languages["en"] - languages["zh"]) <= 0.02 * len(split)
-        assert {row["kind"] for row in split if isinstance(row["kind"], str)} == set(world.KINDS) - {"multi"}
+        assert {row["kind"] for row in split if isinstance(row["kind"], str)} == set(world.USUAL) - {"multi"}
     for row in rows["train"]:
         chinese = [bool(re.search("[\u4e00-\u9fff]", "".join(pair))) for pair in exchanges(row)]
         assert set(chinese) == {row["lang"] == "zh"}
         kinds = [row["kind"]] if isinstance(row["kind"], str) else row["kind"]
         assert [understand(question, row["lang"])[0] for question, _ in exchanges(row)] == kinds
         assert isinstance(row["kind"], str) or 2 <= len(kinds) <= max(world.LENGTH)
-    for forms in world.ASK.values():
-        for wordings in forms.values():
+    for kind in set(world.ASK) - {"each"}:
+        for wordings in world.ASK[kind].values():
             assert all(len({wording[lang] for wording in wordings}) == len(wordings) >= 2 for lang in ("en", "zh"))
 
 
@@ -509,7 +511,7 @@ def test_text_rows_hold_the_whole_scene_in_words_and_the_same_questions(scenes):
             told = [line for line in lines if line != question]
             shown = next(order for order in orders if all(tells(line, each) for line, each in zip(told, order)))
             assert all(answer(asked, lang, shown)[0] == reply for asked, reply in given)
-    assert set(kinds) == set(world.KINDS)
+    assert set(kinds) == set(world.USUAL)
 
 
 def understandable(line, lang):
@@ -521,9 +523,44 @@ def understandable(line, lang):
 
 def tells(line, scene):
     """Does this line say in words what is where in this scene, and nothing else, in reading order?"""
-    wanted = [f"{place(thing)} {thing.size} {thing.colour} {thing.shape}" for thing in scene.things]
-    told = line.removeprefix("picture: ").split(" ")
-    return told == [word for each in wanted for word in ("".join(each.split(" ")[:-3]), "".join(each.split(" ")[-3:]))]
+    wanted = [f"{place(thing)}{thing.size}{thing.colour}{thing.shape}".replace(" ", "") for thing in scene.things]
+    return line.removeprefix("picture: ").split(" ") == wanted
+
+
+ONE_OF = {  # a question about all of them → the same about one
+    "en": {
+        r"What colours are (.+)\?": "What colour is {}?",
+        r"What shapes are (.+)\?": "What shape is {}?",
+        r"Where are (.+)\?": "Where is {}?",
+        r"What sizes are (.+)\?": "What size is {}?",
+        r"What is in (.+)\?": "What is in {}?",
+    },
+    "zh": {
+        "(.+)各是什么颜色？": "{}是什么颜色？",
+        "(.+)各是什么形状？": "{}是什么形状？",
+        "(.+)各在哪里？": "{}在哪里？",
+        "(.+)各有多大？": "{}有多大？",
+        "(.+)各是什么？": "{}是什么？",
+    },
+}
+
+
+def test_a_question_about_each_is_answered_as_the_questions_about_one(scenes):
+    used, forms = Counter(), Counter()
+    for i, scene in enumerate([scenes[f"train_{i:05}.jpg"] for i in range(100)]):
+        for row in world.text_rows_of(scene, random.Random(i), used, kinds=["each"]):
+            lang, between = row["lang"], ", " if row["lang"] == "en" else "，"
+            turns = [turn["content"] for turn in row["conversations"]]
+            asked = [next(line for line in turn.split("\n") if not line.startswith("picture:")) for turn in turns[::2]]
+            assert 1 <= len(set(asked)) == len(asked) <= 3
+            for question, given in zip(asked, turns[1::2]):
+                found = ((re.fullmatch(many, question), one) for many, one in ONE_OF[lang].items())
+                match, one = next((match, one) for match, one in found if match)
+                them = re.split(", | and |、|和", match[1])
+                assert len(them) > 1
+                assert given == between.join(answer(one.format(x), lang, [scene])[0] for x in them)
+                forms[lang, one] += 1
+    assert len(forms) == 10 and min(forms.values()) > 10
 
 
 def test_scenes_hold_as_many_objects_as_asked_for(tmp_path):
@@ -532,7 +569,7 @@ def test_scenes_hold_as_many_objects_as_asked_for(tmp_path):
     lines = (tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines()
     told = [row["conversations"][0]["content"] for row in map(json.loads, lines)]
     words = [next(line for line in text.split("\n") if line.startswith("picture: ")).split() for text in told]
-    assert {len(each) for each in words} == {1 + 2 * 2, 1 + 2 * 3}
+    assert {len(each) for each in words} == {1 + 2, 1 + 3}
 
 
 @pytest.mark.parametrize(

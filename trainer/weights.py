@@ -198,10 +198,12 @@ def find_weights(name: str, out_dir, hidden_size: int | None, use_moe: bool) -> 
         names = ", ".join(found)
         raise ValueError(f"{name}: {out_dir} holds {names}. Say which with --hidden_size, --use_moe or by its path")
     what = "llm" if name == "llm" else "vlm"
+    make = "-m scripts.train_llm" if name == "llm" else f"train_{name}.py"
     raise FileNotFoundError(
         f"{exact[0]} is not there ({out_dir} holds {', '.join(there) or 'no .pth file'}). Fetch the public one: "
-        f"python -m scripts.download --what {what}; or give the --hidden_size that it has, or a .pth file or folder; "
-        "to train from nothing: --from_weight none; all in small, without a download: python -m scripts.quickstart"
+        f"python -m scripts.download --what {what}, or make it: python {make}; or give the --hidden_size that it has, "
+        "or another file or folder; to train from nothing: --from_weight none; all in small, without a download: "
+        "python -m scripts.quickstart"
     )
 
 
