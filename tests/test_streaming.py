@@ -44,6 +44,7 @@ def url(files):
 
 @pytest.fixture
 def streamed(flags, url):
+    flags = flags[flags.index("--tokenizer_path") :]  # without --images_path
     return [*flags, "--data_path", url, "--batch_size", "3", "--stream_rows", "12", "--max_seq_len", "120"]
 
 
@@ -179,8 +180,9 @@ def test_a_bad_row_of_a_stream_is_named_by_its_place_there(streamed, files):
             ["--data_path", "file:///nowhere/x.parquet"],
             "--data_path file:///nowhere/x.parquet: no such file. There is: ",
         ),
-        (["--data_path", "URL", "ROWS"], "streamed rows go neither with rows on the disk nor with --data_weights"),
-        (["--data_weights", "2"], "streamed rows go neither with rows on the disk nor with --data_weights"),
+        (["--data_path", "URL", "ROWS"], "streamed rows hold their pictures and go alone"),
+        (["--images_path", "x"], "streamed rows hold their pictures and go alone"),
+        (["--data_weights", "2"], "streamed rows hold their pictures and go alone"),
         (["--val_path", "URL"], "--val_path: held-out rows are read again and again, so they must be on the disk"),
         (["--data_path", "file://OTHER"], "other.parquet has no column image_bytes, but conversations"),
         (["--data_path", "file://BROKEN"], "broken.parquet cannot be read: "),

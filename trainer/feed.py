@@ -33,8 +33,11 @@ def check_data(args, model, tokenizer, paths, images_path=None, weights=None) ->
 def load_data(args, model, tokenizer, paths, images_path=None, weights=None) -> VLMDataset | Stream:
     """The rows of --data_path; prints how many, and what was left out, mended and shortened."""
     if any(map(is_remote, paths)):
-        if weights or not all(map(is_remote, paths)):
-            raise ValueError("--data_path: streamed rows go neither with rows on the disk nor with --data_weights")
+        if weights or images_path or not all(map(is_remote, paths)):
+            raise ValueError(
+                "--data_path: streamed rows hold their pictures and go alone, without rows on the disk, without "
+                "--images_path and --data_weights"
+            )
         say(f"looking at {', '.join(paths)} ...")
         stream = Stream(paths)
         say(f"  {stream.rows:,} rows in {len(stream.pieces):,} row groups, streamed {args.stream_rows:,} at a time")
