@@ -193,7 +193,8 @@ class VLMDataset(torch.utils.data.Dataset):
         settings = (self.tokenizer.backend_tokenizer.to_str(), self.placeholders, self.max_length, FORMAT)
         # `datasets` would fingerprint the pickled tokenizer, which changes from run to run and so never hits.
         fingerprint = hashlib.sha256(repr((source.table._fingerprint, settings)).encode()).hexdigest()[:32]
-        many = len(source.table) > 50_000  # rows: below, more processes are not worth their start
+        many = len(source.table) > 50_000  # rows: below, neither more processes nor a progress bar are worth it
+        (datasets.enable_progress_bars if many else datasets.disable_progress_bars)()
         return source.table.with_format("arrow").map(
             check_rows,
             batched=True,
@@ -208,6 +209,7 @@ class VLMDataset(torch.utils.data.Dataset):
             remove_columns=source.table.column_names,
             features=CHECKED,
             new_fingerprint=fingerprint,
+            desc=source.path.name,
         )
 
     def _usable(self, source: Jsonl | Parquet) -> tuple[np.ndarray, np.ndarray]:

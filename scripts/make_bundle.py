@@ -9,7 +9,7 @@ of which is shown before it runs. Ctrl-C and a second start go on where it was. 
 
     tokenizer.json, tokenizer_config.json      scripts.train_tokenizer
     clip/                                      scripts.train_clip, an ordinary CLIP folder, vision half only
-    llm_{hidden}.pth, .json                    scripts.train_llm in three lessons, fp16
+    llm_{hidden}.pth, .json                    scripts.train_llm in four lessons, fp16
 """
 
 import argparse
@@ -27,10 +27,13 @@ PROCESSES = 2  # that learn together, a core each
 LIMIT_MB = 8  # what a repository can carry
 
 
-def recipe(folder: Path) -> list[Step]:
-    """The commands that make a bundle in `folder`, with all files they need on the way."""
+def recipe(folder: Path, brief: bool = False) -> list[Step]:
+    """The commands that make a bundle in `folder`, with all files they need on the way.
+
+    brief: without the last lesson, which is the third one again.
+    """
     captions, words, lookups, text = (folder / name for name in ("captions", "words", "lookups", "text"))
-    clip, one, two = folder / "clip", folder / "lesson_1", folder / "lesson_2"
+    clip, one, two, three = folder / "clip", folder / "lesson_1", folder / "lesson_2", folder / "lesson_3"
     llm = ["torchrun", "--nproc_per_node", PROCESSES, "-m", "scripts.train_llm"]
     llm += ["--tokenizer_path", folder, "--max_seq_len", 400, "--num_workers", 0, "--warmup_iters", 50]
     weights = f"llm_{HIDDEN_SIZE}.pth"
@@ -79,11 +82,18 @@ def recipe(folder: Path) -> list[Step]:
             "--val_interval", 500,
         ], resumable=True),
         Step("third lesson", "it learns to answer all kinds of questions", [
-            *llm, "--data_path", text / "train.jsonl", "--val_path", text / "val.jsonl", "--out_dir", folder,
+            *llm, "--data_path", text / "train.jsonl", "--val_path", text / "val.jsonl",
+            "--out_dir", folder if brief else three,
             "--from_weight", two / weights, "--batch_size", 16, "--optimizer", "muon", "--learning_rate", 4e-3,
             "--val_interval", 500,
         ], resumable=True),
     ]
+    if not brief:
+        steps.append(Step("fourth lesson", "the same rows in another order, once more with large steps", [
+            *llm, "--data_path", text / "train.jsonl", "--val_path", text / "val.jsonl", "--out_dir", folder,
+            "--from_weight", three / weights, "--batch_size", 16, "--optimizer", "muon", "--learning_rate", 3e-3,
+            "--val_interval", 500, "--seed", 43,
+        ], resumable=True))
     # fmt: on
     for step in steps:
         step.command = [str(part) for part in step.command]

@@ -126,7 +126,7 @@ def quickstart(args, again: str) -> dict:
     steps, bundle = [], args.bundle
     if args.from_zero:
         bundle, hidden_size = out / "tiny", make_bundle.HIDDEN_SIZE
-        steps, llm = make_bundle.recipe(bundle), bundle / f"llm_{hidden_size}.pth"
+        steps, llm = make_bundle.recipe(bundle, brief=True), bundle / f"llm_{hidden_size}.pth"
     else:
         llm, hidden_size = find_llm(bundle)
     model = ["--tokenizer_path", bundle, "--vision_model_path", bundle / "clip", "--hidden_size", hidden_size]
