@@ -24,7 +24,7 @@ from PIL import Image
 from dataset.sources import BadRow, Jsonl, Parquet, Row, open_rows
 from model.processing import IGNORE, IMAGE_TAG, encode_chat
 
-FORMAT = 4  # raise it when `check_rows` changes what it finds: results are cached on disk
+FORMAT = 5  # raise it when `check_rows` or what it calls finds something else: results are cached on disk
 KINDS = {
     "json": "not valid JSON",
     "key": "missing or malformed key",
@@ -124,6 +124,10 @@ def check_rows(batch, numbers: list[int], parse, tokenizer, placeholders: str, m
 # ---------------------------------------------------------------------------- the data set
 
 
+class NoUsableRow(ValueError):
+    """All rows are bad."""
+
+
 class VLMDataset(torch.utils.data.Dataset):
     """Training examples from JSONL or Parquet.
 
@@ -182,11 +186,15 @@ class VLMDataset(torch.utils.data.Dataset):
                 lengths.append(length)
                 end += len(good)
             self.parts.append((begin, end, weight))
+            if end > begin and not round((end - begin) * weight):
+                raise ValueError(
+                    f"--data_weights {weight}: of the {end - begin} rows of {of_path[0].path} that is none"
+                )
         self.rows, self.lengths = np.concatenate(rows), np.concatenate(lengths)
         if self.bad and on_bad_row == "error":
             raise ValueError(f"{self.report()}\nMend the data, or leave these rows out with --on_bad_row skip")
         if not len(self.rows):
-            raise ValueError(f"no usable row in {', '.join(map(str, paths))}\n{self.report()}")
+            raise NoUsableRow(f"no usable row in {', '.join(map(str, paths))}\n{self.report()}")
 
     def _check(self, source: Jsonl | Parquet) -> datasets.Dataset:
         """The columns CHECKED of all rows of a source; computed once per data, tokenizer and setting."""

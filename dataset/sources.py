@@ -9,6 +9,7 @@ to get wrong is mended there, and counted: see MENDED.
 """
 
 import glob
+import hashlib
 import json
 import re
 import struct
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 from PIL import Image
 
 from model.processing import IMAGE_TAG
@@ -84,7 +86,7 @@ def drop_tags(conversations: list[dict], keep: int) -> list[dict]:
 def from_json(text: str):
     """What a JSON text holds. Raises BadRow."""
     try:
-        value = json.loads(text)
+        value = text if isinstance(text, list) else json.loads(text)
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is valid JSON, but no text
     except (TypeError, ValueError, RecursionError) as error:
         raise BadRow("json", str(error)) from None
@@ -101,9 +103,7 @@ def parse_line(line: str) -> Row:
         images = images.split(",")
     if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
         raise BadRow("key", '"image" must be text, as in "a.jpg" or "a.jpg, b.jpg", or a list of texts')
-    return checked(
-        row.get("conversations"), [name.strip() for name in images if name.strip()], kind=row.get("kind") or ""
-    )
+    return checked(row.get("conversations"), whole([name.strip() for name in images]), kind=row.get("kind") or "")
 
 
 def parse_record(conversations: str, image_bytes: bytes | list | None, number: int) -> Row:
@@ -117,8 +117,17 @@ def parse_record(conversations: str, image_bytes: bytes | list | None, number: i
 
 
 def picture_list(image_bytes) -> list[bytes]:
-    found = image_bytes if isinstance(image_bytes, list) else [image_bytes]
-    return [picture for picture in found if picture]
+    return whole(image_bytes if isinstance(image_bytes, list) else [image_bytes])
+
+
+def whole(pictures: list) -> list:
+    """Names or contents of pictures without empty ones at the end. Raises BadRow for one before, as the others would
+    move to the wrong <image>."""
+    while pictures and not pictures[-1]:
+        pictures = pictures[:-1]
+    if not all(pictures):
+        raise BadRow("count", f"picture {[bool(picture) for picture in pictures].index(False) + 1} is empty")
+    return pictures
 
 
 def is_placeholder(picture: bytes) -> bool:
@@ -140,7 +149,10 @@ class Folder:
         self.path = Path(path)
 
     def has(self, name: str) -> bool:
-        return (self.path / name).is_file()
+        try:
+            return (self.path / name).is_file()
+        except (OSError, ValueError):  # too long, or with a zero byte: not a name at all
+            return False
 
     def open(self, name: str):
         """What `PIL.Image.open` takes."""
@@ -154,7 +166,7 @@ class Zip:
     """Pictures in a zip, which stays one: by their path in it, without the folders that all of them are in.
 
     The index of a zip with a million files takes half a gigabyte as Python objects, which every worker would have to
-    read anew; as four arrays it takes tens of megabytes, which workers share.
+    read anew; as arrays it takes tens of megabytes, which forked workers share.
     """
 
     def __init__(self, path):
@@ -170,10 +182,15 @@ class Zip:
             raise ValueError(f"--images_path {path} cannot be read: {error}. Fetch it again") from None
         if any(entry.flag_bits & 1 for entry in entries):
             raise ValueError(f"--images_path {path} is encrypted: unpack it, and give the folder")
-        names = [entry.filename for entry in entries]
+        packed = {entry.compress_type for entry in entries} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+        if packed:
+            raise ValueError(f"--images_path {path} is packed by method {packed.pop()}: unpack it, and give the folder")
+        names = [entry.filename for entry in entries if len(entry.filename) < 256]  # longer ones would widen the array
+        entries = [entry for entry in entries if len(entry.filename) < 256]
         start = common_folder(names)
+        self.folder = names[0][:start].encode() if names else b""
         encoded = np.array([name[start:].encode() for name in names], dtype=bytes)
-        order = np.argsort(encoded)
+        order = np.argsort(encoded, kind="stable")
         self.names = encoded[order]
         self.entries = np.array(
             [(entry.header_offset, entry.compress_size, entry.CRC, entry.compress_type) for entry in entries],
@@ -182,8 +199,11 @@ class Zip:
 
     def find(self, name: str) -> int | None:
         wanted = name.removeprefix("./").encode()
-        at = int(np.searchsorted(self.names, wanted))
-        return at if at < len(self.names) and self.names[at] == wanted else None
+        for inside in (wanted, wanted.removeprefix(self.folder)):
+            at = int(np.searchsorted(self.names, inside, side="right")) - 1  # of several under one name the last
+            if at >= 0 and self.names[at] == inside:
+                return at
+        return None
 
     def has(self, name: str) -> bool:
         return self.find(name) is not None
@@ -199,8 +219,6 @@ class Zip:
             data = file.read(size)
         if method == zipfile.ZIP_DEFLATED:
             data = zlib.decompress(data, -15)
-        elif method != zipfile.ZIP_STORED:
-            raise ValueError(f"packed by method {method}, expected none or deflate")
         if zlib.crc32(data) != crc:
             raise ValueError("its checksum is wrong, the zip is damaged")
         return BytesIO(data)
@@ -229,7 +247,7 @@ def open_pictures(path) -> Folder | Zip:
 
 def pictures_beside(path: Path) -> Folder | Zip | None:
     """The pictures of sft_data.jsonl when no --images_path is given: sft_images or images beside it, folder or zip."""
-    stem = path.stem.removesuffix("_data")
+    stem = path.stem.removesuffix("_data").removesuffix("_vlm")
     for name in (f"{stem}_images", f"{stem}_images.zip", "images", "images.zip"):
         if (path.parent / name).exists():
             return open_pictures(path.parent / name)
@@ -275,6 +293,10 @@ class Jsonl:
     def open(self, name: str):
         return self.pictures.open(name)
 
+    def identity(self, name: str):
+        """Equal for equal pictures."""
+        return name
+
     def where(self, name: str) -> str:
         return self.pictures.where(name)
 
@@ -285,6 +307,8 @@ class Parquet:
     def __init__(self, path: Path, images_path=None):
         self.path = path
         try:
+            if not pyarrow.parquet.read_metadata(path).num_rows:
+                raise ValueError("it has no rows")
             self.table = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
         except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
             reason = str(error.__cause__ or error).splitlines()[0]
@@ -321,6 +345,9 @@ class Parquet:
     def place(self, number: int) -> str:
         return f"{self.path}:{number + 1}"
 
+    def identity(self, name: str):
+        return hashlib.sha256(self.open(name).getvalue()).hexdigest()
+
     def where(self, name: str) -> str:
         number, which = map(int, name.split("."))
         return f"picture {which + 1} of {self.place(number)}"
@@ -335,19 +362,24 @@ class Stretch(Parquet):
         self.places = table.select_columns(["origin"])
         self.table = table.select_columns(["conversations", "image_bytes"])
 
+    def __str__(self):
+        return "a stretch of the stream"
+
     def place(self, number: int) -> str:
         return self.places[number]["origin"]
 
 
 def open_rows(path, images_path=None) -> list[Jsonl | Parquet]:
     """--data_path: a file, a pattern such as data/*.parquet, or a name without the suffix .jsonl or .parquet."""
+    if isinstance(path, Stretch):
+        return [path]
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"--data_path {path} is a folder: name its files, as in '{path / '*.parquet'}'")
-    files = [file for file in (path, path.with_suffix(".jsonl"), path.with_suffix(".parquet")) if file.is_file()][:1]
-    if path.suffix:
+    files = [file for file in (path, Path(f"{path}.jsonl"), Path(f"{path}.parquet")) if file.is_file()][:1]
+    if not files and glob.has_magic(str(path)):
         root = Path(path.anchor)
-        files = [path] if path.is_file() else sorted(root.glob(str(path.relative_to(root))))
+        files = sorted(file for file in root.glob(str(path.relative_to(root))) if file.is_file())
     if not files:
         raise FileNotFoundError(
             f"--data_path {path}: no such file. Expected JSONL, one conversation per line, or Parquet. To fetch the "
@@ -357,6 +389,4 @@ def open_rows(path, images_path=None) -> list[Jsonl | Parquet]:
         if file.stat().st_size == 0:
             raise ValueError(f"--data_path {file} is empty")
     datasets.disable_progress_bars()
-    if path.suffix == ".arrow":
-        return [Stretch(path)]
-    return [(Parquet if file.suffix == ".parquet" else Jsonl)(file, images_path) for file in files]
+    return [(Parquet if file.suffix.lower() == ".parquet" else Jsonl)(file, images_path) for file in files]

@@ -12,7 +12,8 @@ import hashlib
 import os
 import shutil
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,8 +73,7 @@ def find_files(pattern: str) -> list[str]:
         there = ", ".join(sorted(Path(name).name for name in system.glob(f"{path.rpartition('/')[0]}/*"))[:20])
     if not files:
         raise FileNotFoundError(f"--data_path {pattern}: no such file. There is: {there or 'nothing that can be seen'}")
-    scheme = pattern.split("://")[0]
-    return [f"{scheme}://{file}" for file in files]
+    return [system.unstrip_protocol(file) for file in files]
 
 
 class Stream:
@@ -86,21 +86,26 @@ class Stream:
 
     def __init__(self, patterns: list[str]):
         """Raises FileNotFoundError if a pattern finds nothing, ValueError for other columns, OSError without answer."""
-        self.pieces, self.schema = [], None
-        for file in [file for pattern in patterns for file in find_files(pattern)]:
+        self.pieces, self.schema, self.last = [], None, (None, None)
+        for file in dict.fromkeys(file for pattern in patterns for file in find_files(pattern)):
             with open_parquet(file) as parquet:
                 schema, metadata = parquet.schema_arrow, parquet.metadata
             missing = [name for name in COLUMNS if name not in schema.names]
             if missing:
                 names = ", ".join(schema.names)
                 raise ValueError(f"--data_path {file} has no column {' and '.join(missing)}, but {names}")
-            self.schema = self.schema or pa.schema([schema.field(name) for name in COLUMNS])
+            own = pa.schema([schema.field(name) for name in COLUMNS]).remove_metadata()
+            self.schema = self.schema or own
+            if own.types != self.schema.types:
+                raise ValueError(f"--data_path {file}: its columns are {own.types}, those before {self.schema.types}")
             offset = 0
             for group in range(metadata.num_row_groups):
                 rows = metadata.row_group(group).num_rows
                 self.pieces.append(Piece(file, group, 0, rows, offset))
                 offset += rows
         self.rows = sum(piece.end for piece in self.pieces)
+        if not self.rows:
+            raise ValueError(f"--data_path {' '.join(patterns)} has no rows")
 
     def plan(self, stretch_rows: int, seed: int, epoch: int) -> list[list[Piece]]:
         """The stretches of an epoch, of stretch_rows rows each but for the last."""
@@ -127,9 +132,11 @@ class Stream:
         beside = path.with_suffix(".tmp")
         with pa.OSFile(str(beside), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             for piece in stretch:
-                with told(piece.file):
-                    rows = opened[piece.file].read_row_group(piece.group, columns=COLUMNS)
-                rows = rows.slice(piece.first, piece.end - piece.first)
+                if self.last[0] != (piece.file, piece.group):  # a large one is cut into pieces, which follow each other
+                    with told(piece.file):
+                        rows = opened[piece.file].read_row_group(piece.group, columns=COLUMNS)
+                    self.last = (piece.file, piece.group), rows
+                rows = self.last[1].slice(piece.first, piece.end - piece.first)
                 numbers = range(piece.offset + piece.first + 1, piece.offset + piece.end + 1)
                 rows = rows.append_column("origin", pa.array([f"{piece.file}:{number}" for number in numbers]))
                 writer.write_table(rows.cast(schema))
@@ -157,17 +164,21 @@ class Fetcher:
             thread.start()
 
     def run(self, number: int) -> None:
-        try:
-            self.stream.fetch(self.plan[number], self.path(number))
-        except OSError as error:
-            self.errors[number] = error
+        for pause in (1, 5, 0):  # seconds; a network may be gone for a moment
+            try:
+                self.stream.fetch(self.plan[number], self.path(number))
+                self.errors.pop(number, None)
+                return
+            except Exception as error:  # told where the stretch is asked for
+                self.errors[number] = error
+                time.sleep(pause)
 
     def get(self, number: int) -> Path:
         """The file of a stretch, when it is there. The one before is removed, the one after begun."""
         self.begin(number)
         self.threads[number].join()
         if number in self.errors:
-            raise self.errors[number]
+            raise ValueError(str(self.errors[number]))
         if number:
             shutil.rmtree(self.path(number - 1).parent, ignore_errors=True)
         self.begin(number + 1)
@@ -176,3 +187,5 @@ class Fetcher:
     def remove(self) -> None:
         """Everything that is still there."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # another machine's is there
+            self.folder.parent.rmdir()

@@ -9,7 +9,7 @@ of which is shown before it runs. Ctrl-C and a second start go on where it was. 
 
     tokenizer.json, tokenizer_config.json      scripts.train_tokenizer
     clip/                                      scripts.train_clip, an ordinary CLIP folder, vision half only
-    llm_{hidden}.pth, .json                    scripts.train_llm in four lessons, fp16
+    llm_{hidden}.pth, .json                    scripts.train_llm in five lessons, fp16
 """
 
 import argparse
@@ -30,10 +30,10 @@ LIMIT_MB = 8  # what a repository can carry
 def recipe(folder: Path, brief: bool = False) -> list[Step]:
     """The commands that make a bundle in `folder`, with all files they need on the way.
 
-    brief: without the last lesson, which is the third one again.
+    brief: without the last two lessons, which only practise.
     """
-    captions, words, lookups, text = (folder / name for name in ("captions", "words", "lookups", "text"))
-    clip, one, two, three = folder / "clip", folder / "lesson_1", folder / "lesson_2", folder / "lesson_3"
+    captions, words, lookups, text, weak = (folder / name for name in ("captions", "words", "lookups", "text", "weak"))
+    clip, (one, two, three, four) = folder / "clip", (folder / f"lesson_{number}" for number in (1, 2, 3, 4))
     llm = ["torchrun", "--nproc_per_node", PROCESSES, "-m", "scripts.train_llm"]
     llm += ["--tokenizer_path", folder, "--max_seq_len", 400, "--num_workers", 0, "--warmup_iters", 50]
     weights = f"llm_{HIDDEN_SIZE}.pth"
@@ -90,9 +90,20 @@ def recipe(folder: Path, brief: bool = False) -> list[Step]:
     ]
     if not brief:
         steps.append(Step("fourth lesson", "the same rows in another order, once more with large steps", [
-            *llm, "--data_path", text / "train.jsonl", "--val_path", text / "val.jsonl", "--out_dir", folder,
+            *llm, "--data_path", text / "train.jsonl", "--val_path", text / "val.jsonl", "--out_dir", four,
             "--from_weight", three / weights, "--batch_size", 16, "--optimizer", "muon", "--learning_rate", 3e-3,
             "--val_interval", 500, "--seed", 43,
+        ], resumable=True))
+        steps.append(Step("weak", "questions of the kinds that it answers worst", [
+            "python", "-m", "dataset.scenes", "--form", "text", "--out_dir", weak,
+            "--scenes", 20000, "--val_scenes", 100, "--rows", 2, "--kinds", "relation", "compare", "count", "exists",
+            "--seed", 5,
+        ]))
+        steps.append(Step("fifth lesson", "it practises these, with half of the other rows", [
+            *llm, "--data_path", weak / "train.jsonl", text / "train.jsonl", "--data_weights", 1, 0.5,
+            "--val_path", text / "val.jsonl", "--out_dir", folder,
+            "--from_weight", four / weights, "--batch_size", 16, "--optimizer", "muon", "--learning_rate", 3e-3,
+            "--val_interval", 500, "--seed", 44,
         ], resumable=True))
     # fmt: on
     for step in steps:

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from dataset.lm_dataset import StepSampler, VLMDataset
-from dataset.sources import Folder, Zip, drop_tags, parse_line
+from dataset.sources import BadRow, Folder, Zip, drop_tags, parse_line, parse_record
 from model.processing import ImageProcessor
 from tests.conftest import turn, write_rows
+from trainer.scoring import ShuffledPictures
 
 P = 16  # placeholders of a picture in the tests' world
 
@@ -97,7 +98,7 @@ def test_folders_inside_a_zip_that_only_some_share_belong_to_the_names(make_zip)
         make_zip({"all/x/red.png": "red", "all/xy.png": "green", "__MACOSX/all/red.png": "blue", "all/é中.png": "blue"})
     )
     assert [archive.has(name) for name in ("x/red.png", "xy.png", "é中.png")] == [True] * 3
-    assert [archive.has(name) for name in ("red.png", "x/", "all/xy.png", "", "zz", "x/red.pn")] == [False] * 6
+    assert [archive.has(name) for name in ("red.png", "x/", "al/xy.png", "", "zz", "x/red.pn")] == [False] * 6
     assert Image.open(archive.open("é中.png")).getpixel((0, 0)) == (0, 0, 255)
 
 
@@ -108,6 +109,18 @@ def test_a_picture_that_is_not_in_the_zip_is_named_with_its_row(read, make_zip, 
     )
     with pytest.raises(ValueError, match=r"rows.jsonl:2: no.png is not in .*pictures.zip"):
         read(path, archive)
+
+
+def test_names_find_their_picture_with_the_folders_of_the_zip_too_and_the_last_of_several(make_zip, tmp_path):
+    path = make_zip({"x/a.png": "red", "x/b.png": "green"})
+    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("x/a.png", picture("blue"))
+        archive.writestr("x/" + "long" * 1000, b"")
+    found = Zip(path)
+    assert found.has("x/b.png") and found.has("b.png") and found.names.nbytes < 100
+    assert Image.open(found.open("a.png")).getpixel((0, 0)) == (0, 0, 255)
+    with pytest.raises(ValueError, match="is packed by method 12: unpack it"):
+        Zip(make_zip({"a.png": "red"}, "bz.zip", method=zipfile.ZIP_BZIP2))
 
 
 def test_a_damaged_picture_in_a_zip_is_a_broken_picture_of_its_row(read, make_zip, tmp_path):
@@ -141,15 +154,16 @@ def test_a_zip_of_many_pictures_takes_little_memory(tmp_path):
     assert found.open("0012345.jpg").read() == b"x"
 
 
+@pytest.mark.parametrize("rows", ["sft_data", "sft_vlm_data"])
 @pytest.mark.parametrize("place", ["sft_images", "sft_images.zip", "images", "images.zip"])
-def test_pictures_beside_the_rows_need_no_flag(read, make_zip, tmp_path, place):
+def test_pictures_beside_the_rows_need_no_flag(read, make_zip, tmp_path, place, rows):
     if place.endswith(".zip"):
         make_zip({"red.png": "red"}, place)
     else:
         (tmp_path / place).mkdir()
         (tmp_path / place / "red.png").write_bytes(picture("red"))
-    write_rows(tmp_path / "sft_data.jsonl", [row("<image>", "b", image="red.png")])
-    assert colours(read(tmp_path / "sft_data")) == [[RED]]  # nor does the rows' own suffix
+    write_rows(tmp_path / f"{rows}.jsonl", [row("<image>", "b", image="red.png")])
+    assert colours(read(tmp_path / rows)) == [[RED]]  # nor does the rows' own suffix
 
 
 # ---------------------------------------------------------------------------- Parquet
@@ -203,6 +217,31 @@ def test_surplus_tags_go_with_their_line_break_wherever_they_stand():
     assert (parse_line(line).mended, parse_line(line).conversations[0]["content"]) == ("surplus", "<image>\n<image>")
 
 
+@pytest.mark.parametrize("image", [", b.jpg", ["", "b.jpg"]])
+def test_an_empty_picture_before_another_does_not_move_that_one(image):
+    with pytest.raises(BadRow, match="picture 1 is empty"):
+        parse_line(json.dumps(row("<image> then <image>", "b", image=image)))
+    with pytest.raises(BadRow, match="picture 2 is empty"):
+        parse_record(json.dumps(chat("<image><image><image>", "b")), [b"a", None, b"c"], 0)
+
+
+def test_a_name_that_is_none_is_a_missing_picture(read, tmp_path):
+    (tmp_path / "images").mkdir()
+    path = write_rows(tmp_path / "rows.jsonl", [row("<image>", "b", image=["A" * 5000])])
+    with pytest.raises(ValueError, match="rows.jsonl:1: AAA.* is not in"):
+        read(path)
+
+
+def test_pictures_that_are_shuffled_in_parquet_are_other_pictures(read, tmp_path):
+    colours_of = ["red", "red", "blue", "blue", "green", "red", "red", "blue"]
+    rows = [(chat("<image>", "b"), [picture(colour)]) for colour in colours_of]
+    data = read(write_parquet(tmp_path / "rows.parquet", rows))
+    shuffled = ShuffledPictures(data, 0)
+    assert all(own != other for own, other in zip(colours(data), colours(shuffled)))
+    with pytest.raises(ValueError, match="no two different pictures"):
+        ShuffledPictures(read(write_parquet(tmp_path / "same.parquet", rows[:2])), 0)
+
+
 def test_a_bad_row_of_parquet_is_named_and_a_broken_picture_too(read, tmp_path):
     rows = [(chat("<image>", "b"), [picture("red")]), ("not a list", []), (chat("<image>", "b"), [b"no picture"])]
     data = read(write_parquet(tmp_path / "rows.parquet", rows), on_bad_row="skip")
@@ -219,6 +258,8 @@ def test_a_file_that_is_no_parquet_or_has_other_columns_is_refused(read, tmp_pat
     pyarrow.parquet.write_table(pa.table({"text": ["a"], "conversations": ["b"]}), tmp_path / "other.parquet")
     with pytest.raises(ValueError, match="has no column image_bytes, but text, conversations. Expected"):
         read(tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match="empty.parquet cannot be read: it has no rows"):
+        read(write_parquet(tmp_path / "empty.parquet", []))
 
 
 # ---------------------------------------------------------------------------- several
@@ -242,12 +283,14 @@ def test_each_file_may_have_pictures_of_its_own(read, make_zip, tmp_path):
     rows = [row("<image>", "b", image="a.png")]
     paths = [write_rows(tmp_path / f"{name}.jsonl", rows) for name in ("one", "two")]
     paths.append(write_parquet(tmp_path / "three.parquet", [(chat("<image>", "b"), [picture("green")])]))
-    data = read(paths, [archive, tmp_path / "folder", None], weights=[1, 2, 0.5])
-    assert colours(data) == [[RED], [BLUE], [GREEN]] and data.parts == [(0, 1, 1), (1, 2, 2), (2, 3, 0.5)]
+    data = read(paths, [archive, tmp_path / "folder", None], weights=[1, 2, 0.7])
+    assert colours(data) == [[RED], [BLUE], [GREEN]] and data.parts == [(0, 1, 1), (1, 2, 2), (2, 3, 0.7)]
     with pytest.raises(ValueError, match="--images_path names 2, --data_path 3: give as many, in this order"):
         read(paths, [archive, archive])
     with pytest.raises(ValueError, match="--data_weights names 1, --data_path 3"):
         read(paths, archive, weights=[1])
+    with pytest.raises(ValueError, match=r"--data_weights 0.3: of the 1 rows of .*two.jsonl that is none"):
+        read(paths, archive, weights=[1, 0.3, 1])
 
 
 def epochs(parts, count, **options) -> list[list[int]]:

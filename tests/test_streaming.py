@@ -98,12 +98,10 @@ def feed_rows(url, flags, tokenizer, clip_folder, epoch=0, first=0) -> list[Coun
     return steps
 
 
-def test_steps_are_whole_and_cover_the_rows_on_whatever_number_of_ranks(
-    url, streamed, tokenizer, clip_folder, monkeypatch, tmp_path
-):
+def test_steps_cover_the_rows_on_whatever_number_of_ranks(url, streamed, tokenizer, clip_folder, monkeypatch, tmp_path):
     alone = feed_rows(url, streamed, tokenizer, clip_folder)
-    assert [step.total() for step in alone] == [6] * 7  # 41 rows in steps of 6: one is seen twice
-    assert len(sum(alone, Counter())) == 41 and sum(alone, Counter()).total() == 42
+    assert [step.total() for step in alone] == [6] * 6 + [5]
+    assert len(sum(alone, Counter())) == 41
     assert feed_rows(url, streamed, tokenizer, clip_folder, first=3) == alone[3:]
     assert feed_rows(url, streamed, tokenizer, clip_folder, epoch=1) != alone
 
@@ -114,7 +112,7 @@ def test_steps_are_whole_and_cover_the_rows_on_whatever_number_of_ranks(
         monkeypatch.setattr(trainer.feed, "rank", lambda rank=rank: rank)
         ranks.append(feed_rows(url, [*two, "--out_dir", str(tmp_path / str(rank))], tokenizer, clip_folder))
     assert len(ranks[0]) == len(ranks[1]) == 4  # steps of 12
-    assert len(sum(sum(ranks, []), Counter())) == 41
+    assert len(sum(sum(ranks, []), Counter())) == sum(sum(ranks, []), Counter()).total() == 41
 
 
 # ---------------------------------------------------------------------------- the disk
@@ -150,7 +148,7 @@ def test_a_streamed_run_that_is_stopped_and_resumed_ends_as_one_that_never_stopp
 ):
     streamed = [*streamed, "--epochs", "2", "--log_interval", "1"]
     whole = main([*streamed, "--out_dir", str(tmp_path / "whole")])
-    assert whole.state.step == 28 and whole.state.rows == 84  # 2 × 14 steps of 3
+    assert whole.state.step == 28 and whole.state.rows == 82  # 2 × 14 steps of 3 or fewer
     assert not (tmp_path / "whole/stream").exists()
     assert "41 rows in 8 row groups, streamed 12 at a time" in capsys.readouterr().out
     stopped = [*streamed, "--out_dir", str(tmp_path / "stopped")]
@@ -165,12 +163,54 @@ def test_a_streamed_run_that_is_stopped_and_resumed_ends_as_one_that_never_stopp
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_a_bad_row_of_a_stream_is_named_by_its_place_there(streamed, files):
+def test_a_bad_row_of_a_stream_is_named_by_its_place_there(streamed, files, capsys):
     rows = [(chat("What?\n<image>", "b"), [picture("red")])] * 8 + [("no chat", [])]
     write_parquet(files / "sft_1.parquet", rows, row_group_size=4)
     with pytest.raises(ValueError, match=rf'file://{files}/sft_1.parquet:9: no "conversations" list'):
         main(streamed)
-    assert main([*streamed, "--on_bad_row", "skip"]).state.step == 12  # 34 rows, the bad one counts
+    run = main([*streamed, "--on_bad_row", "skip"])
+    assert (run.state.step, run.state.rows) == (12, 33)  # 34 rows with the bad one
+    assert re.search(r"1 of \d+ rows are not usable", capsys.readouterr().out)
+
+
+def test_a_stretch_of_bad_rows_is_left_out_of_a_run_that_skips_them(streamed, files, capsys):
+    for name in ("sft_0.parquet", "sft_1.parquet"):
+        write_parquet(files / name, [("no chat", [])] * 12, row_group_size=12)
+    write_parquet(files / "sft_2.parquet", [(chat("<image>", f"{i}"), [picture("red")]) for i in range(12)])
+    run = main([*streamed, "--on_bad_row", "skip"])
+    assert (run.state.step, run.state.rows) == (12, 12)
+    assert capsys.readouterr().out.count("no usable row in a stretch of the stream") == 2
+
+
+def test_a_row_group_larger_than_a_stretch_is_read_once(files, tmp_path, monkeypatch, streamed, capsys):
+    write_parquet(files / "sft_0.parquet", [(chat("<image>", f"{i}"), [picture("red")]) for i in range(40)])
+    stream = Stream([f"file://{files}/sft_0.parquet"])
+    read, real = [], pyarrow.parquet.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pyarrow.parquet.ParquetFile, "read_row_group", lambda self, *a, **k: read.append(a) or real(self, *a, **k)
+    )
+    for number, stretch in enumerate(stream.plan(6, 0, 0)):
+        stream.fetch(stretch, tmp_path / f"{number}/rows.arrow")
+    assert len(read) == 1
+    main([*streamed, "--data_path", f"file://{files}/sft_0.parquet"])
+    assert "row groups of 40 rows are fetched whole" in capsys.readouterr().out
+
+
+def test_a_network_that_is_gone_for_a_moment_does_not_end_the_run(url, tmp_path, monkeypatch):
+    stream, real, failed = Stream([url]), streaming.open_parquet, []
+
+    def once(file):
+        if not failed:
+            failed.append(file)
+            raise OSError("connection reset")
+        return real(file)
+
+    monkeypatch.setattr(streaming, "open_parquet", once)
+    monkeypatch.setattr(streaming.time, "sleep", lambda seconds: None)
+    assert Fetcher(stream, stream.plan(41, 0, 0), tmp_path).get(0).is_file() and failed
+    monkeypatch.setattr(streaming, "open_parquet", lambda file: 1 / 0)
+    with pytest.raises(ValueError, match="division by zero"):
+        Fetcher(stream, stream.plan(41, 1, 0), tmp_path).get(0)
 
 
 @pytest.mark.parametrize(
@@ -186,14 +226,18 @@ def test_a_bad_row_of_a_stream_is_named_by_its_place_there(streamed, files):
         (["--val_path", "URL"], "--val_path: held-out rows are read again and again, so they must be on the disk"),
         (["--data_path", "file://OTHER"], "other.parquet has no column image_bytes, but conversations"),
         (["--data_path", "file://BROKEN"], "broken.parquet cannot be read: "),
+        (["--data_path", "file://SINGLE", "URL"], "sft_0.parquet: its columns are [DataType(string), ListType"),
+        (["--data_path", "file://EMPTY"], "empty.parquet has no rows"),
     ],
 )
 def test_what_cannot_be_streamed_is_refused(streamed, url, files, world, extra, reason):
     pyarrow.parquet.write_table(pa.table({"conversations": ["a"]}), files / "other.parquet")
     (files / "broken.parquet").write_bytes(b"PAR1")
+    write_parquet(files / "single.parquet", [(chat("<image>", "b"), [picture("red")])], several=False)
+    write_parquet(files / "empty.parquet", [])
     there = {"URL": url, "ROWS": str(world / "rows.jsonl"), "OTHER": f"{files}/other.parquet"}
-    there["BROKEN"] = f"{files}/broken.parquet"
-    extra = [re.sub("URL|ROWS|OTHER|BROKEN", lambda match: there[match[0]], flag) for flag in extra]
+    there |= {name: f"{files}/{name.lower()}.parquet" for name in ("BROKEN", "SINGLE", "EMPTY")}
+    extra = [re.sub("URL|ROWS|OTHER|BROKEN|SINGLE|EMPTY", lambda match: there[match[0]], flag) for flag in extra]
     with pytest.raises((ValueError, OSError), match=re.escape(reason)):
         main([*streamed, *extra])
 

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,9 @@ import torch.distributed as dist
 def start(device: torch.device) -> None:
     """Joins the other ranks if `torchrun` started this process. NCCL carries CUDA tensors, gloo all others."""
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        # The others wait while the first rank checks or fetches rows, which may take longer than the usual 30 minutes.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=3))
 
 
 def stop() -> None:

@@ -3,14 +3,15 @@
 import math
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from torch.utils.data import DataLoader
 
-from dataset.lm_dataset import StepSampler, VLMDataset, collate
-from dataset.sources import MENDED
+from dataset.lm_dataset import NoUsableRow, StepSampler, VLMDataset, collate
+from dataset.sources import MENDED, Stretch
 from dataset.streaming import Fetcher, Stream, is_remote
 from trainer.distributed import main_first, rank, say, world_size
 
@@ -41,17 +42,25 @@ def load_data(args, model, tokenizer, paths, images_path=None, weights=None) -> 
         say(f"looking at {', '.join(paths)} ...")
         stream = Stream(paths)
         say(f"  {stream.rows:,} rows in {len(stream.pieces):,} row groups, streamed {args.stream_rows:,} at a time")
+        most = max(piece.end for piece in stream.pieces)
+        if most > args.stream_rows:
+            say(f"  row groups of {most:,} rows are fetched whole: neighbours stay together, and memory must hold one")
         return stream
     say(f"checking {', '.join(map(str, paths))} ...")  # minutes for a million rows, the first time
     data = check_data(args, model, tokenizer, paths, images_path, weights)
     say(f"  {len(data):,} rows, {int(data.lengths.mean())} tokens on average")
+    tell(data, args)
+    return data
+
+
+def tell(data: VLMDataset, args) -> None:
+    """What was mended, shortened and left out."""
     for kind, count in data.mended.items():
         say(f"  {count:,} rows {MENDED[kind]}")
     if data.shortened:
         say(f"  {data.shortened:,} rows lose the end of their answers to --max_seq_len {args.max_seq_len}")
     if data.bad:
         say(f"  {data.report()}")
-    return data
 
 
 def ignore_interrupt(worker: int) -> None:
@@ -101,10 +110,10 @@ class Feed:
 
 
 class StreamFeed:
-    """The same of a stream. All steps are whole: a stretch that lacks rows gives some of its own twice."""
+    """The same of a stream. A stretch that lacks rows ends with steps that have fewer, or none."""
 
     def __init__(self, stream: Stream, args, accumulation: int, device, tokenizer, check):
-        """check: path of a stretch → VLMDataset."""
+        """check: Stretch → VLMDataset."""
         self.stream, self.rows, self.data = stream, stream.rows, None
         self.args, self.accumulation, self.check = args, accumulation, check
         self.device, self.tokenizer = device, tokenizer
@@ -117,22 +126,37 @@ class StreamFeed:
 
     def batches(self, epoch: int, first_step: int) -> Iterator[dict]:
         plan = self.stream.plan(self.stretch_steps * self.step_rows, self.args.seed, epoch)
-        fetcher = Fetcher(self.stream, plan, Path(self.args.out_dir) / "stream")
+        # Machines may share out_dir, but each fetches for itself.
+        fetcher = Fetcher(self.stream, plan, Path(self.args.out_dir) / "stream" / socket.gethostname())
         for number in range(first_step // self.stretch_steps, len(plan)):
-            with main_first() as leads:
-                path = fetcher.get(number) if leads else fetcher.path(number)
-                self.data = self.check(path)
             steps = math.ceil(sum(piece.end - piece.first for piece in plan[number]) / self.step_rows)
-            every = len(self.data)
-            sampler = StepSampler(
-                self.data.lengths,
-                self.args.batch_size,
-                self.accumulation,
-                self.args.seed,
-                rank(),
-                world_size(),
-                parts=[(0, every, steps * self.step_rows / every)],
-            )
-            sampler.set_epoch(0, max(first_step - number * self.stretch_steps, 0))
-            yield from make_loader(self.data, sampler, self.args, self.device, self.tokenizer)
-        fetcher.remove()  # a run that stops before leaves its stretch for the one that goes on
+            done = max(first_step - number * self.stretch_steps, 0)
+            left = (steps - done) * self.accumulation  # batches of this rank
+            self.data = self.stretch(fetcher, number)
+            if self.data:
+                sampler = StepSampler(
+                    self.data.lengths, self.args.batch_size, self.accumulation, self.args.seed, rank(), world_size()
+                )
+                sampler.set_epoch(0, done)
+                for batch in make_loader(self.data, sampler, self.args, self.device, self.tokenizer):
+                    left -= 1
+                    yield batch
+            for _ in range(left):
+                yield collate([], self.tokenizer.pad_token_id)
+        with main_first() as leads:  # a run that stops before leaves its stretch for the one that goes on
+            if leads:
+                fetcher.remove()
+
+    def stretch(self, fetcher: Fetcher, number: int) -> VLMDataset | None:
+        """Its rows, checked; None if all of them are bad and --on_bad_row skip."""
+        with main_first() as leads:
+            path = fetcher.get(number) if leads else fetcher.path(number)
+            try:
+                data = self.check(Stretch(path))
+            except NoUsableRow as error:
+                if self.args.on_bad_row == "error":
+                    raise
+                say(f"  {error}")
+                return None
+        tell(data, self.args)
+        return data

@@ -107,23 +107,24 @@ class ShuffledPictures(VLMDataset):
 
     def __init__(self, data: VLMDataset, seed: int):
         vars(self).update(vars(data))  # rows that are checked already
-        shown = {self.shown(row) for row in range(len(data))}
+        names = {self.shown(row): data.row(row).images for row in range(len(data))}
         self.other = {}
-        for source, count in sorted({(source, len(names)) for source, *names in shown if names}):
-            alike = sorted(key for key in shown if key[0] == source and len(key) == count + 1)
+        for source, count in sorted({(key[0], len(key) - 1) for key in names if len(key) > 1}):
+            alike = sorted(key for key in names if key[0] == source and len(key) == count + 1)
             random.Random(seed).shuffle(alike)
-            self.other |= dict(zip(alike, alike[1:] + alike[:1]))
-        if all(own == other for own, other in self.other.items()):
+            self.other |= {own: names[other] for own, other in zip(alike, alike[1:] + alike[:1]) if own != other}
+        if not self.other:
             raise ValueError("the rows have no two different pictures to exchange, so looking cannot be tested")
 
     def shown(self, row: int) -> tuple:
-        """The source of a row and the names of its own pictures."""
-        return self.place(row)[0], *super().row(row).images
+        """The source of a row and what its own pictures are."""
+        source = self.place(row)[0]
+        return source, *map(self.sources[source].identity, super().row(row).images)
 
     def row(self, row: int) -> Row:
         """A row as it stands in its file, but for the names of its pictures."""
-        key = self.shown(row)
-        return replace(super().row(row), images=list(self.other.get(key, key)[1:]))
+        own = super().row(row)
+        return replace(own, images=self.other.get(self.shown(row), own.images))
 
 
 # ---------------------------------------------------------------------------- scores
