@@ -32,8 +32,9 @@ def recipe(folder: Path, brief: bool = False) -> list[Step]:
 
     brief: without the last two lessons, which only practise.
     """
-    captions, words, lookups, text, weak = (folder / name for name in ("captions", "words", "lookups", "text", "weak"))
-    clip, (one, two, three, four) = folder / "clip", (folder / f"lesson_{number}" for number in (1, 2, 3, 4))
+    captions, words, lookups, text = (folder / name for name in ("captions", "words", "lookups", "text"))
+    weak, clip = folder / "weak", folder / "clip"
+    one, two, three, four = (folder / f"lesson_{number}" for number in range(1, 5))
     llm = ["torchrun", "--nproc_per_node", PROCESSES, "-m", "scripts.train_llm"]
     llm += ["--tokenizer_path", folder, "--max_seq_len", 400, "--num_workers", 0, "--warmup_iters", 50]
     weights = f"llm_{HIDDEN_SIZE}.pth"
