@@ -367,7 +367,11 @@ def test_a_bundle_is_collected_from_what_its_steps_left(tmp_path, monkeypatch, c
     there = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     assert there == sorted(make_bundle.files())
     printed = capfd.readouterr().out
-    assert "image to text recall@1 97.5%" in printed and "perplexity 2.000" in printed and f"{len(make_bundle.recipe(tmp_path))} min 00 s" in printed
+    assert (
+        "image to text recall@1 97.5%" in printed
+        and "perplexity 2.000" in printed
+        and f"{len(make_bundle.recipe(tmp_path))} min 00 s" in printed
+    )
     assert "warning" not in printed
     monkeypatch.setattr(make_bundle, "LIMIT_MB", 1e-6)
     shutil.rmtree(work)

@@ -780,7 +780,10 @@ def test_weights_that_are_not_there_are_answered_with_what_is(args, tmp_path):
 
 @pytest.mark.parametrize("stage, what", [("llm", "llm"), ("pretrain_vlm", "vlm"), ("sft_vlm", "vlm")])
 def test_who_has_no_weights_is_told_what_to_type(tmp_path, stage, what):
-    with pytest.raises(FileNotFoundError, match=f"scripts.download --what {what}; .*python -m scripts.quickstart"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=f"scripts.download --what {what}, or make it: python .*train_.*python -m scripts.quickstart",
+    ):
         find_weights(stage, tmp_path, None, False)
 
 
