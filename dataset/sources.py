@@ -185,8 +185,8 @@ class Zip:
         packed = {entry.compress_type for entry in entries} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
         if packed:
             raise ValueError(f"--images_path {path} is packed by method {packed.pop()}: unpack it, and give the folder")
-        names = [entry.filename for entry in entries if len(entry.filename) < 256]  # longer ones would widen the array
-        entries = [entry for entry in entries if len(entry.filename) < 256]
+        entries = [entry for entry in entries if len(entry.filename) < 256]  # longer ones would widen the array
+        names = [entry.filename for entry in entries]
         start = common_folder(names)
         self.folder = names[0][:start].encode() if names else b""
         encoded = np.array([name[start:].encode() for name in names], dtype=bytes)
@@ -304,6 +304,8 @@ class Jsonl:
 class Parquet:
     """A file of rows in the schema of the public Parquet files, pictures included."""
 
+    latest = (None, None)  # the record read last, which is asked for again, once for each of its pictures
+
     def __init__(self, path: Path, images_path=None):
         self.path = path
         try:
@@ -331,8 +333,13 @@ class Parquet:
             except BadRow as error:
                 yield error
 
+    def record(self, number: int) -> dict:
+        if self.latest[0] != number:
+            self.latest = number, self.table[number]
+        return self.latest[1]
+
     def row(self, number: int) -> Row:
-        record = self.table[number]
+        record = self.record(number)
         return parse_record(record["conversations"], record["image_bytes"], number)
 
     def has(self, name: str) -> bool:
@@ -340,7 +347,7 @@ class Parquet:
 
     def open(self, name: str) -> BytesIO:
         number, which = map(int, name.split("."))
-        return BytesIO(picture_list(self.table[number]["image_bytes"])[which])
+        return BytesIO(picture_list(self.record(number)["image_bytes"])[which])
 
     def place(self, number: int) -> str:
         return f"{self.path}:{number + 1}"

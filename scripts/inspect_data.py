@@ -25,7 +25,7 @@ from dataset.lm_dataset import KINDS, VLMDataset, encode_row
 from dataset.sources import MENDED
 from model.model_vlm import DEFAULT_VISION_MODEL, VLMConfig
 from model.processing import IGNORE, ImageProcessor, load_tokenizer
-from scripts.report import STYLE, rows_table, tile
+from scripts.report import document, rows_table, tile
 from scripts.steps import WIDTH, typed, write_text
 from trainer.cli import HelpFormatter, not_negative, positive, run_main
 
@@ -243,17 +243,9 @@ def page(data: VLMDataset, figures: dict, cards: list[str], notes: list[str], co
         examples = f"<details><summary>examples</summary><pre>{escape(data.report())}</pre></details>"
         tables.append(rows_table("bad rows", ["what is wrong", "rows"], kinds, examples))
     tables += [chart(title, counts) for title, counts in figures.items()]
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>MiniMind-V data</title>
-<style>{STYLE}{OWN_STYLE}</style>
-</head>
-<body>
-<main>
-<header>
+    return document(
+        "MiniMind-V data",
+        f"""<header>
 <h1>What training sees</h1>
 <p>{escape(" ".join(notes))}</p>
 <div class="tiles">{"".join(tile(value, what) for value, what in facts(data))}</div>
@@ -273,10 +265,9 @@ carry loss: the model learns to predict each of them from all that stands before
 <h2>What to type next</h2>
 <pre>{escape(typed(command))}</pre>
 <footer>Made by <code>python -m scripts.inspect_data</code>. This page is one file and loads nothing.</footer>
-</main>
-</body>
-</html>
-"""
+""",
+        OWN_STYLE,
+    )
 
 
 # ---------------------------------------------------------------------------- main

@@ -37,6 +37,7 @@ def recipe(folder: Path, brief: bool = False) -> list[Step]:
     one, two, three, four = (folder / f"lesson_{number}" for number in range(1, 5))
     llm = ["torchrun", "--nproc_per_node", PROCESSES, "-m", "scripts.train_llm"]
     llm += ["--tokenizer_path", folder, "--max_seq_len", 400, "--num_workers", 0, "--warmup_iters", 50]
+    muon = ["--batch_size", 16, "--optimizer", "muon", "--val_interval", 500]
     weights = f"llm_{HIDDEN_SIZE}.pth"
     # fmt: off
     steps = [
@@ -79,21 +80,18 @@ def recipe(folder: Path, brief: bool = False) -> list[Step]:
         ], resumable=True),
         Step("second lesson", "it learns to find one object among several, by place, colour or shape", [
             *llm, "--data_path", lookups / "train.jsonl", "--val_path", lookups / "val.jsonl", "--out_dir", two,
-            "--from_weight", one / weights, "--batch_size", 16, "--optimizer", "muon", "--learning_rate", 4e-3,
-            "--val_interval", 500,
+            "--from_weight", one / weights, *muon, "--learning_rate", 4e-3,
         ], resumable=True),
         Step("third lesson", "it learns to answer all kinds of questions", [
             *llm, "--data_path", text / "train.jsonl", "--val_path", text / "val.jsonl",
             "--out_dir", folder if brief else three,
-            "--from_weight", two / weights, "--batch_size", 16, "--optimizer", "muon", "--learning_rate", 4e-3,
-            "--val_interval", 500,
+            "--from_weight", two / weights, *muon, "--learning_rate", 4e-3,
         ], resumable=True),
     ]
     if not brief:
         steps.append(Step("fourth lesson", "the same rows in another order, once more with large steps", [
             *llm, "--data_path", text / "train.jsonl", "--val_path", text / "val.jsonl", "--out_dir", four,
-            "--from_weight", three / weights, "--batch_size", 16, "--optimizer", "muon", "--learning_rate", 3e-3,
-            "--val_interval", 500, "--seed", 43,
+            "--from_weight", three / weights, *muon, "--learning_rate", 3e-3, "--seed", 43,
         ], resumable=True))
         steps.append(Step("weak", "questions of the kinds that it answers worst", [
             "python", "-m", "dataset.scenes", "--form", "text", "--out_dir", weak,
@@ -103,8 +101,7 @@ def recipe(folder: Path, brief: bool = False) -> list[Step]:
         steps.append(Step("fifth lesson", "it practises these, with half of the other rows", [
             *llm, "--data_path", weak / "train.jsonl", text / "train.jsonl", "--data_weights", 1, 0.5,
             "--val_path", text / "val.jsonl", "--out_dir", folder,
-            "--from_weight", four / weights, "--batch_size", 16, "--optimizer", "muon", "--learning_rate", 3e-3,
-            "--val_interval", 500, "--seed", 44,
+            "--from_weight", four / weights, *muon, "--learning_rate", 3e-3, "--seed", 44,
         ], resumable=True))
     # fmt: on
     for step in steps:

@@ -401,6 +401,24 @@ def rows_table(title: str, head: list[str], rows: list[list[str]], below: str = 
     )
 
 
+def document(title: str, main: str, style: str = "") -> str:
+    """A page that is one file. main: HTML, all its text escaped; style: CSS beside the common one."""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{STYLE}{style}</style>
+</head>
+<body>
+<main>
+{main}</main>
+</body>
+</html>
+"""
+
+
 def page(folder: Path) -> str:
     """The whole page, of the files of a finished run: report.json, {val,val_new}.json, metrics and pictures."""
     report = read_json(folder / "report.json")
@@ -439,17 +457,9 @@ def page(folder: Path) -> str:
         f"<h3>{escape(what)}</h3><pre>{escape(typed(command))}</pre>" for what, command in report["next"]
     )
     size = f"{model.stat().st_size / 1e6:.1f} MB" if model.is_file() else "not there"
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>MiniMind-V quickstart</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-<header>
+    return document(
+        "MiniMind-V quickstart",
+        f"""<header>
 <h1>MiniMind-V quickstart</h1>
 <p>A vision-language model of {sum(parameters.values()) / 1e6:.1f} million parameters, taught to see on this computer
 in {escape(duration(report["wall_s"]))}. Here is what it can do, and what it cannot.</p>
@@ -482,23 +492,21 @@ occurred in training.</p>
 <p>{escape(where)}; Python {escape(about["python"])}, PyTorch {escape(about["torch"])}.</p>
 <div class="grid-2">
 {
-        rows_table(
-            "Time and memory",
-            ["step", "time", "memory at most"],
-            times,
-            f"<details><summary>the commands</summary>{commands}</details>",
-        )
-    }
+            rows_table(
+                "Time and memory",
+                ["step", "time", "memory at most"],
+                times,
+                f"<details><summary>the commands</summary>{commands}</details>",
+            )
+        }
 {rows_table(f"Parameters; {model.name} takes {size}", ["part", "parameters"], sizes)}
 </div>
 
 <h2>What to try next</h2>
 {following}
 <footer>Made by <code>python -m scripts.quickstart</code>. This page is one file and loads nothing.</footer>
-</main>
-</body>
-</html>
-"""
+""",
+    )
 
 
 def main(argv=None):

@@ -107,7 +107,10 @@ class ShuffledPictures(VLMDataset):
 
     def __init__(self, data: VLMDataset, seed: int):
         vars(self).update(vars(data))  # rows that are checked already
-        names = {self.shown(row): data.row(row).images for row in range(len(data))}
+        names = {}
+        for row in range(len(data)):
+            images = data.row(row).images
+            names[self.shown(row, images)] = images
         self.other = {}
         for source, count in sorted({(key[0], len(key) - 1) for key in names if len(key) > 1}):
             alike = sorted(key for key in names if key[0] == source and len(key) == count + 1)
@@ -116,15 +119,15 @@ class ShuffledPictures(VLMDataset):
         if not self.other:
             raise ValueError("the rows have no two different pictures to exchange, so looking cannot be tested")
 
-    def shown(self, row: int) -> tuple:
-        """The source of a row and what its own pictures are."""
+    def shown(self, row: int, images: list[str]) -> tuple:
+        """The source of a row and what its pictures are, given their names."""
         source = self.place(row)[0]
-        return source, *map(self.sources[source].identity, super().row(row).images)
+        return source, *map(self.sources[source].identity, images)
 
     def row(self, row: int) -> Row:
         """A row as it stands in its file, but for the names of its pictures."""
         own = super().row(row)
-        return replace(own, images=self.other.get(self.shown(row), own.images))
+        return replace(own, images=self.other.get(self.shown(row, own.images), own.images))
 
 
 # ---------------------------------------------------------------------------- scores
