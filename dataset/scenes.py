@@ -42,14 +42,15 @@ from dataset.scene_pictures import COLOURS, NEW_PAIRS, OLD_PAIRS, SHAPES, Scene,
 VOCABULARY = """
 red 红色, orange 橙色, yellow 黄色, green 绿色, blue 蓝色, purple 紫色, black 黑色, white 白色
 circle 圆点, square 方块, triangle 三角, star 星星, heart 爱心, cross 十字, ring 圆环, moon 月亮, object 图形
-big 大, small 小, one 一个, two 两个, three 三个, four 四个, first 第一张, second 第二张, yes 是, no 不是
+big 大, small 小, one 一个, two 两个, three 三个, four 四个, first 第一张, second 第二张
 top left 左上角, top middle 上方, top right 右上角, middle left 左侧, middle 正中, middle right 右侧
 bottom left 左下角, bottom middle 下方, bottom right 右下角
-left of 左边, right of 右边, above 上面, below 下面
+left 左边, right 右边, above 上面, below 下面
+left or right of 左边还是右边, above or below 上面还是下面
 """
 NUMBERS = ("one", "two", "three", "four")
-SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # step in columns, in rows
-# kind, form of question, its wordings. {x} {y} objects, {ax} {xs} with "a" and in the plural, {p} a place, {d} a side.
+AXES = {"left or right of": ("left", "right"), "above or below": ("above", "below")}
+# kind, form of question, its wordings. {x} {y} objects, {ax} {xs} with "a" and in the plural, {p} a place, {d} an axis.
 WORDINGS = """
 describe short   | What is in the picture?                       | 图片里有什么？
                  | Describe the picture briefly.                 | 简单描述这张图片。
@@ -73,8 +74,8 @@ exists pair      | Is there {ax}?                                | 有{x}吗？
                  | Do you see {ax}?                              | 有没有{x}？
 exists part      | Is there {ax} in the picture?                 | 图片里有{x}吗？
                  | Do you see {ax} in the picture?               | 图片里有没有{x}？
-relation is      | Is the {x} {d} the {y}?                       | {x}是在{y}的{d}吗？
-                 | Yes or no: is the {x} {d} the {y}?            | {x}是不是在{y}的{d}？
+relation which   | Is the {x} {d} the {y}?                       | {x}在{y}的{d}？
+                 | Do you see the {x} {d} the {y}?               | 你看到{x}在{y}的{d}？
 size of          | Is the {x} big or small?                      | {x}是大还是小？
                  | What size is the {x}?                         | {x}有多大？
 size which       | Which is bigger, the {x} or the {y}?          | {x}和{y}，哪个更大？
@@ -182,12 +183,6 @@ def named(scene: Scene, lang: str) -> list[tuple[Thing, str]]:
                 found.append((thing, name(lang, **look)))
                 break
     return found
-
-
-def beyond(thing: Thing, other: Thing, side: str) -> bool:
-    """Is it clearly on this side of the other, that is, in another column (or row)?"""
-    column, row = SIDES[side]
-    return (thing.column - other.column) * column + (thing.row - other.row) * row > 0
 
 
 def caption(scene: Scene, lang: str, full: bool = True, colour: bool = True) -> str:
@@ -300,13 +295,14 @@ def exists(scene, form, lang, rng, new):
 
 
 def relation(scene, form, lang):
+    """Left or right, above or below: not yes or no, which small models still guess after 60,000 such questions."""
     for (one, x), (other, y) in permutations(named(scene, lang), 2):
-        for side in SIDES:
-            yes = beyond(one, other, side)
-            if yes or beyond(other, one, side):
+        for axis, sides in AXES.items():
+            step = one.column - other.column if axis == "left or right of" else one.row - other.row
+            if step:
                 known = [is_where(one, x, lang), is_where(other, y, lang)]
-                answer = conclude(known, say("yes" if yes else "no", lang), lang)
-                yield {"x": x, "y": y, "d": say(side, lang)}, answer, one.new or other.new
+                answer = conclude(known, say(sides[step > 0], lang), lang)
+                yield {"x": x, "y": y, "d": say(axis, lang)}, answer, one.new or other.new
 
 
 def size(scene, form, lang):

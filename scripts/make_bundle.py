@@ -95,7 +95,7 @@ def recipe(folder: Path, brief: bool = False) -> list[Step]:
         ], resumable=True))
         steps.append(Step("weak", "questions of the kinds that it answers worst", [
             "python", "-m", "dataset.scenes", "--form", "text", "--out_dir", weak,
-            "--scenes", 20000, "--val_scenes", 100, "--rows", 2, "--kinds", "relation", "compare", "count", "exists",
+            "--scenes", 20000, "--val_scenes", 100, "--rows", 2, "--kinds", "compare", "count", "exists",
             "--seed", 5,
         ]))
         steps.append(Step("fifth lesson", "it practises these, with half of the other rows", [
