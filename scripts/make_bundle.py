@@ -61,7 +61,7 @@ def recipe(folder: Path, brief: bool = False) -> list[Step]:
         ]),
         Step("tokenizer", "learn which letters make a token", [
             "python", "-m", "scripts.train_tokenizer", "--data_path", text / "train.jsonl",
-            "--vocab_size", 1750, "--split_chinese", "--out_dir", folder,
+            "--vocab_size", 1749, "--split_chinese", "--out_dir", folder,
         ], makes=folder / "tokenizer.json"),
         Step("encoder", "train the picture encoder: which caption belongs to which picture?", [
             "python", "-m", "scripts.train_clip", "--vision_only",
