@@ -11,7 +11,8 @@ it is: the gradients of an untrained projector would only spoil it. Writes out/p
 import argparse
 
 from trainer import distributed
-from trainer.cli import HelpFormatter, add_training_arguments, make_deterministic, pick_device, run_main
+from trainer.cli import HelpFormatter, add_training_arguments, run_main
+from trainer.devices import make_deterministic, pick_device
 from trainer.feed import load_data
 from trainer.loop import train_epoch, training
 from trainer.optimizer import choose_trainable, optimizer_of

@@ -183,7 +183,12 @@ class Attention(nn.Module):
             mask = visible_keys(attention_mask, T, S, past, x.device)
 
         dropout = self.dropout if self.training else 0.0
-        if self.flash_attn:
+        if self.flash_attn and T == 1:
+            # All heads that share a key see the same: as queries of one head they need no copies of it.
+            q = q.view(B, self.num_kv_heads, -1, self.head_dim)  # (B, K, H/K, d)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+            out = out.view(B, self.num_heads, 1, self.head_dim)
+        elif self.flash_attn:
             if mask is not None:  # most CUDA kernels take a mask only with as many key heads as query heads
                 k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for x in (k, v))
             out = F.scaled_dot_product_attention(
@@ -298,9 +303,16 @@ class MiniMindBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MOEFeedForward(config) if config.use_moe else FeedForward(config)
 
-    def forward(self, x, position_embeddings, past_key_values=None, attention_mask=None, past=0, valid=None):
-        """x (B, T, D) → (B, T, D) and the auxiliary loss (), 0 when dense."""
+    def forward(
+        self, x, position_embeddings, past_key_values=None, attention_mask=None, past=0, valid=None, needed=None
+    ):
+        """x (B, T, D) → (B, T, D) and the auxiliary loss (), 0 when dense.
+
+        needed: bool (B, T), which tokens the result is wanted for; it is then (tokens, D).
+        """
         x = x + self.self_attn(self.input_layernorm(x), position_embeddings, past_key_values, attention_mask, past)
+        if needed is not None:
+            x = x[needed]
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MOEFeedForward):
             y, aux_loss = self.mlp(normed, valid)
@@ -329,8 +341,12 @@ class MiniMindModel(nn.Module):
         )
         return {"freqs_cos": cos, "freqs_sin": sin}
 
-    def forward(self, inputs_embeds, attention_mask=None, past_key_values=None):
-        """inputs_embeds (B, T, D) → hidden states after the final norm (B, T, D), and the auxiliary loss ()."""
+    def forward(self, inputs_embeds, attention_mask=None, past_key_values=None, needed=None):
+        """inputs_embeds (B, T, D) → hidden states after the final norm (B, T, D), and the auxiliary loss ().
+
+        needed: bool (B, T), which tokens' hidden states are wanted; they are then (tokens, D). Attention has to know
+        all tokens, the last feed-forward need not. Not with experts, whose balance counts all tokens.
+        """
         T = inputs_embeds.shape[1]
         # + 0 copies: a static cache hands out the very tensor in which its first layer will count on.
         past = 0 if past_key_values is None else past_key_values.get_seq_length() + 0
@@ -345,7 +361,8 @@ class MiniMindModel(nn.Module):
         h = self.dropout(inputs_embeds)
         aux_loss = h.new_zeros((), dtype=torch.float32)
         for layer in self.layers:
-            args = (h, position_embeddings, past_key_values, attention_mask, past, valid)
+            last = needed if layer is self.layers[-1] else None
+            args = (h, position_embeddings, past_key_values, attention_mask, past, valid, last)
             if self.gradient_checkpointing and self.training:
                 h, layer_aux_loss = checkpoint(layer, *args, use_reentrant=False)
             else:
@@ -454,23 +471,27 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             labels: int64 (B, T), -100 = no loss. Position t is scored against label t + 1.
             num_items_in_batch: divide the summed loss by this instead of by the number of labels of this call,
                 as when one optimizer step is made of several calls.
-            return_logits: False computes the loss at labelled positions only, and returns no logits.
+            return_logits: False computes the loss, and what only the loss needs, at labelled positions, and returns
+                no logits; `last_hidden_state` is then that of these positions, unless there are experts.
         """
         past_key_values = as_cache(past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        h, aux_loss = self.model(h, attention_mask, past_key_values)  # (B, T, D)
+        learn = needed = None
+        if labels is not None:
+            learn = F.pad(labels[:, 1:] != -100, (0, 1))  # (B, T): where the next token is one to be learned
+            needed = None if return_logits or self.config.use_moe else learn
+        h, aux_loss = self.model(h, attention_mask, past_key_values, needed)  # (B, T, D), or (labels, D)
 
         logits = loss = None
         if return_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(h[:, keep])  # (B, kept, V); slice(-0, None) keeps all
         if labels is not None:
-            targets = labels[:, 1:]
-            learn = targets != -100
-            scored = self.lm_head(h[:, :-1][learn])  # (labels, V): only where there is something to learn
+            scored = self.lm_head(h if needed is not None else h[learn])  # (labels, V)
+            targets = labels[:, 1:][learn[:, :-1]]
             count = learn.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            loss = F.cross_entropy(scored.float(), targets[learn], reduction="sum") / count  # no label: 0, not 0/0
+            loss = F.cross_entropy(scored.float(), targets, reduction="sum") / count  # no label: 0, not 0/0
         return MiniMindOutput(
             loss=loss, logits=logits, past_key_values=past_key_values, last_hidden_state=h, aux_loss=aux_loss
         )

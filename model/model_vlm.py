@@ -18,10 +18,9 @@ from torch import nn
 from transformers import CLIPVisionModel
 from transformers.utils import logging
 
+from model import DEFAULT_VISION_MODEL
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindOutput, as_cache
 from model.processing import ImageProcessor, vision_config
-
-DEFAULT_VISION_MODEL = "./model/vision_model/clip-vit-base-patch16"
 
 
 class VLMConfig(MiniMindConfig):

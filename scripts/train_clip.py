@@ -39,7 +39,8 @@ from transformers import CLIPConfig, CLIPModel
 
 from model.processing import ImageProcessor, load_tokenizer
 from scripts.train_tokenizer import read_rows
-from trainer.cli import HelpFormatter, make_deterministic, not_negative, pick_device, positive, run_main
+from trainer.cli import HelpFormatter, not_negative, positive, run_main
+from trainer.devices import make_deterministic, pick_device
 from trainer.weights import write_json, write_safely
 
 # Transformers pools a caption at its first `eos_token_id`, but at the *largest* id if that is 2, a courtesy to an old

@@ -16,7 +16,8 @@ import math
 from pathlib import Path
 
 from trainer import distributed
-from trainer.cli import HelpFormatter, add_training_arguments, make_deterministic, pick_device, run_main
+from trainer.cli import HelpFormatter, add_training_arguments, run_main
+from trainer.devices import make_deterministic, pick_device
 from trainer.feed import load_data
 from trainer.loop import train_epoch, training
 from trainer.optimizer import optimizer_of

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ import torch
 import eval_vlm
 import train_sft_vlm
 from tests.conftest import turn, write_rows
+from trainer import asking
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +115,7 @@ def test_batches_answer_as_single_questions_do(trained, world, tmp_path):
 
 
 def test_a_transformers_folder_answers_as_the_weights_do(trained, world, tokenizer, tmp_path, capsys):
-    model, _, _ = eval_vlm.load(eval_vlm.parse_args(trained))
+    model, _, _ = asking.load(eval_vlm.parse_args(trained))
     model.save_pretrained(tmp_path / "folder")
     tokenizer.save_pretrained(tmp_path / "folder")
     ask = ["--image", str(world / "pictures/green.png"), "--prompt", "What colour is this?", "--greedy"]
@@ -156,13 +159,18 @@ def test_asking_and_scoring_exclude_each_other(capsys):
 
 def test_a_question_asks_with_the_tokens_of_training(trained, world, tokenizer):
     seen = []
-    model, _, _ = eval_vlm.load(eval_vlm.parse_args(trained))
+    model, _, _ = asking.load(eval_vlm.parse_args(trained))
     model.generate = lambda input_ids, **kwargs: seen.append(input_ids) or torch.cat([input_ids, input_ids[:, :1]], 1)
     args = eval_vlm.parse_args([*trained, "--greedy"])
-    image = eval_vlm.open_image(world / "pictures/red.png")
-    eval_vlm.ask(model, tokenizer, [turn("user", "What?\n<image>")], [image], args)
+    image = asking.open_image(world / "pictures/red.png")
+    asking.ask(model, tokenizer, [turn("user", "What?\n<image>")], [image], args)
     assert tokenizer.decode(seen[0][0]) == (
         "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n<|im_start|>user\nWhat?\n"
         + "@" * 16
         + "<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_help_and_a_mistyped_flag_do_not_wait_for_pytorch():
+    code = "import sys, eval_vlm; eval_vlm.parse_args(['--greedy']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -15,7 +15,7 @@ import train_pretrain_vlm
 import train_sft_vlm
 from dataset.lm_dataset import collate
 from tests.test_loop import LONG, into, losses, same
-from trainer import cli
+from trainer import cli, devices
 from trainer.weights import build_model, save_weights
 
 ROOT = Path(__file__).parent.parent
@@ -160,12 +160,12 @@ def test_a_device_that_is_one_too_many_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    assert cli.pick_device("cuda:0") == cli.pick_device("auto") == torch.device("cuda", 0)
+    assert devices.pick_device("cuda:0") == devices.pick_device("auto") == torch.device("cuda", 0)
     with pytest.raises(ValueError, match="--device cuda:1: no cuda:1 here, PyTorch sees 1 devices"):
-        cli.pick_device("cuda:1")
+        devices.pick_device("cuda:1")
     monkeypatch.setenv("LOCAL_RANK", "1")  # more ranks than devices
     with pytest.raises(ValueError, match="--device cuda: no cuda:1 here"):
-        cli.pick_device("cuda")
+        devices.pick_device("cuda")
 
 
 def test_the_traceback_is_there_for_who_asks_for_it(monkeypatch, capsys):

@@ -1,15 +1,14 @@
-"""The command line that both stages share: flags, device, precision, and how a mistake is told."""
+"""The command line that all scripts share: flags, and how a mistake is told.
+
+Nothing here imports PyTorch, so that --help and a mistyped flag are answered at once.
+"""
 
 import argparse
 import math
 import os
-import re
 import sys
 
-import torch
-
-from model.model_vlm import DEFAULT_VISION_MODEL
-from trainer import distributed
+from model import DEFAULT_VISION_MODEL
 
 
 class Stopped(SystemExit):
@@ -19,20 +18,27 @@ class Stopped(SystemExit):
         super().__init__(130)
 
 
+def can_be_mended(error: Exception) -> bool:
+    """By the user: a flag, a file, the size of a batch. Anything else is our mistake."""
+    torch = sys.modules.get("torch")
+    return isinstance(error, (ValueError, OSError)) or bool(torch) and isinstance(error, torch.OutOfMemoryError)
+
+
 def run_main(main) -> None:
     """Calls `main()` and turns what the user can mend into one message instead of a traceback."""
     try:
         main()
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        if os.environ.get("MINIMIND_TRACEBACK"):
-            raise
-        print(f"\nerror: {error}\n(MINIMIND_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
-        if distributed.world_size() > 1:
-            os._exit(2)  # at once, so that torchrun ends the others: leaving the group would wait for them
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    distributed.stop()
+    except Exception as error:
+        if os.environ.get("MINIMIND_TRACEBACK") or not can_be_mended(error):
+            raise
+        print(f"\nerror: {error}\n(MINIMIND_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            os._exit(2)  # at once, so that torchrun ends the others: leaving the group would wait for them
+        sys.exit(2)
+    if distributed := sys.modules.get("trainer.distributed"):
+        distributed.stop()
 
 
 def positive(kind):
@@ -140,46 +146,3 @@ def add_training_arguments(
     add("--use_wandb", action="store_true", help="same as --tracker wandb")
     add("--tracker", choices=["none", "wandb", "trackio"], default="none", help="trackio is local, without an account")
     add("--wandb_project", default="MiniMind-V", help="project name for the tracker")
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of this rank. Raises ValueError for one that is not there."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", name):
-        raise ValueError(f"--device {name}: expected auto, cuda, cuda:1, mps or cpu")
-    device = torch.device(name)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"--device {name}: PyTorch sees no CUDA device; try --device auto")
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"--device {name}: no {device} here, PyTorch sees {torch.cuda.device_count()} devices")
-        torch.cuda.set_device(device)
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: PyTorch sees no Apple GPU; try --device auto")
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of autocast; float32 means none."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "mps":
-        return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float16
-    return torch.float32  # most CPUs emulate bfloat16, which is slower
-
-
-def autocast(device: torch.device, dtype: torch.dtype):
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def make_deterministic(seed: int) -> None:
-    """The same seed gives the same run on the same hardware; call it before the first CUDA operation."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
-    torch.manual_seed(seed)

@@ -27,7 +27,8 @@ from dataset.streaming import Stream
 from model.model_vlm import MiniMindVLM
 from model.processing import IGNORE
 from trainer.checkpoint import Checkpoint, State
-from trainer.cli import Stopped, autocast, pick_dtype
+from trainer.cli import Stopped
+from trainer.devices import autocast, pick_dtype
 from trainer.distributed import all_sum, gather, rank, say, world_size
 from trainer.feed import Feed, StreamFeed, check_data, make_loader
 from trainer.optimizer import schedule, set_learning_rate

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dataset.lm_dataset import StepSampler, VLMDataset, collate
 from dataset.sources import BadRow, Row
 from model.processing import encode_chat
-from trainer.cli import autocast
+from trainer.devices import autocast
 from trainer.loop import validate
 
 CAPTION = 5  # references of as many words (characters in Chinese), on average, are captions: BLEU and CIDEr

@@ -1,0 +1,49 @@
+"""Where a run computes, and how precisely."""
+
+import os
+import re
+
+import torch
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this rank. Raises ValueError for one that is not there."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", name):
+        raise ValueError(f"--device {name}: expected auto, cuda, cuda:1, mps or cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {name}: PyTorch sees no CUDA device; try --device auto")
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--device {name}: no {device} here, PyTorch sees {torch.cuda.device_count()} devices")
+        torch.cuda.set_device(device)
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: PyTorch sees no Apple GPU; try --device auto")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of autocast; float32 means none."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "mps":
+        return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float16
+    return torch.float32  # most CPUs emulate bfloat16, which is slower
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def make_deterministic(seed: int) -> None:
+    """The same seed gives the same run on the same hardware; call it before the first CUDA operation."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    torch.manual_seed(seed)
