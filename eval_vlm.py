@@ -30,6 +30,11 @@ def parse_args(argv=None):
     add("--temperature", type=positive(float), default=0.65, help="below 1: likelier words, above: more surprising")
     add("--top_p", type=positive(float), default=0.85, help="draw from the likeliest words that make up this share")
     add("--greedy", action="store_true", help="always the likeliest word")
+    add(
+        "--int8",
+        action="store_true",
+        help="weights of 8 bits, on a CPU: about twice as fast, answers may differ a little",
+    )
     add("--max_new_tokens", type=positive(int), default=512, help="longest answer, in tokens")
     add("--data_path", nargs="+", metavar="PATH", help="score on these rows, JSONL or Parquet; answers are then greedy")
     add("--images_path", nargs="+", metavar="PATH", help="their pictures, folder or zip; default: beside the rows")
@@ -51,12 +56,15 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     # Only now, so that --help and a mistyped flag need not wait for PyTorch.
+    from model.int8 import to_int8
     from trainer import asking
     from trainer.devices import pick_device
 
     device = pick_device(args.device)
     model, tokenizer, weights = asking.load(args)
     model.to(device)
+    if args.int8:
+        to_int8(model)
     if args.data_path:
         return asking.score_rows(model, tokenizer, args, weights, device)
     return asking.ask_about_pictures(model, tokenizer, args)
