@@ -43,7 +43,7 @@ from trainer import distributed
 from trainer.checkpoint import State
 from trainer.cli import HelpFormatter, positive, run_main
 from trainer.devices import autocast, pick_device
-from trainer.loop import train_step
+from trainer.loop import to_device, train_step
 from trainer.optimizer import choose_trainable, make_optimizer
 from trainer.weights import write_json, write_safely
 
@@ -195,15 +195,18 @@ class Training:
         )
         self.batches = batches_of(examples, way, args.batch_size, args.max_seq_len)
         if way.cached:
-            for batch in self.batches:
-                with autocast(device, self.dtype), torch.no_grad():
-                    features = self.model.encode_pictures(batch.pop("pixel_values").to(device))
-                batch |= {"image_features": features.half().cpu(), "pixel_values": None}
+            self.batches = [self.with_features(batch) for batch in self.batches]
         if device.type == "cuda":
             self.batches = [
                 {key: value.pin_memory() if torch.is_tensor(value) else value for key, value in batch.items()}
                 for batch in self.batches
             ]
+
+    @torch.no_grad()
+    def with_features(self, batch: dict) -> dict:
+        with autocast(self.device, self.dtype):
+            features = self.model.encode_pictures(batch["pixel_values"].to(self.device))
+        return batch | {"image_features": features.half().cpu(), "pixel_values": None}
 
     def step(self, batch: dict) -> float:
         """Returns the loss per label."""
@@ -215,15 +218,11 @@ class Training:
     def first_loss(self, batch: dict) -> float:
         """Of the weights that all ways begin with, on a batch that is the same for all."""
         labels = int((batch["labels"][:, 1:] != IGNORE).sum())
-        keep = {key: None if value is None else value.to(self.device) for key, value in batch.items() if key != "rows"}
-        keep = {key: keep[key] for key in ("input_ids", "pixel_values", "labels")}
-        if self.way.cached:
-            with autocast(self.device, self.dtype), torch.no_grad():
-                keep["image_features"] = self.model.encode_pictures(keep.pop("pixel_values")).half()
+        batch = self.with_features(batch) if self.way.cached else batch
         forward = self.run.forward
         forward = getattr(forward, "_orig_mod", forward)  # uncompiled: one shape more is not worth a minute
         with autocast(self.device, self.dtype), torch.no_grad():
-            return forward(**keep, num_items_in_batch=labels, return_logits=False).loss.item()
+            return forward(**to_device(batch, self.model), num_items_in_batch=labels, return_logits=False).loss.item()
 
     def all_steps(self) -> float:
         """Seconds for all batches."""
@@ -384,8 +383,7 @@ def as_rank(args, device) -> None:
     training = Training("sft", way, args, device, examples)
     training.step(training.batches[0])
     seconds = [training.all_steps() for _ in range(args.rounds)]
-    distributed.say(json.dumps(seconds))
-    distributed.stop()
+    distributed.say(json.dumps(seconds))  # the group is left by run_main, when the model that it serves is gone
 
 
 # ---------------------------------------------------------------------------- pictures
@@ -452,7 +450,7 @@ def generation_table(args, device) -> list[dict]:
             vocab, batch = model.config.vocab_size, row["batch"]
             if row["int8"]:
                 to_int8(model)
-            ids = torch.tensor(np.array(example("pretrain", 0, random, vocab, 640)["input_ids"][:226]), device=device)
+            ids = example("pretrain", 0, random, vocab, 640)["input_ids"][:226].to(device)
             ids = ids.expand(batch, -1)
             features = torch.zeros(batch, 196, model.config.ve_hidden_size, device=device)
             greedy = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
