@@ -28,7 +28,7 @@ from model.model_vlm import MiniMindVLM
 from model.processing import IGNORE
 from trainer.checkpoint import Checkpoint, State
 from trainer.cli import Stopped
-from trainer.devices import autocast, pick_dtype
+from trainer.devices import autocast, computes_bfloat16, pick_dtype
 from trainer.distributed import all_sum, gather, rank, say, world_size
 from trainer.feed import Feed, StreamFeed, check_data, make_loader
 from trainer.optimizer import schedule, set_learning_rate
@@ -120,6 +120,8 @@ def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: V
     The model is on `device`, its trainable parameters are chosen and in the optimizer.
     """
     dtype = pick_dtype(args.dtype, device)
+    if args.dtype == "auto" and device.type == "cpu" and model.config.hidden_size >= 256 and computes_bfloat16():
+        say("this CPU computes in bfloat16: with --dtype bfloat16 a step of this model takes about half the time")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     model.model.gradient_checkpointing = args.gradient_checkpointing
     path = Path(args.out_dir) / weights_name(stage, model.config)
