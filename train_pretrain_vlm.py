@@ -11,6 +11,7 @@ it is: the gradients of an untrained projector would only spoil it. Writes out/p
 import argparse
 
 from trainer import distributed
+from trainer.caching import cache_features
 from trainer.cli import HelpFormatter, add_training_arguments, run_main
 from trainer.devices import make_deterministic, pick_device
 from trainer.feed import load_data
@@ -54,6 +55,7 @@ def main(argv=None):
     val_data = None
     if args.val_path:
         val_data = load_data(args, model, tokenizer, args.val_path, args.val_images_path or args.images_path)
+    cache_features(args, model, device, data, val_data)  # with --cache_features
 
     # ---- train, from where the last run stopped if --from_resume
     with training(args, STAGE, model, tokenizer, optimizer, data, val_data, device) as run:

@@ -7,19 +7,21 @@
 a training example; `collate` pads examples to a batch; `StepSampler` decides which rows go into which batch of which
 step.
 
-Shapes: B batch, T tokens, N pictures of a row or batch, H and W pixels.
+Shapes: B batch, T tokens, N pictures of a row or batch, H and W pixels; P patches and V width of the encoder.
 """
 
 import hashlib
 import os
 from collections import Counter, defaultdict
+from io import BytesIO
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dataset.sources import BadRow, Jsonl, Parquet, Row, open_rows
 from model.processing import IGNORE, IMAGE_TAG, encode_chat
@@ -138,6 +140,7 @@ class VLMDataset(torch.utils.data.Dataset):
         answer_tokens, lost_tokens: of the answers of usable rows, and how many of these max_length cost.
         mended: {key of MENDED: how many usable rows}.
         parts: [(first row, end, weight)] of the usable rows of each path.
+        features: a `RowFeatures` of these rows, or None: pictures are then opened as rows are asked for.
     """
 
     def __init__(
@@ -163,7 +166,7 @@ class VLMDataset(torch.utils.data.Dataset):
             on_bad_row: "error" raises ValueError with a table of what is wrong, "skip" leaves bad rows out.
             weights: how many times an epoch passes over each data_path; 1 without it.
         """
-        self.tokenizer, self.preprocess = tokenizer, preprocess
+        self.tokenizer, self.preprocess, self.features = tokenizer, preprocess, None
         self.max_length, self.placeholders = max_length, image_special_token
         paths, stores = as_list(data_path), as_list(images_path)
         weights = weights or [1.0] * len(paths)
@@ -275,31 +278,57 @@ class VLMDataset(torch.utils.data.Dataset):
         return self.sources[source].row(number)
 
     def __getitem__(self, row: int) -> dict:
-        """{"row", "input_ids" int64 (T,), "labels" int64 (T,), "pictures" uint8 (N, 3, H, W)}.
+        """{"row", "input_ids" int64 (T,), "labels" int64 (T,), "pictures" uint8 (N, 3, H, W)}; or, where `features` has
+        those of all rows (dataset/features.py), "features" float16 (N, P, V) in place of pictures; None without any.
 
         A picture that cannot be read gives {"row", "broken": why} instead of an exception, which would cross the
         border of a worker process as a page of traceback.
         """
         ids, labels, images, _ = encode_row(self.row(row), self.tokenizer, self.placeholders, self.max_length)
         try:
-            pictures = [self.load_picture(row, name) for name in images]
+            if self.features:
+                shown = {"features": self.features.of_row(row)}
+            else:
+                shown = {"pictures": torch.stack([self.load_picture(row, name) for name in images]) if images else None}
         except BadRow as error:
             return {"row": row, "broken": f"{self.where(row)}: {error}"}
-        return {
-            "row": row,
-            "input_ids": torch.tensor(ids),
-            "labels": torch.tensor(labels),
-            "pictures": torch.stack(pictures) if pictures else None,
-        }
+        tensors = {"input_ids": torch.from_numpy(np.array(ids)), "labels": torch.from_numpy(np.array(labels))}
+        return {"row": row, **tensors, **shown}
 
     def load_picture(self, row: int, name: str) -> torch.Tensor:
         """A picture of the source that a usable row is from: uint8 (3, H, W). Raises BadRow."""
+        return self.use_picture(row, name, self.decode)
+
+    def decode(self, content: bytes) -> torch.Tensor:
+        with Image.open(BytesIO(content)) as image:
+            return self.preprocess.resize(image)
+
+    def use_picture(self, row: int, name: str, use):
+        """use(the bytes of a picture's file). Whatever goes wrong becomes a BadRow that names the file."""
         source = self.sources[self.place(row)[0]]
         try:
-            with Image.open(source.open(name)) as image:
-                return self.preprocess.resize(image)
+            file = source.open(name)
+            return use(file.read_bytes() if isinstance(file, Path) else file.getvalue())
         except Exception as error:  # Pillow's decoders raise whatever their format makes them stumble over
-            raise BadRow("broken", f"{source.where(name)} cannot be read: {error}") from None
+            reason = "no kind of picture that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+            raise BadRow("broken", f"{source.where(name)} cannot be read: {reason}") from None
+
+    def pictures(self) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
+        """All pictures that the rows show, each once: (a row that shows it, its name, which of them the rows show one
+        after another, where in this each row begins). int64 but for the names."""
+        rows, names, shown, counts = [], [], [np.empty(0, np.int64)], [np.zeros(1, np.int64)]
+        for source, start in zip(self.sources, self.starts):
+            first, end = np.searchsorted(self.rows, (start, start + len(source.table)))
+            images = self._check(source).with_format("arrow")[:]["images"].combine_chunks()
+            images = images.take(pa.array(self.rows[first:end] - start))
+            encoded = images.flatten().dictionary_encode()
+            numbers = encoded.indices.to_numpy()
+            _, places = np.unique(numbers, return_index=True)  # of each name the first
+            rows += (first + pc.list_parent_indices(images).to_numpy()[places]).tolist()
+            shown.append(len(names) + numbers.astype(np.int64))
+            counts.append(pc.list_value_length(images).to_numpy())
+            names += encoded.dictionary.to_pylist()
+        return np.array(rows, np.int64), names, np.concatenate(shown), np.cumsum(np.concatenate(counts), dtype=np.int64)
 
 
 def as_list(value) -> list:
@@ -313,8 +342,9 @@ def collate(examples: list[dict], pad_token_id: int = 0) -> dict:
     """Examples → a batch, padded on the right to its longest row, rounded up to a multiple of 8.
 
     Returns "input_ids", "labels", "attention_mask" int64 (B, T), "pixel_values" uint8 (sum of N, 3, H, W) or None,
-    "rows" (which rows of the data set), "broken" (why others are missing). Without a usable row the batch is one of
-    padding without labels: every rank can run it, and it teaches nothing.
+    "image_features" float16 (sum of N, P, V) or None, "rows" (which rows of the data set), "broken" (why others are
+    missing). Without a usable row the batch is one of padding without labels: every rank can run it, and it teaches
+    nothing.
     """
     broken = [example["broken"] for example in examples if "broken" in example]
     examples = [example for example in examples if "broken" not in example]
@@ -330,10 +360,15 @@ def collate(examples: list[dict], pad_token_id: int = 0) -> dict:
         batch["input_ids"][row, :n] = example["input_ids"]
         batch["labels"][row, :n] = example["labels"]
         batch["attention_mask"][row, :n] = 1
-    pictures = [example["pictures"] for example in examples if example["pictures"] is not None]
+
+    def joined(key):
+        found = [example[key] for example in examples if example.get(key) is not None]
+        return torch.cat(found) if found else None
+
     return {
         **batch,
-        "pixel_values": torch.cat(pictures) if pictures else None,
+        "pixel_values": joined("pictures"),
+        "image_features": joined("features"),
         "rows": [example["row"] for example in examples],
         "broken": broken,
     }

@@ -240,6 +240,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         logits_to_keep=0,
         pixel_values=None,
         labels=None,
+        image_features=None,
         **args,
     ) -> MiniMindOutput:
         """Args as in `decode`, and
@@ -248,6 +249,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         pixel_values: float, normalised, or uint8 as `ImageProcessor.resize` gives them. (B, N, 3, H, W), also with an
             extra axis of 1 after N; or, when rows have different numbers of pictures, all of them in reading order,
             (sum of N, 3, H, W). Pictures are encoded in the call whose tokens hold them and live on in the cache.
+        image_features: float (sum of N, P, V), what the encoder gives for all pictures, in their place.
         """
         T, features = input_ids.shape[1], None
         h = self.model.embed_tokens(input_ids)  # (B, T, D)
@@ -256,15 +258,26 @@ class MiniMindVLM(MiniMindForCausalLM):
         first = isinstance(past, int) and past == 0  # a static cache in use has a tensor
         # Later calls too short for a picture are the next token of a text, whose pictures are in the cache.
         if first or len(self.config.image_ids) <= T:
-            features = self.encode_pictures(pixel_values)
+            features = self.encode_pictures(pixel_values, image_features)
             h = self.count_vision_proj(input_ids, h, features, T)
         if features is None and self.training:
             # Rows without a picture still give the projector a gradient, of zero: all ranks must agree on who has one.
             h = h + 0.0 * sum(weight.sum() for weight in self.vision_proj.parameters())
         return self.decode(h, attention_mask, past_key_values, use_cache, logits_to_keep, labels, **args)
 
-    def encode_pictures(self, pixel_values):
-        """pixel_values as in `forward` → features (N, P, V), or (B, N, P, V) where each row has its own axis."""
+    def encode_pictures(self, pixel_values, image_features=None):
+        """pixel_values as in `forward` → features (N, P, V), or (B, N, P, V) where each row has its own axis.
+
+        image_features: those that are known already, which then come back.
+        """
+        if image_features is not None:
+            expected = len(self.config.image_ids), self.config.ve_hidden_size
+            if pixel_values is not None or image_features.ndim != 3 or image_features.shape[1:] != expected:
+                raise ValueError(
+                    f"image_features must be (pictures, {expected[0]}, {expected[1]}), in place of pixel_values: got "
+                    f"{tuple(image_features.shape)} {'without' if pixel_values is None else 'beside'} pixel_values"
+                )
+            return image_features if len(image_features) else None
         if pixel_values is None or pixel_values.numel() == 0:
             return None
         if self.vision_encoder is None:

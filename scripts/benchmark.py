@@ -43,6 +43,7 @@ from trainer import distributed
 from trainer.checkpoint import State
 from trainer.cli import HelpFormatter, positive, run_main
 from trainer.devices import autocast, pick_device
+from trainer.feed import make_loader
 from trainer.loop import to_device, train_step
 from trainer.optimizer import choose_trainable, make_optimizer
 from trainer.weights import write_json, write_safely
@@ -390,7 +391,8 @@ def as_rank(args, device) -> None:
 
 
 def pipeline_table(args, device) -> list[dict]:
-    """From 128×128 JPEGs of photo-like noise to batches, in one process; then with workers, as training has them."""
+    """From 128×128 JPEGs of photo-like noise to rows, on one core. Then how long steps of our way, without cached
+    features, wait for batches from --num_workers processes."""
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -398,35 +400,49 @@ def pipeline_table(args, device) -> list[dict]:
             coarse = Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((128, 128))
             fine = np.clip(np.asarray(coarse) + random.normal(0, 6, (128, 128, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(fine).save(folder / f"{number}.jpg", quality=90)
-        turns = [
-            {"role": "user", "content": "What is this?\n<image>"},
-            {"role": "assistant", "content": "A star. " * 8},
-        ]
-        line = '{{"conversations": {}, "image": "{}.jpg"}}\n'
-        rows = 64 * 8
-        text = "".join(line.format(json.dumps(turns), row % 64) for row in range(rows))
-        (folder / "rows.jsonl").write_text(text)
+        turns = [{"role": "user", "content": "What is this?\n<image>"}]
+        turns.append({"role": "assistant", "content": "A star. " * 8})
+        lines = [json.dumps({"conversations": turns, "image": f"{row % 64}.jpg"}) for row in range(args.rows * 64)]
+        (folder / "rows.jsonl").write_text("\n".join(lines))
         tokenizer = load_tokenizer("model/tiny")
         data = VLMDataset(folder / "rows.jsonl", folder, tokenizer, ImageProcessor(), 640)
         size = sum(path.stat().st_size for path in folder.glob("*.jpg")) / 64
         found = []
-        parts = [
-            ("read and decode a JPEG", lambda i: Image.open(folder / f"{i % 64}.jpg").convert("RGB")),
+        for name, part in [
+            (f"read and decode a JPEG of {size / 1000:.1f} KB", lambda i: decode(folder / f"{i % 64}.jpg")),
             ("and make it 224×224 (bicubic)", lambda i: data.load_picture(i, f"{i % 64}.jpg")),
             ("a row: tokens and picture", lambda i: data[i]),
-        ]
-        for name, part in parts:
-            torch.set_num_threads(1)
+        ]:
             seconds = []
-            for _ in range(args.rounds):
+            for _ in range(args.rounds + 1):  # the first time the disk is cold
                 started = time.process_time()
-                for i in range(rows):
-                    part(i)
+                for i in range(500):
+                    part(i % len(data))
                 seconds.append(time.process_time() - started)
-            found.append({"name": name, "pictures_per_s_and_core": rows / statistics.median(seconds)})
-        found[0]["name"] += f" of {size / 1000:.1f} KB"
-    torch.set_num_threads(args.threads)
+            found.append({"name": name, "pictures_per_s_and_core": 500 / statistics.median(seconds[1:])})
+        share = waiting_share(args, device, data, tokenizer)
+        found.append({"name": "share of the time that steps wait for their batches", "waiting": share})
     return found
+
+
+def decode(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def waiting_share(args, device, data, tokenizer) -> float:
+    ours = ways(device, compile=False)[-2]
+    training = Training("sft", ours, args, device, [])
+    sampler = StepSampler(data.lengths, args.batch_size)
+    batches = iter(make_loader(data, sampler, args, device, tokenizer))
+    training.step(next(batches))
+    waited, began = 0.0, time.perf_counter()
+    for _ in range(args.rows // args.batch_size * 4):
+        started = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - started
+        training.step(batch)  # its loss is read back, so the device is done
+    return waited / (time.perf_counter() - began)
 
 
 # ---------------------------------------------------------------------------- answers
@@ -557,7 +573,9 @@ def report(found: dict) -> str:
         rows = [[row["name"], f"{row['samples_per_s']:.2f}", f"{row['ratio']:.2f}×"] for row in found["ranks"]]
         parts += ["## Ranks", ranks_table.__doc__, markdown(["", "samples/s", "ratio"], rows)]
     if "pipeline" in found:
-        rows = [[row["name"], f"{row['pictures_per_s_and_core']:,.0f}"] for row in found["pipeline"]]
+        *rates, waiting = found["pipeline"]
+        rows = [[row["name"], f"{row['pictures_per_s_and_core']:,.0f}"] for row in rates]
+        rows.append([waiting["name"], f"{waiting['waiting']:.1%}"])
         parts += ["## Pictures", pipeline_table.__doc__, markdown(["", "pictures/s and core"], rows)]
     if "generation" in found:
         rows = [
@@ -609,6 +627,7 @@ def parse_args(argv):
     add("--max_seq_len", type=positive(int), default=640, help="tokens to which the original way pads")
     add("--rounds", type=positive(int), default=3, help="how often everything is measured")
     add("--new_tokens", type=positive(int), default=64, help="of each answer")
+    add("--num_workers", type=positive(int), default=2, help="processes that decode pictures")
     add("--threads", type=positive(int), default=torch.get_num_threads(), help="of a CPU")
     add("--compile", action=argparse.BooleanOptionalAction, help="a row for torch.compile; default: on a GPU")
     add("--out_dir", type=Path, default=Path("results"), help="folder of the tables")

@@ -121,6 +121,13 @@ def add_training_arguments(
         )
         peak = projector_learning_rate
         add("--projector_learning_rate", type=positive(float), default=peak, help="peak, for the projector")
+        add(
+            "--cache_features",
+            metavar="DIR",
+            help="keep what CLIP makes of the pictures there, and never encode them again",
+        )
+        kept = "as what: int8 takes half the room and rounds more"
+        add("--cache_dtype", choices=["float16", "int8"], default="float16", help=kept)
     stretch = "rows of a streamed --data_path (hf://...) on the disk at a time; twice as many with those to come"
     add("--stream_rows", type=positive(int), default=20_000, help=stretch)
     add("--val_interval", type=positive(int), help="steps between validations; default: at the end of each epoch")

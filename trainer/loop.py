@@ -47,7 +47,8 @@ def to_device(batch: dict, model: MiniMindVLM) -> dict:
     Padding is on the right, where causal attention does not see it: a dense model needs no mask, and attention without
     one is faster. Experts need it, to leave padding out of their balance.
     """
-    keys = ("input_ids", "pixel_values", "labels") + (("attention_mask",) if model.config.use_moe else ())
+    keys = ("input_ids", "pixel_values", "image_features", "labels")
+    keys += ("attention_mask",) if model.config.use_moe else ()
     device = model.device
     return {key: batch[key].to(device, non_blocking=True) if batch[key] is not None else None for key in keys}
 

@@ -1,0 +1,235 @@
+"""What the frozen encoder makes of pictures, kept on the disk: no epoch and no later run computes it again.
+
+    DIR/<key>/about.json                what these are features of; the key is its hash
+    DIR/<key>/<segment>.keys.npy        uint8 (n, 16): hash of each picture's file
+    DIR/<key>/<segment>.features.npy    float16 (n, P, V); or (n, P) records of a float16 scale and V int8 values
+
+Another encoder, preprocessing or precision has another folder, a changed picture another hash: features that do not
+belong are never found. Segments are only ever added, and one counts when its keys are there, which are written last. So
+runs and ranks share a folder without locks: an interrupted one loses the segment in hand, and of two that compute the
+same picture at once, the earlier result is used.
+
+Shapes: n pictures of a segment, N pictures, P patches, V width of the encoder.
+"""
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from dataset.lm_dataset import VLMDataset
+from dataset.sources import BadRow
+
+SEGMENT = 2**28  # bytes; a rank holds as many in memory until they are written
+ABANDONED = 3600  # seconds after which features without keys are those of a run that was killed
+NO_KEY = bytes(16)  # of a picture that cannot be read
+
+
+def hash_of(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+class FeatureCache:
+    """The features of one encoder, preprocessing and precision.
+
+    Attributes:
+        path: their folder.
+        picture_bytes: what a picture takes on the disk.
+        pictures: how many were there at the last `refresh`. They are numbered, and the numbers stay.
+    """
+
+    def __init__(self, folder, about: dict, patches: int, width: int, dtype: str):
+        """about: all that features depend on but the picture; dtype: "float16" or "int8" on the disk."""
+        self.about = about | {"kept as": dtype, "patches": patches, "width": width}
+        text = json.dumps(self.about, sort_keys=True)
+        self.path = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
+        record = np.dtype([("scale", "<f2"), ("values", "i1", (width,))])
+        self.dtype, self.shape = (record, (patches,)) if dtype == "int8" else (np.dtype("<f2"), (patches, width))
+        self.picture_bytes = patches * (width + 2 if dtype == "int8" else 2 * width)
+        self.segments, self.waiting = [], []
+        self.refresh()
+
+    # ---- reading
+
+    def refresh(self) -> None:
+        """Takes in the segments that came since. Raises ValueError for one that is damaged."""
+        known = {segment for segment, _ in self.segments}
+        # By name, which begins with the time: what has been found is not replaced by what came later.
+        new = sorted({path.name.removesuffix(".keys.npy") for path in self.path.glob("*.keys.npy")} - known)
+        self.segments += [(segment, self.load_keys(segment)) for segment in new]
+        self.ends = np.cumsum([len(keys) for _, keys in self.segments], dtype=np.int64)
+        self.pictures = int(self.ends[-1]) if self.segments else 0
+        self.open = {}
+
+    def load_keys(self, segment: str) -> np.ndarray:
+        try:
+            keys = np.load(self.path / f"{segment}.keys.npy")
+            features = self.load_features(segment)
+            if keys.dtype != np.uint8 or keys.shape != (len(features), 16):
+                raise ValueError(f"{len(features)} features, keys {keys.dtype} {keys.shape}")
+            if features.dtype != self.dtype or features.shape[1:] != self.shape:
+                raise ValueError(f"features {features.dtype} {features.shape}")
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"--cache_features: a segment is damaged ({str(error).splitlines()[0]}). Delete it, and its pictures "
+                f"are computed anew: rm {self.path / segment}.*"
+            ) from None
+        return keys
+
+    def load_features(self, segment: str) -> np.ndarray:
+        """(n, ...), mapped: read when it is used, and shared by all processes of a machine."""
+        return np.load(self.path / f"{segment}.features.npy", mmap_mode="r").view(np.ndarray)
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """uint8 (N, 16) → the numbers of their features, int64 (N,); -1: not there."""
+        wanted = np.ascontiguousarray(keys).view("S16").ravel()
+        if not self.pictures:
+            return np.full(len(wanted), -1)
+        there, first = np.unique(np.concatenate([own for _, own in self.segments]).view("S16"), return_index=True)
+        at = np.searchsorted(there, wanted).clip(max=len(there) - 1)
+        return np.where(there[at] == wanted, first[at], -1)
+
+    def read(self, numbers) -> torch.Tensor:
+        """Features by their numbers → float16 (N, P, V)."""
+        found = []
+        for number in numbers:
+            i = int(np.searchsorted(self.ends, number, side="right"))
+            segment, keys = self.segments[i]
+            if segment not in self.open:
+                self.open[segment] = self.load_features(segment)
+            found.append(self.open[segment][number - self.ends[i] + len(keys)])
+        features = np.stack(found)
+        if self.dtype.names is None:
+            return torch.from_numpy(features)
+        scale = torch.from_numpy(np.ascontiguousarray(features["scale"])).float()
+        return torch.from_numpy(features["values"]).float().mul_(scale[..., None]).half()
+
+    def __getstate__(self):
+        # A mapped file would travel to a worker process as its content. Each opens its own.
+        return vars(self) | {"open": {}}
+
+    # ---- writing
+
+    def begin(self) -> None:
+        """Makes the folder, and removes what killed runs left behind. Raises OSError that names the flag."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for path in self.path.glob("*.features.npy"):
+                keys = path.with_name(path.name.replace(".features.", ".keys."))
+                if not keys.exists() and time.time() - path.stat().st_mtime > ABANDONED:
+                    path.unlink(missing_ok=True)
+            self.replace("about.json", lambda file: file.write(json.dumps(self.about, indent=1).encode()))
+        except OSError as error:
+            raise OSError(f"--cache_features {self.path.parent}: {error}") from None
+
+    def add(self, keys: list[bytes], features: torch.Tensor) -> None:
+        """The hashes of pictures and their features, float (N, P, V); written when they make up a segment."""
+        self.waiting.append((b"".join(keys), self.pack(features.float())))
+        if sum(packed.nbytes for _, packed in self.waiting) > SEGMENT:
+            self.flush()
+
+    def pack(self, features: torch.Tensor) -> np.ndarray:
+        """float32 (N, P, V) → as it lies on the disk. Raises ValueError for features too large for float16."""
+        if not features.half().isfinite().all():
+            raise ValueError("--cache_features: the encoder gives features that float16 cannot hold; leave it out")
+        if self.dtype.names is None:
+            return features.half().cpu().numpy()
+        scale = (features.abs().amax(dim=-1) / 127).clamp(min=1e-7).half()  # (N, P); 1e-7: not 0, also as float16
+        packed = np.empty(features.shape[:2], self.dtype)
+        packed["scale"] = scale.cpu().numpy()
+        packed["values"] = (features / scale[..., None]).round().clamp(-127, 127).to(torch.int8).cpu().numpy()
+        return packed
+
+    def flush(self) -> None:
+        """Writes what is waiting as a segment."""
+        if not self.waiting:
+            return
+        keys, features = zip(*self.waiting)
+        self.waiting = []
+        keys = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16)
+        segment = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
+
+        def write(file):
+            header = {"shape": (len(keys), *self.shape), "fortran_order": False}
+            np.lib.format.write_array_header_1_0(file, header | {"descr": np.lib.format.dtype_to_descr(self.dtype)})
+            for part in features:
+                file.write(part.data)
+
+        try:
+            self.replace(f"{segment}.features.npy", write)
+            self.replace(f"{segment}.keys.npy", lambda file: np.save(file, keys))
+        except OSError as error:
+            (self.path / f"{segment}.features.npy").unlink(missing_ok=True)
+            raise OSError(f"--cache_features {self.path}: {error}. What was written before stays") from None
+
+    def replace(self, name: str, write) -> None:
+        """Writes a file beside, and renames it when all of it is on the disk."""
+        beside = self.path / f".{uuid.uuid4().hex[:8]}.features.npy"  # found by `begin` if this process is killed
+        try:
+            with beside.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(self.path / name)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+class Pictures(Dataset):
+    """All pictures of some data sets, each name once, for a DataLoader: i → (i, hash, pixels, why it cannot be read).
+
+    pixels: uint8 (3, H, W) of the very bytes that were hashed, or None unless `decode`.
+    """
+
+    def __init__(self, sets: list[VLMDataset], decode: bool = False):
+        self.sets, self.decode = sets, decode
+        self.found = [data.pictures() for data in sets]
+        self.ends = np.cumsum([len(rows) for rows, *_ in self.found])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, i: int) -> tuple:
+        which = int(np.searchsorted(self.ends, i, side="right"))
+        data, (rows, names, *_) = self.sets[which], self.found[which]
+        at = i - int(self.ends[which]) + len(rows)
+
+        def look(content):
+            return hash_of(content), data.decode(content) if self.decode else None
+
+        try:
+            return i, *data.use_picture(int(rows[at]), names[at], look), ""
+        except BadRow as error:
+            return i, NO_KEY, None, str(error)
+
+    def where(self, i: int) -> str:
+        """file:line of a row that shows a picture."""
+        which = int(np.searchsorted(self.ends, i, side="right"))
+        rows = self.found[which][0]
+        return self.sets[which].where(int(rows[i - int(self.ends[which]) + len(rows)]))
+
+    def attach(self, cache: FeatureCache, numbers: np.ndarray, broken: dict[int, str]) -> None:
+        """From now on the rows come with features. numbers: int64 (len(self),), of each picture; broken: {i: why}."""
+        for data, (rows, _, shown, starts), end in zip(self.sets, self.found, self.ends):
+            data.features = RowFeatures(cache, numbers, broken, shown + end - len(rows), starts)
+
+
+class RowFeatures:
+    """The features of the rows of a data set."""
+
+    def __init__(self, cache: FeatureCache, numbers, broken: dict[int, str], shown, starts):
+        self.cache, self.numbers, self.broken, self.shown, self.starts = cache, numbers, broken, shown, starts
+
+    def of_row(self, row: int) -> torch.Tensor | None:
+        """float16 (N, P, V), None for a row without a picture. Raises BadRow."""
+        pictures = self.shown[self.starts[row] : self.starts[row + 1]]
+        for picture in pictures.tolist():
+            if picture in self.broken:
+                raise BadRow("broken", self.broken[picture])
+        return self.cache.read(self.numbers[pictures].tolist()) if len(pictures) else None

@@ -1,0 +1,116 @@
+"""--cache_features: the pictures of a run are encoded once, before its first step, or never if they were before."""
+
+import shutil
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from dataset.features import NO_KEY, FeatureCache, Pictures
+from dataset.streaming import Stream
+from trainer.devices import autocast, pick_dtype
+from trainer.distributed import gather, is_main, rank, say, world_size
+from trainer.feed import ignore_interrupt
+from trainer.weights import fingerprint
+
+
+def cache_features(args, model, device, *sets) -> None:
+    """Gives the rows of all data sets (None among them is none) their picture features, in place of pixels.
+
+    Features are computed in the precision of the run and kept as --cache_dtype. Every picture is read and hashed anew
+    at each start, so that one that has changed is computed again. Ranks share the work.
+
+    Raises ValueError if rows are streamed, or if the disk has no room.
+    """
+    if not args.cache_features:
+        return
+    sets = [data for data in sets if data is not None]
+    if any(isinstance(data, Stream) for data in sets):
+        raise ValueError("--cache_features: streamed rows (hf://...) do not stay on the disk, nor would their features")
+    dtype = pick_dtype(args.dtype, device)
+    about = {"encoder": fingerprint(model), "preprocessing": vars(model.processor), "computed as": str(dtype)}
+    config = model.config
+    cache = FeatureCache(args.cache_features, about, len(config.image_ids), config.ve_hidden_size, args.cache_dtype)
+    cache.begin()
+
+    keys, broken = hash_all(Pictures(sets), args)
+    numbers = cache.find(keys)
+    readable = (keys != np.frombuffer(NO_KEY, np.uint8)).any(axis=1)
+    _, first = np.unique(keys, axis=0, return_index=True)  # files with the same content are one picture
+    missing = [i for i in first.tolist() if readable[i] and numbers[i] < 0]
+    tell(cache, len(keys), len(missing))
+    if missing:
+        encode(Pictures(sets, decode=True), missing, cache, broken, args, model, device, dtype)
+        cache.refresh()
+        numbers = cache.find(keys)
+    unreadable = {keys[i].tobytes(): why for i, why in broken.items() if readable[i]}  # and all of the same content
+    for i in np.flatnonzero(readable & (numbers < 0)).tolist():
+        broken[i] = unreadable.get(keys[i].tobytes(), "the picture changed while its features were computed")
+    Pictures(sets).attach(cache, numbers, broken)
+    if device.type == "cuda":
+        model.vision_encoder.to("cpu")  # room for batches
+
+
+def tell(cache: FeatureCache, pictures: int, missing: int) -> None:
+    """How much there is to do. Raises ValueError if it does not fit on the disk."""
+    size, free = missing * cache.picture_bytes, shutil.disk_usage(cache.path).free
+    say(
+        f"features of {pictures:,} pictures in {cache.path}: {missing:,} are missing, {size / 1e9:.2f} GB; the disk "
+        f"has room for {free / 1e9:.1f} GB"
+    )
+    if size > 0.95 * free:
+        raise ValueError(
+            f"--cache_features {cache.path.parent}: {size / 1e9:.1f} GB of features do not fit on a disk with "
+            f"{free / 1e9:.1f} GB. Name a folder on another, halve them with --cache_dtype int8, or go without"
+        )
+
+
+def loader(pictures: Pictures, numbers, args, batch_size: int) -> DataLoader:
+    return DataLoader(
+        Subset(pictures, numbers),
+        batch_size=batch_size,
+        num_workers=args.num_workers,
+        collate_fn=list,
+        worker_init_fn=ignore_interrupt,
+    )
+
+
+def progress(batches, name: str, pictures: int):
+    """A bar on the first rank, where it takes long enough to look at."""
+    return tqdm(batches, desc=name, unit="batch", disable=not is_main() or pictures < 2000)
+
+
+def hash_all(pictures: Pictures, args) -> tuple[np.ndarray, dict[int, str]]:
+    """uint8 (pictures, 16), the hash of each, and {picture: why} of those that cannot be read; on all ranks."""
+    own = range(rank(), len(pictures), world_size())
+    hashes, broken = {}, {}
+    for batch in progress(loader(pictures, own, args, 256), "reading pictures", len(pictures)):
+        for i, key, _, why in batch:
+            hashes[i] = key
+            if why:
+                broken[i] = why
+    keys = np.zeros((len(pictures), 16), np.uint8)
+    for found, why in gather((hashes, broken)):
+        broken |= why
+        if found:
+            keys[list(found)] = np.frombuffer(b"".join(found.values()), np.uint8).reshape(-1, 16)
+    return keys, broken
+
+
+@torch.no_grad()
+def encode(pictures: Pictures, missing: list[int], cache: FeatureCache, broken: dict, args, model, device, dtype):
+    """Computes features and adds them to the cache; notes in `broken` which pictures cannot be decoded."""
+    own = missing[rank() :: world_size()]
+    for batch in progress(loader(pictures, own, args, args.batch_size), "encoding pictures", len(missing)):
+        for i, _, _, why in batch:
+            if why:
+                broken[i] = why
+        good = [(key, pixels) for _, key, pixels, why in batch if not why]
+        if good:
+            keys, pixels = zip(*good)
+            with autocast(device, dtype):
+                cache.add(list(keys), model.encode_pictures(torch.stack(pixels).to(device)))
+    cache.flush()
+    for found in gather(broken):  # all have written what they have
+        broken |= found
