@@ -35,22 +35,26 @@ def load(args):
 
 
 @torch.no_grad()
-def ask(model, tokenizer, conversations: list[dict], images: list[Image.Image], args, streamer=None) -> str:
-    """The answer to a conversation that ends with a question; its <image> tags stand for `images`, in order."""
+def ask(model, tokenizer, conversations: list[dict], images: list, args, streamer=None, stopping=None) -> str:
+    """The answer to a conversation that ends with a question; its <image> tags stand for `images`, in order.
+
+    images: pictures, or what `processor.resize` made of them; stopping: a list of StoppingCriteria.
+    """
     pieces = encode_chat(tokenizer, conversations, model.config.image_special_token)
     ids = [token for piece, _, _ in pieces for token in piece]
     input_ids = torch.tensor([ids], device=model.device)
-    pixels = torch.stack([model.processor.resize(image) for image in images]).to(model.device) if images else None
+    pixels = [image if torch.is_tensor(image) else model.processor.resize(image) for image in images]
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
     with autocast(model.device, pick_dtype(args.dtype, model.device)):
         out = model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
-            pixel_values=pixels,
+            pixel_values=torch.stack(pixels).to(model.device) if pixels else None,
             max_new_tokens=args.max_new_tokens,
             do_sample=not args.greedy,
             pad_token_id=tokenizer.pad_token_id,
             streamer=streamer,
+            stopping_criteria=stopping,
             **({} if args.greedy else sampling),
         )
     return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
