@@ -1,0 +1,226 @@
+"""A conversation for the web page: which models there are, what they read of a history, how an answer streams.
+
+The model is asked by `trainer.asking.ask`, in the tokens of its training. A `Refusal` is what the visitor can mend.
+"""
+
+import argparse
+import math
+import re
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import StoppingCriteria, TextIteratorStreamer
+
+from model import DEFAULT_VISION_MODEL
+from model.processing import IMAGE_TAG, encode_chat, read_json
+from trainer.asking import STAGES, ask, load, question
+from trainer.devices import pick_device
+from trainer.weights import find_weights, read_sidecar
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+
+# ---------------------------------------------------------------------------- models
+
+
+def is_export(path: Path) -> bool:
+    with suppress(OSError, ValueError):
+        return read_json(path / "config.json").get("model_type") == "minimind-v"
+    return False
+
+
+def find_models(args) -> list[Path]:
+    """Weights and exported folders in --out_dir and one folder below, the newest first but for the one to start with.
+
+    Raises FileNotFoundError if there is none to start with.
+    """
+    out = Path(args.out_dir)
+    below = [path for pattern in ("*", "*/*") for path in out.glob(pattern)]
+    stages = "|".join(STAGES.values())
+    found = [path for path in below if re.fullmatch(rf"({stages})_\d+(_moe)?\.pth", path.name) or is_export(path)]
+    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    if args.weights:
+        start = [find_weights(args.weights, out, args.hidden_size, args.use_moe)]
+    elif args.load == 1:
+        start = [path for path in (Path("MiniMind2-V"), *found) if is_export(path)]
+    else:
+        moe = "_moe" if args.use_moe else "(_moe)?"
+        name = rf"{STAGES[args.model_mode]}_{args.hidden_size or '[0-9]+'}{moe}\.pth"
+        start = [path for path in found if re.fullmatch(name, path.name)]
+    if not start:
+        wanted = "Transformers folder" if args.load == 1 else f"{STAGES[args.model_mode]}_*.pth that fits the flags"
+        raise FileNotFoundError(
+            f"no {wanted} in {out} and the folders in it, which hold {', '.join(map(str, found)) or 'no weights'}. "
+            "Name one with --weights, choose with --model_mode and --load, or make one: python -m scripts.quickstart"
+        )
+    return list(dict.fromkeys([start[0], *found]))
+
+
+def load_model(weights: Path, args):
+    """Model on its device and tokenizer. Tokenizer and encoder: the flags, else what belongs to the weights."""
+    about = read_sidecar(weights)
+    inside = [path.parent for path in weights.glob("*/config.json") if "clip" in read_json(path).get("model_type", "")]
+    named = {key: about[key].get("path") for key in ("tokenizer", "vision_model")}
+    encoders = [path for path in (named["vision_model"], *inside, DEFAULT_VISION_MODEL) if path and Path(path).is_dir()]
+    flags = {
+        "load": int(weights.is_dir()),
+        "weights": str(weights),
+        "hidden_size": None,  # it chose the weights to start with, these may be others
+        "use_moe": False,
+        "tokenizer_path": args.tokenizer_path or named["tokenizer"],
+        "vision_model_path": args.vision_model_path or [*encoders, named["vision_model"] or DEFAULT_VISION_MODEL][0],
+    }
+    model, tokenizer, _ = load(argparse.Namespace(**vars(args) | flags))
+    return model.to(pick_device(args.device)), tokenizer
+
+
+# ---------------------------------------------------------------------------- conversation
+
+
+class Refusal(Exception):
+    """What the visitor can mend: a key of TEXT and what goes into its sentence."""
+
+    def __init__(self, key: str, **values):
+        super().__init__(key)
+        self.key, self.values = key, values
+
+
+def paths_of(files: list) -> list[str]:
+    """Of files as Gradio has them: paths, or {"path"} when a question is asked again."""
+    return [file if isinstance(file, str) else file["path"] for file in files]
+
+
+def parts(content) -> tuple[str, list[str]]:
+    """Text and paths of pictures of a message, in each of the shapes that Gradio has for them.
+
+    From the page {"type": "text", "text"} and {"type": "file", "file": {"path"}}, through the API str and {"path"}.
+    """
+    items = content if isinstance(content, (list, tuple)) else [content]
+    items = [{"text": item} if isinstance(item, str) else item for item in items]
+    files = [item.get("file", item) for item in items]
+    return "\n".join(item["text"] for item in items if "text" in item), [f["path"] for f in files if f.get("path")]
+
+
+def turns_of(history: list[dict]) -> list[tuple[str, list[str], str]]:
+    """(question, paths of its pictures, answer) of each turn that was answered, in order."""
+    turns, asked = [], None
+    for message in history:
+        mark = (message.get("metadata") or {}).get("id")
+        text, files = parts(message["content"])
+        if message["role"] == "user":
+            asked = text, files
+        elif mark == "notice":
+            asked = None
+            continue
+        elif mark != "seen" and asked and text:
+            turns.append((*asked, text))
+            asked = None
+    return turns
+
+
+def open_picture(path: str, max_pixels: float) -> Image.Image:
+    """A picture, wholly read. Its size is known before its pixels are. max_pixels: in millions."""
+    name = Path(path).name
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > max_pixels * 1e6:
+                raise Refusal("pixels", name=name, limit=max_pixels)
+            image.load()
+            return image
+    except (Refusal, MemoryError):
+        raise
+    except Image.DecompressionBombError:
+        raise Refusal("pixels", name=name, limit=max_pixels) from None
+    except Exception:  # Pillow's decoders raise whatever their format makes them stumble over
+        raise Refusal("broken", name=name) from None
+
+
+def check_question(text: str, pictures: list, args) -> None:
+    if len(text) > args.max_text:
+        raise Refusal("long", n=len(text), limit=args.max_text)
+    if len(pictures) > args.max_pictures:
+        raise Refusal("many", n=len(pictures), limit=args.max_pictures)
+    if (tags := text.count(IMAGE_TAG)) not in (0, len(pictures)):
+        raise Refusal("tags", tag=IMAGE_TAG, n=tags, pictures=len(pictures))
+
+
+def chat_of(turns: list) -> list[dict]:
+    """The turns as `encode_chat` takes them; the last one may wait for its answer."""
+    chat = []
+    for text, files, answer in turns:
+        chat.append({"role": "user", "content": question(text, len(files))})
+        chat += [{"role": "assistant", "content": answer}] if answer else []
+    return chat
+
+
+def fit(turns: list, tokenizer, placeholders: str, args) -> list:
+    """The last turns that fit into --max_seq_len tokens, and hold at most four questions' worth of pictures."""
+
+    def size(turn):
+        text, files, answer = turn
+        check_question(text, files, args)  # earlier ones too: a page that was tampered with sends any history
+        if len(answer) > 64 * args.max_new_tokens:  # characters, far more than so many tokens can be: likewise
+            return math.inf
+        try:
+            return sum(len(piece) for piece, _, _ in encode_chat(tokenizer, chat_of([turn]), placeholders))
+        except ValueError:  # a run of placeholders, typed or answered
+            if answer:
+                return math.inf
+            raise Refusal("run", sign=placeholders[0]) from None
+
+    kept, tokens, pictures = [], 0, 0
+    for turn in reversed(turns):
+        tokens, pictures = tokens + size(turn), pictures + len(turn[1])
+        if tokens > args.max_seq_len or pictures > 4 * args.max_pictures:
+            break
+        kept.insert(0, turn)
+    if not kept:
+        raise Refusal("room", limit=args.max_seq_len)
+    return kept
+
+
+class Stop(StoppingCriteria):
+    """Ends an answer when told to or when its time is over, and counts its tokens."""
+
+    def __init__(self, seconds: float):
+        self.start, self.seconds, self.tokens = time.monotonic(), seconds, 0
+        self.told, self.late = threading.Event(), False
+
+    def took(self) -> float:
+        return time.monotonic() - self.start
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.tokens += 1
+        self.late = self.took() > self.seconds
+        return torch.full(input_ids.shape[:1], self.late or self.told.is_set(), device=input_ids.device)
+
+
+def stream(model, tokenizer, turns: list, pictures: list, args, stop: Stop):
+    """Yields the answer as it grows. Closing the generator ends the work on it."""
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failures = []
+
+    def work():
+        try:
+            ask(model, tokenizer, chat_of(turns), pictures, args, streamer, [stop])
+        except Exception as error:  # raised again below, in the thread of the visitor
+            failures.append(error)
+            streamer.end()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    answer = ""
+    try:
+        for piece in streamer:
+            answer += piece
+            if streamer.text_queue.empty():  # the page may be slower than the model: it gets the latest
+                yield answer.strip()
+    finally:
+        stop.told.set()
+        thread.join()
+    if failures:
+        raise failures[0]
+    yield answer.strip()

@@ -1,0 +1,269 @@
+"""The web page: what it says in English and Chinese, what stands on it, and what happens when something is asked.
+
+Nothing is kept between visitors but the loaded models: a conversation lives with its browser tab, its pictures in a
+folder that goes with the process.
+"""
+
+import argparse
+import html
+import threading
+import traceback
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from pathlib import Path
+
+import gradio as gr
+import torch
+from gradio.processing_utils import save_pil_to_cache
+from gradio.utils import get_upload_folder
+from PIL import Image
+
+from trainer.chat import Refusal, Stop, find_models, fit, load_model, open_picture, paths_of, stream, turns_of
+
+SAMPLES = sorted(Path("dataset/eval_images").glob("*.png"))
+
+TEXT = {
+    "en": {
+        "hello": "**Show me a picture and ask about it.**\n\nUpload, paste or drop one, or pick from those below.",
+        "type": "Ask about a picture",
+        "samples": "Sample pictures",
+        "settings": "Settings",
+        "weights": "Model",
+        "temperature": "Temperature",
+        "temperature_info": "0: always the likeliest word; higher: more surprising",
+        "top_p": "Top-p",
+        "top_p_info": "Draw from the likeliest words that make up this share",
+        "length": "Longest answer, in tokens",
+        "default": "What is in the picture?",
+        "seen": "Pictures seen: {n}",
+        "earlier": " ({n} of earlier turns)",
+        "took": "{tokens} tokens in {seconds:.2f} s",
+        "late": "stopped after {seconds:g} s, the limit",
+        "forgotten": "too long to remember whole: the first {n} turns were left out",
+        "empty": "Type a question, or add a picture.",
+        "long": "The text has {n} characters, at most {limit} are read. Please shorten it.",
+        "many": "These are {n} pictures, at most {limit} can go with one question.",
+        "pixels": "{name} has more than {limit:g} million pixels. Please make it smaller.",
+        "broken": "{name} is not a picture that can be read. JPEG, PNG, WebP, GIF, BMP, TIFF and AVIF can.",
+        "tags": "The text says {tag} {n} times for {pictures} pictures. Write it once for each, or leave it out.",
+        "room": "The question is more than the {limit} tokens that the model reads. Use less text or fewer pictures.",
+        "run": "The text has so many {sign} in a row that the model would take them for a picture.",
+        "memory": "The machine ran out of memory. Try again with fewer pictures, or clear the conversation.",
+        "failed": "Something went wrong here, sorry. The log of the server says what.",
+    },
+    "zh": {
+        "hello": "**给我看一张图片，然后提问。**\n\n可以上传、粘贴或拖入图片，也可以从下面选一张。",
+        "type": "就图片提问",
+        "samples": "示例图片",
+        "settings": "设置",
+        "weights": "模型",
+        "temperature": "温度",
+        "temperature_info": "0：总是选最可能的词；越高越多变",
+        "top_p": "Top-p",
+        "top_p_info": "只从累计概率达到此值的最可能的词中抽取",
+        "length": "回答的最大长度（token）",
+        "default": "图片里有什么？",
+        "seen": "看到的图片：{n}",
+        "earlier": "（前面轮次的 {n} 张）",
+        "took": "{tokens} 个 token，{seconds:.2f} 秒",
+        "late": "达到 {seconds:g} 秒上限，已停止",
+        "forgotten": "对话太长，最早的 {n} 轮没有读入",
+        "empty": "请输入问题，或添加一张图片。",
+        "long": "文字有 {n} 个字符，最多 {limit} 个。请缩短。",
+        "many": "共有 {n} 张图片，每个问题最多 {limit} 张。",
+        "pixels": "{name} 超过 {limit:g} 百万像素。请缩小后再试。",
+        "broken": "{name} 不是可以读取的图片。支持 JPEG、PNG、WebP、GIF、BMP、TIFF 和 AVIF。",
+        "tags": "文字中有 {n} 个 {tag}，但有 {pictures} 张图片。请每张写一次，或都不写。",
+        "room": "问题超出模型能读的 {limit} 个 token。请减少文字或图片。",
+        "run": "文字中连续的 {sign} 太多，模型会把它们当作图片。",
+        "memory": "内存不足。请减少图片，或清空对话后再试。",
+        "failed": "抱歉，这里出错了。原因见服务器日志。",
+    },
+}
+
+CSS = """
+.app { max-width: 60rem !important; padding: 0.5rem !important }
+.app h1 { margin: 0.3rem !important; font-size: 1.3rem !important }
+.placeholder { padding: 0 1.5rem; text-align: center }
+.thought-group { border: none !important; padding: 0 !important; background: none !important }
+.message-row .message.component { display: inline-block; width: auto; margin: 0.3rem 0.3rem 0.3rem 0 }
+.message-row .message.component * { margin: 0; padding: 0; min-width: 0 }
+.message-row .icon-button-wrapper.top-panel { display: none }
+.user-row img { max-width: 7rem; max-height: 7rem; border-radius: 0.4rem }
+.bot-row .message.component, .bot-row img { width: 2.6rem; border-radius: 0.3rem; image-rendering: pixelated }
+.message-buttons-right, .message-buttons:has(~ .message-row) { display: none } /* they would share pictures */
+.message-buttons .icon-button:nth-last-of-type(n + 3) { display: none } /* retry and undo stay */
+#samples { margin: 0 !important }
+#samples .gallery { flex-wrap: nowrap; overflow-x: auto }
+#samples .gallery-item { flex: 0 0 3.2rem; width: 3.2rem }
+#samples .gallery-item * { max-width: 100%; max-height: 3.2rem }
+"""
+
+
+def show_as_text(chatbot: gr.Chatbot) -> None:
+    """Has text shown as it is, where Gradio would format the HTML in it, if sanitized.
+
+    Only text and files come back from the browser: for a forged message with a component in it, Gradio would copy any
+    file of this machine to where it is served from.
+    """
+    show, read = chatbot.postprocess, chatbot.preprocess
+
+    def postprocess(value):
+        shown = show(value)
+        for message in shown.root:
+            for content in message.content:
+                if content.type == "text":
+                    content.text = html.escape(content.text, quote=False)
+        return shown
+
+    def preprocess(payload):
+        for message in payload.root if payload else ():
+            message.content = [content for content in message.content if content.type in ("text", "file")]
+        messages = read(payload)
+        for message in messages:
+            for content in message["content"]:
+                if content["type"] == "text":
+                    content["text"] = html.unescape(content["text"])
+        return messages
+
+    chatbot.postprocess, chatbot.preprocess = postprocess, preprocess
+
+
+def reply(content, mark: str, **metadata) -> dict:
+    """What is no answer of the model: "seen", about one, or a "notice" instead of one."""
+    return {"role": "assistant", "content": content, "metadata": {"id": mark, **metadata}}
+
+
+def build_page(args, models: list[Path]) -> gr.Blocks:
+    lock = threading.Lock()
+    load_once = lru_cache(maxsize=2)(lambda path: load_model(Path(path), args))
+
+    def get_model(path):
+        with lock:  # two visitors who want the same do not load it twice
+            return load_once(path)
+
+    get_model(str(models[0]))  # a mistake is told before the page is there
+
+    def answer(message, history, weights, temperature, top_p, max_new_tokens, say):
+        turns = [*turns_of(history), (message["text"].strip(), paths_of(message["files"]), "")]
+        if not turns[-1][0] and not turns[-1][1]:
+            raise Refusal("empty")
+        turns = [(text or say("default"), *rest) for text, *rest in turns]
+        model, tokenizer = get_model(weights)
+        kept = fit(turns, tokenizer, model.config.image_special_token, args)
+        stop = Stop(args.max_seconds)
+        paths = [file for _, files, _ in kept for file in files]
+        pictures = [model.processor.resize(open_picture(file, args.max_pixels)) for file in paths]
+        shown = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
+        shown = [{"path": save_pil_to_cache(picture, get_upload_folder(), format="png")} for picture in shown]
+        earlier = len(paths) - len(kept[-1][1])
+        title = say("seen", n=len(paths)) + (say("earlier", n=earlier) if earlier else "")
+        about = [weights, *([say("forgotten", n=len(turns) - len(kept))] if len(kept) < len(turns) else [])]
+        flags = {"temperature": float(temperature), "greedy": not temperature, "top_p": float(top_p)}
+        flags = argparse.Namespace(**vars(args) | flags | {"max_new_tokens": int(max_new_tokens)})
+        note = reply("\n".join(about), "seen", title=title, status="done")
+        seen = [note, *([reply(shown, "seen")] if shown else [])]
+        text = ""
+        for text in stream(model, tokenizer, kept, pictures, flags, stop):
+            yield [*seen, text]
+        note["metadata"]["title"] += " · " + say("took", tokens=stop.tokens, seconds=stop.took())
+        if stop.late:
+            note["metadata"]["title"] += " · " + say("late", seconds=args.max_seconds)
+        yield [*seen, text or reply("…", "seen")]
+
+    def chat(message, history, weights, temperature, top_p, max_new_tokens, request: gr.Request):
+        """Ask about pictures: text and files, the model's path, temperature (0: greedy), top-p, longest answer."""
+        language = "zh" if request.headers.get("accept-language", "").lower().startswith("zh") else "en"
+
+        def say(key, **values):
+            return TEXT[language][key].format(**values)
+
+        try:
+            yield from answer(message, history, weights, temperature, top_p, max_new_tokens, say)
+        except Refusal as refusal:
+            yield reply("⚠️ " + say(refusal.key, **refusal.values), "notice")
+        except Exception as error:
+            traceback.print_exc()
+            memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+            if memory and torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            yield reply("⚠️ " + say("memory" if memory else "failed"), "notice")
+
+    tr, slider = gr.I18n(**TEXT), partial(gr.Slider, step=0.05, render=False)
+    chatbot = gr.Chatbot(
+        show_label=False,
+        render_markdown=False,
+        latex_delimiters=[],
+        buttons=[],
+        allow_file_downloads=False,
+        placeholder=tr("hello"),
+        height="max(20rem, calc(100dvh - 19rem))",
+    )
+    show_as_text(chatbot)
+    box = gr.MultimodalTextbox(
+        file_types=["image"],
+        file_count="multiple",
+        placeholder=tr("type"),
+        show_label=False,
+        stop_btn=True,
+        max_plain_text_length=100 * args.max_text,  # longer text would become a file
+    )
+    with gr.Blocks(title="MiniMind-V", analytics_enabled=False, fill_height=True, delete_cache=(600, 86400)) as page:
+        settings = [
+            gr.Dropdown([str(path) for path in models], value=str(models[0]), label=tr("weights"), render=False),
+            slider(0, 2, args.temperature, label=tr("temperature"), info=tr("temperature_info")),
+            slider(0.05, 1, args.top_p, label=tr("top_p"), info=tr("top_p_info")),
+            slider(1, args.max_new_tokens, args.max_new_tokens, step=1, label=tr("length")),
+        ]
+        gr.ChatInterface(
+            chat,
+            multimodal=True,
+            chatbot=chatbot,
+            textbox=box,
+            title="MiniMind-V",
+            additional_inputs=settings,
+            additional_inputs_accordion=gr.Accordion(tr("settings"), open=False, render=False),
+            concurrency_limit=1,
+            analytics_enabled=False,
+            api_name="chat",
+        )
+        samples = gr.Dataset(
+            label=tr("samples"),
+            components=["image"],
+            samples=[[str(path)] for path in SAMPLES],
+            type="index",
+            elem_id="samples",
+        )
+
+        def add_sample(value, index):
+            return {"text": value["text"], "files": [*value["files"], str(SAMPLES[index])]}
+
+        samples.click(add_sample, [box, samples], box, api_visibility="private", show_progress="hidden")
+    return page.queue(max_size=args.max_queue)
+
+
+@contextmanager
+def serve(args):
+    """The page and its address, while the context lasts."""
+    torch.manual_seed(args.seed)
+    page = build_page(args, find_models(args))
+    _, address, _ = page.launch(
+        prevent_thread_lock=True,
+        server_name=args.host,
+        server_port=args.port,
+        auth=[tuple(pair.split(":", 1)) for pair in args.auth] if args.auth else None,
+        max_file_size=int(args.max_upload * 1e6),
+        share=False,
+        quiet=True,
+        ssr_mode=False,
+        run_history=False,
+        enable_monitoring=False,
+        footer_links=[],
+        i18n=gr.I18n(**TEXT),
+        theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=CSS,
+    )
+    try:
+        yield page, address.rstrip("/")
+    finally:
+        page.close(verbose=False)

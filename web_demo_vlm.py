@@ -1,0 +1,98 @@
+"""Chat with a trained model about pictures, in a browser.
+
+    python web_demo_vlm.py                                # then open the address that it prints
+    python web_demo_vlm.py --load 1 --weights FOLDER      # an exported Transformers folder
+    python web_demo_vlm.py --host 0.0.0.0 --auth ann:secret
+
+The page offers all weights of --out_dir and of the folders in it, those of scripts/quickstart.py among them, and
+exported folders. Each .pth is asked with the tokenizer and the encoder that its JSON names.
+
+Nothing is kept between visitors but the loaded models: a conversation lives in its browser tab, its pictures in a
+folder that only this process reads and that goes with it.
+"""
+
+import argparse
+import os
+import re
+import signal
+import socket
+import tempfile
+from contextlib import suppress
+from ipaddress import ip_address
+
+from trainer.cli import HelpFormatter, add_model_arguments, positive, run_main
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add_model_arguments(parser)
+    parser.set_defaults(vision_model_path=None)
+    add = parser.add_argument
+    add("--load", type=int, choices=[0, 1], default=0, help="start with 0: .pth weights, 1: a Transformers folder")
+    add("--model_mode", type=int, choices=[0, 1, 2], default=1, help="0: pretrain_vlm, 1: sft_vlm, 2: sft_vlm_multi")
+    add("--weights", metavar="W", help="file or Transformers folder to start with; default: the newest that fits")
+    add("--use_multi", type=int, choices=[1, 2], default=1, help="2: --model_mode 2; all models take several pictures")
+    add(
+        "--temperature", type=float, default=0.65, help="0: the likeliest word; to 2: more surprising; the page's start"
+    )
+    add(
+        "--top_p",
+        type=positive(float),
+        default=0.85,
+        help="the page starts with; share of the likeliest words to draw from",
+    )
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine's")
+    add("--port", type=positive(int), help="default: the first free one from 7860")
+    add("--auth", nargs="+", metavar="NAME:PASSWORD", help="who may come in; default: everybody")
+    add("--max_upload", type=positive(float), default=10, metavar="MB", help="largest file")
+    add("--max_pixels", type=positive(float), default=50, metavar="MP", help="largest picture, in million pixels")
+    add("--max_pictures", type=positive(int), default=4, help="pictures per question")
+    add("--max_text", type=positive(int), default=2000, help="characters per question")
+    add("--max_new_tokens", type=positive(int), default=512, help="longest answer, in tokens")
+    add("--max_seq_len", type=positive(int), default=1536, help="tokens of conversation that the model reads")
+    add("--max_queue", type=positive(int), default=20, help="questions that wait for their turn")
+    add("--max_seconds", type=positive(float), default=120, help="time per answer")
+    args = parser.parse_args(argv)
+    if args.use_multi == 2:
+        args.model_mode = 2
+    if not 0 <= args.temperature <= 2:
+        parser.error(f"--temperature {args.temperature}: expected 0 to 2")
+    if not args.top_p <= 1:
+        parser.error(f"--top_p {args.top_p}: expected at most 1")
+    if bad := [pair for pair in args.auth or [] if not re.fullmatch("[^:]+:.+", pair)]:
+        parser.error(f"--auth {bad[0]}: expected NAME:PASSWORD")
+    return args
+
+
+def is_local(host: str) -> bool:
+    with suppress(ValueError):
+        return ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def check_address(host: str, port: int | None) -> None:
+    try:
+        socket.create_server((host, port or 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, OverflowError) as error:
+        flags = f"--host {host}" + (f" --port {port}" if port else "")
+        raise OSError(f"{flags}: cannot listen there ({error}). Choose another, or leave the flag out") from None
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    check_address(args.host, args.port)
+    # Only now, so that --help and a mistyped flag need not wait for PyTorch and Gradio.
+    from trainer.page import serve
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the visitors' pictures go with the process
+    with tempfile.TemporaryDirectory(prefix="minimind-v-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        with serve(args) as (page, address):
+            if not is_local(args.host) and not args.auth:
+                print(f"warning: --host {args.host} lets in everybody who can reach it; --auth NAME:PASSWORD does not")
+            print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
+            page.block_thread()
+
+
+if __name__ == "__main__":
+    run_main(main)
