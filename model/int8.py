@@ -1,6 +1,6 @@
 """Weights of 8 bits, for answers on a CPU: a quarter of the memory to read for each token, and faster products.
 
-Not for training, and not exact: results/benchmark.md has how often an answer changes.
+Not for training, and not exact: now and then an answer has another word.
 
 Shapes: N tokens, I inputs, O outputs of a layer.
 """
