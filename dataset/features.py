@@ -184,11 +184,11 @@ class FeatureCache:
 class Pictures(Dataset):
     """All pictures of some data sets, each name once, for a DataLoader: i → (i, hash, pixels, why it cannot be read).
 
-    pixels: uint8 (3, H, W) of the very bytes that were hashed, or None unless `decode`.
+    pixels: uint8 (3, H, W) of the very bytes that were hashed, or None unless `decode`, which may be set later.
     """
 
-    def __init__(self, sets: list[VLMDataset], decode: bool = False):
-        self.sets, self.decode = sets, decode
+    def __init__(self, sets: list[VLMDataset]):
+        self.sets, self.decode = sets, False
         self.found = [data.pictures() for data in sets]
         self.ends = np.cumsum([len(rows) for rows, *_ in self.found])
 

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,11 +44,10 @@ from trainer.checkpoint import State
 from trainer.cli import HelpFormatter, positive, run_main
 from trainer.devices import autocast, pick_device
 from trainer.feed import make_loader
-from trainer.loop import to_device, train_step
+from trainer.loop import count_labels, to_device, train_step
 from trainer.optimizer import choose_trainable, make_optimizer
 from trainer.weights import write_json, write_safely
 
-KINDS = ("pretrain", "sft", "experts", "ranks", "pipeline", "generation", "startup")
 PUBLIC_ROWS = {"pretrain": 595_000, "sft": 300_000}
 SIZES = {  # of the decoder and of the encoder
     "26m": ({}, {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}),
@@ -79,6 +78,12 @@ def example(kind: str, row: int, random, vocab: int, max_length: int) -> dict:
     pictures = torch.from_numpy(random.integers(0, 256, (1, 3, 224, 224), dtype=np.uint8))
     ids, labels = (torch.tensor(np.array(part[:max_length], dtype=np.int64)) for part in (ids, labels))
     return {"row": row, "input_ids": ids, "labels": labels, "pictures": pictures}
+
+
+def examples_of(kind: str, args) -> list[dict]:
+    """--rows of them, the same for everything that is compared."""
+    random, vocab = np.random.default_rng(0), VLMConfig(**SIZES[args.size][0]).vocab_size
+    return [example(kind, row, random, vocab, args.max_seq_len) for row in range(args.rows)]
 
 
 @cache
@@ -211,19 +216,19 @@ class Training:
 
     def step(self, batch: dict) -> float:
         """Returns the loss per label."""
-        labels = int((batch["labels"][:, 1:] != IGNORE).sum())
-        loss, _, _ = train_step(self.run, [batch], labels, len(batch["rows"]))
+        loss, _, _ = train_step(self.run, [batch], count_labels(batch), len(batch["rows"]))
         self.run.state.step += 1
         return loss
 
     def first_loss(self, batch: dict) -> float:
         """Of the weights that all ways begin with, on a batch that is the same for all."""
-        labels = int((batch["labels"][:, 1:] != IGNORE).sum())
         batch = self.with_features(batch) if self.way.cached else batch
         forward = self.run.forward
         forward = getattr(forward, "_orig_mod", forward)  # uncompiled: one shape more is not worth a minute
         with autocast(self.device, self.dtype), torch.no_grad():
-            return forward(**to_device(batch, self.model), num_items_in_batch=labels, return_logits=False).loss.item()
+            return forward(
+                **to_device(batch, self.model), num_items_in_batch=count_labels(batch), return_logits=False
+            ).loss.item()
 
     def all_steps(self) -> float:
         """Seconds for all batches."""
@@ -298,10 +303,14 @@ class PeakMemory:
             self.bytes = int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
+def compare(row: dict, first: dict) -> dict:
+    """How many times as fast as the first, by the times of the same round."""
+    ratios = [other / own for other, own in zip(first["seconds"], row["seconds"])]
+    return {"ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)]}
+
+
 def training_table(kind: str, args, device) -> list[dict]:
-    random = np.random.default_rng(0)
-    vocab = make_model(args.size).config.vocab_size
-    examples = [example(kind, row, random, vocab, args.max_seq_len) for row in range(args.rows)]
+    examples = examples_of(kind, args)
     tokens = sum(len(each["input_ids"]) for each in examples)
     same = collate(examples[:4])
     rates = {}
@@ -326,17 +335,14 @@ def training_table(kind: str, args, device) -> list[dict]:
         row.pop("way")
         seconds = statistics.median(row["seconds"])
         row |= {"samples_per_s": args.rows / seconds, "tokens_per_s": tokens / seconds}
-        ratios = [first / own for first, own in zip(rows[0]["seconds"], row["seconds"])]
-        row |= {"ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)]}
+        row |= compare(row, rows[0])
     return rows
 
 
 def experts_table(args, device) -> list[dict]:
     """A mixture of experts against a dense decoder that computes as much for each token: SFT steps, our way."""
-    random = np.random.default_rng(0)
-    ours = ways(device, compile=False)[-1]
-    config = make_model(args.size).config
-    examples = [example("sft", row, random, config.vocab_size, args.max_seq_len) for row in range(args.rows)]
+    ours, examples = ways(device, compile=False)[-1], examples_of("sft", args)
+    config = VLMConfig(**SIZES[args.size][0])
     active = config.num_experts_per_tok + config.n_shared_experts
     rows = [
         {"name": "dense, as wide as the active experts", "seconds": [], "config": {}},
@@ -352,8 +358,7 @@ def experts_table(args, device) -> list[dict]:
     for row in rows:
         del row["config"]
         row["samples_per_s"] = args.rows / statistics.median(row["seconds"])
-        ratios = [first / own for first, own in zip(rows[0]["seconds"], row["seconds"])]
-        row |= {"ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)]}
+        row |= compare(row, rows[0])
     return rows
 
 
@@ -377,11 +382,8 @@ def ranks_table(args, device) -> list[dict]:
 def as_rank(args, device) -> None:
     """What each process of `ranks_table` does: as many rows in each, in steps of which all ranks make a part."""
     distributed.start(device)
-    random = np.random.default_rng(0)  # the same rows everywhere: ranks should have as much to do
-    vocab = make_model(args.size).config.vocab_size
-    examples = [example("sft", row, random, vocab, args.max_seq_len) for row in range(args.rows)]
     way = replace(ways(device, compile=False)[-1], bf16=False)
-    training = Training("sft", way, args, device, examples)
+    training = Training("sft", way, args, device, examples_of("sft", args))
     training.step(training.batches[0])
     seconds = [training.all_steps() for _ in range(args.rounds)]
     distributed.say(json.dumps(seconds))  # the group is left by run_main, when the model that it serves is gone
@@ -484,8 +486,7 @@ def generation_table(args, device) -> list[dict]:
         original = next(each for each in rows if each["batch"] == row["batch"])
         row["first_token_s"] = statistics.median(row.pop("first"))
         row["tokens_per_s"] = row["batch"] * new / statistics.median(row["seconds"])
-        ratios = [first / own for first, own in zip(original["seconds"], row["seconds"])]
-        row |= {"ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)]}
+        row |= compare(row, original)
         row["against_one_stream"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
         del row["plain"], row["int8"]
     return rows
@@ -512,6 +513,17 @@ def startup_table(args, device) -> list[dict]:
                 seconds.append(time.perf_counter() - started)
             rows.append({"name": name, "seconds": seconds, "median_s": statistics.median(seconds)})
     return rows
+
+
+TABLES = {
+    "pretrain": partial(training_table, "pretrain"),
+    "sft": partial(training_table, "sft"),
+    "experts": experts_table,
+    "ranks": ranks_table,
+    "pipeline": pipeline_table,
+    "generation": generation_table,
+    "startup": startup_table,
+}
 
 
 # ---------------------------------------------------------------------------- the report
@@ -619,7 +631,7 @@ def about(args, device) -> dict:
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--kinds", nargs="+", default=list(KINDS), choices=KINDS, metavar="KIND", help="what to measure")
+    add("--kinds", nargs="+", default=list(TABLES), choices=TABLES, metavar="KIND", help="what to measure")
     add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
     add("--size", default="26m", choices=list(SIZES), help="of the model; tiny: to see whether all of it runs")
     add("--rows", type=positive(int), help="of a pass; default: 16, on a GPU 2048")
@@ -643,13 +655,11 @@ def main(argv=None):
     args.compile = gpu if args.compile is None else args.compile
     torch.set_num_threads(args.threads)
     if args.as_rank:
-        torch.set_num_threads(1)
         return as_rank(args, device)
     found = {"about": about(args, device)}
     for kind in args.kinds:
         show(f"{kind} ...")
-        table = training_table if kind in PUBLIC_ROWS else globals()[f"{kind}_table"]
-        found[kind] = table(kind, args, device) if kind in PUBLIC_ROWS else table(args, device)
+        found[kind] = TABLES[kind](args, device)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     write_json(args.out_dir / f"benchmark_{device.type}.json", found)
     text = report(found)

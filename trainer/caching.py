@@ -34,20 +34,21 @@ def cache_features(args, model, device, *sets) -> None:
     cache = FeatureCache(args.cache_features, about, len(config.image_ids), config.ve_hidden_size, args.cache_dtype)
     cache.begin()
 
-    keys, broken = hash_all(Pictures(sets), args)
+    pictures = Pictures(sets)
+    keys, broken = hash_all(pictures, args)
     numbers = cache.find(keys)
     readable = (keys != np.frombuffer(NO_KEY, np.uint8)).any(axis=1)
     _, first = np.unique(keys, axis=0, return_index=True)  # files with the same content are one picture
     missing = [i for i in first.tolist() if readable[i] and numbers[i] < 0]
     tell(cache, len(keys), len(missing))
     if missing:
-        encode(Pictures(sets, decode=True), missing, cache, broken, args, model, device, dtype)
+        encode(pictures, missing, cache, broken, args, model, device, dtype)
         cache.refresh()
         numbers = cache.find(keys)
     unreadable = {keys[i].tobytes(): why for i, why in broken.items() if readable[i]}  # and all of the same content
     for i in np.flatnonzero(readable & (numbers < 0)).tolist():
         broken[i] = unreadable.get(keys[i].tobytes(), "the picture changed while its features were computed")
-    Pictures(sets).attach(cache, numbers, broken)
+    pictures.attach(cache, numbers, broken)
     if device.type == "cuda":
         model.vision_encoder.to("cpu")  # room for batches
 
@@ -102,6 +103,7 @@ def hash_all(pictures: Pictures, args) -> tuple[np.ndarray, dict[int, str]]:
 def encode(pictures: Pictures, missing: list[int], cache: FeatureCache, broken: dict, args, model, device, dtype):
     """Computes features and adds them to the cache; notes in `broken` which pictures cannot be decoded."""
     own = missing[rank() :: world_size()]
+    pictures.decode = True
     for batch in progress(loader(pictures, own, args, args.batch_size), "encoding pictures", len(missing)):
         for i, _, _, why in batch:
             if why:
