@@ -71,7 +71,7 @@ def tell(cache: FeatureCache, pictures: int, missing: int) -> None:
     there = next(path for path in (cache.path, *cache.path.absolute().parents) if path.exists())
     size, free = missing * cache.picture_bytes, min(gather(shutil.disk_usage(there).free))
     say(
-        f"features of {pictures:,} pictures in {cache.path}: {missing:,} are missing, {size / 1e9:.2f} GB; the disk "
+        f"features of {pictures:,} pictures in {cache.path}: {missing:,} are missing, {size / 1e9:.3g} GB; the disk "
         f"has room for {free / 1e9:.1f} GB"
     )
     if size > 0.95 * free:
