@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from dataset.lm_dataset import VLMDataset
 from dataset.sources import BadRow
 
+FORMAT = 1  # raise it when the files, or what our code makes of a picture before the encoder sees it, change
 SEGMENT = 2**28  # bytes; a rank holds as many in memory until they are written
 ABANDONED = 3600  # seconds after which features without keys are those of a run that was killed
 NO_KEY = bytes(16)  # of a picture that cannot be read
@@ -46,7 +47,7 @@ class FeatureCache:
 
     def __init__(self, folder, about: dict, patches: int, width: int, dtype: str):
         """about: all that features depend on but the picture; dtype: "float16" or "int8" on the disk."""
-        self.about = about | {"kept as": dtype, "patches": patches, "width": width}
+        self.about = about | {"format": FORMAT, "kept as": dtype, "patches": patches, "width": width}
         text = json.dumps(self.about, sort_keys=True)
         self.path = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
         record = np.dtype([("scale", "<f2"), ("values", "i1", (width,))])
@@ -117,7 +118,8 @@ class FeatureCache:
     # ---- writing
 
     def begin(self) -> None:
-        """Makes the folder, and removes what killed runs left behind. Raises OSError that names the flag."""
+        """Before the first `add`: makes the folder, and removes what killed runs left behind. Raises OSError that names
+        the flag."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for path in self.path.glob("*.features.npy"):
@@ -139,7 +141,7 @@ class FeatureCache:
         if not features.half().isfinite().all():
             raise ValueError("--cache_features: the encoder gives features that float16 cannot hold; leave it out")
         if self.dtype.names is None:
-            return features.half().cpu().numpy()
+            return features.half().contiguous().cpu().numpy()
         scale = (features.abs().amax(dim=-1) / 127).clamp(min=1e-7).half()  # (N, P); 1e-7: not 0, also as float16
         packed = np.empty(features.shape[:2], self.dtype)
         packed["scale"] = scale.cpu().numpy()

@@ -8,56 +8,70 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from dataset.features import NO_KEY, FeatureCache, Pictures
-from dataset.streaming import Stream
 from trainer.devices import autocast, pick_dtype
 from trainer.distributed import gather, is_main, rank, say, world_size
 from trainer.feed import ignore_interrupt
 from trainer.weights import fingerprint
+
+ARCHITECTURE = ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")  # no weight tells
 
 
 def cache_features(args, model, device, *sets) -> None:
     """Gives the rows of all data sets (None among them is none) their picture features, in place of pixels.
 
     Features are computed in the precision of the run and kept as --cache_dtype. Every picture is read and hashed anew
-    at each start, so that one that has changed is computed again. Ranks share the work.
+    at each start, so that one that has changed is computed again. Ranks share the work. A folder that lacks nothing is
+    only read.
 
-    Raises ValueError if rows are streamed, or if the disk has no room.
+    sets: the training rows first; under --on_bad_row error their broken pictures end the run now, not at their step.
+    Raises ValueError if the disk has no room, or for a broken picture.
     """
     if not args.cache_features:
         return
     sets = [data for data in sets if data is not None]
-    if any(isinstance(data, Stream) for data in sets):
-        raise ValueError("--cache_features: streamed rows (hf://...) do not stay on the disk, nor would their features")
     dtype = pick_dtype(args.dtype, device)
-    about = {"encoder": fingerprint(model), "preprocessing": vars(model.processor), "computed as": str(dtype)}
+    about = {
+        "encoder": fingerprint(model),
+        "architecture": {key: getattr(model.vision_encoder.config, key) for key in ARCHITECTURE},
+        "preprocessing": vars(model.processor),
+        "computed as": str(dtype),
+    }
     config = model.config
     cache = FeatureCache(args.cache_features, about, len(config.image_ids), config.ve_hidden_size, args.cache_dtype)
-    cache.begin()
-
     pictures = Pictures(sets)
     keys, broken = hash_all(pictures, args)
     numbers = cache.find(keys)
     readable = (keys != np.frombuffer(NO_KEY, np.uint8)).any(axis=1)
     _, first = np.unique(keys, axis=0, return_index=True)  # files with the same content are one picture
-    missing = [i for i in first.tolist() if readable[i] and numbers[i] < 0]
+    missing = gather([i for i in first.tolist() if readable[i] and numbers[i] < 0])[0]  # another run may be adding
     tell(cache, len(keys), len(missing))
     if missing:
         encode(pictures, missing, cache, broken, args, model, device, dtype)
         cache.refresh()
         numbers = cache.find(keys)
-    unreadable = {keys[i].tobytes(): why for i, why in broken.items() if readable[i]}  # and all of the same content
-    for i in np.flatnonzero(readable & (numbers < 0)).tolist():
-        broken[i] = unreadable.get(keys[i].tobytes(), "the picture changed while its features were computed")
+    pictures.decode = True
+    for i in sorted({*np.flatnonzero(readable & (numbers < 0)).tolist()} - broken.keys()):
+        broken[i] = pictures[i][-1]  # the same content as that of a broken picture
+        if not broken[i]:
+            raise ValueError(
+                f"--cache_features {args.cache_features}: the picture of {pictures.where(i)} changed while features "
+                "were computed, or the ranks do not all see this folder. Start once more, with a folder that all see"
+            )
+    first_broken = min(broken, default=len(pictures))
+    if args.on_bad_row == "error" and first_broken < pictures.ends[0]:
+        where, why = pictures.where(first_broken), broken[first_broken]
+        raise ValueError(f"{where}: {why}\nMend it, or leave such rows out with --on_bad_row skip")
     pictures.attach(cache, numbers, broken)
-    if device.type == "cuda":
+    if device.type == "cuda" and world_size() == 1:  # DistributedDataParallel wants all weights on one device
         model.vision_encoder.to("cpu")  # room for batches
 
 
 def tell(cache: FeatureCache, pictures: int, missing: int) -> None:
     """How much there is to do. Raises ValueError if it does not fit on the disk."""
-    size, free = missing * cache.picture_bytes, shutil.disk_usage(cache.path).free
+    there = next(path for path in (cache.path, *cache.path.absolute().parents) if path.exists())
+    size, free = missing * cache.picture_bytes, min(gather(shutil.disk_usage(there).free))
     say(
-        f"features of {pictures:,} pictures in {cache.path}: {missing:,} are missing, {size / 1e9:.2f} GB; the disk "
+        f"features of {pictures:,} pictures in {cache.path}: {missing:,} are missing, {size / 1e9:.3g} GB; the disk "
         f"has room for {free / 1e9:.1f} GB"
     )
     if size > 0.95 * free:
@@ -103,6 +117,7 @@ def hash_all(pictures: Pictures, args) -> tuple[np.ndarray, dict[int, str]]:
 def encode(pictures: Pictures, missing: list[int], cache: FeatureCache, broken: dict, args, model, device, dtype):
     """Computes features and adds them to the cache; notes in `broken` which pictures cannot be decoded."""
     own = missing[rank() :: world_size()]
+    cache.begin()
     pictures.decode = True
     for batch in progress(loader(pictures, own, args, args.batch_size), "encoding pictures", len(missing)):
         for i, _, _, why in batch:

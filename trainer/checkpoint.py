@@ -26,6 +26,7 @@ FREE = {
     "out_dir", "on_bad_row", "device", "num_workers", "accumulation_steps",
     "compile", "gradient_checkpointing", "log_interval", "save_interval", "val_path",
     "val_images_path", "val_interval", "use_wandb", "tracker", "wandb_project",
+    "cache_features", "cache_dtype",  # where, that is; whether and how features are rounded is noted below
 }
 # fmt: on
 
@@ -38,6 +39,7 @@ class Checkpoint:
         self.path, self.about = Path(path), about
         self.flags = {key: value for key, value in vars(args).items() if key not in FREE} | {"rows of data": rows}
         self.flags |= {f"sha256 of {key}": about[key].get("sha256") for key in ("tokenizer", "vision_model")}
+        self.flags["features kept as"] = args.cache_dtype if getattr(args, "cache_features", None) else None
         self.resume_path = self.path.with_suffix(".resume.pt")
 
     def save(self, model, optimizer, scaler, state: State) -> None:

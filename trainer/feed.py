@@ -34,6 +34,11 @@ def check_data(args, model, tokenizer, paths, images_path=None, weights=None) ->
 def load_data(args, model, tokenizer, paths, images_path=None, weights=None) -> VLMDataset | Stream:
     """The rows of --data_path; prints how many, and what was left out, mended and shortened."""
     if any(map(is_remote, paths)):
+        if getattr(args, "cache_features", None):
+            raise ValueError(
+                "--cache_features: streamed rows (hf://...) do not stay on the disk, nor would their features. Leave "
+                "it out, or fetch the files first"
+            )
         if weights or images_path or not all(map(is_remote, paths)):
             raise ValueError(
                 "--data_path: streamed rows hold their pictures and go alone, without rows on the disk, without "
