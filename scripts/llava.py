@@ -220,7 +220,8 @@ def unpack_llava(folder: Path, to: Path) -> None:
     state = read_weights(folder)
     write_weights(to / "model.safetensors", from_llava(state, config))
     eyes = {key.removeprefix("vision_tower."): value for key, value in state.items() if key.startswith("vision_tower.")}
-    about_eyes = llava["vision_config"], read_json(folder / "preprocessor_config.json")
-    write_encoder(to / "vision_encoder", eyes, *about_eyes)
+    path = folder / "preprocessor_config.json"  # Transformers 5, saving again, has it in another file
+    pixels = read_json(path) if path.is_file() else read_json(folder / "processor_config.json")["image_processor"]
+    write_encoder(to / "vision_encoder", eyes, llava["vision_config"], pixels)
     if (folder / ABOUT).is_file():
         write_json(to / ABOUT, read_json(folder / ABOUT) | {"tokenizer": {"sha256": tokenizer_hash(to)}})
