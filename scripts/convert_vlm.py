@@ -68,21 +68,17 @@ def about_of(weights: Path, model, args, output: Path) -> dict:
     known = read_json(path) if path.is_file() else {"command": None}
     # "/home/me/data/train.jsonl" → "train.jsonl", but hf://owner/name and ./out/train.jsonl stay
     known = json.loads(re.sub(r"(?<![\w:/.])~?/(?:[^/\s\"]+/)+", "", json.dumps(known)))
-    about = describe(model, args)
+    found = describe(model, args)
     for key, own in (("tokenizer", output), ("vision_model", output / "vision_encoder")):
-        about[key] = {"sha256": about[key]["sha256"]} | ({"path": str(own)} if args.to == "pth" else {})
-    return (
-        known
-        | {key: about[key] for key in ("config", "tokenizer", "vision_model")}
-        | {"versions": known.get("versions", {})}
-    )
+        path = {"path": str(own)} if args.to == "pth" else {}
+        known[key] = path | {"sha256": found[key]["sha256"]}
+    return {"versions": {}} | known | {"config": found["config"]}
 
 
 def model_card(kind: str, name: str, model, about: dict) -> str:
     config, counts = model.config, count_parameters(model)
-    experts = (
-        f", {config.n_routed_experts} experts of which {config.num_experts_per_tok} work" if config.use_moe else ""
-    )
+    experts = f", {config.n_routed_experts} experts of which {config.num_experts_per_tok} work"
+    size = f"{config.num_hidden_layers} layers, {config.hidden_size} wide{experts if config.use_moe else ''}"
     trust = ", trust_remote_code=True" if kind == "transformers" else ""
     what = "stock LLaVA, which needs no code of its own" if kind == "llava" else "with its code in this repository"
     facts = {"Stage": about.get("stage"), "Data": ", ".join(map(str, about.get("data") or []))}
@@ -103,7 +99,7 @@ A small vision-language model, made with MiniMind-V: {what}. It looks at picture
 
 | parameters | |
 |---|---|
-| language model | {counts["llm"]:,} ({config.num_hidden_layers} layers, {config.hidden_size} wide{experts}) |
+| language model | {counts["llm"]:,} ({size}) |
 | projector | {counts["projector"]:,} |
 | vision encoder, frozen | {counts["encoder"]:,} ({len(config.image_ids)} tokens a picture) |
 
@@ -209,7 +205,8 @@ def convert(args, weights: Path, output: Path, temporary: Path) -> None:
     """Makes the folder in `temporary`, checks it, and moves it to `output`."""
     made, source = temporary / "made", weights
     made.mkdir()
-    if weights.is_dir() and read_json(weights / "config.json").get("model_type") == "llava":
+    config = weights / "config.json"
+    if config.is_file() and read_json(config).get("model_type") == "llava":
         source = temporary / "unpacked"
         source.mkdir()
         unpack_llava(weights, source)
