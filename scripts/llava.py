@@ -83,16 +83,10 @@ def to_llava(state: dict, config: MiniMindConfig) -> dict[str, torch.Tensor]:
     # generation_config.json sees to it that it is never said.
     embed = F.pad(state["model.embed_tokens.weight"], (0, 0, 0, 1))
     found |= {"language_model.model.embed_tokens.weight": embed, "language_model.lm_head.weight": embed.clone()}
-    weight, bias = (state[f"vision_proj.vision_proj.0.{name}"] for name in ("weight", "bias"))
-    both = (
-        (weight, bias),
-        (torch.eye(len(bias)), torch.zeros(len(bias))),
-    )  # LLaVA has two layers: the second does nothing
-    for i, (weight, bias) in enumerate(both, start=1):
-        found[f"multi_modal_projector.linear_{i}.weight"], found[f"multi_modal_projector.linear_{i}.bias"] = (
-            weight,
-            bias,
-        )
+    first = [state[f"vision_proj.vision_proj.0.{name}"] for name in ("weight", "bias")]
+    second = [torch.eye(config.hidden_size), torch.zeros(config.hidden_size)]  # LLaVA has two layers, here of no effect
+    for layer, weights in (("linear_1", first), ("linear_2", second)):
+        found |= {f"multi_modal_projector.{layer}.{name}": w for name, w in zip(("weight", "bias"), weights)}
     if not config.use_moe:
         return found
     for i in range(config.num_hidden_layers):
@@ -117,30 +111,30 @@ def from_llava(state: dict, config: dict) -> dict[str, torch.Tensor]:
     found = {}
     for key, value in state.items():
         name = key.removeprefix("language_model.")
-        layer, _, part = re.sub(r"block_sparse_moe|shared_mlp", "mlp", name).rpartition(".mlp.")
+        layer, routed, matrix = name.partition(".block_sparse_moe.")
+        if not routed:
+            layer, _, matrix = name.partition(".shared_mlp.")
         if name == key or name.startswith("lm_head."):
             continue
-        if "block_sparse_moe" in key and "router" in key:
+        if matrix == "router.layer.weight":
             found[f"{layer}.mlp.gate.weight"] = value
-        elif "block_sparse_moe" in key or "shared_mlp" in key:
-            kind = "experts"
-            if "shared_mlp" in key:
-                kind, S = "shared_experts", config["n_shared_experts"]
-                into = value.unflatten(0, (2, S, -1)) if "input" in part else value.unflatten(1, (S, -1))
-                value = into.transpose(0, 1)  # (S, 2, I, D) or (S, D, I)
-                value = value.flatten(1, 2) if "input" in part else value
-            pieces = zip(("gate", "up"), value.chunk(2, dim=1)) if "input" in part else [("down", value)]
-            for matrix, piece in pieces:
-                found |= {f"{layer}.mlp.{kind}.{e}.{matrix}_proj.weight": one for e, one in enumerate(piece)}
+        elif matrix:
+            into = "input" in matrix  # gate and up, else down
+            if not routed:  # (2·S·I, D) → (S, 2·I, D), or (D, S·I) → (S, D, I)
+                S = config["n_shared_experts"]
+                value = value.unflatten(0, (2, S, -1)) if into else value.unflatten(1, (S, -1))
+                value = value.transpose(0, 1).flatten(1, 2) if into else value.transpose(0, 1)
+            kind = "experts" if routed else "shared_experts"
+            for part, experts in zip(("gate", "up") if into else ("down",), value.chunk(1 + into, dim=1)):
+                found |= {f"{layer}.mlp.{kind}.{e}.{part}_proj.weight": expert for e, expert in enumerate(experts)}
         else:
             found[name] = value
     found["model.embed_tokens.weight"] = found["model.embed_tokens.weight"][:-1]
-    layers = [
-        [state[f"multi_modal_projector.linear_{i}.{name}"].double() for name in ("weight", "bias")] for i in (1, 2)
-    ]
-    (weight, bias), (weight2, bias2) = layers
-    found["vision_proj.vision_proj.0.weight"] = (weight2 @ weight).float()
-    found["vision_proj.vision_proj.0.bias"] = (weight2 @ bias + bias2).float()
+    first, bias, second, shift = (
+        state[f"multi_modal_projector.linear_{i}.{name}"].double() for i in (1, 2) for name in ("weight", "bias")
+    )
+    found["vision_proj.vision_proj.0.weight"] = (second @ first).float()
+    found["vision_proj.vision_proj.0.bias"] = (second @ bias + shift).float()
     return found
 
 
