@@ -16,11 +16,14 @@ import torch
 from PIL import Image
 from torch import nn
 from transformers import CLIPVisionModel
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
-from model import DEFAULT_VISION_MODEL
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindOutput, as_cache
-from model.processing import ImageProcessor, vision_config
+# Relative, as these files also go into exported folders, where no package `model` is.
+from .defaults import DEFAULT_VISION_MODEL
+from .model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindOutput, as_cache
+from .processing import ImageProcessor, vision_config
+
+ENCODER_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 
 
 class VLMConfig(MiniMindConfig):
@@ -141,10 +144,17 @@ class MiniMindVLM(MiniMindForCausalLM):
 
     @classmethod
     def from_pretrained(cls, path, *args, vision_model_path=DEFAULT_VISION_MODEL, **kwargs):
-        """As in Transformers; the encoder, which the folder does not hold, comes from `vision_model_path`."""
+        """As in Transformers; the encoder comes from `vision_model_path`, if not given from path/vision_encoder, which
+        folders of scripts/convert_vlm.py hold, or where there is none from the usual place."""
         # Loaded afterwards: Transformers 5 builds on the meta device, where a second from_pretrained cannot run.
         loaded = super().from_pretrained(path, *args, vision_model_path=None, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
+        if vision_model_path == DEFAULT_VISION_MODEL:
+            hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+            hub |= {"subfolder": "vision_encoder", "_raise_exceptions_for_missing_entries": False}
+            files = [cached_file(path, name, **hub) for name in ENCODER_FILES]  # a repository's are fetched
+            if None not in files:
+                vision_model_path = Path(files[0]).parent
         if vision_model_path is not None:
             model.load_vision_encoder(vision_model_path)
         return loaded

@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 import transformers
 
+from model import DEFAULT_VISION_MODEL
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig, why_unreadable
 from model.processing import load_tokenizer, read_json
@@ -28,6 +29,7 @@ from model.processing import load_tokenizer, read_json
 PUBLIC_TOKENIZER = "d98595c6aef70d95f72748582fb9b4f53d76dd58c1ae1dd702ad7c84e1caf5e4"
 LATER_TOKENIZER = "71f32c68cf63a15355a8fc171b7594b3d41870fe0ddb54fc6aefa55f73a4a668"
 
+ABOUT = "minimind.json"  # in a Transformers folder: the JSON of the weights it was made of
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 OLDER_NAMES = (  # before April 2025 → now
@@ -115,7 +117,8 @@ def sidecar_path(weights: Path) -> Path:
 def read_sidecar(weights: Path) -> dict:
     """The JSON beside weights, with objects under "config", "tokenizer", "vision_model"; empty ones if it is absent.
 
-    In a Transformers folder config.json is the "config", of which only what our configuration knows is taken.
+    In a Transformers folder config.json is the "config", of which only what our configuration knows is taken; the
+    others, where ABOUT is there, are the folder's own.
     """
     path = sidecar_path(weights)
     about = read_json(path) if path.is_file() else {}
@@ -123,7 +126,11 @@ def read_sidecar(weights: Path) -> dict:
         if about.get("model_type") not in ("minimind", "minimind-v"):
             raise ValueError(f"{path}: expected a MiniMind with model_type minimind-v, got {about.get('model_type')}")
         fields = [*signature(MiniMindConfig).parameters, "image_ids", "image_special_token"]
-        about = {"config": {key: about[key] for key in fields if about.get(key) is not None}}
+        config = {key: about[key] for key in fields if about.get(key) is not None}
+        about = (read_json(weights / ABOUT) if (weights / ABOUT).is_file() else {}) | {"config": config}
+        for key, own in (("tokenizer", weights), ("vision_model", weights / "vision_encoder")):
+            if about.get(key):
+                about[key]["path"] = str(own)
     for key in ("config", "tokenizer", "vision_model"):
         if not isinstance(about.setdefault(key, {}), dict):
             raise ValueError(f"{path}: {key!r} must be an object. Without the file, shapes alone tell what they are")
@@ -401,6 +408,9 @@ def build_model(args, weights: Path | None, dropout: float = 0.0):
         architecture.pop(key, None)  # they follow from the encoder and the flags
     sees = hasattr(args, "vision_model_path")
     if sees:
+        own = weights and weights / "vision_encoder"
+        if args.vision_model_path == DEFAULT_VISION_MODEL and own and own.is_dir():
+            args.vision_model_path = str(own)
         config = VLMConfig.for_encoder(args.vision_model_path, dropout=dropout, **architecture)
         if patches and patches != len(config.image_ids):
             raise ValueError(

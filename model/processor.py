@@ -1,0 +1,57 @@
+"""The `AutoProcessor` of exported folders: messages and pictures → what `MiniMindVLM.generate` takes.
+
+For programs of others, which know nothing of `encode_chat`: they fill in a chat template and have the text tokenized.
+Tokens and pixels are the same. Shapes: B texts, N pictures of all texts, T tokens, P placeholders of a picture.
+"""
+
+import re
+
+from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import make_flat_list_of_images
+
+from .processing import IMAGE_TAG, ImageProcessor
+
+# Chat templates put it into what people typed, so that a <|im_end|> there is no token that ends the turn. Private use:
+# it means nothing in any text, and is gone before the text becomes tokens.
+HIDE = "\ue000"
+
+
+class MiniMindVProcessor(ProcessorMixin):
+    """`processor.apply_chat_template(messages, ...)`, or `processor(text=..., images=...)` of a text made by it."""
+
+    attributes = ["tokenizer"]  # what Transformers loads; the rest stands in processor_config.json
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(self, tokenizer=None, chat_template=None, placeholders="@" * 196, pixels=None):
+        """placeholders: the text of a picture, P characters; pixels: the arguments of `ImageProcessor`."""
+        super().__init__(tokenizer, chat_template=chat_template)
+        self.placeholders, self.pixels = placeholders, pixels or {}
+        self.image_processor = ImageProcessor(**self.pixels)
+
+    def __call__(self, images=None, text=None, return_tensors="pt", **kwargs) -> BatchFeature:
+        """str or list of B, with IMAGE_TAG for each picture; the pictures in order, flat or a list for each text.
+
+        Returns input_ids and attention_mask int64 (B, T), padded as the tokenizer does, pixel_values float32
+        (N, 3, H, W) if there are pictures.
+        """
+        ids = [self.encode(one) for one in ([text] if isinstance(text, str) else text)]
+        out = dict(self.tokenizer.pad({"input_ids": ids}, return_tensors=return_tensors))
+        if images is not None:
+            out |= self.image_processor(make_flat_list_of_images(images))
+        return BatchFeature(out)
+
+    def encode(self, text: str) -> list[int]:
+        """The special tokens of the template are such, all else is plain text."""
+        special = self.tokenizer.all_special_tokens
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        ids = []
+        for piece in re.split(f"({'|'.join(map(re.escape, special))})", text):
+            if piece in special:
+                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
+            else:
+                piece = piece.replace(IMAGE_TAG, self.placeholders).replace(HIDE, "")
+                ids += backend.encode(piece, add_special_tokens=False).ids
+        return ids

@@ -1,0 +1,105 @@
+"""Does an exported folder say what our model said? Run by scripts/convert_vlm.py in a process of its own:
+
+    python -P scripts/check_export.py FOLDER REFERENCE
+
+It imports nothing of ours, and -P keeps the repo out of reach, so that the folder is loaded as strangers load it, on
+the Transformers that stands first in PYTHONPATH.
+
+Shapes: T tokens, V vocabulary, N pictures of H by W pixels.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from PIL import Image
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    pipeline,
+)
+from transformers.utils import logging
+
+LIMIT = 2e-4  # largest difference of logits of some tens, in fp32
+QUESTIONS = (  # parts of a message: text, or which of the pictures
+    ["Describe this picture.", 0],
+    [0, 1, "Compare these pictures, mail @@@ to me@home.org."],
+    ["A turn cannot be ended by typing <|im_end|>."],
+)
+
+
+def messages(question, pictures) -> list[dict]:
+    """A question as Transformers has it."""
+    parts = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": pictures[part]}
+        for part in question
+    ]
+    return [{"role": "user", "content": parts}]
+
+
+def check(folder: str, ours: dict) -> str:
+    """A line about the folder; SystemExit with what differs.
+
+    ours: "pictures", uint8 (H, W, 3) each; "placeholder", the id of ours; "questions", for each of QUESTIONS input_ids
+    (1, T), pixel_values (N, 3, H, W) or None, logits (T, V), answer_ids (n,) and answer.
+    """
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    trust = {"trust_remote_code": True} if "auto_map" in config else {}
+    load = {"pretrained_model_name_or_path": folder, "dtype": torch.float32} | trust
+    processor = AutoProcessor.from_pretrained(folder, **trust)
+    models = [AutoModelForImageTextToText.from_pretrained(**load).eval()]
+    if trust:
+        models.append(AutoModelForCausalLM.from_pretrained(**load).eval())
+    elif type(models[0]) is not LlavaForConditionalGeneration:
+        raise SystemExit(f"it loads as {type(models[0]).__name__}, not as LlavaForConditionalGeneration")
+    ask = pipeline("image-text-to-text", folder, dtype=torch.float32, **trust)
+    pictures = [Image.fromarray(picture.numpy()) for picture in ours["pictures"]]
+    # Where torchvision is, Transformers resizes with it, which rounds in another way.
+    rounding = 0.0 if importlib.util.find_spec("torchvision") is None else 0.1
+
+    largest = peak = 0.0
+    for question, our in zip(QUESTIONS, ours["questions"]):
+        asked, n = messages(question, pictures), len(our["answer_ids"])
+        how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = processor.apply_chat_template(asked, **how)
+        ids, pixels = inputs["input_ids"], inputs.get("pixel_values")
+        as_ours = ids.masked_fill(ids == config.get("image_token_index", -1), ours["placeholder"])
+        if not torch.equal(as_ours, our["input_ids"]):
+            raise SystemExit(f"{question}: the tokens are {as_ours.tolist()}, ours {our['input_ids'].tolist()}")
+        inputs = {"input_ids": ids, "attention_mask": inputs["attention_mask"]}
+        if our["pixel_values"] is not None:
+            apart = (pixels - our["pixel_values"]).abs().max().item()
+            if not apart <= rounding:
+                raise SystemExit(f"{question}: the pixels differ by up to {apart}")
+            inputs["pixel_values"] = our["pixel_values"]
+        for model in models:
+            with torch.no_grad():
+                logits = model(**inputs).logits[0, :, : our["logits"].shape[1]]  # without <image>
+                out = model.generate(**inputs, max_new_tokens=n, do_sample=False)[0, ids.shape[1] :]
+            apart = (logits - our["logits"]).abs().max().item()
+            if not apart <= LIMIT:  # nor NaN
+                raise SystemExit(f"{question}: the logits differ by up to {apart:.1e}")
+            if not torch.equal(out, our["answer_ids"]):
+                said = processor.decode(out, skip_special_tokens=True)
+                raise SystemExit(f"{question}: the answer is {said!r}, ours {our['answer']!r}")
+            largest, peak = max(largest, apart), max(peak, logits.abs().max().item())
+        said = ask(text=asked, max_new_tokens=n, return_full_text=False)[0]["generated_text"].strip()
+        if said != our["answer"] and not rounding:
+            raise SystemExit(f"{question}: the pipeline answers {said!r}, we {our['answer']!r}")
+    return (
+        f"Transformers {transformers.__version__}: {len(QUESTIONS)} questions, tokens and pixels as ours, logits "
+        f"within {largest:.1e} at ±{peak:.0f}, the same answers"
+    )
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if importlib.util.find_spec("trainer"):
+        raise SystemExit("this process could import the repo: start it as the first lines of the file say")
+    print(check(sys.argv[1], torch.load(sys.argv[2], weights_only=True)))

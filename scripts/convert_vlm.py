@@ -1,0 +1,251 @@
+"""A trained model as a folder that the programs of others load, and back.
+
+    python -m scripts.convert_vlm --to llava                                    # for Transformers, vLLM, lmms-eval, ...
+    python -m scripts.convert_vlm --to transformers                             # our code inside (trust_remote_code)
+    python -m scripts.convert_vlm --to pth --weights out/sft_vlm_512_llava      # from either kind of folder
+    python -m scripts.convert_vlm --to llava --push YOU/NAME                    # and to huggingface.co
+    python -m scripts.convert_vlm --to llava --versions 4.57.6 5.0.0 5.23.0     # checked on these Transformers too
+
+--to llava makes a stock LLaVA, whose text half is a Llama or, with experts, a GraniteMoeShared: no code of ours is
+needed to run it. What it is comes from the weights and their JSON; tokenizer, encoder and a model card come along. At
+the end the folder is loaded by a process that cannot see this repo, and must say what our model says.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model import DEFAULT_VISION_MODEL
+from model.processing import IMAGE_TAG, encode_chat, read_json, to_rgb
+from scripts.check_export import QUESTIONS
+from scripts.folder import write_pth, write_transformers
+from scripts.llava import unpack_llava, write_llava
+from trainer.asking import count_parameters, open_image
+from trainer.cli import HelpFormatter, positive, run_main
+from trainer.weights import ABOUT, build_model, describe, find_weights, write_json
+
+WRITE = {"llava": write_llava, "transformers": write_transformers, "pth": write_pth}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--to", required=True, choices=["llava", "transformers", "pth"], help="what to make")
+    add("--weights", default="sft_vlm", metavar="W", help="pretrain_vlm, sft_vlm, a .pth file or a folder")
+    add("--out_dir", default="./out", help="folder of the weights")
+    add("--hidden_size", type=positive(int), help="of the weights to take, if there are several")
+    add("--use_moe", action="store_true", help="take weights with experts, if there are several")
+    add("--num_attention_heads", type=positive(int), help="only for weights without JSON that have not 8")
+    add("--tokenizer_path", help="folder with tokenizer.json; default: that of the folder, else ./model")
+    add("--vision_model_path", default=DEFAULT_VISION_MODEL, help="CLIP folder; a folder of ours has its own")
+    add("--output", metavar="DIR", help="folder to make; default: in --out_dir, named after weights and --to")
+    pictures = ["dataset/eval_images/scene_1.png", "dataset/eval_images/scene_2.png"]
+    add("--images", nargs=2, default=pictures, metavar="FILE", help="two pictures for the check")
+    versions = "check on these Transformers too; pip installs each into a temporary folder"
+    add("--versions", nargs="+", default=[], metavar="X.Y.Z", help=versions)
+    add("--push", metavar="USER/NAME", help="upload to this repository of huggingface.co (HF_ENDPOINT, HF_TOKEN)")
+    parser.set_defaults(num_hidden_layers=None, num_key_value_heads=None)
+    args = parser.parse_args(argv)
+    if args.to == "pth" and (args.versions or args.push):
+        parser.error("--versions and --push are for folders: --to llava or --to transformers")
+    return args
+
+
+# ---------------------------------------------------------------------------- what it is
+
+
+def about_of(weights: Path, model, args, output: Path) -> dict:
+    """The JSON for what is made: that of the weights, which may have none, without the folders of this machine."""
+    path = weights / ABOUT if weights.is_dir() else weights.with_suffix(".json")
+    known = read_json(path) if path.is_file() else {"command": None}
+    # "/home/me/data/train.jsonl" → "train.jsonl", but hf://owner/name and ./out/train.jsonl stay
+    known = json.loads(re.sub(r"(?<![\w:/.])~?/(?:[^/\s\"]+/)+", "", json.dumps(known)))
+    found = describe(model, args)
+    for key, own in (("tokenizer", output), ("vision_model", output / "vision_encoder")):
+        path = {"path": str(own)} if args.to == "pth" else {}
+        known[key] = path | {"sha256": found[key]["sha256"]}
+    return {"versions": {}} | known | {"config": found["config"]}
+
+
+def model_card(kind: str, name: str, model, about: dict) -> str:
+    config, counts = model.config, count_parameters(model)
+    experts = f", {config.n_routed_experts} experts of which {config.num_experts_per_tok} work"
+    size = f"{config.num_hidden_layers} layers, {config.hidden_size} wide{experts if config.use_moe else ''}"
+    trust = ", trust_remote_code=True" if kind == "transformers" else ""
+    what = "stock LLaVA, which needs no code of its own" if kind == "llava" else "with its code in this repository"
+    facts = {"Stage": about.get("stage"), "Data": ", ".join(map(str, about.get("data") or []))}
+    facts |= {"Steps": about.get("step"), "Rows": about.get("rows"), "Seed": about.get("seed")}
+    facts |= {"Command": f"`python {about['command']}`" if about.get("command") else None}
+    facts |= {"Versions": ", ".join(f"{key} {value}" for key, value in about["versions"].items())}
+    table = "".join(f"| {key} | {value} |\n" for key, value in facts.items() if value not in (None, ""))
+    serve = "\nAs a server with OpenAI's interface: `transformers serve` (README of MiniMind-V).\n" if not trust else ""
+    return f"""\
+---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [minimind-v]
+---
+# {name}
+
+A small vision-language model, made with MiniMind-V: {what}. It looks at pictures and answers questions about them.
+
+| parameters | |
+|---|---|
+| language model | {counts["llm"]:,} ({size}) |
+| projector | {counts["projector"]:,} |
+| vision encoder, frozen | {counts["encoder"]:,} ({len(config.image_ids)} tokens a picture) |
+
+## Run
+
+```python
+from transformers import pipeline
+
+ask = pipeline("image-text-to-text", "{name}"{trust})
+question = [{{"type": "text", "text": "What is this?"}}, {{"type": "image", "path": "photo.jpg"}}]
+print(ask(text=[{{"role": "user", "content": question}}], return_full_text=False)[0]["generated_text"])
+```
+{serve}
+## Training
+
+| | |
+|---|---|
+{table}
+## Limits
+
+It knows what its data taught it, and says it without knowing whether it is true. Do not rely on its answers.
+"""
+
+
+# ---------------------------------------------------------------------------- the check
+
+
+@torch.no_grad()
+def reference(model, tokenizer, pictures: list) -> dict:
+    """What our model makes of QUESTIONS, as scripts/check_export.py wants it."""
+    questions = []
+    for question in QUESTIONS:
+        text = "\n".join(part if isinstance(part, str) else IMAGE_TAG for part in question)
+        pieces = encode_chat(tokenizer, [{"role": "user", "content": text}], model.config.image_special_token)
+        ids = torch.tensor([[token for piece, _, _ in pieces for token in piece]])
+        shown = [pictures[part] for part in question if isinstance(part, int)]
+        pixels = model.processor(shown)["pixel_values"] if shown else None
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+        out = model.generate(**inputs, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        answer_ids = out[0, ids.shape[1] :]
+        questions.append(
+            {
+                "input_ids": ids,
+                "pixel_values": pixels,
+                "logits": model(**inputs).logits[0],
+                "answer_ids": answer_ids,
+                "answer": tokenizer.decode(answer_ids, skip_special_tokens=True).strip(),
+            }
+        )
+    pictures = [torch.tensor(np.asarray(to_rgb(picture))) for picture in pictures]  # uint8 (H, W, 3)
+    return {"questions": questions, "pictures": pictures, "placeholder": model.config.image_ids[0]}
+
+
+def check_folder(folder: Path, ours: dict, transformers: str = "") -> str:
+    """A line that says that the folder answers as `ours` from `reference`, in a process that cannot see this repo.
+
+    transformers: a folder with another version. Raises ValueError if it answers otherwise, or not at all.
+    """
+    root = Path(__file__).parents[1]
+    paths = [transformers, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    paths = os.pathsep.join(path for path in paths if path and Path(path).resolve() != root)
+    with tempfile.TemporaryDirectory() as temporary:
+        saved = Path(temporary) / "reference.pt"
+        torch.save(ours, saved)
+        own = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": temporary, "PYTHONPATH": paths}
+        command = [sys.executable, "-P", str(root / "scripts/check_export.py"), str(folder.resolve()), str(saved)]
+        run = subprocess.run(command, cwd=temporary, env=os.environ | own, capture_output=True, text=True)
+    if run.returncode:
+        reason = (run.stderr.strip() or f"exit status {run.returncode}").splitlines()[-1]
+        raise ValueError(f"what was made does not answer as the weights do, and is not kept: {reason}")
+    return run.stdout.strip().splitlines()[-1]
+
+
+def install(version: str, folder: str) -> None:
+    """A version of Transformers with what it needs, beside the torch that is here."""
+    command = [sys.executable, "-m", "pip", "install", "-q", "--target", folder, f"transformers=={version}"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise ValueError(f"--versions {version}: pip could not install it: {run.stderr.strip().splitlines()[-1]}")
+
+
+# ---------------------------------------------------------------------------- from weights to a folder
+
+
+def push(repo: str, folder: Path | None = None) -> str | None:
+    """Uploads a folder and returns its address; without one, only asks who we are. Raises ValueError."""
+    from huggingface_hub import HfApi  # only here is a network needed
+
+    try:
+        api = HfApi()
+        api.whoami()
+        if folder is None:
+            return None
+        api.create_repo(repo, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Made by MiniMind-V")
+        return f"{api.endpoint}/{repo}"
+    except Exception as error:  # of the network, the hub and the library, each in its own way
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--push {repo}: {reason}. Log in with `hf auth login`, or set HF_TOKEN") from None
+
+
+def convert(args, weights: Path, output: Path, temporary: Path) -> None:
+    """Makes the folder in `temporary`, checks it, and moves it to `output`."""
+    made, source = temporary / "made", weights
+    made.mkdir()
+    config = weights / "config.json"
+    if config.is_file() and read_json(config).get("model_type") == "llava":
+        source = temporary / "unpacked"
+        source.mkdir()
+        unpack_llava(weights, source)
+    model, tokenizer, line = build_model(args, source)
+    print(line.replace(str(source), str(weights)))
+    if "new: projector" in line:
+        raise ValueError(f"--weights {weights} is a language model that has not seen a picture: train it first")
+    about = about_of(source, model.eval(), args, output)
+    WRITE[args.to](made, model, tokenizer, args.tokenizer_path, about)
+    if args.to != "pth":
+        write_json(made / ABOUT, about)
+        card = model_card(args.to, args.push or output.name, model, about)
+        (made / "README.md").write_text(card, encoding="utf-8")
+        ours = reference(model, tokenizer, list(map(open_image, args.images)))
+        print(check_folder(made, ours))
+        for version in args.versions:
+            with tempfile.TemporaryDirectory() as other:
+                install(version, other)
+                print(check_folder(made, ours, other))
+    made.rename(output)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    weights = find_weights(args.weights, args.out_dir, args.hidden_size, args.use_moe)
+    if weights is None:
+        raise ValueError("--weights none: there is nothing to convert. Name a .pth file or a folder")
+    output = Path(args.output or Path(args.out_dir) / f"{weights.stem}_{args.to}")
+    if output.exists():
+        raise ValueError(f"--output {output} is there already: remove it, or name another folder")
+    if args.push:
+        push(args.push)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
+        convert(args, weights, output, Path(temporary))
+    print(f"written: {output}")
+    if args.push:
+        print(f"uploaded: {push(args.push, output)}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,164 @@
+"""What exported folders consist of, and the one of our own architecture. Used by scripts/convert_vlm.py.
+
+Weights are safetensors; the tokenizer knows the chat format; the encoder and its preprocessing are there.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+import model as model_package
+from model.processing import DEFAULT_SYSTEM, IMAGE_TAG
+from model.processor import HIDE
+from trainer.weights import save_weights, weights_name, write_json, write_safely
+
+CODE = ("model_vlm.py", "model_minimind.py", "processing.py", "processor.py", "defaults.py")
+AUTO_MAP = {
+    "AutoConfig": "model_vlm.VLMConfig",
+    "AutoModelForCausalLM": "model_vlm.MiniMindVLM",
+    "AutoModelForImageTextToText": "model_vlm.MiniMindVLM",
+    "AutoProcessor": "processor.MiniMindVProcessor",
+}
+
+# A message is a text, in which <image> is a picture, or a list of parts, one line each, in which only "image" is one.
+CHAT_TEMPLATE = r"""
+{%- if messages[0].role != "system" -%}{{ "<|im_start|>system\nSYSTEM<|im_end|>\n" }}{%- endif -%}
+{%- for message in messages -%}
+  {{- "<|im_start|>" + message.role + "\n" -}}
+  {%- if message.content is string -%}
+    {{- message.content | replace("<|", "<HIDE|") -}}
+  {%- else -%}
+    {%- for part in message.content -%}
+      {{- "TAG" if part.type != "text" else part.text | replace("<|", "<HIDE|") | replace("TAG", "<HIDEimage>") -}}
+      {{- "" if loop.last else "\n" -}}
+    {%- endfor -%}
+  {%- endif -%}
+  {{- "<|im_end|>\n" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ "<|im_start|>assistant\n" }}{%- endif -%}
+"""
+CHAT_TEMPLATE = CHAT_TEMPLATE.replace("SYSTEM", DEFAULT_SYSTEM).replace("TAG", IMAGE_TAG)
+CHAT_TEMPLATE = CHAT_TEMPLATE.replace("HIDE", HIDE.encode("unicode_escape").decode())
+
+
+# ---------------------------------------------------------------------------- files
+
+
+def exact(value: torch.Tensor) -> torch.Tensor:
+    """In fp16 where that loses nothing, as with all weights of training, else as it is."""
+    half = value.half()
+    return (half if torch.equal(half.to(value.dtype), value) else value).contiguous()
+
+
+def write_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
+    state = {key: exact(value.detach().cpu()) for key, value in state.items()}
+    # Not save_file, whose file nobody but its owner may read. Transformers wants to know the format.
+    weights = safetensors.torch.save(state, metadata={"format": "pt"})
+    write_safely(path, lambda file: file.write(weights))
+
+
+def write_tokenizer_config(folder: Path, pad_token: str) -> None:
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": pad_token,
+        "unk_token": pad_token,
+        "padding_side": "left",  # so that all rows of a batch end where their answers begin
+        "model_max_length": 32768,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", config)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+def token_ids(tokenizer) -> dict[str, int]:
+    bos, eos = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
+
+
+# ---------------------------------------------------------------------------- the encoder
+
+
+def clip_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The vision tower under the names of CLIP's files, which not all versions of Transformers use in memory."""
+    found = {"vision_model." + re.sub(r"^vision_model\.", "", key): value for key, value in state.items()}
+    return {key: value for key, value in found.items() if "position_ids" not in key}  # a buffer
+
+
+def encoder_config(encoder) -> dict:
+    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels")
+    fields += ("image_size", "patch_size", "hidden_act", "layer_norm_eps", "projection_dim")
+    return {"model_type": "clip_vision_model"} | {key: getattr(encoder.config, key) for key in fields}
+
+
+def preprocessor_config(processor) -> dict:
+    """An `ImageProcessor` in the words of Transformers."""
+    height, width = processor.crop_size
+    size = processor.size
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size} if isinstance(size, int) else {"height": size[0], "width": size[1]},
+        "resample": int(processor.resample),
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": processor.image_mean,
+        "image_std": processor.image_std,
+    }
+
+
+def write_encoder(folder: Path, state: dict, config: dict, preprocessor: dict) -> None:
+    """A CLIP folder, for --vision_model_path."""
+    folder.mkdir()
+    write_weights(folder / "model.safetensors", clip_names(state))
+    write_json(folder / "config.json", {"architectures": ["CLIPVisionModel"]} | config)
+    write_json(folder / "preprocessor_config.json", preprocessor)
+
+
+def write_parts(folder: Path, model, tokenizer, tokenizer_path) -> None:
+    """Tokenizer and encoder, which have the same files beside a .pth as in a Transformers folder."""
+    shutil.copyfile(Path(tokenizer_path) / "tokenizer.json", folder / "tokenizer.json")  # its sha256 stays
+    write_tokenizer_config(folder, tokenizer.pad_token)
+    eyes = model.vision_encoder
+    about_eyes = encoder_config(eyes), preprocessor_config(model.processor)
+    write_encoder(folder / "vision_encoder", eyes.state_dict(), *about_eyes)
+
+
+# ---------------------------------------------------------------------------- our architecture
+
+
+def write_pth(folder: Path, model, tokenizer, tokenizer_path, about: dict) -> None:
+    """The weights as training leaves them, with the tokenizer and encoder that eval_vlm.py needs beside them."""
+    write_parts(folder, model, tokenizer, tokenizer_path)
+    save_weights(folder / weights_name(about.get("stage", "sft_vlm"), model.config), model, about)
+
+
+def write_transformers(folder: Path, model, tokenizer, tokenizer_path, about: dict) -> None:
+    """MiniMindVLM with its code. The encoder is a folder in it, where `from_pretrained` finds it."""
+    write_parts(folder, model, tokenizer, tokenizer_path)
+    config = {"model_type": "minimind-v", "architectures": ["MiniMindVLM"], "auto_map": AUTO_MAP, "dtype": "float32"}
+    config |= about["config"] | token_ids(tokenizer)
+    config |= {"image_ids": model.config.image_ids, "tie_word_embeddings": True}
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", token_ids(tokenizer) | {"max_new_tokens": 512})
+    state = {key: value for key, value in model.text_state_dict().items() if key != "lm_head.weight"}  # tied
+    write_weights(folder / "model.safetensors", state)
+    for name in CODE:
+        shutil.copyfile(Path(model_package.__file__).with_name(name), folder / name)
+    pixels = {key: getattr(model.processor, key) for key in ("size", "crop_size", "image_mean", "image_std")}
+    processor = {
+        "processor_class": "MiniMindVProcessor",
+        "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]},
+        "placeholders": model.config.image_special_token,
+        "pixels": pixels | {"resample": int(model.processor.resample)},
+    }
+    write_json(folder / "processor_config.json", processor)
