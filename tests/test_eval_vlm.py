@@ -6,28 +6,8 @@ import pytest
 import torch
 
 import eval_vlm
-import train_sft_vlm
 from tests.conftest import turn, write_rows
 from trainer import asking
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, world, clip_folder, tokenizer_folder):
-    """Flags that find a model which has learned the colours of the little world by heart."""
-    out = tmp_path_factory.mktemp("out")
-    common = [
-        *("--tokenizer_path", str(tokenizer_folder), "--vision_model_path", str(clip_folder), "--out_dir", str(out)),
-        *("--device", "cpu", "--hidden_size", "64", "--num_workers", "0", "--batch_size", "8"),
-    ]
-    train_sft_vlm.main(
-        [
-            *common,
-            *("--data_path", str(world / "rows.jsonl"), "--images_path", str(world / "pictures")),
-            *("--from_weight", "none", "--num_hidden_layers", "2", "--epochs", "100"),
-            *("--learning_rate", "5e-3", "--projector_learning_rate", "5e-3", "--save_interval", "1000"),
-        ]
-    )
-    return common
 
 
 def test_it_answers_about_one_picture_in_a_stream(trained, world, capsys):
