@@ -19,7 +19,8 @@ from trainer.weights import build_model, find_weights, write_json
 STAGES = {0: "pretrain_vlm", 1: "sft_vlm", 2: "sft_vlm_multi"}
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 DESCRIBE = "Describe this picture."
-LARGEST, LONGEST = 50 * 10**6, 60  # bytes and seconds that a picture from the network may take
+# What a picture from the network may take: bytes, seconds, and seconds of silence.
+LARGEST, LONGEST, SILENT = 50 * 10**6, 60, 20
 
 
 def load(args):
@@ -80,7 +81,7 @@ def fetch(url: str) -> BytesIO:
     # A server that packs what is packed already could make of 50 MB any number of them.
     headers = {"User-Agent": "MiniMind-V eval_vlm.py", "Accept-Encoding": "identity"}
     try:
-        with requests.get(url, stream=True, timeout=20, headers=headers) as response:
+        with requests.get(url, stream=True, timeout=SILENT, headers=headers) as response:
             if not response.ok:
                 raise ValueError(f"the server answers {response.status_code} {response.reason}")
             data = BytesIO()
@@ -92,9 +93,9 @@ def fetch(url: str) -> BytesIO:
                 data.write(chunk)
             return data
     except requests.Timeout:
-        raise ValueError("the server is silent for 20 s") from None
-    except requests.ConnectionError:
-        raise ValueError("the server cannot be reached, or hung up") from None
+        raise ValueError(f"the server is silent for {SILENT} s") from None
+    except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
+        raise ValueError("the server cannot be reached, or broke off") from None
     except requests.RequestException as error:
         raise ValueError(str(error)) from None
 

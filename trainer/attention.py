@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from model.model_minimind import apply_rotary_pos_emb
 from model.processing import ImageProcessor
 
-WORD = re.compile(r"[\u3400-\u9fff]|[^\s\u3400-\u9fff\u3000-\u303f\uff00-\uffef]+")  # Chinese by character
+# Where a word begins: at a Chinese character, after a space, and where Chinese goes over into letters.
+BEGIN = re.compile(r"[\u3400-\u9fff]|(?<!\S)\S|(?<=[\u3000-\u9fff\uff00-\uffef])[^\W\u3400-\u9fff]")
 CHINESE = re.compile(r"NotoSansCJK|SourceHanSans|wqy|msyh|simhei|PingFang|STHeiti|Hiragino|DroidSansFallback", re.I)
 EDGE = 224  # pixels of a panel, at least
 COLUMNS = 6
@@ -60,7 +61,7 @@ def words_of(tokenizer, answer: list[int]) -> list[tuple[str, list[int]]]:
     """The words of an answer, each with the places of its tokens; Chinese by character, but as the tokens have it: one
     token for two characters is one word."""
     text = tokenizer.decode(answer, skip_special_tokens=True)
-    starts = {match.start() for match in WORD.finditer(text)}
+    starts = {match.start() for match in BEGIN.finditer(text)}
     words, waiting, begin = [], [], 0
     for i in range(len(answer)):
         # A character may take several tokens, and stands there when the last of them is there.
@@ -137,7 +138,7 @@ def draw_attention(path: Path, model, tokenizer, ids, start: int, pixels, images
             picture = as_seen(image, model.processor)
             grid[0, n].imshow(picture)
             for row, (word, _), each in zip(grid[1:], words, heats):
-                row[n].imshow(spotlight(picture, (each[n] / brightest).view(g, g)))
+                row[n].imshow(spotlight(picture, (each[n] / brightest).view(g, g)).numpy())
                 row[n].set_title(word if n == 0 else "", loc="left", size=12)
                 row[n].set_title(f"{each[n].sum():.0%}", loc="right", size=8, color="grey")
         try:
