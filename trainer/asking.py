@@ -18,7 +18,6 @@ from trainer.weights import build_model, find_weights, write_json
 
 STAGES = {0: "pretrain_vlm", 1: "sft_vlm", 2: "sft_vlm_multi"}
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-DESCRIBE = "Describe this picture."
 # What a picture from the network may take: bytes, seconds, and seconds of silence.
 LARGEST, LONGEST, SILENT = 50 * 10**6, 60, 20
 
@@ -129,7 +128,7 @@ def question(prompt: str, pictures: int, flag: str = "--prompt") -> str:
 def prompts_to_ask(args) -> tuple[list[str], str]:
     """What is asked about each picture, and the flag it came with."""
     if not args.prompts_path:
-        default = "Compare these pictures." if args.use_multi == 2 else DESCRIBE
+        default = "Compare these pictures." if args.use_multi == 2 else "Describe this picture."
         return [args.prompt or default], "--prompt"
     flag = f"--prompts_path {args.prompts_path}"
     try:

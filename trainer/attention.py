@@ -103,8 +103,7 @@ def fonts(text: str) -> list[str]:
 def spotlight(picture, heat):
     """A picture uint8 (H, W, 3), in its colours where heat float (g, g) is 1, dark where it is 0: float (H, W, 3)."""
     H, W, _ = picture.shape
-    light = F.interpolate(heat[None, None], (H, W), mode="bicubic")[0, 0].clamp(0, 1)
-    light = light[..., None] ** 0.7  # so that half as hot is not too dark to see
+    light = F.interpolate(heat[None, None], (H, W), mode="bilinear")[0, 0, ..., None]  # (H, W, 1); no overshoot
     colours = torch.from_numpy(picture).float() / 255
     return colours * light + 0.35 * colours.mean(dim=-1, keepdim=True) * (1 - light)
 
@@ -125,12 +124,16 @@ def draw_attention(path: Path, model, tokenizer, ids, start: int, pixels, images
     g, N = round(heat.shape[-1] ** 0.5), len(images)
     heats = [heat[places].mean(dim=0) for _, places in words]  # (N, P) each
     brightest = max((float(each.max()) for each in heats), default=1.0)
-    columns = max(1, min(COLUMNS // N, len(words) + 1))  # of panels, N pictures each
+    columns = max(1, COLUMNS // N)  # of panels, N pictures each
     rows = -(-(len(words) + 1) // columns)
     text = tokenizer.decode(answer, skip_special_tokens=True).strip()
-    with matplotlib.rc_context({"font.family": fonts(prompt + text), "svg.fonttype": "none"}):
-        figure = Figure(figsize=(1.7 * N * columns, 2 * rows + 0.7), layout="constrained")
-        figure.suptitle(prompt, color="grey", wrap=True)
+    style = {"font.family": fonts(prompt + text), "svg.fonttype": "none", "text.parse_math": False}
+    with matplotlib.rc_context(style):
+        height = 2 * rows + 0.5  # inches
+        figure = Figure(figsize=(1.7 * N * columns, height))
+        figure.suptitle(prompt if len(prompt) < 80 else f"{prompt[:79]}…", y=1 - 0.1 / height, color="grey", wrap=True)
+        # By hand, as the layouts that matplotlib finds take it a minute for a hundred words.
+        figure.subplots_adjust(0.01, 0.1 / height, 0.99, 1 - 0.7 / height, wspace=0.05, hspace=0.25)
         grid = figure.subplots(rows, columns * N, squeeze=False).reshape(rows * columns, N)
         for axes in grid.flat:
             axes.axis("off")
