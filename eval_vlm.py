@@ -1,8 +1,12 @@
 """Ask a trained model about pictures, or score it on rows with known answers.
 
     python eval_vlm.py --image photo.jpg --prompt "What is this?"
-    python eval_vlm.py                                    # every picture in dataset/eval_images/
-    python eval_vlm.py --data_path val.jsonl --images_path pictures
+    python eval_vlm.py --image photo.jpg --show_attention looked.png     # where it looked for each word
+    python eval_vlm.py                                                  # every picture in dataset/eval_images/
+    python eval_vlm.py --json --prompts_path questions.txt              # several questions, answers as JSON
+    python eval_vlm.py --chat                                           # a conversation in the terminal
+    python eval_vlm.py --captions captions.jsonl --image_dir pictures   # a large folder; goes on where it was
+    python eval_vlm.py --data_path val.jsonl --images_path pictures     # scores
 
 Weights are out/sft_vlm_512.pth, or the only one of out/sft_vlm_*.pth, unless --model_mode, --hidden_size, --use_moe or
 --weights say otherwise; a Transformers folder, as the hubs have it, with --load 1 --weights FOLDER. Scores come as a
@@ -10,6 +14,8 @@ table and as JSON, each also with the pictures shuffled between rows, which show
 """
 
 import argparse
+import sys
+from contextlib import nullcontext, redirect_stdout
 
 from trainer.cli import HelpFormatter, add_model_arguments, positive, run_main
 
@@ -21,8 +27,19 @@ def parse_args(argv=None):
     add("--load", type=int, choices=[0, 1], default=0, help="0: .pth weights in --out_dir, 1: a Transformers folder")
     add("--model_mode", type=int, choices=[0, 1, 2], default=1, help="0: pretrain_vlm, 1: sft_vlm, 2: sft_vlm_multi")
     add("--weights", metavar="W", help="file or Transformers folder; default of --load 1: ./MiniMind2-V")
-    add("--image", nargs="+", metavar="FILE", help="pictures to ask about, all in one question")
+    mode = parser.add_mutually_exclusive_group().add_argument
+    mode("--chat", action="store_true", help="talk in the terminal; /help says how")
+    captions = "a line for each picture of --image_dir and folders below; what the file has already is not asked again"
+    mode("--captions", metavar="JSONL", help=captions)
+    rows = "score on these rows, JSONL or Parquet; answers are then greedy, as with --captions"
+    mode("--data_path", nargs="+", metavar="PATH", help=rows)
+    add("--image", nargs="+", metavar="FILE", help="pictures to ask about, all in one question; also http(s)://...")
     add("--prompt", help="the question; <image> says where a picture stands in it, else after it")
+    add("--prompts_path", metavar="FILE", help="questions, one a line, each asked for itself")
+    about = "lines of JSON: picture (a list, where several), prompt, answer, seconds, tokens; or picture, error"
+    add("--json", action="store_true", help=about)
+    looked = "a figure of where on the picture the decoder looked for each word; several: FILE_2 and so on"
+    add("--show_attention", metavar="FILE", help=looked)
     add(
         "--use_multi", type=int, choices=[1, 2], default=1, help="2: --model_mode 2, all of --image_dir in one question"
     )
@@ -36,20 +53,27 @@ def parse_args(argv=None):
         help="weights of 8 bits, on a CPU: about twice as fast, answers may differ a little",
     )
     add("--max_new_tokens", type=positive(int), default=512, help="longest answer, in tokens")
-    add("--data_path", nargs="+", metavar="PATH", help="score on these rows, JSONL or Parquet; answers are then greedy")
-    add("--images_path", nargs="+", metavar="PATH", help="their pictures, folder or zip; default: beside the rows")
+    add("--images_path", nargs="+", metavar="PATH", help="pictures of --data_path, folder or zip; default: beside it")
     add("--refs_path", nargs="+", default=[], metavar="JSON", help='further references, {"name.jpg": ["caption", ...]}')
     add("--no_loss", action="store_true", help="score answers alone, which takes a third less time")
     add("--max_seq_len", type=positive(int), default=1536, help="tokens per row, placeholders included")
     add("--on_bad_row", choices=["error", "skip"], default="error", help="what to do with rows that cannot be used")
-    add("--batch_size", type=positive(int), default=16, help="rows at a time")
+    add("--batch_size", type=positive(int), default=16, help="rows, or pictures of --captions, at a time")
     add("--num_workers", type=int, default=2, help="processes that decode pictures; 0: this process does")
     add("--output", metavar="JSON", help="where the scores go; default: beside the weights")
     args = parser.parse_args(argv)
     if args.use_multi == 2:
         args.model_mode = 2
-    if args.data_path and (args.image or args.prompt):
-        parser.error("--data_path scores rows, --image and --prompt ask one question: give either")
+    alone = {  # what a mode has no use for
+        "data_path": ["image", "prompt", "prompts_path", "json", "show_attention"],
+        "captions": ["image", "json", "show_attention"],
+        "chat": ["prompt", "prompts_path", "image_dir", "json", "show_attention"],
+        "prompt": ["prompts_path"],
+    }
+    for flag, others in alone.items():
+        for other in others:
+            if getattr(args, flag) and getattr(args, other):
+                parser.error(f"--{flag} has no use for --{other}: give either")
     return args
 
 
@@ -61,12 +85,21 @@ def main(argv=None):
     from trainer.devices import pick_device
 
     device = pick_device(args.device)
-    model, tokenizer, weights = asking.load(args)
+    with redirect_stdout(sys.stderr) if args.json else nullcontext():
+        model, tokenizer, weights = asking.load(args)
     model.to(device)
     if args.int8:
         to_int8(model)
     if args.data_path:
         return asking.score_rows(model, tokenizer, args, weights, device)
+    if args.captions:
+        from trainer.captions import write_captions
+
+        return write_captions(model, tokenizer, args, device)
+    if args.chat:
+        from trainer.terminal import chat
+
+        return chat(model, tokenizer, args)
     return asking.ask_about_pictures(model, tokenizer, args)
 
 

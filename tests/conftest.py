@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
+import train_sft_vlm
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing import load_tokenizer
 from scripts import train_tokenizer
@@ -160,3 +161,22 @@ def flags(clip_folder, tokenizer_folder, world, tmp_path):
         *("--out_dir", str(tmp_path / "out"), "--from_weight", "none", "--device", "cpu", "--num_workers", "0"),
         *("--hidden_size", "64", "--num_hidden_layers", "2", "--batch_size", "4"),
     ]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, world, clip_folder, tokenizer_folder):
+    """Flags that find a model which has learned the colours of the little world by heart."""
+    out = tmp_path_factory.mktemp("out")
+    common = [
+        *("--tokenizer_path", str(tokenizer_folder), "--vision_model_path", str(clip_folder), "--out_dir", str(out)),
+        *("--device", "cpu", "--hidden_size", "64", "--num_workers", "0", "--batch_size", "8"),
+    ]
+    train_sft_vlm.main(
+        [
+            *common,
+            *("--data_path", str(world / "rows.jsonl"), "--images_path", str(world / "pictures")),
+            *("--from_weight", "none", "--num_hidden_layers", "2", "--epochs", "100"),
+            *("--learning_rate", "5e-3", "--projector_learning_rate", "5e-3", "--save_interval", "1000"),
+        ]
+    )
+    return common

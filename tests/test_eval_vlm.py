@@ -1,33 +1,20 @@
 import json
+import socket
 import subprocess
 import sys
+import threading
+import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import eval_vlm
-import train_sft_vlm
 from tests.conftest import turn, write_rows
 from trainer import asking
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, world, clip_folder, tokenizer_folder):
-    """Flags that find a model which has learned the colours of the little world by heart."""
-    out = tmp_path_factory.mktemp("out")
-    common = [
-        *("--tokenizer_path", str(tokenizer_folder), "--vision_model_path", str(clip_folder), "--out_dir", str(out)),
-        *("--device", "cpu", "--hidden_size", "64", "--num_workers", "0", "--batch_size", "8"),
-    ]
-    train_sft_vlm.main(
-        [
-            *common,
-            *("--data_path", str(world / "rows.jsonl"), "--images_path", str(world / "pictures")),
-            *("--from_weight", "none", "--num_hidden_layers", "2", "--epochs", "100"),
-            *("--learning_rate", "5e-3", "--projector_learning_rate", "5e-3", "--save_interval", "1000"),
-        ]
-    )
-    return common
 
 
 def test_it_answers_about_one_picture_in_a_stream(trained, world, capsys):
@@ -142,6 +129,127 @@ def test_mistakes_name_the_flag(trained, world, flags, message):
     here = {"PICTURE": world / "pictures/red.png", "ROWS": world / "rows.jsonl", "PICTURES": world / "pictures"}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         eval_vlm.main([*trained, *(str(here.get(flag, flag)) for flag in flags)])
+
+
+def test_answers_come_as_json_for_each_question_of_a_file_and_nothing_else_does(trained, world, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("blue", "red"):
+        (folder / f"{name}.png").write_bytes((world / f"pictures/{name}.png").read_bytes())
+    (folder / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "questions.txt").write_text("\ufeffWhat colour is this?\r\n\r\n这是什么颜色？\r\n", encoding="utf-8")
+    flags = ["--prompts_path", str(tmp_path / "questions.txt"), "--greedy", "--max_new_tokens", "30"]
+    eval_vlm.main([*trained, "--image_dir", str(folder), *flags, "--json"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    names = [Path(line["picture"]).stem for line in lines]
+    assert names == ["blue", "blue", "broken", "red", "red"] and "not a picture" in lines[2].pop("error")
+    assert [line["answer"] for line in lines if "answer" in line] == [
+        *("It is blue.", "这是蓝色。", "It is red.", "这是红色。")
+    ]
+    assert [line["prompt"] for line in lines[:2]] == ["What colour is this?", "这是什么颜色？"]
+    assert set(lines[0]) == {"picture", "prompt", "answer", "seconds", "tokens"}
+    assert 3 <= lines[0]["tokens"] <= 30 and lines[0]["seconds"] > 0
+    eval_vlm.main([*trained, "--image_dir", str(folder), *flags])
+    out = capsys.readouterr().out
+    assert "broken.png is not a picture" in out and "[red.png] 这是什么颜色？\n这是红色。" in out
+    both = [str(folder / "red.png"), str(folder / "blue.png")]
+    eval_vlm.main([*trained, "--image", *both, "--prompt", "Which colours are these?", "--greedy", "--json"])
+    assert json.loads(capsys.readouterr().out)["picture"] == both
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file. Expected a text file, one question a line"),
+        (b"\n \n", "holds no question"),
+        (b"\xff\xfe", "is not UTF-8"),
+        (b"<image> <image>?", r"questions.txt has 2 <image>, but there are 1 pictures"),
+    ],
+)
+def test_a_file_without_questions_is_named(trained, world, tmp_path, content, message):
+    path = tmp_path / "questions.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"--prompts_path .*{message}"):
+        eval_vlm.main([*trained, "--image", str(world / "pictures/red.png"), "--prompts_path", str(path)])
+
+
+@pytest.fixture
+def server(world, monkeypatch):
+    """The address of a server: /NAME.png from the world's pictures, and answers that nobody hopes for."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            picture = world / "pictures" / self.path.strip("/").partition("?")[0]
+            body, status = b"", 404
+            if picture.is_file():
+                body, status = picture.read_bytes(), 200
+            elif self.path == "/page":
+                body, status = b"<html>", 200
+            elif self.path == "/moved":
+                status = 302
+            elif self.path == "/silent":
+                time.sleep(1)
+            self.send_response(status)
+            if self.path == "/moved":
+                self.send_header("Location", "file:///etc/hostname")
+            self.send_header("Content-Length", str(len(body) + 100 * (self.path == "/green.png?cut")))
+            self.end_headers()
+            with suppress(BrokenPipeError):  # the client of /silent has gone
+                self.wfile.write(body)
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield f"http://127.0.0.1:{httpd.server_port}"
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def test_a_picture_may_have_an_address(trained, server, capsys):
+    ask = ["--prompt", "What colour is this?", "--greedy"]
+    eval_vlm.main([*trained, "--image", f"{server}/blue.png?size=1", *ask])
+    assert "It is blue." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.png", "the server answers 404 Not Found"),
+        ("page", "it is in no format that Pillow knows"),
+        ("moved", "No connection adapters were found for 'file:"),
+        ("silent", "the server is silent for"),
+        ("green.png?cut", "the server cannot be reached, or broke off"),
+    ],
+)
+def test_an_address_without_a_picture_says_why_in_a_line(server, monkeypatch, name, message):
+    monkeypatch.setattr(asking, "SILENT", 0.3)
+    with pytest.raises(ValueError, match=f"--image http.* is not a picture that can be read: {message}") as error:
+        asking.open_image(f"{server}/{name}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_picture_may_not_be_too_large_too_slow_or_from_elsewhere(server, world, monkeypatch):
+    red = f"{server}/red.png"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # of 40·36; Pillow refuses from twice that
+    for path in (red, world / "pictures/red.png"):
+        with pytest.raises(ValueError, match="1440 pixels.* exceeds limit"):
+            asking.open_image(path)
+    monkeypatch.setattr(asking, "LONGEST", -1)
+    with pytest.raises(ValueError, match="takes longer than"):
+        asking.open_image(red)
+    monkeypatch.setattr(asking, "LARGEST", 50)
+    with pytest.raises(ValueError, match="it is larger than"):
+        asking.open_image(red)
+    with pytest.raises(ValueError, match="an address begins with http:// or https://"):
+        asking.open_image("file:///etc/hostname")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        with pytest.raises(ValueError, match="cannot be reached"):
+            asking.open_image(f"http://127.0.0.1:{closed.getsockname()[1]}/a.png")
 
 
 def test_a_text_file_is_no_picture(trained, tmp_path):

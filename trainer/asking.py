@@ -1,11 +1,15 @@
 """Asking a model: how eval_vlm.py and the web page load one and get answers from it, alone or scored over many rows."""
 
+import json
+import re
 import shlex
 import sys
+import time
+from io import BytesIO
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from transformers import TextStreamer
 
 from model.processing import IMAGE_TAG, encode_chat, read_json
@@ -14,6 +18,8 @@ from trainer.weights import build_model, find_weights, write_json
 
 STAGES = {0: "pretrain_vlm", 1: "sft_vlm", 2: "sft_vlm_multi"}
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+# What a picture from the network may take: bytes, seconds, and seconds of silence.
+LARGEST, LONGEST, SILENT = 50 * 10**6, 60, 20
 
 
 def load(args):
@@ -35,21 +41,24 @@ def load(args):
 
 
 @torch.no_grad()
-def ask(model, tokenizer, conversations: list[dict], images: list, args, streamer=None, stopping=None) -> str:
-    """The answer to a conversation that ends with a question; its <image> tags stand for `images`, in order.
+def generate(model, tokenizer, conversations: list[dict], images: list, args, streamer=None, stopping=None):
+    """Answers a conversation that ends with a question; its <image> tags stand for `images`, in order.
 
-    images: pictures, or what `processor.resize` made of them; stopping: a list of StoppingCriteria.
+    images: pictures, or what `processor.resize` made of them; stopping: a list of StoppingCriteria. Returns question
+    and answer as tokens int64 (1, T), where in them the answer begins, and the pictures as the model gets them, uint8
+    (N, 3, H, W) or None.
     """
     pieces = encode_chat(tokenizer, conversations, model.config.image_special_token)
     ids = [token for piece, _, _ in pieces for token in piece]
     input_ids = torch.tensor([ids], device=model.device)
-    pixels = [image if torch.is_tensor(image) else model.processor.resize(image) for image in images]
+    resized = [image if torch.is_tensor(image) else model.processor.resize(image) for image in images]
+    pixels = torch.stack(resized).to(model.device) if images else None
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
     with autocast(model.device, pick_dtype(args.dtype, model.device)):
         out = model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
-            pixel_values=torch.stack(pixels).to(model.device) if pixels else None,
+            pixel_values=pixels,
             max_new_tokens=args.max_new_tokens,
             do_sample=not args.greedy,
             pad_token_id=tokenizer.pad_token_id,
@@ -57,33 +66,90 @@ def ask(model, tokenizer, conversations: list[dict], images: list, args, streame
             stopping_criteria=stopping,
             **({} if args.greedy else sampling),
         )
-    return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
+    return out, len(ids), pixels
 
 
-def open_image(path) -> Image.Image:
-    """A picture, wholly read. Raises FileNotFoundError or ValueError."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--image {path}: no such file")
+def ask(model, tokenizer, conversations: list[dict], images: list, args, streamer=None, stopping=None) -> str:
+    """The answer alone; arguments as in `generate`."""
+    out, start, _ = generate(model, tokenizer, conversations, images, args, streamer, stopping)
+    return tokenizer.decode(out[0, start:], skip_special_tokens=True).strip()
+
+
+def fetch(url: str) -> BytesIO:
+    """What an address holds. Raises ValueError, without the address, for more than LARGEST or LONGEST, or nothing."""
+    import requests  # here: only an address needs it
+
+    late = time.monotonic() + LONGEST
+    # A server that packs what is packed already could make of 50 MB any number of them.
+    headers = {"User-Agent": "MiniMind-V eval_vlm.py", "Accept-Encoding": "identity"}
     try:
-        with Image.open(path) as image:
+        with requests.get(url, stream=True, timeout=SILENT, headers=headers) as response:
+            if not response.ok:
+                raise ValueError(f"the server answers {response.status_code} {response.reason}")
+            data = BytesIO()
+            for chunk in response.iter_content(2**16):
+                if data.tell() + len(chunk) > LARGEST:
+                    raise ValueError(f"it is larger than {LARGEST // 10**6} MB")
+                if time.monotonic() > late:
+                    raise ValueError(f"it takes longer than {LONGEST} s")
+                data.write(chunk)
+            return data
+    except requests.Timeout:
+        raise ValueError(f"the server is silent for {SILENT} s") from None
+    except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
+        raise ValueError("the server cannot be reached, or broke off") from None
+    except requests.RequestException as error:
+        raise ValueError(str(error)) from None
+
+
+def open_image(path, flag: str = "--image") -> Image.Image:
+    """A picture, wholly read, from a file or an address. Raises FileNotFoundError or ValueError, which name `flag`."""
+    address = re.match(r"(\w+)://", str(path))
+    if address and address[1].lower() not in ("http", "https"):
+        raise ValueError(f"{flag} {path}: an address begins with http:// or https://")
+    if not address and not Path(path).is_file():
+        raise FileNotFoundError(f"{flag} {path}: no such file")
+    try:
+        with Image.open(fetch(path) if address else path) as image:
             image.load()
             return image
+    except UnidentifiedImageError:
+        reason = "it is in no format that Pillow knows"
     except Exception as error:  # Pillow's decoders raise whatever their format makes them stumble over
-        raise ValueError(f"--image {path} is not a picture that can be read: {error}") from None
+        reason = error
+    raise ValueError(f"{flag} {path} is not a picture that can be read: {reason}")
 
 
-def question(prompt: str, pictures: int) -> str:
+def question(prompt: str, pictures: int, flag: str = "--prompt") -> str:
     """The user's turn: an <image> tag for each picture, after the text where it has none of its own."""
     tags = prompt.count(IMAGE_TAG)
     if tags not in (0, pictures):
-        raise ValueError(f"--prompt has {tags} {IMAGE_TAG}, but there are {pictures} pictures: give one each, or none")
+        raise ValueError(f"{flag} has {tags} {IMAGE_TAG}, but there are {pictures} pictures: give one each, or none")
     return prompt if tags else prompt + f"\n{IMAGE_TAG}" * pictures
 
 
-def pictures_to_ask(args) -> list[list[Path]]:
-    """The pictures of each question."""
+def prompts_to_ask(args) -> tuple[list[str], str]:
+    """What is asked about each picture, and the flag it came with."""
+    if not args.prompts_path:
+        default = "Compare these pictures." if args.use_multi == 2 else "Describe this picture."
+        return [args.prompt or default], "--prompt"
+    flag = f"--prompts_path {args.prompts_path}"
+    try:
+        lines = Path(args.prompts_path).read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{flag}: no such file. Expected a text file, one question a line") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{flag} is not UTF-8: {error}. Expected a text file, one question a line") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{flag} holds no question. Expected one a line")
+    return prompts, flag
+
+
+def pictures_to_ask(args) -> list[list]:
+    """The pictures of each question: files, or addresses."""
     if args.image:
-        return [[Path(path) for path in args.image]]
+        return [args.image]
     default = "dataset/eval_images_multi" if args.use_multi == 2 else "dataset/eval_images"
     folder = Path(args.image_dir or default)
     found = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURES)
@@ -93,13 +159,88 @@ def pictures_to_ask(args) -> list[list[Path]]:
 
 
 def ask_about_pictures(model, tokenizer, args) -> None:
-    default = "Compare these pictures." if args.use_multi == 2 else "Describe this picture."
+    """Every prompt about every picture of a folder, or about all pictures together; answers stream to the terminal, or
+    come as lines of JSON. A broken picture of a folder is told, and the others follow."""
+    prompts, flag = prompts_to_ask(args)
+    figures = 0
     for paths in pictures_to_ask(args):
-        text = question(args.prompt or default, len(paths))
-        print(f"\n[{', '.join(path.name for path in paths)}] {text.replace(IMAGE_TAG, '').strip()}")
-        torch.manual_seed(args.seed)  # the answer about a picture does not depend on those before it
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        ask(model, tokenizer, [{"role": "user", "content": text}], list(map(open_image, paths)), args, streamer)
+        names = [str(path) for path in paths]
+        about = {"picture": names[0] if len(names) == 1 else names}
+        try:
+            images = [open_image(path, "--image" if args.image else "--image_dir") for path in paths]
+        except (OSError, ValueError) as error:
+            if args.image or args.use_multi == 2:
+                raise
+            print(json.dumps(about | {"error": str(error)}, ensure_ascii=False) if args.json else f"\n{error}")
+            continue
+        for prompt in prompts:
+            text = question(prompt, len(paths), flag)
+            streamer = None
+            if not args.json:
+                streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+                print(f"\n[{', '.join(Path(name).name for name in names)}] {text.replace(IMAGE_TAG, '').strip()}")
+            torch.manual_seed(args.seed)  # the answer about a picture does not depend on those before it
+            began = time.perf_counter()
+            ids, start, pixels = generate(model, tokenizer, [{"role": "user", "content": text}], images, args, streamer)
+            if args.json:
+                answer = tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+                cost = {"seconds": round(time.perf_counter() - began, 3), "tokens": ids.shape[1] - start}
+                print(json.dumps(about | {"prompt": prompt, "answer": answer} | cost, ensure_ascii=False), flush=True)
+            if args.show_attention:
+                from trainer.attention import draw_attention
+
+                path = Path(args.show_attention)
+                figures += 1
+                path = path if figures == 1 else path.with_stem(f"{path.stem}_{figures}")
+                draw_attention(path, model, tokenizer, ids, start, pixels, images, prompt)
+                print(f"written, where it looked for each word: {path}", file=sys.stderr if args.json else sys.stdout)
+
+
+# ---------------------------------------------------------------------------- many at once
+
+
+def collate_prompts(examples: list[dict], pad_token_id: int) -> dict:
+    """Prompts padded on the left, so that all answers begin at the same position; "broken": why others are missing.
+
+    examples: {"number", "ids": list[int], "pictures": uint8 (N, 3, H, W) or None}, or {"number", "broken": str}.
+    """
+    broken = {example["number"]: example["broken"] for example in examples if "broken" in example}
+    examples = [example for example in examples if "broken" not in example]
+    if not examples:
+        return {"numbers": [], "broken": broken}
+    T = max(len(example["ids"]) for example in examples)
+    input_ids, mask = torch.full((len(examples), T), pad_token_id), torch.zeros((len(examples), T), dtype=torch.int64)
+    for i, example in enumerate(examples):
+        n = len(example["ids"])
+        input_ids[i, T - n :], mask[i, T - n :] = torch.tensor(example["ids"]), 1
+    pictures = [example["pictures"] for example in examples if example["pictures"] is not None]
+    return {
+        "numbers": [example["number"] for example in examples],
+        "broken": broken,
+        "input_ids": input_ids,
+        "attention_mask": mask,
+        "pixel_values": torch.cat(pictures) if pictures else None,
+    }
+
+
+@torch.no_grad()
+def answer_batches(model, tokenizer, batches, args, device, dtype):
+    """For each batch of `collate_prompts` its greedy answers, and why others are missing; both {number: text}."""
+    for batch in batches:
+        texts = []
+        if batch["numbers"]:
+            pixels = batch["pixel_values"]
+            with autocast(device, dtype):
+                out = model.generate(
+                    input_ids=batch["input_ids"].to(device),
+                    attention_mask=batch["attention_mask"].to(device),
+                    pixel_values=None if pixels is None else pixels.to(device),
+                    max_new_tokens=args.max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        yield {number: text.strip() for number, text in zip(batch["numbers"], texts)}, batch["broken"]
 
 
 # ---------------------------------------------------------------------------- scoring

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dataset.lm_dataset import StepSampler, VLMDataset, collate
 from dataset.sources import BadRow, Row
 from model.processing import encode_chat
-from trainer.devices import autocast
+from trainer.asking import answer_batches, collate_prompts
 from trainer.loop import validate
 
 CAPTION = 5  # references of as many words (characters in Chinese), on average, are captions: BLEU and CIDEr
@@ -156,28 +156,6 @@ class Prompts(Dataset):
         return {"number": i, "ids": question.prompt, "pictures": torch.stack(pictures) if pictures else None}
 
 
-def collate_prompts(examples: list[dict], pad_token_id: int) -> dict:
-    """Prompts padded on the left, so that all answers begin at the same position; "broken": why others are missing."""
-    broken = [example["broken"] for example in examples if "broken" in example]
-    examples = [example for example in examples if "broken" not in example]
-    if not examples:
-        return {"numbers": [], "broken": broken}
-    T = max(len(example["ids"]) for example in examples)
-    input_ids, mask = torch.full((len(examples), T), pad_token_id), torch.zeros((len(examples), T), dtype=torch.int64)
-    for i, example in enumerate(examples):
-        n = len(example["ids"])
-        input_ids[i, T - n :], mask[i, T - n :] = torch.tensor(example["ids"]), 1
-    pictures = [example["pictures"] for example in examples if example["pictures"] is not None]
-    return {
-        "numbers": [example["number"] for example in examples],
-        "broken": broken,
-        "input_ids": input_ids,
-        "attention_mask": mask,
-        "pixel_values": torch.cat(pictures) if pictures else None,
-    }
-
-
-@torch.no_grad()
 def answer_all(model, tokenizer, prompts: Prompts, args, device, dtype, title: str) -> list[str]:
     """Greedy answers to all questions, in batches of like length."""
     questions = prompts.questions
@@ -191,26 +169,13 @@ def answer_all(model, tokenizer, prompts: Prompts, args, device, dtype, title: s
     )
     answers = [""] * len(questions)
     with tqdm(total=len(questions), desc=title, unit="answer", dynamic_ncols=True) as bar:
-        for batch in loader:
-            if batch["broken"] and args.on_bad_row == "error":
-                raise ValueError(f"{batch['broken'][0]}\nMend it, or count it as not answered with --on_bad_row skip")
-            bar.update(len(batch["broken"]))
-            if not batch["numbers"]:
-                continue
-            pixels = batch["pixel_values"]
-            with autocast(device, dtype):
-                out = model.generate(
-                    input_ids=batch["input_ids"].to(device),
-                    attention_mask=batch["attention_mask"].to(device),
-                    pixel_values=None if pixels is None else pixels.to(device),
-                    max_new_tokens=args.max_new_tokens,
-                    do_sample=False,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-            texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-            for number, text in zip(batch["numbers"], texts):
-                answers[number] = text.strip()
-            bar.update(len(texts))
+        for texts, broken in answer_batches(model, tokenizer, loader, args, device, dtype):
+            if broken and args.on_bad_row == "error":
+                why = next(iter(broken.values()))
+                raise ValueError(f"{why}\nMend it, or count it as not answered with --on_bad_row skip")
+            for number, text in texts.items():
+                answers[number] = text
+            bar.update(len(texts) + len(broken))
     return answers
 
 

@@ -1,0 +1,118 @@
+import json
+import os
+import shutil
+import sys
+
+import pytest
+
+import eval_vlm
+from trainer import captions
+
+
+@pytest.fixture
+def folder(world, tmp_path):
+    """Seven pictures, in a folder below too, and three files that are none."""
+    folder = tmp_path / "pictures"
+    shutil.copytree(world / "pictures", folder / "b")
+    shutil.move(folder / "b/red.png", folder / "z.png")
+    whole = (folder / "z.png").read_bytes()
+    (folder / "cut.PNG").write_bytes(whole[:60])
+    (folder / "b/empty.jpg").touch()
+    (folder / "gone.jpg").symlink_to(folder / "nowhere.jpg")
+    (folder / "notes.txt").write_text("no picture by its name")
+    (folder / "folder.png").mkdir()
+    if sys.platform == "linux":
+        (folder / os.fsdecode(b"\xff.png")).write_bytes(whole)
+    else:
+        (folder / "ÿ.png").write_bytes(whole)
+    return folder
+
+
+@pytest.fixture
+def caption(trained, folder, tmp_path):
+    """caption("--prompt", ...) → the lines of the file."""
+    path = tmp_path / "new/captions.jsonl"
+
+    def run(*flags):
+        eval_vlm.main([*trained, "--captions", str(path), "--image_dir", str(folder), "--batch_size", "2", *flags])
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    run.path = path
+    return run
+
+
+ASK = ("--prompt", "What colour is this?", "--max_new_tokens", "16")
+
+
+def test_every_picture_has_a_line_in_order_and_the_broken_ones_say_why(caption, capsys):
+    lines = caption(*ASK)
+    names = [line["image"] for line in lines]
+    inside = ["b/black.png", "b/blue.png", "b/empty.jpg", "b/green.png", "b/white.png", "b/yellow.png"]
+    assert names[:-1] == [*inside, "cut.PNG", "gone.jpg", "z.png"] and names[-1] in ("ÿ.png", "\udcff.png")
+    answers = {line["image"]: line["answer"] for line in lines if "answer" in line}
+    assert answers["b/blue.png"] == "It is blue." and answers["z.png"] == answers[names[-1]] == "It is red."
+    assert {line["prompt"] for line in lines if "answer" in line} == {"What colour is this?"}
+    errors = {line["image"]: line["error"] for line in lines if "error" in line}
+    assert sorted(errors) == ["b/empty.jpg", "cut.PNG", "gone.jpg"]
+    assert "empty.jpg is not a picture that can be read: it is in no format" in errors["b/empty.jpg"]
+    assert "gone.jpg: no such file" in errors["gone.jpg"]
+    assert "10 pictures, 3 of them broken" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_what_was_interrupted_goes_on_and_gives_the_same_file(caption, monkeypatch, capsys, workers):
+    whole = caption(*ASK)
+    caption.path.unlink()
+    answered = captions.answer_batches
+
+    def stopped(*args):
+        batches = answered(*args)
+        yield next(batches)
+        yield next(batches)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(captions, "answer_batches", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        caption(*ASK, "--num_workers", workers)
+    assert "the same command goes on" in capsys.readouterr().out
+    assert caption.path.read_bytes().count(b"\n") == 4
+    monkeypatch.undo()
+    half = caption.path.read_bytes()[:-20]  # as if the power had gone
+    for cut in (half, half[: half.rindex(b"\n") + 5]):
+        caption.path.write_bytes(cut)
+        assert caption(*ASK, "--num_workers", workers) == whole
+    written = caption.path.stat().st_mtime_ns
+    monkeypatch.setattr(captions.Pictures, "__getitem__", None)  # nothing is left to ask
+    assert caption(*ASK) == whole and caption.path.stat().st_mtime_ns == written
+
+
+def test_another_question_is_asked_of_all_pictures_that_are_not_broken(caption, tmp_path):
+    before = caption(*ASK)
+    questions = tmp_path / "questions.txt"
+    questions.write_text("What colour is this?\n\n这是什么颜色？\n", encoding="utf-8")
+    added = caption("--prompts_path", str(questions), "--max_new_tokens", "32")[len(before) :]
+    assert {line["prompt"] for line in added} == {"这是什么颜色？"} and len(added) == 7
+    caption.path.unlink()
+    both = caption("--prompts_path", str(questions), "--max_new_tokens", "32")
+    assert len(both) == 2 * 7 + 3 and [line["image"] for line in both[:2]] == ["b/black.png"] * 2
+
+
+@pytest.mark.parametrize("content", ["notes\n", "notes", "[1]\n", '{"image": "a.jpg"}\n', '{"a": 1}', "\n"])
+def test_a_file_of_something_else_is_refused_and_left_alone(caption, content):
+    caption.path.parent.mkdir()
+    caption.path.write_text(content)
+    with pytest.raises(ValueError, match=r"--captions .*captions.jsonl:1 is no line of captions"):
+        caption(*ASK)
+    assert caption.path.read_text() == content
+
+
+def test_mistakes_name_the_flag(trained, tmp_path, capsys):
+    ask = [*trained, "--captions", str(tmp_path / "captions.jsonl"), "--image_dir"]
+    with pytest.raises(FileNotFoundError, match="--image_dir nowhere: no such folder"):
+        eval_vlm.main([*ask, "nowhere"])
+    with pytest.raises(FileNotFoundError, match=r"--image_dir .*: no pictures there \(\.bmp"):
+        eval_vlm.main([*ask, str(tmp_path)])
+    for flags in (["--chat"], ["--image", "a.jpg"], ["--json"]):
+        with pytest.raises(SystemExit):
+            eval_vlm.parse_args(["--captions", "a.jsonl", *flags])
+        assert "not allowed" in (error := capsys.readouterr().err) or "give either" in error

@@ -1,0 +1,150 @@
+"""Where on the picture the decoder looked for each word of its answer, as a figure.
+
+A token of the answer is chosen at the position before it. There, in each layer and head, attention spreads 1 over all
+earlier positions, the P placeholders of a picture among them. Their mean over layers and heads is what is drawn.
+
+Shapes as in model_minimind.py and model_vlm.py, and A tokens of an answer, g·g = P patches.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from model.model_minimind import apply_rotary_pos_emb
+from model.processing import ImageProcessor
+
+# Where a word begins: at a Chinese character, after a space, and where Chinese goes over into letters.
+BEGIN = re.compile(r"[\u3400-\u9fff]|(?<!\S)\S|(?<=[\u3000-\u9fff\uff00-\uffef])[^\W\u3400-\u9fff]")
+CHINESE = re.compile(r"NotoSansCJK|SourceHanSans|wqy|msyh|simhei|PingFang|STHeiti|Hiragino|DroidSansFallback", re.I)
+EDGE = 224  # pixels of a panel, at least
+COLUMNS = 6
+
+
+def attention_weights(module, x, position_embeddings):
+    """The weights of an `Attention` on its input x (B, T, D): float (B, H, T, T)."""
+    B, T, _ = x.shape
+    q = module.q_proj(x).view(B, T, module.num_heads, module.head_dim).transpose(1, 2)  # (B, H, T, d)
+    k = module.k_proj(x).view(B, T, module.num_kv_heads, module.head_dim).transpose(1, 2)  # (B, K, T, d)
+    q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+    k = k.repeat_interleave(module.num_heads // module.num_kv_heads, dim=1)
+    scores = (q @ k.transpose(-2, -1)).float() / module.head_dim**0.5
+    future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+    return scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+
+
+@torch.no_grad()
+def looked(model, ids, start: int, pixels):
+    """How much each token of the answer looked at each patch: float (A, N, P), mean over layers and heads.
+
+    ids: int64 (1, T), question and answer; start: where in them the answer begins; pixels: uint8 (N, 3, H, W).
+    """
+    layers = []
+
+    def keep(module, inputs):
+        weights = attention_weights(module, *inputs[:2])[0]  # (H, T, T)
+        layers.append(weights[:, start - 1 : -1].mean(dim=0))  # (A, T)
+
+    hooks = [layer.self_attn.register_forward_pre_hook(keep) for layer in model.model.layers]
+    try:
+        model(ids, pixel_values=pixels, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    on_pictures = torch.stack(layers).mean(dim=0)[:, model.find_pictures(ids)[0]]  # (A, N·P)
+    return on_pictures.view(len(on_pictures), len(pixels), -1).cpu()
+
+
+def words_of(tokenizer, answer: list[int]) -> list[tuple[str, list[int]]]:
+    """The words of an answer, each with the places of its tokens; Chinese by character, but as the tokens have it: one
+    token for two characters is one word."""
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    starts = {match.start() for match in BEGIN.finditer(text)}
+    words, waiting, begin = [], [], 0
+    for i in range(len(answer)):
+        # A character may take several tokens, and stands there when the last of them is there.
+        end = len(tokenizer.decode(answer[: i + 1], skip_special_tokens=True).rstrip("\ufffd"))
+        waiting.append(i)
+        if end > begin:
+            if not words or not starts.isdisjoint(range(begin, end)):
+                words.append(("", []))
+            words[-1] = words[-1][0] + text[begin:end], words[-1][1] + waiting
+            waiting, begin = [], end
+    return [(word.strip(), places) for word, places in words if word.strip()]
+
+
+def as_seen(image, processor):
+    """The part of a picture that the model sees, in enough pixels to look at: uint8 (H, W, 3)."""
+    scale = -(-EDGE // min(processor.crop_size))
+    size = processor.size * scale if isinstance(processor.size, int) else tuple(edge * scale for edge in processor.size)
+    larger = ImageProcessor(size, tuple(edge * scale for edge in processor.crop_size))
+    return larger.resize(image).permute(1, 2, 0).numpy()
+
+
+def fonts(text: str) -> list[str]:
+    """The font of matplotlib, and one with Chinese characters if `text` has some; a word to stderr if there is none."""
+    from matplotlib import font_manager
+
+    names = ["DejaVu Sans"]
+    if re.search("[\u3000-\u9fff\uff00-\uffef]", text):
+        found = sorted(path for path in font_manager.findSystemFonts() if CHINESE.search(Path(path).name))
+        found.sort(key=lambda path: "Regular" not in path)
+        if found:
+            font_manager.fontManager.addfont(found[0])
+            names.append(font_manager.get_font(found[0]).family_name)
+        else:
+            told = "no font with Chinese characters here: install one (apt install fonts-noto-cjk), or write FILE.svg"
+            print(told, file=sys.stderr)
+    return names
+
+
+def spotlight(picture, heat):
+    """A picture uint8 (H, W, 3), in its colours where heat float (g, g) is 1, dark where it is 0: float (H, W, 3)."""
+    H, W, _ = picture.shape
+    light = F.interpolate(heat[None, None], (H, W), mode="bilinear")[0, 0, ..., None]  # (H, W, 1); no overshoot
+    colours = torch.from_numpy(picture).float() / 255
+    return colours * light + 0.35 * colours.mean(dim=-1, keepdim=True) * (1 - light)
+
+
+def draw_attention(path: Path, model, tokenizer, ids, start: int, pixels, images: list, prompt: str) -> None:
+    """Writes the figure: the pictures, and again for each word of the answer, lit where the decoder looked. All words
+    share one scale; beside each stands the share of its attention that went to pictures, the rest went to text.
+
+    ids, start, pixels: as `trainer.asking.generate` returns them; images: the pictures. Raises ValueError if `path`
+    cannot be written, or has a suffix that matplotlib does not know.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    answer = ids[0, start:].tolist()
+    words = words_of(tokenizer, answer)
+    heat = looked(model, ids, start, pixels)  # (A, N, P)
+    g, N = round(heat.shape[-1] ** 0.5), len(images)
+    heats = [heat[places].mean(dim=0) for _, places in words]  # (N, P) each
+    brightest = max((float(each.max()) for each in heats), default=1.0)
+    columns = max(1, COLUMNS // N)  # of panels, N pictures each
+    rows = -(-(len(words) + 1) // columns)
+    text = tokenizer.decode(answer, skip_special_tokens=True).strip()
+    style = {"font.family": fonts(prompt + text), "svg.fonttype": "none", "text.parse_math": False}
+    with matplotlib.rc_context(style):
+        height = 2 * rows + 0.5  # inches
+        figure = Figure(figsize=(1.7 * N * columns, height))
+        figure.suptitle(prompt if len(prompt) < 80 else f"{prompt[:79]}…", y=1 - 0.1 / height, color="grey", wrap=True)
+        # By hand, as the layouts that matplotlib finds take it a minute for a hundred words.
+        figure.subplots_adjust(0.01, 0.1 / height, 0.99, 1 - 0.7 / height, wspace=0.05, hspace=0.25)
+        grid = figure.subplots(rows, columns * N, squeeze=False).reshape(rows * columns, N)
+        for axes in grid.flat:
+            axes.axis("off")
+        for n, image in enumerate(images):
+            picture = as_seen(image, model.processor)
+            grid[0, n].imshow(picture)
+            for row, (word, _), each in zip(grid[1:], words, heats):
+                row[n].imshow(spotlight(picture, (each[n] / brightest).view(g, g)).numpy())
+                row[n].set_title(word if n == 0 else "", loc="left", size=12)
+                row[n].set_title(f"{each[n].sum():.0%}", loc="right", size=8, color="grey")
+        try:
+            figure.savefig(path, dpi=100)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--show_attention {path} cannot be written: {error}") from None

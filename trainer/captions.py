@@ -1,0 +1,115 @@
+"""Captions for a folder of pictures, however many: a line of JSON for each. What is broken is told and passed over, and
+what was interrupted goes on.
+
+    {"image": "a/1.jpg", "prompt": "Describe this picture.", "answer": "a small red star"}
+    {"image": "a/2.jpg", "error": "--image_dir pictures/a/2.jpg is not a picture that can be read: broken PNG file"}
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from model.processing import encode_chat
+from trainer.asking import PICTURES, answer_batches, collate_prompts, open_image, prompts_to_ask, question
+from trainer.devices import pick_dtype
+
+BEGIN = b'{"image": "'  # of every line, by which a half-written one is known
+
+
+def find_pictures(folder: Path) -> list[str]:
+    """The pictures of a folder and those below it: names relative to it, with / on every system, sorted."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--image_dir {folder}: no such folder")
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and not path.is_dir())
+    names = sorted(path.relative_to(folder).as_posix() for path in found)
+    if not names:
+        raise FileNotFoundError(f"--image_dir {folder}: no pictures there ({' '.join(sorted(PICTURES))})")
+    return names
+
+
+def read_captions(path: Path) -> tuple[set[tuple[str, str]], set[str]]:
+    """What an earlier run wrote: (image, prompt) of the answers, and the broken images. Cuts off a half-written last
+    line. Raises ValueError for a file of something else, which is left as it is."""
+    answered, broken = set(), set()
+    *lines, half = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    if half[: len(BEGIN)] != BEGIN[: len(half)]:  # not ours
+        lines.append(half)
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if "error" in row:
+                broken.add(row["image"])
+            else:
+                answered.add((row["image"], row["prompt"]))
+        except (ValueError, TypeError, KeyError):
+            told = f"--captions {path}:{number} is no line of captions, so nothing was changed. Name another file"
+            raise ValueError(told) from None
+    if half:
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size - len(half))
+    return answered, broken
+
+
+class Pictures(Dataset):
+    """Questions about pictures, as `collate_prompts` takes them."""
+
+    def __init__(self, folder: Path, asked: list[tuple[str, str]], ids: dict[str, list[int]], processor):
+        """asked: (image, prompt); ids: the tokens of each prompt."""
+        self.folder, self.asked, self.ids, self.processor = folder, asked, ids, processor
+
+    def __len__(self) -> int:
+        return len(self.asked)
+
+    def __getitem__(self, i: int) -> dict:
+        image, prompt = self.asked[i]
+        try:
+            pixels = self.processor.resize(open_image(self.folder / image, "--image_dir"))
+        except Exception as error:  # one picture, whatever is wrong with it, is no reason to stop
+            return {"number": i, "broken": str(error)}
+        return {"number": i, "ids": self.ids[prompt], "pictures": pixels[None]}
+
+
+def write_captions(model, tokenizer, args, device) -> Path:
+    """Asks every prompt about every picture of args.image_dir, greedily, and appends the answers to args.captions."""
+    folder, path = Path(args.image_dir or "dataset/eval_images"), Path(args.captions)
+    names, (prompts, flag) = find_pictures(folder), prompts_to_ask(args)
+    ids = {}
+    for prompt in prompts:
+        chat = [{"role": "user", "content": question(prompt, 1, flag)}]
+        [(ids[prompt], _, _)] = encode_chat(tokenizer, chat, model.config.image_special_token)
+    answered, broken = read_captions(path)
+    wanted = [(name, prompt) for name in names for prompt in ids]
+    asked = [pair for pair in wanted if pair not in answered and pair[0] not in broken]
+    loader = DataLoader(
+        Pictures(folder, asked, ids, model.processor),
+        batch_size=args.batch_size,
+        collate_fn=partial(collate_prompts, pad_token_id=tokenizer.pad_token_id),
+        num_workers=args.num_workers,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    progress = tqdm(total=len(wanted), initial=len(wanted) - len(asked), unit="picture", dynamic_ncols=True)
+    # A file name may hold bytes that are no UTF-8: backslashreplace writes them as JSON does.
+    with path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file, progress as bar:
+        try:
+            for texts, failed in answer_batches(model, tokenizer, loader, args, device, pick_dtype(args.dtype, device)):
+                for number in sorted([*texts, *failed]):
+                    image, prompt = asked[number]
+                    if number in failed and image in broken:
+                        continue  # told at its first prompt
+                    if number in failed:
+                        broken.add(image)
+                        line = {"image": image, "error": failed[number]}
+                    else:
+                        line = {"image": image, "prompt": prompt, "answer": texts[number]}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    file.flush()
+                bar.update(len(texts) + len(failed))
+        except KeyboardInterrupt:
+            bar.close()
+            print(f"stopped; what was answered is in {path}, and the same command goes on from there")
+            raise
+    print(f"{path}: {len(names):,} pictures, {sum(name in broken for name in names):,} of them broken")
+    return path
