@@ -26,7 +26,6 @@ from trainer.cli import HelpFormatter, add_model_arguments, positive, run_main
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_model_arguments(parser)
-    parser.set_defaults(vision_model_path=None)
     add = parser.add_argument
     add("--load", type=int, choices=[0, 1], default=0, help="start with 0: .pth weights, 1: a Transformers folder")
     add("--model_mode", type=int, choices=[0, 1, 2], default=1, help="0: pretrain_vlm, 1: sft_vlm, 2: sft_vlm_multi")

@@ -23,13 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import DEFAULT_VISION_MODEL
 from model.processing import IMAGE_TAG, encode_chat, read_json, to_rgb
 from scripts.check_export import QUESTIONS
 from scripts.folder import write_pth, write_transformers
 from scripts.llava import unpack_llava, write_llava
 from trainer.asking import count_parameters, open_image
-from trainer.cli import HelpFormatter, positive, run_main
+from trainer.cli import HelpFormatter, add_parts_arguments, positive, run_main
 from trainer.weights import ABOUT, build_model, describe, find_weights, write_json
 
 WRITE = {"llava": write_llava, "transformers": write_transformers, "pth": write_pth}
@@ -44,9 +43,8 @@ def parse_args(argv=None):
     add("--hidden_size", type=positive(int), help="of the weights to take, if there are several")
     add("--use_moe", action="store_true", help="take weights with experts, if there are several")
     add("--num_attention_heads", type=positive(int), help="only for weights without JSON that have not 8")
-    add("--tokenizer_path", help="folder with tokenizer.json; default: that of the folder, else ./model")
-    add("--vision_model_path", default=DEFAULT_VISION_MODEL, help="CLIP folder; a folder of ours has its own")
-    add("--output", metavar="DIR", help="folder to make; default: in --out_dir, named after weights and --to")
+    add_parts_arguments(parser)
+    add("--output", metavar="DIR", help="folder to make; default: beside the weights, named after them and --to")
     pictures = ["dataset/eval_images/scene_1.png", "dataset/eval_images/scene_2.png"]
     add("--images", nargs=2, default=pictures, metavar="FILE", help="two pictures for the check")
     versions = "check on these Transformers too; pip installs each into a temporary folder"
@@ -234,7 +232,7 @@ def main(argv=None):
     weights = find_weights(args.weights, args.out_dir, args.hidden_size, args.use_moe)
     if weights is None:
         raise ValueError("--weights none: there is nothing to convert. Name a .pth file or a folder")
-    output = Path(args.output or Path(args.out_dir) / f"{weights.stem}_{args.to}")
+    output = Path(args.output or weights.with_name(f"{weights.stem}_{args.to}"))
     if output.exists():
         raise ValueError(f"--output {output} is there already: remove it, or name another folder")
     if args.push:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from transformers import CLIPModel
 
+from model import DEFAULT_VISION_MODEL
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig
 from scripts import train_llm, train_tokenizer
@@ -348,6 +349,20 @@ def test_another_encoder_is_refused(args, bare, tmp_path):
         model.vision_model.encoder.layers[0].mlp.fc1.weight[0, 0] += 1
     model.save_pretrained(bare.vision_model_path)
     with pytest.raises(ValueError, match=f"clip is not the encoder of .*, which is {args.vision_model_path}"):
+        build_model(bare, path)
+
+
+def test_tokenizer_and_encoder_are_those_that_the_json_names(args, bare, tmp_path):
+    path, _ = save(args)
+    named = bare.tokenizer_path, bare.vision_model_path
+    bare.tokenizer_path = bare.vision_model_path = None
+    build_model(bare, path)
+    assert (bare.tokenizer_path, bare.vision_model_path) == named
+    about = json.loads(path.with_suffix(".json").read_text())
+    about["vision_model"]["path"] = str(tmp_path / "gone")
+    path.with_suffix(".json").write_text(json.dumps(about))
+    bare.vision_model_path = None
+    with pytest.raises(FileNotFoundError, match=DEFAULT_VISION_MODEL):
         build_model(bare, path)
 
 

@@ -15,11 +15,10 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteria, TextIteratorStreamer
 
-from model import DEFAULT_VISION_MODEL
 from model.processing import IMAGE_TAG, encode_chat, read_json
 from trainer.asking import STAGES, ask, load, question
 from trainer.devices import pick_device
-from trainer.weights import find_weights, read_sidecar
+from trainer.weights import find_weights
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 
@@ -60,19 +59,9 @@ def find_models(args) -> list[Path]:
 
 
 def load_model(weights: Path, args):
-    """Model on its device and tokenizer. Tokenizer and encoder: the flags, else what belongs to the weights."""
-    about = read_sidecar(weights)
-    inside = [path.parent for path in weights.glob("*/config.json") if "clip" in read_json(path).get("model_type", "")]
-    named = {key: about[key].get("path") for key in ("tokenizer", "vision_model")}
-    encoders = [path for path in (named["vision_model"], *inside, DEFAULT_VISION_MODEL) if path and Path(path).is_dir()]
-    flags = {
-        "load": int(weights.is_dir()),
-        "weights": str(weights),
-        "hidden_size": None,  # it chose the weights to start with, these may be others
-        "use_moe": False,
-        "tokenizer_path": args.tokenizer_path or named["tokenizer"],
-        "vision_model_path": args.vision_model_path or [*encoders, named["vision_model"] or DEFAULT_VISION_MODEL][0],
-    }
+    """Model on its device and tokenizer."""
+    flags = {"load": int(weights.is_dir()), "weights": str(weights)}
+    flags |= {"hidden_size": None, "use_moe": False}  # they chose the weights to start with, these may be others
     model, tokenizer, _ = load(argparse.Namespace(**vars(args) | flags))
     return model.to(pick_device(args.device)), tokenizer
 

@@ -65,6 +65,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return super()._get_help_string(action) if action.default else action.help
 
 
+def add_parts_arguments(parser, sees: bool = True) -> None:
+    own = "default: that of the weights, else {}"
+    parser.add_argument("--tokenizer_path", help="folder with tokenizer.json; " + own.format("./model"))
+    if sees:
+        parser.add_argument("--vision_model_path", help="CLIP folder; " + own.format(DEFAULT_VISION_MODEL))
+
+
 def add_model_arguments(parser, sees: bool = True) -> None:
     """sees: a vision-language model, rather than a language model alone."""
     parser.add_argument("--hidden_size", type=positive(int), help="width; read off the weights, 512 from nothing")
@@ -73,10 +80,7 @@ def add_model_arguments(parser, sees: bool = True) -> None:
     parser.add_argument("--num_attention_heads", type=positive(int), help="of queries" + own.format(8))
     parser.add_argument("--num_key_value_heads", type=positive(int), help="of keys and values" + own.format(2))
     parser.add_argument("--use_moe", action="store_true", help="mixture of experts; read off the weights")
-    default = "that of a Transformers folder, else ./model"
-    parser.add_argument("--tokenizer_path", help=f"folder with tokenizer.json; default: {default}")
-    if sees:
-        parser.add_argument("--vision_model_path", default=DEFAULT_VISION_MODEL, help="CLIP folder")
+    add_parts_arguments(parser, sees)
     parser.add_argument("--out_dir", default="./out", help="folder of the weights")
     parser.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
     parser.add_argument(

@@ -373,22 +373,36 @@ def upcycle(state: dict[str, torch.Tensor], config: MiniMindConfig) -> dict[str,
     return found
 
 
+def folders_of(weights: Path, sidecar: dict) -> tuple[str | None, str | None]:
+    """The folders of tokenizer and encoder in a Transformers folder, else those that the JSON of the weights names;
+    None for what is not there. Whether they still hold the same is checked later."""
+    words = [weights] if (weights / "tokenizer.json").is_file() else []
+    eyes = [path.parent for path in weights.glob("*/config.json") if "clip" in read_json(path).get("model_type", "")]
+    found = []
+    for own, key in ((words, "tokenizer"), (eyes, "vision_model")):
+        named = sidecar[key].get("path")
+        own += [named] if named and Path(named).is_dir() else []
+        found.append(str(own[0]) if own else None)
+    return tuple(found)
+
+
 def build_model(args, weights: Path | None, dropout: float = 0.0):
     """The model and its tokenizer from the shared flags: from weights, or from nothing.
 
-    Without --vision_model_path among the flags it is the language model alone. Without --tokenizer_path the tokenizer
-    is that of the Transformers folder, else the one in ./model; `args` then names it.
+    Where `args` has no vision_model_path it is the language model alone. A tokenizer_path or vision_model_path of None
+    is what belongs to the weights, else what lies in ./model; `args` then names it.
     Returns (model in fp32 on the CPU, tokenizer, a line for the user). Raises ValueError when flags, weights,
     tokenizer and encoder do not belong together.
     """
     shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     asked = {key: value for key in shape if (value := getattr(args, key)) is not None}
-    state, sidecar, source = None, {}, weights
+    state, sidecar, source, words, encoder = None, {}, weights, None, None
     if weights is None:
         architecture = {"hidden_size": 512, "num_hidden_layers": 8} | asked | {"use_moe": args.use_moe}
     else:
         state, older, ignored = known_names(read_weights(weights))
         sidecar = read_sidecar(weights)
+        words, encoder = folders_of(weights, sidecar)
         heads = {key: value for key, value in asked.items() if key == "num_attention_heads"}  # no shape tells them
         architecture = config_of(state, weights, heads | sidecar["config"])
         for key, value in asked.items():
@@ -408,9 +422,7 @@ def build_model(args, weights: Path | None, dropout: float = 0.0):
         architecture.pop(key, None)  # they follow from the encoder and the flags
     sees = hasattr(args, "vision_model_path")
     if sees:
-        own = weights and weights / "vision_encoder"
-        if args.vision_model_path == DEFAULT_VISION_MODEL and own and own.is_dir():
-            args.vision_model_path = str(own)
+        args.vision_model_path = args.vision_model_path or encoder or DEFAULT_VISION_MODEL
         config = VLMConfig.for_encoder(args.vision_model_path, dropout=dropout, **architecture)
         if patches and patches != len(config.image_ids):
             raise ValueError(
@@ -419,9 +431,7 @@ def build_model(args, weights: Path | None, dropout: float = 0.0):
             )
     else:
         config = MiniMindConfig(dropout=dropout, **architecture)
-    if args.tokenizer_path is None:
-        own = weights is not None and (weights / "tokenizer.json").is_file()
-        args.tokenizer_path = str(weights) if own else "./model"
+    args.tokenizer_path = args.tokenizer_path or words or "./model"
     tokenizer = load_tokenizer(args.tokenizer_path, *([config.image_special_token] if sees else []))
     if sees:
         config.image_ids = [tokenizer.convert_tokens_to_ids("@")] * len(config.image_ids)
