@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
-import train_sft_vlm
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing import load_tokenizer
 from scripts import train_tokenizer
@@ -166,6 +165,8 @@ def flags(clip_folder, tokenizer_folder, world, tmp_path):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, world, clip_folder, tokenizer_folder):
     """Flags that find a model which has learned the colours of the little world by heart."""
+    import train_sft_vlm  # not above: with it come data sets, which no Transformers of 2025 can stand beside
+
     out = tmp_path_factory.mktemp("out")
     common = [
         *("--tokenizer_path", str(tokenizer_folder), "--vision_model_path", str(clip_folder), "--out_dir", str(out)),
