@@ -190,6 +190,7 @@ def ask_about_pictures(model, tokenizer, args) -> None:
                 from trainer.attention import draw_attention
 
                 path = Path(args.show_attention)
+                path = path if path.suffix else path.with_suffix(".png")  # as matplotlib would, without a word
                 figures += 1
                 path = path if figures == 1 else path.with_stem(f"{path.stem}_{figures}")
                 draw_attention(path, model, tokenizer, ids, start, pixels, images, prompt)
@@ -270,7 +271,8 @@ def score_rows(model, tokenizer, args, weights: Path, device) -> dict:
     if data.bad:
         print(data.report())
     output = Path(args.output or weights.with_suffix(".scores.json"))
-    write_json(output, {})  # now, rather than after an hour of answers, is the time to learn that it cannot be written
+    # Now, rather than after an hour of answers, is the time to learn that it cannot be written. Earlier scores stay.
+    write_json(output, read_json(output) if output.is_file() else {})
     result = score(model, tokenizer, data, captions, args, device, pick_dtype(args.dtype, device))
     about = {
         "weights": str(weights),
