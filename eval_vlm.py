@@ -75,6 +75,8 @@ def parse_args(argv=None):
         for other in others:
             if getattr(args, flag) and getattr(args, other):
                 parser.error(f"--{flag} has no use for --{other}: give either")
+    if args.use_multi == 2 and args.captions:
+        parser.error("--captions asks about each picture alone: give --model_mode 2 instead of --use_multi 2")
     for flag in ("images_path", "refs_path", "no_loss", "output"):
         if getattr(args, flag) and not args.data_path:
             parser.error(f"--{flag} is for scores: give rows with --data_path, or leave it out")

@@ -161,6 +161,7 @@ def test_answers_come_as_json_for_each_question_of_a_file_and_nothing_else_does(
     ("content", "message"),
     [
         (None, "no such file. Expected a text file, one question a line"),
+        ("folder", "cannot be read: .* Expected a text file"),
         (b"\n \n", "holds no question"),
         (b"\xff\xfe", "is not UTF-8"),
         (b"<image> <image>?", r"questions.txt has 2 <image>, but there are 1 pictures"),
@@ -168,7 +169,9 @@ def test_answers_come_as_json_for_each_question_of_a_file_and_nothing_else_does(
 )
 def test_a_file_without_questions_is_named(trained, world, tmp_path, content, message):
     path = tmp_path / "questions.txt"
-    if content is not None:
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
         path.write_bytes(content)
     with pytest.raises((ValueError, FileNotFoundError), match=f"--prompts_path .*{message}"):
         eval_vlm.main([*trained, "--image", str(world / "pictures/red.png"), "--prompts_path", str(path)])
@@ -268,6 +271,7 @@ def test_a_text_file_is_no_picture(trained, tmp_path):
         ("--images_path pictures", "--images_path is for scores"),
         ("--chat --no_loss", "--no_loss is for scores"),
         ("--captions a.jsonl --refs_path a.json", "--refs_path is for scores"),
+        ("--captions a.jsonl --use_multi 2", "--captions asks about each picture alone: give --model_mode 2"),
         ("--num_workers -1", "argument --num_workers: must not be below 0, got -1"),
     ],
 )

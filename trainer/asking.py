@@ -138,8 +138,9 @@ def prompts_to_ask(args) -> tuple[list[str], str]:
         lines = Path(args.prompts_path).read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise FileNotFoundError(f"{flag}: no such file. Expected a text file, one question a line") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{flag} is not UTF-8: {error}. Expected a text file, one question a line") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "is not UTF-8" if isinstance(error, ValueError) else "cannot be read"
+        raise ValueError(f"{flag} {reason}: {error}. Expected a text file, one question a line") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{flag} holds no question. Expected one a line")
