@@ -17,7 +17,7 @@ import argparse
 import sys
 from contextlib import nullcontext, redirect_stdout
 
-from trainer.cli import HelpFormatter, add_model_arguments, positive, run_main
+from trainer.cli import HelpFormatter, add_model_arguments, not_negative, positive, run_main
 
 
 def parse_args(argv=None):
@@ -59,7 +59,7 @@ def parse_args(argv=None):
     add("--max_seq_len", type=positive(int), default=1536, help="tokens per row, placeholders included")
     add("--on_bad_row", choices=["error", "skip"], default="error", help="what to do with rows that cannot be used")
     add("--batch_size", type=positive(int), default=16, help="rows, or pictures of --captions, at a time")
-    add("--num_workers", type=int, default=2, help="processes that decode pictures; 0: this process does")
+    add("--num_workers", type=not_negative, default=2, help="processes that decode pictures; 0: this process does")
     add("--output", metavar="JSON", help="where the scores go; default: beside the weights")
     args = parser.parse_args(argv)
     if args.use_multi == 2:
@@ -69,11 +69,17 @@ def parse_args(argv=None):
         "captions": ["image", "json", "show_attention"],
         "chat": ["prompt", "prompts_path", "image_dir", "json", "show_attention"],
         "prompt": ["prompts_path"],
+        "image": ["image_dir"],
     }
     for flag, others in alone.items():
         for other in others:
             if getattr(args, flag) and getattr(args, other):
                 parser.error(f"--{flag} has no use for --{other}: give either")
+    if args.use_multi == 2 and args.captions:
+        parser.error("--captions asks about each picture alone: give --model_mode 2 instead of --use_multi 2")
+    for flag in ("images_path", "refs_path", "no_loss", "output"):
+        if getattr(args, flag) and not args.data_path:
+            parser.error(f"--{flag} is for scores: give rows with --data_path, or leave it out")
     return args
 
 

@@ -181,7 +181,7 @@ def encode_chat(tokenizer, conversations: list[dict], placeholders: str) -> list
     Args:
         conversations: [{"role": "system" | "user" | "assistant", "content": str}, ...], `<image>` in user turns.
         placeholders: the text that takes the place of each `<image>`, P characters; "" if no turn has one.
-    Raises ValueError for an unknown role, turns out of order, or placeholders typed as text.
+    Raises ValueError for an unknown role, turns out of order, placeholders typed as text, or text that is not Unicode.
     """
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     # What the model takes for pictures: one that reads text only takes nothing for one.
@@ -193,7 +193,10 @@ def encode_chat(tokenizer, conversations: list[dict], placeholders: str) -> list
     backend.encode_special_tokens = True
 
     def text(string):
-        return backend.encode(string, add_special_tokens=False).ids
+        try:
+            return backend.encode(string, add_special_tokens=False).ids
+        except TypeError:  # half a surrogate pair, by which Python also keeps bytes that are no UTF-8
+            raise ValueError(f"the text {ascii(string[:80])} is not Unicode: save or send it as UTF-8") from None
 
     newline = text("\n")
     turns = list(conversations)

@@ -195,7 +195,7 @@ def push(repo: str, folder: Path | None = None) -> str | None:
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Made by MiniMind-V")
         return f"{api.endpoint}/{repo}"
     except Exception as error:  # of the network, the hub and the library, each in its own way
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"--push {repo}: {reason}. Log in with `hf auth login`, or set HF_TOKEN") from None
 
 
@@ -218,7 +218,7 @@ def convert(args, weights: Path, output: Path, temporary: Path) -> None:
         write_json(made / ABOUT, about)
         card = model_card(args.to, args.push or output.name, model, about)
         (made / "README.md").write_text(card, encoding="utf-8")
-        ours = reference(model, tokenizer, list(map(open_image, args.images)))
+        ours = reference(model, tokenizer, [open_image(path, "--images") for path in args.images])
         print(check_folder(made, ours))
         for version in args.versions:
             with tempfile.TemporaryDirectory() as other:
@@ -232,6 +232,8 @@ def main(argv=None):
     weights = find_weights(args.weights, args.out_dir, args.hidden_size, args.use_moe)
     if weights is None:
         raise ValueError("--weights none: there is nothing to convert. Name a .pth file or a folder")
+    if not weights.exists():
+        raise FileNotFoundError(f"--weights {weights}: no such file or folder")
     output = Path(args.output or weights.with_name(f"{weights.stem}_{args.to}"))
     if output.exists():
         raise ValueError(f"--output {output} is there already: remove it, or name another folder")

@@ -78,7 +78,7 @@ def test_what_was_interrupted_goes_on_and_gives_the_same_file(caption, monkeypat
     assert caption.path.read_bytes().count(b"\n") == 4
     monkeypatch.undo()
     half = caption.path.read_bytes()[:-20]  # as if the power had gone
-    for cut in (half, half[: half.rindex(b"\n") + 5]):
+    for cut in (half, half[: half.rindex(b"\n") + 5], half[: half.rindex(b"\n")]):
         caption.path.write_bytes(cut)
         assert caption(*ASK, "--num_workers", workers) == whole
     written = caption.path.stat().st_mtime_ns
@@ -97,7 +97,9 @@ def test_another_question_is_asked_of_all_pictures_that_are_not_broken(caption, 
     assert len(both) == 2 * 7 + 3 and [line["image"] for line in both[:2]] == ["b/black.png"] * 2
 
 
-@pytest.mark.parametrize("content", ["notes\n", "notes", "[1]\n", '{"image": "a.jpg"}\n', '{"a": 1}', "\n"])
+@pytest.mark.parametrize(
+    "content", ["notes\n", "notes", "[1]\n", '{"image": "a.jpg"}\n', '{"a": 1}', "\n", '{"image": "a.jpg"}']
+)
 def test_a_file_of_something_else_is_refused_and_left_alone(caption, content):
     caption.path.parent.mkdir()
     caption.path.write_text(content)
@@ -112,6 +114,8 @@ def test_mistakes_name_the_flag(trained, tmp_path, capsys):
         eval_vlm.main([*ask, "nowhere"])
     with pytest.raises(FileNotFoundError, match=r"--image_dir .*: no pictures there \(\.bmp"):
         eval_vlm.main([*ask, str(tmp_path)])
+    with pytest.raises(ValueError, match=r"--captions .* is a folder. Expected a file of lines of JSON"):
+        eval_vlm.main([*trained, "--captions", str(tmp_path), "--image_dir", "dataset/eval_images"])
     for flags in (["--chat"], ["--image", "a.jpg"], ["--json"]):
         with pytest.raises(SystemExit):
             eval_vlm.parse_args(["--captions", "a.jsonl", *flags])

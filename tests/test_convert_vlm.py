@@ -310,6 +310,13 @@ def test_mistakes_are_told_with_what_to_do(save, convert, tmp_path, flags, capsy
         convert_vlm.main(["--to", "llava", "--weights", "none"])
     with pytest.raises(FileNotFoundError, match="sft_vlm_512.pth is not there"):
         convert_vlm.main(["--to", "llava", "--out_dir", str(tmp_path / "empty")])
+    with pytest.raises(FileNotFoundError, match="--weights .*x.pth: no such file or folder"):
+        convert_vlm.main(["--to", "llava", "--weights", str(tmp_path / "typo" / "x.pth")])
+    assert not (tmp_path / "typo").exists()
+    with pytest.raises(FileNotFoundError, match="--images nowhere.png: no such file"):
+        convert("llava", weights, "--images", "nowhere.png", "nowhere.png", name="other")
+    with pytest.raises(ValueError, match=f"got llava. Make one of it: .* --to pth --weights {made}"):
+        eval_vlm.main(["--load", "1", "--weights", str(made)])
     with pytest.raises(SystemExit):
         convert_vlm.main(["--to", "pth", "--push", "me/mine"])
     assert "--versions and --push are for folders" in capsys.readouterr().err
@@ -382,6 +389,15 @@ def test_who_may_not_push_is_told_before_anything_is_made(save, convert, monkeyp
     with pytest.raises(ValueError, match="--push me/mine: .*Log in with `hf auth login`, or set HF_TOKEN"):
         convert("llava", save(), "--push", "me/mine")
     assert not (tmp_path / "llava_of_sft_vlm_64").exists()
+
+
+def test_a_hub_that_fails_without_a_word_is_told(monkeypatch):
+    def silent():
+        raise TimeoutError
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", silent)
+    with pytest.raises(ValueError, match="--push me/mine: TimeoutError. Log in with"):
+        convert_vlm.push("me/mine")
 
 
 # ---------------------------------------------------------------------------- strangers

@@ -161,6 +161,7 @@ def test_answers_come_as_json_for_each_question_of_a_file_and_nothing_else_does(
     ("content", "message"),
     [
         (None, "no such file. Expected a text file, one question a line"),
+        ("folder", "cannot be read: .* Expected a text file"),
         (b"\n \n", "holds no question"),
         (b"\xff\xfe", "is not UTF-8"),
         (b"<image> <image>?", r"questions.txt has 2 <image>, but there are 1 pictures"),
@@ -168,7 +169,9 @@ def test_answers_come_as_json_for_each_question_of_a_file_and_nothing_else_does(
 )
 def test_a_file_without_questions_is_named(trained, world, tmp_path, content, message):
     path = tmp_path / "questions.txt"
-    if content is not None:
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
         path.write_bytes(content)
     with pytest.raises((ValueError, FileNotFoundError), match=f"--prompts_path .*{message}"):
         eval_vlm.main([*trained, "--image", str(world / "pictures/red.png"), "--prompts_path", str(path)])
@@ -259,10 +262,33 @@ def test_a_text_file_is_no_picture(trained, tmp_path):
         eval_vlm.main([*trained, "--image", str(path)])
 
 
-def test_asking_and_scoring_exclude_each_other(capsys):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--image a.jpg --data_path rows.jsonl", "--data_path has no use for --image: give either"),
+        ("--image a.jpg --image_dir pictures", "--image has no use for --image_dir: give either"),
+        ("--json --output answers.jsonl", "--output is for scores: give rows with --data_path, or leave it out"),
+        ("--images_path pictures", "--images_path is for scores"),
+        ("--chat --no_loss", "--no_loss is for scores"),
+        ("--captions a.jsonl --refs_path a.json", "--refs_path is for scores"),
+        ("--captions a.jsonl --use_multi 2", "--captions asks about each picture alone: give --model_mode 2"),
+        ("--num_workers -1", "argument --num_workers: must not be below 0, got -1"),
+    ],
+)
+def test_a_flag_that_would_be_ignored_is_refused(flags, message, capsys):
     with pytest.raises(SystemExit):
-        eval_vlm.parse_args(["--image", "a.jpg", "--data_path", "rows.jsonl"])
-    assert "give either" in capsys.readouterr().err
+        eval_vlm.parse_args(flags.split())
+    assert message in capsys.readouterr().err
+
+
+def test_earlier_scores_stay_until_there_are_new_ones(trained, world, tmp_path, monkeypatch):
+    output = tmp_path / "scores.json"
+    output.write_text('{"true": "an hour of answers"}')
+    rows = ["--data_path", str(world / "rows.jsonl"), "--images_path", str(world / "pictures")]
+    monkeypatch.setattr("trainer.scoring.answer_batches", None)
+    with pytest.raises(TypeError):
+        eval_vlm.main([*trained, *rows, "--output", str(output)])
+    assert json.loads(output.read_text()) == {"true": "an hour of answers"}
 
 
 def test_a_question_asks_with_the_tokens_of_training(trained, world, tokenizer):

@@ -375,6 +375,12 @@ def test_placeholders_typed_as_text_that_the_model_would_take_for_a_picture_are_
         encode_chat(tokenizer, conversation, PLACEHOLDERS)
 
 
+@pytest.mark.parametrize("text", ["caf\udce9", "\ud83d"])  # a byte of Latin-1 as argv has it; half an emoji of JSON
+def test_text_that_is_not_unicode_is_refused(tokenizer, text):
+    with pytest.raises(ValueError, match=r"the text .*\\ud.* is not Unicode: save or send it as UTF-8"):
+        encode_chat(tokenizer, [turn("user", text)], PLACEHOLDERS)
+
+
 def test_without_placeholders_no_text_is_taken_for_a_picture(tokenizer):
     conversation = [turn("user", "@" * 3 * P), turn("assistant", "@" * P)]
     pieces = encode_chat(tokenizer, conversation, "")

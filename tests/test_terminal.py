@@ -65,17 +65,32 @@ def test_a_conversation_keeps_its_pictures_until_it_is_cleared(talk, turns, worl
 def test_a_mistake_is_told_and_the_conversation_goes_on(talk, turns, world, tmp_path):
     (tmp_path / "note.jpg").write_text("no picture")
     out = talk(
-        *("/image nowhere.jpg", f"/image {tmp_path / 'note.jpg'}", "/image ftp://a/b.jpg", "/image", "/foo", "/help"),
-        *("Are <image> and <image> alike?", "@" * 40, KeyboardInterrupt, "What colour is this?"),
+        *("/image nowhere.jpg", "/image ~nobody.jpg"),
+        *(f"/image {tmp_path / 'note.jpg'}", "/image ftp://a/b.jpg", "/image", "/foo", "/help"),
+        *("Are <image> and <image> alike?", "@" * 40, "\udcff", KeyboardInterrupt, "What colour is this?"),
         flags=["--image", str(world / "pictures/green.png")],
     )
     for told in (
-        *("/image nowhere.jpg: no such file", "note.jpg is not a picture that can be read"),
-        *("an address begins with http:// or https://", "/image: which one?", "/foo is no command", "/clear"),
-        *("the question has 2 <image>", "16 or more '@' in a row", "Ctrl-D leaves"),
+        *("/image nowhere.jpg: no such file", "/image ~nobody.jpg: no such file"),
+        *("note.jpg is not a picture that can be read", "an address begins with http:// or https://"),
+        *("/image: which one?", "/foo is no command", "/clear"),
+        *("the question has 2 <image>", "16 or more '@' in a row", "is not Unicode", "Ctrl-D leaves"),
     ):
         assert told in out
+    assert "/clear forgets what was said before" not in out
     assert "It is green." in out and turns[-1] == (["What colour is this?\n<image>"], 1)
+
+
+def test_a_conversation_that_cannot_go_on_says_how_to_clear_it(talk, monkeypatch):
+    def long(model, tokenizer, conversations, images, args, streamer):
+        if len(conversations) > 1:
+            raise ValueError("too many tokens")
+        streamer.on_finalized_text("Yes.", stream_end=True)
+
+    monkeypatch.setattr(terminal, "generate", long)
+    out = talk("one", "two", "/image nowhere.jpg", "/clear", "three")
+    assert out.count("too many tokens\n/clear forgets what was said before") == out.count("forgets") == 1
+    assert out.count("Yes.") == 2
 
 
 def test_a_stopped_answer_stands_as_far_as_it_came(talk, monkeypatch, world):
@@ -101,7 +116,7 @@ def test_tab_completes_commands_and_files(world, monkeypatch):
     monkeypatch.chdir(world)
     assert all_of("/im") == ["/image "]
     assert all_of("pict") == ["pictures/"] and all_of("pictures/bl") == ["pictures/black.png", "pictures/blue.png"]
-    assert all_of("nowhere/") == []
+    assert all_of("nowhere/") == all_of("~nobody/") == []
 
 
 def test_questions_may_come_through_a_pipe(trained, world):

@@ -138,8 +138,9 @@ def prompts_to_ask(args) -> tuple[list[str], str]:
         lines = Path(args.prompts_path).read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise FileNotFoundError(f"{flag}: no such file. Expected a text file, one question a line") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{flag} is not UTF-8: {error}. Expected a text file, one question a line") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "is not UTF-8" if isinstance(error, ValueError) else "cannot be read"
+        raise ValueError(f"{flag} {reason}: {error}. Expected a text file, one question a line") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{flag} holds no question. Expected one a line")
@@ -190,6 +191,7 @@ def ask_about_pictures(model, tokenizer, args) -> None:
                 from trainer.attention import draw_attention
 
                 path = Path(args.show_attention)
+                path = path if path.suffix else path.with_suffix(".png")  # as matplotlib would, without a word
                 figures += 1
                 path = path if figures == 1 else path.with_stem(f"{path.stem}_{figures}")
                 draw_attention(path, model, tokenizer, ids, start, pixels, images, prompt)
@@ -270,7 +272,8 @@ def score_rows(model, tokenizer, args, weights: Path, device) -> dict:
     if data.bad:
         print(data.report())
     output = Path(args.output or weights.with_suffix(".scores.json"))
-    write_json(output, {})  # now, rather than after an hour of answers, is the time to learn that it cannot be written
+    # Now, rather than after an hour of answers, is the time to learn that it cannot be written. Earlier scores stay.
+    write_json(output, read_json(output) if output.is_file() else {})
     result = score(model, tokenizer, data, captions, args, device, pick_dtype(args.dtype, device))
     about = {
         "weights": str(weights),

@@ -6,6 +6,8 @@ what was interrupted goes on.
 """
 
 import json
+import os
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -30,13 +32,23 @@ def find_pictures(folder: Path) -> list[str]:
     return names
 
 
+def is_json(line: bytes) -> bool:
+    with suppress(ValueError):
+        json.loads(line)
+        return True
+    return False
+
+
 def read_captions(path: Path) -> tuple[set[tuple[str, str]], set[str]]:
     """What an earlier run wrote: (image, prompt) of the answers, and the broken images. Cuts off a half-written last
     line. Raises ValueError for a file of something else, which is left as it is."""
+    if path.is_dir():
+        raise ValueError(f"--captions {path} is a folder. Expected a file of lines of JSON, such as {path}.jsonl")
     answered, broken = set(), set()
-    *lines, half = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    if half[: len(BEGIN)] != BEGIN[: len(half)]:  # not ours
-        lines.append(half)
+    *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    half = last[: len(BEGIN)] == BEGIN[: len(last)] and not is_json(last)
+    if not half:
+        lines.append(last)
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
@@ -47,9 +59,13 @@ def read_captions(path: Path) -> tuple[set[tuple[str, str]], set[str]]:
         except (ValueError, TypeError, KeyError):
             told = f"--captions {path}:{number} is no line of captions, so nothing was changed. Name another file"
             raise ValueError(told) from None
-    if half:
+    if last:
         with path.open("r+b") as file:
-            file.truncate(path.stat().st_size - len(half))
+            end = file.seek(0, os.SEEK_END)
+            if half:
+                file.truncate(end - len(last))
+            else:
+                file.write(b"\n")
     return answered, broken
 
 

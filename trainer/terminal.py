@@ -35,7 +35,7 @@ def complete(text: str, state: int) -> str | None:
     """Tab: the commands and files that begin with `text`, one for each `state`, then None."""
     folder, begin = text[: text.rfind("/") + 1], text[text.rfind("/") + 1 :]
     found = [command for command in COMMANDS if command.startswith(text)]
-    with suppress(OSError):
+    with suppress(OSError, RuntimeError):  # no such folder, no such user
         files = sorted(Path(folder or ".").expanduser().iterdir())
         found += [f"{folder}{file.name}{'/' * file.is_dir()}" for file in files if file.name.startswith(begin)]
     return found[state] if state < len(found) else None
@@ -101,6 +101,8 @@ def chat(model, tokenizer, args) -> None:
                 if not can_be_mended(error):
                     raise
                 print(error)
+                if turns and not line.startswith("/"):  # it may be the conversation that does not fit
+                    print("/clear forgets what was said before")
 
 
 def dropped(name: str) -> str:
@@ -108,7 +110,9 @@ def dropped(name: str) -> str:
     name = re.sub(r"\\(?=[ ()'&])", "", name.strip().strip("'\""))
     if not name:
         raise ValueError("/image: which one? As in /image photo.jpg")
-    return str(Path(name).expanduser()) if name.startswith("~") else name
+    with suppress(RuntimeError):  # a ~ that is no user's, as in ~$letter.png
+        return str(Path(name).expanduser()) if name.startswith("~") else name
+    return name
 
 
 def answer(model, tokenizer, turns: list[dict], images: list, args) -> str:

@@ -124,7 +124,9 @@ def read_sidecar(weights: Path) -> dict:
     about = read_json(path) if path.is_file() else {}
     if weights.is_dir():
         if about.get("model_type") not in ("minimind", "minimind-v"):
-            raise ValueError(f"{path}: expected a MiniMind with model_type minimind-v, got {about.get('model_type')}")
+            kind = about.get("model_type")
+            back = f". Make one of it: python -m scripts.convert_vlm --to pth --weights {weights}" * (kind == "llava")
+            raise ValueError(f"{path}: expected a MiniMind with model_type minimind-v, got {kind}{back}")
         fields = [*signature(MiniMindConfig).parameters, "image_ids", "image_special_token"]
         config = {key: about[key] for key in fields if about.get(key) is not None}
         about = (read_json(weights / ABOUT) if (weights / ABOUT).is_file() else {}) | {"config": config}
