@@ -146,6 +146,8 @@ def test_another_version_of_transformers_loads_it(save, convert, answers, kind, 
 def test_our_architecture_comes_back_to_the_bit_and_brings_its_own_encoder(save, convert, config, world, capsys):
     weights = save(**config)
     made = convert("transformers", weights)
+    (made / "checkpoint").mkdir()  # of something else
+    (made / "checkpoint/config.json").write_text('{"model_type": null}')
     back = convert("pth", made)
     ours, theirs = state_of(weights), state_of(back / weights.name)
     assert all(torch.equal(ours[key], theirs[key]) and theirs[key].dtype == torch.float16 for key in ours)

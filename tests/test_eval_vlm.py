@@ -1,4 +1,5 @@
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -155,6 +156,16 @@ def test_answers_come_as_json_for_each_question_of_a_file_and_nothing_else_does(
     both = [str(folder / "red.png"), str(folder / "blue.png")]
     eval_vlm.main([*trained, "--image", *both, "--prompt", "Which colours are these?", "--greedy", "--json"])
     assert json.loads(capsys.readouterr().out)["picture"] == both
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_file_name_that_is_not_unicode_is_escaped_in_what_is_printed(trained, world, tmp_path):
+    (tmp_path / os.fsdecode(b"\xff.png")).write_bytes((world / "pictures/red.png").read_bytes())
+    command = [sys.executable, "eval_vlm.py", *trained, "--image_dir", str(tmp_path), "--json", "--max_new_tokens", "3"]
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}  # as in most locales
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=strict)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["picture"] == str(tmp_path / "\udcff.png")
 
 
 @pytest.mark.parametrize(

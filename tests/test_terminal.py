@@ -1,5 +1,7 @@
 import os
+import re
 import select
+import shlex
 import subprocess
 import sys
 import time
@@ -79,6 +81,14 @@ def test_a_mistake_is_told_and_the_conversation_goes_on(talk, turns, world, tmp_
         assert told in out
     assert "/clear forgets what was said before" not in out
     assert "It is green." in out and turns[-1] == (["What colour is this?\n<image>"], 1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names and quotes of other systems")
+@pytest.mark.parametrize("name", ["a b.png", "a [1] & b's.png", "(a) $b; c.png", "a.png"])
+def test_a_file_dropped_on_the_terminal_is_found(name):
+    backslashes = re.sub(r"([^\w.])", r"\\\1", name)
+    for typed in (name, f" {name} ", shlex.quote(name), backslashes, f'"{name}"'):
+        assert terminal.dropped(typed) == name
 
 
 def test_a_conversation_that_cannot_go_on_says_how_to_clear_it(talk, monkeypatch):

@@ -26,6 +26,7 @@ def can_be_mended(error: Exception) -> bool:
 
 def run_main(main) -> None:
     """Calls `main()` and turns what the user can mend into one message instead of a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file name that is no Unicode must not end the run
     try:
         main()
     except KeyboardInterrupt:

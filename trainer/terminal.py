@@ -1,6 +1,7 @@
 """A conversation in the terminal: questions and pictures in, answers as they come."""
 
 import re
+import shlex
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -107,7 +108,13 @@ def chat(model, tokenizer, args) -> None:
 
 def dropped(name: str) -> str:
     """The name of a file as typed, or as a terminal writes one that is dropped on it: 'a b.jpg' or a\\ b.jpg."""
-    name = re.sub(r"\\(?=[ ()'&])", "", name.strip().strip("'\""))
+    name = name.strip()
+    if sys.platform == "win32":
+        name = name.strip('"')
+    else:
+        with suppress(ValueError):  # a quote without its partner: one of the name
+            words = shlex.split(name)
+            name = words[0] if len(words) == 1 else name  # several: typed, with a space in it
     if not name:
         raise ValueError("/image: which one? As in /image photo.jpg")
     with suppress(RuntimeError):  # a ~ that is no user's, as in ~$letter.png

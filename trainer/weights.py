@@ -379,7 +379,7 @@ def folders_of(weights: Path, sidecar: dict) -> tuple[str | None, str | None]:
     """The folders of tokenizer and encoder in a Transformers folder, else those that the JSON of the weights names;
     None for what is not there. Whether they still hold the same is checked later."""
     words = [weights] if (weights / "tokenizer.json").is_file() else []
-    eyes = [path.parent for path in weights.glob("*/config.json") if "clip" in read_json(path).get("model_type", "")]
+    eyes = [path.parent for path in weights.glob("*/config.json") if "clip" in str(read_json(path).get("model_type"))]
     found = []
     for own, key in ((words, "tokenizer"), (eyes, "vision_model")):
         named = sidecar[key].get("path")
