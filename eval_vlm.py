@@ -17,7 +17,7 @@ import argparse
 import sys
 from contextlib import nullcontext, redirect_stdout
 
-from trainer.cli import HelpFormatter, add_model_arguments, not_negative, positive, run_main
+from trainer.cli import HelpFormatter, add_model_arguments, not_negative, positive, run_main, share
 
 
 def parse_args(argv=None):
@@ -45,7 +45,7 @@ def parse_args(argv=None):
     )
     add("--image_dir", metavar="DIR", help="pictures to ask about without --image; default dataset/eval_images")
     add("--temperature", type=positive(float), default=0.65, help="below 1: likelier words, above: more surprising")
-    add("--top_p", type=positive(float), default=0.85, help="draw from the likeliest words that make up this share")
+    add("--top_p", type=share, default=0.85, help="draw from the likeliest words that make up this share")
     add("--greedy", action="store_true", help="always the likeliest word")
     add(
         "--int8",

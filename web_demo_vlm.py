@@ -20,7 +20,7 @@ import tempfile
 from contextlib import suppress
 from ipaddress import ip_address
 
-from trainer.cli import HelpFormatter, add_model_arguments, positive, run_main
+from trainer.cli import HelpFormatter, add_model_arguments, positive, run_main, share
 
 
 def parse_args(argv=None):
@@ -36,7 +36,7 @@ def parse_args(argv=None):
     )
     add(
         "--top_p",
-        type=positive(float),
+        type=share,
         default=0.85,
         help="the page starts with; share of the likeliest words to draw from",
     )
@@ -56,8 +56,6 @@ def parse_args(argv=None):
         args.model_mode = 2
     if not 0 <= args.temperature <= 2:
         parser.error(f"--temperature {args.temperature}: expected 0 to 2")
-    if not args.top_p <= 1:
-        parser.error(f"--top_p {args.top_p}: expected at most 1")
     if bad := [pair for pair in args.auth or [] if not re.fullmatch("[^:]+:.+", pair)]:
         parser.error(f"--auth {bad[0]}: expected NAME:PASSWORD")
     return args

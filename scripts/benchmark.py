@@ -24,6 +24,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from inspect import getdoc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -569,6 +570,7 @@ def report(found: dict) -> str:
             head = ["", "samples/s", "real tokens/s", "padding", "useful FLOP/s of peak", "GB", "ratio", "first loss"]
             hours = PUBLIC_ROWS[kind] / found[kind][-1]["samples_per_s"] / 3600
             with_clip = PUBLIC_ROWS[kind] / found[kind][-2]["samples_per_s"] / 3600
+            limits = [row["ratio"] / row["utilisation"] for row in found[kind][-2:]]
             parts += [
                 f"## {'Stage 1' if kind == 'pretrain' else 'Stage 2'}: a step of {kind}",
                 f"{about['rows']} rows in batches of {about['batch_size']}, the original way at {about['max_seq_len']} "
@@ -576,19 +578,20 @@ def report(found: dict) -> str:
                 "matrix products in the same precision.",
                 markdown(head, rows),
                 f"One epoch of {PUBLIC_ROWS[kind]:,} rows at these rates: {with_clip:.2f} h, with cached features "
-                f"{hours:.2f} h.",
+                f"{hours:.2f} h. The most that the last two rows could reach, with nothing but useful FLOP at the peak "
+                f"rate: {limits[0]:.1f}× and {limits[1]:.1f}×.",
             ]
     if "experts" in found:
         rows = [[row["name"], f"{row['samples_per_s']:.2f}", span(row)] for row in found["experts"]]
-        parts += ["## Experts", experts_table.__doc__, markdown(["", "samples/s", "ratio"], rows)]
+        parts += ["## Experts", getdoc(experts_table), markdown(["", "samples/s", "ratio"], rows)]
     if "ranks" in found:
         rows = [[row["name"], f"{row['samples_per_s']:.2f}", f"{row['ratio']:.2f}×"] for row in found["ranks"]]
-        parts += ["## Ranks", ranks_table.__doc__, markdown(["", "samples/s", "ratio"], rows)]
+        parts += ["## Ranks", getdoc(ranks_table), markdown(["", "samples/s", "ratio"], rows)]
     if "pipeline" in found:
         *rates, waiting = found["pipeline"]
         rows = [[row["name"], f"{row['pictures_per_s_and_core']:,.0f}"] for row in rates]
         rows.append([waiting["name"], f"{waiting['waiting']:.1%}"])
-        parts += ["## Pictures", pipeline_table.__doc__, markdown(["", "pictures/s and core"], rows)]
+        parts += ["## Pictures", getdoc(pipeline_table), markdown(["", "pictures/s and core"], rows)]
     if "generation" in found:
         rows = [
             [
@@ -602,10 +605,10 @@ def report(found: dict) -> str:
             for row in found["generation"]
         ]
         head = ["answers at once", "", "first token", "tokens/s", "ratio", "against one, the original way"]
-        parts += ["## Answers", generation_table.__doc__, markdown(head, rows)]
+        parts += ["## Answers", getdoc(generation_table), markdown(head, rows)]
     if "startup" in found:
         rows = [[row["name"], f"{row['median_s']:.2f} s"] for row in found["startup"]]
-        parts += ["## Starting", startup_table.__doc__, markdown(["", "time"], rows)]
+        parts += ["## Starting", getdoc(startup_table), markdown(["", "time"], rows)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -29,7 +29,7 @@ from scripts.folder import write_pth, write_transformers
 from scripts.llava import unpack_llava, write_llava
 from trainer.asking import count_parameters, open_image
 from trainer.cli import HelpFormatter, add_parts_arguments, positive, run_main
-from trainer.weights import ABOUT, build_model, describe, find_weights, write_json
+from trainer.weights import ABOUT, bare_name, build_model, describe, find_weights, write_json
 
 WRITE = {"llava": write_llava, "transformers": write_transformers, "pth": write_pth}
 
@@ -234,7 +234,7 @@ def main(argv=None):
         raise ValueError("--weights none: there is nothing to convert. Name a .pth file or a folder")
     if not weights.exists():
         raise FileNotFoundError(f"--weights {weights}: no such file or folder")
-    output = Path(args.output or weights.with_name(f"{weights.stem}_{args.to}"))
+    output = Path(args.output or weights.with_name(f"{bare_name(weights)}_{args.to}"))
     if output.exists():
         raise ValueError(f"--output {output} is there already: remove it, or name another folder")
     if args.push:

@@ -13,6 +13,7 @@ import torch
 import model as model_package
 from model.processing import DEFAULT_SYSTEM, IMAGE_TAG
 from model.processor import HIDE
+from trainer.asking import STAGES
 from trainer.weights import save_weights, weights_name, write_json, write_safely
 
 CODE = ("model_vlm.py", "model_minimind.py", "processing.py", "processor.py", "defaults.py")
@@ -139,7 +140,8 @@ def write_parts(folder: Path, model, tokenizer, tokenizer_path) -> None:
 def write_pth(folder: Path, model, tokenizer, tokenizer_path, about: dict) -> None:
     """The weights as training leaves them, with the tokenizer and encoder that eval_vlm.py needs beside them."""
     write_parts(folder, model, tokenizer, tokenizer_path)
-    save_weights(folder / weights_name(about.get("stage", "sft_vlm"), model.config), model, about)
+    stage = about.get("stage") if about.get("stage") in STAGES.values() else "sft_vlm"
+    save_weights(folder / weights_name(stage, model.config), model, about)
 
 
 def write_transformers(folder: Path, model, tokenizer, tokenizer_path, about: dict) -> None:

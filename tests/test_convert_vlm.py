@@ -160,6 +160,20 @@ def test_our_architecture_comes_back_to_the_bit_and_brings_its_own_encoder(save,
     assert capsys.readouterr().out.splitlines()[-1] == one
 
 
+def test_a_stage_that_a_folder_invents_names_no_file(save, convert):
+    weights = save()
+    made = convert("transformers", weights)
+    about = json.loads((made / "minimind.json").read_text())
+    (made / "minimind.json").write_text(json.dumps(about | {"stage": "../elsewhere"}))
+    assert (convert("pth", made) / weights.name).is_file()
+
+
+def test_the_dots_of_a_folders_name_stay(save, convert, tmp_path):
+    made = convert("transformers", save(), name="mine-v0.1")
+    convert_vlm.main(["--to", "pth", "--weights", str(made)])
+    assert (tmp_path / "mine-v0.1_pth").is_dir()
+
+
 def test_llava_becomes_our_architecture_without_a_stop_in_between(save, convert):
     weights = save(**MOE)
     direct, around = convert("transformers", weights), convert("transformers", convert("llava", weights), name="around")

@@ -14,7 +14,7 @@ from transformers import TextStreamer
 
 from model.processing import IMAGE_TAG, encode_chat, read_json
 from trainer.devices import autocast, pick_dtype
-from trainer.weights import build_model, find_weights, write_json
+from trainer.weights import bare_name, build_model, find_weights, write_json
 
 STAGES = {0: "pretrain_vlm", 1: "sft_vlm", 2: "sft_vlm_multi"}
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -271,7 +271,7 @@ def score_rows(model, tokenizer, args, weights: Path, device) -> dict:
     )
     if data.bad:
         print(data.report())
-    output = Path(args.output or weights.with_suffix(".scores.json"))
+    output = Path(args.output or weights.with_name(f"{bare_name(weights)}.scores.json"))
     # Now, rather than after an hour of answers, is the time to learn that it cannot be written. Earlier scores stay.
     write_json(output, read_json(output) if output.is_file() else {})
     result = score(model, tokenizer, data, captions, args, device, pick_dtype(args.dtype, device))

@@ -53,6 +53,12 @@ def positive(kind):
     return parse
 
 
+def share(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
+    return float(text)
+
+
 def not_negative(text: str) -> int:
     if int(text) < 0:
         raise argparse.ArgumentTypeError(f"must not be below 0, got {text}")

@@ -110,6 +110,11 @@ def read_weights(path) -> dict[str, torch.Tensor]:
     return state
 
 
+def bare_name(weights: Path) -> str:
+    """Without .pth; a folder's name may hold dots of its own, as in mine-v0.1."""
+    return weights.name if weights.is_dir() else weights.stem
+
+
 def sidecar_path(weights: Path) -> Path:
     return weights / "config.json" if weights.is_dir() else weights.with_suffix(".json")
 
