@@ -126,7 +126,7 @@ def test_tab_completes_commands_and_files(world, monkeypatch):
     monkeypatch.chdir(world)
     assert all_of("/im") == ["/image "]
     assert all_of("pict") == ["pictures/"] and all_of("pictures/bl") == ["pictures/black.png", "pictures/blue.png"]
-    assert all_of("nowhere/") == all_of("~nobody/") == []
+    assert all_of("nowhere/") == all_of("~no-such-user/") == []
 
 
 def test_questions_may_come_through_a_pipe(trained, world):
