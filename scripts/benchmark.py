@@ -82,9 +82,19 @@ def example(kind: str, row: int, random, vocab: int, max_length: int) -> dict:
 
 
 def examples_of(kind: str, args) -> list[dict]:
-    """--rows of them, the same for everything that is compared."""
+    """--rows of them, the same for everything that is compared, sorted by length.
+
+    They are batches spread evenly over a window of training's `StepSampler`. Just so many rows, sorted for themselves,
+    would differ more in length within a batch: 18% of padding where training has 2%.
+    """
     random, vocab = np.random.default_rng(0), VLMConfig(**SIZES[args.size][0]).vocab_size
-    return [example(kind, row, random, vocab, args.max_seq_len) for row in range(args.rows)]
+    window = max(32 * args.batch_size, args.rows)
+    rows = [example(kind, row, random, vocab, args.max_seq_len) for row in range(window)]
+    rows.sort(key=lambda each: len(each["input_ids"]))
+    batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
+    taken = -(-args.rows // args.batch_size)
+    chosen = [batches[(2 * i + 1) * len(batches) // (2 * taken)] for i in range(taken)]
+    return [row for batch in chosen for row in batch][: args.rows]
 
 
 @cache

@@ -87,12 +87,12 @@ def find_llm(bundle: Path) -> tuple[Path, int]:
     return found[0]
 
 
-def next_commands(out: Path, model: list, weights: Path, args) -> list[tuple[str, list[str]]]:
+def next_commands(out: Path, weights: Path, args) -> list[tuple[str, list[str]]]:
     """Three things to try: (what for, command)."""
     picture = out / "data/images/val_00000.jpg"
-    own = [*model[:-1], "out/mine"]
-    ask = ["python", "eval_vlm.py", *model, "--image", picture, "--prompt", "What is in the picture?", "--greedy"]
-    train = ["python", "train_sft_vlm.py", *own, "--from_weight", weights]
+    ask = ["python", "eval_vlm.py", "--weights", weights, "--image", picture]
+    ask += ["--prompt", "What is in the picture?", "--greedy"]
+    train = ["python", "train_sft_vlm.py", "--from_weight", weights, "--out_dir", "out/mine"]
     train += ["--data_path", "rows.jsonl", "--images_path", "pictures"]
     if not args.from_zero:
         more = "train tokenizer, encoder and language model too, from nothing", ["--from_zero", "--out_dir", "out/zero"]
@@ -137,7 +137,7 @@ def quickstart(args, again: str) -> dict:
     earlier = sum(record["seconds"] for record in read_records(out))
     records = run_steps(steps, out, again)
     weights = out / f"sft_vlm_{hidden_size}{moe}.pth"
-    result = report.summary(out, records, next_commands(out, model, weights, args))
+    result = report.summary(out, records, next_commands(out, weights, args))
     result["wall_s"] = round(earlier + time.perf_counter() - started, 1)
     write_json(out / "report.json", result)
     write_text(out / "report.html", report.page(out))

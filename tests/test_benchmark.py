@@ -1,8 +1,10 @@
 """scripts/benchmark.py in small: every kind runs, and the ways to make a step agree on the loss."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from scripts import benchmark
 
@@ -22,3 +24,14 @@ def test_all_kinds_run_and_improvements_that_change_nothing_have_the_same_loss(t
     text = (tmp_path / "benchmark_cpu.md").read_text()
     assert "## Stage 1: a step of pretrain" in text and "## Answers" in text and text in capsys.readouterr().out
     assert json.loads((tmp_path / "benchmark_cpu.json").read_text()) == found
+
+
+@pytest.mark.parametrize("kind, mean", [("pretrain", 258.6), ("sft", 378.9)])
+def test_a_few_rows_have_the_length_and_padding_of_many(kind, mean):
+    args = SimpleNamespace(rows=16, batch_size=8, size="26m", max_seq_len=640)
+    examples = benchmark.examples_of(kind, args)
+    lengths = [len(example["input_ids"]) for example in examples]
+    assert len(examples) == 16 and sum(lengths) / 16 == pytest.approx(mean, rel=0.02)
+    short = benchmark.ways(torch.device("cpu"), compile=False)[1]
+    batches = benchmark.batches_of(examples, short, args.batch_size, args.max_seq_len)
+    assert sum(lengths) / sum(batch["input_ids"].numel() for batch in batches) > 0.95
