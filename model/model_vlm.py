@@ -94,7 +94,7 @@ def why_unreadable(error: BaseException) -> str:
 
 
 class MiniMindVLM(MiniMindForCausalLM):
-    """The vision-language model. `vision_encoder` is frozen, always in eval mode, and never saved."""
+    """The vision-language model. `vision_encoder` is frozen, always in eval mode, and never saved with the weights."""
 
     config_class = VLMConfig
 
@@ -159,14 +159,17 @@ class MiniMindVLM(MiniMindForCausalLM):
             model.load_vision_encoder(vision_model_path)
         return loaded
 
-    def save_pretrained(self, path, **kwargs):
-        """As in Transformers, without the encoder."""
-        kwargs.setdefault("state_dict", self.text_state_dict())
-        super().save_pretrained(path, **kwargs)
+    def save_pretrained(self, path, state_dict=None, **kwargs):
+        """As in Transformers; the encoder goes to path/vision_encoder, where `from_pretrained` looks for it."""
+        if self.vision_encoder is not None and kwargs.get("is_main_process", True):
+            self.vision_encoder.save_pretrained(Path(path) / "vision_encoder")
+            self.processor.save_pretrained(Path(path) / "vision_encoder")
+        super().save_pretrained(path, state_dict=self.text_state_dict(state_dict), **kwargs)
 
-    def text_state_dict(self) -> dict[str, torch.Tensor]:
+    def text_state_dict(self, state_dict=None) -> dict[str, torch.Tensor]:
         """All weights but the encoder's."""
-        return {key: value for key, value in self.state_dict().items() if not key.startswith("vision_encoder.")}
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        return {key: value for key, value in state_dict.items() if not key.startswith("vision_encoder.")}
 
     def train(self, mode: bool = True):
         super().train(mode)

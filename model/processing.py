@@ -91,6 +91,30 @@ class ImageProcessor:
             config.get("image_std", default.image_std),
         )
 
+    def save_pretrained(self, folder) -> None:
+        """Writes `preprocessor_config.json`."""
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        (Path(folder) / "preprocessor_config.json").write_text(text, encoding="utf-8")
+
+    def to_dict(self) -> dict:
+        """In the words of Transformers."""
+        height, width = self.crop_size
+        size = self.size
+        return {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": size} if isinstance(size, int) else {"height": size[0], "width": size[1]},
+            "resample": int(self.resample),
+            "do_center_crop": True,
+            "crop_size": {"height": height, "width": width},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": self.image_mean,
+            "image_std": self.image_std,
+        }
+
     def resize(self, image: Image.Image) -> torch.Tensor:
         """A picture of any mode and size → uint8 (3, H, W)."""
         image = to_rgb(image)

@@ -97,26 +97,6 @@ def encoder_config(encoder) -> dict:
     return {"model_type": "clip_vision_model"} | {key: getattr(encoder.config, key) for key in fields}
 
 
-def preprocessor_config(processor) -> dict:
-    """An `ImageProcessor` in the words of Transformers."""
-    height, width = processor.crop_size
-    size = processor.size
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": size} if isinstance(size, int) else {"height": size[0], "width": size[1]},
-        "resample": int(processor.resample),
-        "do_center_crop": True,
-        "crop_size": {"height": height, "width": width},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": processor.image_mean,
-        "image_std": processor.image_std,
-    }
-
-
 def write_encoder(folder: Path, state: dict, config: dict, preprocessor: dict) -> None:
     """A CLIP folder, for --vision_model_path."""
     folder.mkdir()
@@ -130,7 +110,7 @@ def write_parts(folder: Path, model, tokenizer, tokenizer_path) -> None:
     shutil.copyfile(Path(tokenizer_path) / "tokenizer.json", folder / "tokenizer.json")  # its sha256 stays
     write_tokenizer_config(folder, tokenizer.pad_token)
     eyes = model.vision_encoder
-    about_eyes = encoder_config(eyes), preprocessor_config(model.processor)
+    about_eyes = encoder_config(eyes), model.processor.to_dict()
     write_encoder(folder / "vision_encoder", eyes.state_dict(), *about_eyes)
 
 

@@ -19,7 +19,6 @@ from model.processor import HIDE
 from scripts.folder import (
     clip_names,
     encoder_config,
-    preprocessor_config,
     token_ids,
     write_encoder,
     write_tokenizer_config,
@@ -170,7 +169,7 @@ def write_llava(folder: Path, model, tokenizer, tokenizer_path, about: dict) -> 
     write_json(folder / "config.json", config)
     suppress = {"max_new_tokens": 512, "suppress_tokens": [image["id"]]}
     write_json(folder / "generation_config.json", token_ids(tokenizer) | suppress)
-    write_json(folder / "preprocessor_config.json", preprocessor_config(model.processor))
+    write_json(folder / "preprocessor_config.json", model.processor.to_dict())
     processor = {
         "processor_class": "LlavaProcessor",
         "image_token": IMAGE_TAG,

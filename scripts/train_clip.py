@@ -235,14 +235,10 @@ def save(model, config: dict, processor: ImageProcessor, folder: Path, vision_on
     if vision_only:
         state = {key: value for key, value in state.items() if key.startswith("vision_model.")}
         config = {key: value for key, value in config.items() if key != "text_config"}
-    edge = processor.crop_size[0]
-    preprocessor = {"feature_extractor_type": "CLIPFeatureExtractor", "size": edge, "crop_size": edge, "resample": 3}
-    preprocessor |= dict.fromkeys(("do_resize", "do_center_crop", "do_normalize"), True)
-    preprocessor |= {"image_mean": processor.image_mean, "image_std": processor.image_std}
     # Not save_file, whose file nobody but its owner may read.
     weights = safetensors.torch.save(state, metadata={"format": "pt"})
     write_safely(folder / "model.safetensors", lambda file: file.write(weights))
-    for name, content in {"config": config, "preprocessor_config": preprocessor, "metrics": metrics}.items():
+    for name, content in {"config": config, "preprocessor_config": processor.to_dict(), "metrics": metrics}.items():
         write_json(folder / f"{name}.json", content)
 
 

@@ -381,13 +381,14 @@ def test_a_model_without_eyes_reads_text_and_refuses_pictures(make_vlm):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("use_moe", [False, True])
-def test_a_saved_model_holds_no_encoder_and_comes_back_with_its_logits(make_vlm, clip_folder, tmp_path, dtype, use_moe):
+def test_a_saved_model_has_its_encoder_beside_it_and_comes_back_with_its_logits(make_vlm, tmp_path, dtype, use_moe):
     model = lively(make_vlm(use_moe=use_moe))
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, state_dict=None)  # as Trainer does
     saved = set(load_file(tmp_path / "model.safetensors"))
     assert saved == set(model.text_state_dict()) - {"lm_head.weight"}  # the tied half
     assert not any("vision_encoder" in name for name in saved)
-    again = MiniMindVLM.from_pretrained(tmp_path, vision_model_path=clip_folder, dtype=dtype)
+    again = MiniMindVLM.from_pretrained(tmp_path, dtype=dtype)
+    assert vars(again.processor) == vars(model.processor)
     assert again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()
     assert again.dtype == dtype and again.config.model_type == "minimind-v"
     assert again.config.image_ids == PICTURE and not again.training
@@ -399,6 +400,16 @@ def test_a_saved_model_holds_no_encoder_and_comes_back_with_its_logits(make_vlm,
         assert torch.equal(logits, expected)
     elif not use_moe:  # rounding may send a token to another expert
         torch.testing.assert_close(logits.float(), expected, atol=0.03 if dtype == torch.float16 else 0.3, rtol=0)
+
+
+def test_weights_that_a_trainer_hands_over_are_saved_without_the_encoder(make_vlm, tmp_path):
+    model = lively(make_vlm())
+    model.save_pretrained(tmp_path / "all", state_dict={key: value + 1 for key, value in model.state_dict().items()})
+    saved = load_file(tmp_path / "all/model.safetensors")
+    assert set(saved) == set(model.text_state_dict())
+    assert torch.equal(saved["model.norm.weight"], model.model.norm.weight + 1)
+    model.save_pretrained(tmp_path / "rank_1", is_main_process=False)
+    assert not (tmp_path / "rank_1/vision_encoder").exists()
 
 
 # ---------------------------------------------------------------------------- configuration and pictures
