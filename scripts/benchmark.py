@@ -200,7 +200,7 @@ class Training:
             for group in optimizer.param_groups:
                 group["peak"] = group["lr"]
         self.run = SimpleNamespace(
-            args=SimpleNamespace(seed=0, warmup_iters=0, grad_clip=1.0),
+            args=SimpleNamespace(seed=0, warmup_iters=0, schedule="cosine", grad_clip=1.0),
             model=self.model,
             forward=forward,
             optimizer=optimizer,

@@ -73,6 +73,12 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine_to_a_tenth():
     assert all(a > b for a, b in zip(shares[100:], shares[101:]))
 
 
+def test_the_learning_rate_falls_linearly_to_zero():
+    shares = [schedule(step, total=1000, warmup=100, shape="linear") for step in range(1000)]
+    assert shares[:101] == pytest.approx([*((step + 1) / 100 for step in range(100)), 1])
+    assert shares[100:] == pytest.approx([(1000 - step) / 900 for step in range(100, 1000)])
+
+
 @pytest.mark.parametrize("total", [1, 2, 9, 10, 50])
 def test_a_run_shorter_than_its_warmup_still_reaches_the_peak_and_comes_down(total):
     shares = [schedule(step, total, warmup=100) for step in range(total)]

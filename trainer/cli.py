@@ -152,6 +152,7 @@ def add_training_arguments(
     add("--embedding_learning_rate", type=positive(float), help="peak, for the embeddings; default: as the LLM")
     add("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for the matrices of the blocks")
     add("--warmup_iters", type=not_negative, default=100, help="steps of linear warmup, at most a tenth of the run")
+    add("--schedule", choices=["cosine", "linear"], default="cosine", help="then, to a tenth of the peak, or to zero")
     add("--weight_decay", type=float, default=0.1, help="AdamW's, for matrices; norms and biases have none")
     add("--grad_clip", type=positive(float), default=1.0, help="largest norm of the gradient")
     add("--dropout", type=float, default=0.0, help="share of activations set to 0 while training")

@@ -235,7 +235,7 @@ def train_step(run: Run, step: list[dict], labels: float, rows: float) -> tuple[
     loss or the gradient is not finite; the weights are then still those of the step before.
     """
     args, optimizer, scaler = run.args, run.optimizer, run.scaler
-    set_learning_rate(optimizer, schedule(run.state.step, run.total_steps, args.warmup_iters))
+    set_learning_rate(optimizer, schedule(run.state.step, run.total_steps, args.warmup_iters, args.schedule))
     # Dropout draws from a stream of its own per step and rank, so that resuming needs no state of it.
     torch.manual_seed((args.seed * 1_000_003 + run.state.step) * 4096 + rank())
     optimizer.zero_grad(set_to_none=True)

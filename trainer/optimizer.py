@@ -128,12 +128,14 @@ def optimizer_of(model, args):
     )
 
 
-def schedule(step: int, total: int, warmup: int) -> float:
-    """Share of the peak learning rate at a step: linear warmup, then a cosine down to a tenth."""
+def schedule(step: int, total: int, warmup: int, shape: str = "cosine") -> float:
+    """Share of the peak learning rate at a step: linear warmup, then a "cosine" to a tenth or a "linear" fall to 0."""
     warmup = min(warmup, total // 10)
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(total - warmup, 1)
+    if shape == "linear":
+        return 1 - progress
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 

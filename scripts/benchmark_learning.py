@@ -1,0 +1,166 @@
+"""How many rows does a recipe need to reach the validation loss of the original one?
+
+    python -m scripts.benchmark_learning --data_path DATA --out_dir out/learning --results results/learning_scenes \
+        -- --tokenizer_path model/tiny --vision_model_path model/tiny/clip \
+        --from_weight out/quickstart/pretrain_vlm_128.pth
+
+DATA holds train*.jsonl, val*.jsonl and images/; what follows `--` goes to train_sft_vlm.py. The original recipe is
+AdamW with one learning rate for all, a cosine down to a tenth, no warmup; its rate is the best of --rates. It sees all
+--rows. Each other recipe sees shares of them, with a schedule of its own that ends there, and has reached the original
+where its last validation loss is not above that of the same seed; one that has not, on average, is not tried with a
+smaller share. Runs that are done are not done again.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from trainer.cli import HelpFormatter, positive, run_main
+
+
+def recipes(rate: float, batch_size: int) -> dict[str, dict]:
+    """{name: flags}; the first is the original."""
+    base = {"learning_rate": rate, "projector_learning_rate": rate, "warmup_iters": 0, "schedule": "cosine"}
+    base |= {"batch_size": batch_size}
+    muon = base | {"optimizer": "muon", "warmup_iters": 20}
+    return {
+        "original: AdamW, one rate, no warmup": base,
+        "warmup of 50 steps": base | {"warmup_iters": 50},
+        "embeddings and projector at three times the rate": base
+        | {"embedding_learning_rate": 3 * rate, "projector_learning_rate": 3 * rate},
+        "a line to zero instead of a cosine to a tenth": base | {"schedule": "linear"},
+        "half the batch": base | {"batch_size": batch_size // 2},
+        "Muon for the matrices of the blocks": muon,
+        "Muon, its rate doubled": muon | {"learning_rate": 2 * rate, "embedding_learning_rate": rate},
+        "Muon, a line to zero": muon | {"schedule": "linear"},
+    }
+
+
+def subset(data: Path, rows: int, out: Path) -> Path:
+    """The first rows of all training files together, shuffled once."""
+    path = out / f"train_{rows}.jsonl"
+    if not path.exists():
+        lines = [line for file in sorted(data.glob("train*.jsonl")) for line in file.open(encoding="utf-8")]
+        if len(lines) < rows:
+            raise ValueError(f"--rows {rows}: {data} has {len(lines)}")
+        random.Random(0).shuffle(lines)
+        path.write_text("".join(lines[:rows]), encoding="utf-8")
+    return path
+
+
+def train(job: dict, args) -> dict:
+    """A run of train_sft_vlm.py in a process of its own, on one thread → the job with its last validation loss."""
+    name = "_".join(f"{key}{job[key]}" for key in ("recipe", "rate", "share", "seed"))
+    out = args.out_dir / "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in name)
+    done = out / "result.json"
+    if not done.exists():
+        flags = recipes(job["rate"], args.batch_size)[job["recipe"]] | {
+            "data_path": subset(args.data_path, round(args.rows * job["share"]), args.out_dir),
+            "images_path": args.data_path / "images",
+            "seed": job["seed"],
+            "out_dir": out,
+            "num_workers": 0,
+            "device": "cpu",
+        }
+        command = [sys.executable, "train_sft_vlm.py", *args.flags]
+        command += [str(part) for key, value in flags.items() for part in (f"--{key}", value)]
+        command += ["--val_path", *map(str, sorted(args.data_path.glob("val*.jsonl")))]
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / "log").open("w") as log:
+            code = subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+        if code:
+            raise ValueError(f"a run ended with status {code}, see {out / 'log'}")
+        metrics = next(out.glob("*.metrics.jsonl")).read_text().splitlines()
+        losses = [record["val_loss"] for record in map(json.loads, metrics) if "val_loss" in record]
+        done.write_text(json.dumps({"val_loss": losses[-1]}))
+        for file in out.glob("*.p*"):  # weights and checkpoints: megabytes that nobody asked for
+            file.unlink()
+    job |= json.loads(done.read_text())
+    print(
+        f"{job['val_loss']:.4f}  {job['share']:.0%} of the rows, seed {job['seed']}, {job['recipe']} at {job['rate']}"
+    )
+    sys.stdout.flush()
+    return job
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--data_path", type=Path, required=True, metavar="DIR", help="train*.jsonl, val*.jsonl and images/")
+    add("--out_dir", type=Path, default=Path("out/learning"), help="of the runs")
+    add("--results", type=Path, required=True, metavar="PATH", help="PATH.md and PATH.json are written")
+    add("--rows", type=positive(int), default=8000, help="that the original recipe sees")
+    add("--batch_size", type=positive(int), default=16, help="of the original recipe")
+    add(
+        "--rates", nargs="+", type=positive(float), default=[1e-3, 2e-3, 4e-3], help="that the original may choose from"
+    )
+    add("--shares", nargs="+", type=positive(float), default=[0.4, 0.6], help="of the rows, for all other recipes")
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of the order of rows, and of weights that start anew")
+    add("--jobs", type=positive(int), default=2, help="runs at a time, a thread each")
+    add("flags", nargs="*", help="after --: flags of train_sft_vlm.py")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    original, *others = recipes(1, args.batch_size)
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    for share in sorted({1.0, *args.shares}, reverse=True):  # before the runs, which write beside each other
+        subset(args.data_path, round(args.rows * share), args.out_dir)
+    with ThreadPoolExecutor(args.jobs) as pool:
+
+        def run(jobs):
+            return list(pool.map(lambda job: train(job, args), jobs))
+
+        tuned = run({"recipe": original, "rate": rate, "share": 1.0, "seed": args.seeds[0]} for rate in args.rates)
+        rate = min(tuned, key=lambda job: job["val_loss"])["rate"]
+        base = run({"recipe": original, "rate": rate, "share": 1.0, "seed": seed} for seed in args.seeds)
+        wanted = {job["seed"]: job["val_loss"] for job in base}
+        found, names = [], others
+        for share in sorted(args.shares, reverse=True):
+            tried = run(
+                {"recipe": name, "rate": rate, "share": share, "seed": seed} for name in names for seed in args.seeds
+            )
+            found += tried
+            names = [name for name in names if mean_gap([job for job in tried if job["recipe"] == name], wanted) <= 0]
+    rows = [[original, "100%", *losses(base), "", ""]]
+    for name in others:
+        for share in sorted(args.shares, reverse=True):
+            jobs = [job for job in found if job["recipe"] == name and job["share"] == share]
+            if not jobs:
+                continue
+            gaps = [job["val_loss"] - wanted[job["seed"]] for job in jobs]
+            reached = f"{sum(gap <= 0 for gap in gaps)} of {len(gaps)}"
+            gap = f"{statistics.mean(gaps):+.4f} ({min(gaps):+.4f} to {max(gaps):+.4f})"
+            rows.append([name, f"{share:.0%}", *losses(jobs), gap, reached])
+    head = ["recipe", "rows", "validation loss", "lowest to highest", "above the original's", "seeds that reach it"]
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+    tried = ", ".join(f"{job['rate']:g}: {job['val_loss']:.4f}" for job in tuned)
+    text = (
+        f"{args.rows} rows of {args.data_path.name}, batches of {args.batch_size}, seeds {args.seeds}. Rates tried for "
+        f"the original: {tried}.\n\n{table}\n"
+    )
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    args.results.with_suffix(".md").write_text(text, encoding="utf-8")
+    args.results.with_suffix(".json").write_text(json.dumps([*tuned, *base[1:], *found], indent=1) + "\n")
+    print(f"\n{text}")
+    return rows
+
+
+def mean_gap(jobs, wanted) -> float:
+    return statistics.mean(job["val_loss"] - wanted[job["seed"]] for job in jobs)
+
+
+def losses(jobs) -> tuple[str, str]:
+    found = [job["val_loss"] for job in jobs]
+    return f"{statistics.mean(found):.4f}", f"{min(found):.4f} to {max(found):.4f}"
+
+
+if __name__ == "__main__":
+    run_main(main)
