@@ -117,7 +117,10 @@ class ShuffledPictures(VLMDataset):
             random.Random(seed).shuffle(alike)
             self.other |= {own: names[other] for own, other in zip(alike, alike[1:] + alike[:1]) if own != other}
         if not self.other:
-            raise ValueError("the rows have no two different pictures to exchange, so looking cannot be tested")
+            raise ValueError(
+                "--data_path: its rows have no two different pictures to exchange, to tell whether the model looks. "
+                "Add a row with another picture, or ask about one with --image"
+            )
 
     def shown(self, row: int, images: list[str]) -> tuple:
         """The source of a row and what its pictures are, given their names."""
