@@ -374,7 +374,9 @@ def ask(scenes, kind: str, lang: str, rng, used: Counter, new: bool, form: str =
 # ---------------------------------------------------------------------------- rows
 
 
-def rows_of(scene, image: str, rng, used: Counter, rows=4, kinds=USUAL, new=False, other=None) -> list[dict]:
+def rows_of(
+    scene, image: str, rng, used: Counter, rows=4, kinds=USUAL, new=False, other=None, lists=tuple(EACH)
+) -> list[dict]:
     """Conversations about a scene, half of them Chinese, in the format of the module's docstring; `rows` of them, fewer
     where the scene allows fewer.
 
@@ -385,6 +387,7 @@ def rows_of(scene, image: str, rng, used: Counter, rows=4, kinds=USUAL, new=Fals
         kinds: the keys of KINDS to choose from.
         new: for val_new, ask only about what is_new.
         other: (scene, name of the picture) to compare with; without it there is no "compare".
+        lists: the keys of EACH to choose from.
     """
     kinds = [kind for kind in kinds if kind != "compare" or other]
     weights = [KINDS[kind] for kind in kinds]
@@ -399,7 +402,7 @@ def rows_of(scene, image: str, rng, used: Counter, rows=4, kinds=USUAL, new=Fals
         if kind == "multi":
             turns = [(turn, "") for turn in rng.choices(TURNS, k=rng.randint(*LENGTH))]
         elif kind == "each":
-            turns = [(kind, form) for form in rng.sample(list(EACH), 3)]
+            turns = [(kind, form) for form in rng.sample(lists, min(3, len(lists)))]
         asked = {}  # question and answer: kind
         for turn, form in turns:
             pair = ask([one for one, _ in shown], turn, lang, rng, used, new, form)
@@ -413,7 +416,8 @@ def rows_of(scene, image: str, rng, used: Counter, rows=4, kinds=USUAL, new=Fals
             chat += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         tags = "\n".join(["<image>"] * len(shown))
         parts = [tags, chat[0]["content"]]
-        chat[0]["content"] = "\n".join(parts if kind == "compare" or rng.random() < 0.5 else parts[::-1])
+        pictures_first = kind == "compare" or rng.random() < 0.5 or kind == "each"  # easier to learn to look up from
+        chat[0]["content"] = "\n".join(parts if pictures_first else parts[::-1])
         names = ", ".join(picture for _, picture in shown)
         kinds_asked = list(asked.values()) if kind == "multi" else kind
         found.append({"conversations": chat, "image": names, "kind": kinds_asked, "lang": lang})
@@ -452,10 +456,10 @@ def captions_of(scene: Scene, image: str) -> list[dict]:
     ]
 
 
-def text_rows_of(scene, rng, used, rows=4, kinds=USUAL, new=False, other=None) -> list[dict]:
+def text_rows_of(scene, rng, used, rows=4, kinds=USUAL, new=False, other=None, lists=tuple(EACH)) -> list[dict]:
     """As `rows_of`, with each picture in words instead, so without "image"; other: a scene to compare with."""
     scenes = {"one": scene, "two": other}
-    found = rows_of(scene, "one", rng, used, rows, kinds, new, other and (other, "two"))
+    found = rows_of(scene, "one", rng, used, rows, kinds, new, other and (other, "two"), lists)
     for row in found:
         for picture in row.pop("image").split(", "):
             words = describe_in_words(scenes[picture])
@@ -479,6 +483,7 @@ def write_world(
     kinds=USUAL,
     form="chat",
     objects=(1, 4),
+    lists=tuple(EACH),
 ) -> dict:
     """Writes train.jsonl, val.jsonl, val_new.jsonl and images/ into out_dir; returns {split: number of rows}.
 
@@ -495,7 +500,7 @@ def write_world(
             for i, scene in enumerate(scenes_of(split, count, seed, objects)):
                 rng = random.Random(f"{seed} {split} {i} rows")
                 if form == "text":
-                    found = text_rows_of(scene, rng, used, rows, kinds, split == "val_new", other)
+                    found = text_rows_of(scene, rng, used, rows, kinds, split == "val_new", other, lists)
                     other = scene
                 else:
                     image = f"{split}_{i:05}.jpg"
@@ -505,7 +510,7 @@ def write_world(
                     if form == "captions":
                         found = captions_of(scene, image)
                     else:
-                        found = rows_of(scene, image, rng, used, rows, kinds, split == "val_new", other)
+                        found = rows_of(scene, image, rng, used, rows, kinds, split == "val_new", other, lists)
                     other = (scene, image)
                 for row in found:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -532,6 +537,8 @@ def main(argv=None):
     parser.add_argument("--objects", type=int, nargs=2, default=(1, 4), metavar=("MIN", "MAX"), help=few)
     parser.add_argument("--rows", type=int, default=4, help="conversations about a picture, number")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(USUAL), help="kinds of conversation to write")
+    lists = "what conversations of kind each ask of all objects"
+    parser.add_argument("--lists", nargs="+", choices=EACH, default=list(EACH), help=lists)
     forms = "chat, for a VLM; text, in which words take the place of pictures, for an LLM; captions, for an encoder"
     parser.add_argument("--form", choices=("chat", "text", "captions"), default="chat", help=forms)
     args = parser.parse_args(argv)

@@ -567,6 +567,18 @@ def test_a_question_about_each_is_answered_as_the_questions_about_one(scenes):
     assert len(forms) == 10 and min(forms.values()) > 10
 
 
+def test_lists_ask_only_what_they_are_told_to(tmp_path):
+    flags = ["--out_dir", str(tmp_path), "--scenes", "30", "--val_scenes", "5", "--form", "text", "--kinds", "each"]
+    for lists, known in [
+        (["place"], r"Where are |各在哪里？"),
+        (["size", "shape"], r"What s(ize|hape)s |各(有多大|是什么形状)？"),
+    ]:
+        world.main([*flags, "--lists", *lists])
+        rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+        asked = [turn["content"] for row in rows for turn in row["conversations"][::2]]
+        assert len(asked) > 30 and all(re.search(known, question) for question in asked)
+
+
 def test_scenes_hold_as_many_objects_as_asked_for(tmp_path):
     flags = ["--out_dir", str(tmp_path), "--scenes", "30", "--val_scenes", "5", "--form", "text", "--kinds", "describe"]
     world.main([*flags, "--objects", "2", "3"])
