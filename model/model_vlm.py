@@ -159,12 +159,13 @@ class MiniMindVLM(MiniMindForCausalLM):
             model.load_vision_encoder(vision_model_path)
         return loaded
 
-    def save_pretrained(self, path, state_dict=None, **kwargs):
-        """As in Transformers; the encoder goes to path/vision_encoder, where `from_pretrained` looks for it."""
-        if self.vision_encoder is not None and kwargs.get("is_main_process", True):
-            self.vision_encoder.save_pretrained(Path(path) / "vision_encoder")
-            self.processor.save_pretrained(Path(path) / "vision_encoder")
-        super().save_pretrained(path, state_dict=self.text_state_dict(state_dict), **kwargs)
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
+        """As in Transformers; the encoder goes to vision_encoder in that folder, as `from_pretrained` expects."""
+        if self.vision_encoder is not None and is_main_process:
+            folder = Path(save_directory) / "vision_encoder"
+            self.vision_encoder.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+        super().save_pretrained(save_directory, is_main_process, self.text_state_dict(state_dict), **kwargs)
 
     def text_state_dict(self, state_dict=None) -> dict[str, torch.Tensor]:
         """All weights but the encoder's."""
