@@ -416,7 +416,8 @@ def rows_of(
             chat += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         tags = "\n".join(["<image>"] * len(shown))
         parts = [tags, chat[0]["content"]]
-        pictures_first = kind == "compare" or rng.random() < 0.5 or kind == "each"  # easier to learn to look up from
+        # Lists too, which are easier to learn so; they draw all the same, so that the rows after them stay as are.
+        pictures_first = kind == "compare" or rng.random() < 0.5 or kind == "each"
         chat[0]["content"] = "\n".join(parts if pictures_first else parts[::-1])
         names = ", ".join(picture for _, picture in shown)
         kinds_asked = list(asked.values()) if kind == "multi" else kind

@@ -21,6 +21,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from scripts.steps import write_json, write_text
 from trainer.cli import HelpFormatter, positive, run_main
 
 
@@ -50,7 +51,7 @@ def subset(data: Path, rows: int, out: Path) -> Path:
         if len(lines) < rows:
             raise ValueError(f"--rows {rows}: {data} has {len(lines)}")
         random.Random(0).shuffle(lines)
-        path.write_text("".join(lines[:rows]), encoding="utf-8")
+        write_text(path, "".join(lines[:rows]))
     return path
 
 
@@ -78,7 +79,7 @@ def train(job: dict, args) -> dict:
             raise ValueError(f"a run ended with status {code}, see {out / 'log'}")
         metrics = next(out.glob("*.metrics.jsonl")).read_text().splitlines()
         losses = [record["val_loss"] for record in map(json.loads, metrics) if "val_loss" in record]
-        done.write_text(json.dumps({"val_loss": losses[-1]}))
+        write_json(done, {"val_loss": losses[-1]})
         for file in out.glob("*.p*"):  # weights and checkpoints: megabytes that nobody asked for
             file.unlink()
     job |= json.loads(done.read_text())
@@ -128,16 +129,16 @@ def main(argv=None):
                 {"recipe": name, "rate": rate, "share": share, "seed": seed} for name in names for seed in args.seeds
             )
             found += tried
-            names = [name for name in names if mean_gap([job for job in tried if job["recipe"] == name], wanted) <= 0]
+            names = [name for name in names if statistics.mean(gaps(of(tried, name, share), wanted)) <= 0]
     rows = [[original, "100%", *losses(base), "", ""]]
     for name in others:
         for share in sorted(args.shares, reverse=True):
-            jobs = [job for job in found if job["recipe"] == name and job["share"] == share]
+            jobs = of(found, name, share)
             if not jobs:
                 continue
-            gaps = [job["val_loss"] - wanted[job["seed"]] for job in jobs]
-            reached = f"{sum(gap <= 0 for gap in gaps)} of {len(gaps)}"
-            gap = f"{statistics.mean(gaps):+.4f} ({min(gaps):+.4f} to {max(gaps):+.4f})"
+            above = gaps(jobs, wanted)
+            reached = f"{sum(gap <= 0 for gap in above)} of {len(above)}"
+            gap = f"{statistics.mean(above):+.4f} ({min(above):+.4f} to {max(above):+.4f})"
             rows.append([name, f"{share:.0%}", *losses(jobs), gap, reached])
     head = ["recipe", "rows", "validation loss", "lowest to highest", "above the original's", "seeds that reach it"]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
@@ -146,15 +147,19 @@ def main(argv=None):
         f"{args.rows} rows of {args.data_path.name}, batches of {args.batch_size}, seeds {args.seeds}. Rates tried for "
         f"the original: {tried}.\n\n{table}\n"
     )
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    args.results.with_suffix(".md").write_text(text, encoding="utf-8")
-    args.results.with_suffix(".json").write_text(json.dumps([*tuned, *base[1:], *found], indent=1) + "\n")
+    write_text(args.results.with_suffix(".md"), text)
+    write_json(args.results.with_suffix(".json"), [*tuned, *base[1:], *found])
     print(f"\n{text}")
     return rows
 
 
-def mean_gap(jobs, wanted) -> float:
-    return statistics.mean(job["val_loss"] - wanted[job["seed"]] for job in jobs)
+def of(jobs, name: str, share: float) -> list[dict]:
+    return [job for job in jobs if job["recipe"] == name and job["share"] == share]
+
+
+def gaps(jobs, wanted: dict[int, float]) -> list[float]:
+    """How far each is above the original of the same seed."""
+    return [job["val_loss"] - wanted[job["seed"]] for job in jobs]
 
 
 def losses(jobs) -> tuple[str, str]:
