@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from model.processing import ImageProcessor, encode_chat, load_tokenizer, vision_config
@@ -42,7 +43,9 @@ def levels_apart(processor, reference, image, shown=None):
 
 
 def assert_equals_reference(processor, reference, image):
-    assert levels_apart(processor, reference, image).max() < 0.01  # none differs
+    """But for rounding: PyTorch's filters have weights of 16 bits, Pillow's of 22. (Bilinear ones: 6 in 100 values.)"""
+    apart = levels_apart(processor, reference, image)
+    assert apart.max() < 2.01 and (apart > 0.5).float().mean() < 0.1
 
 
 @pytest.mark.parametrize(
@@ -163,9 +166,11 @@ OLD = {"size": 32, "crop_size": 32, "resample": 3, "do_center_crop": True, "feat
 NEW = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 24}, "resample": 2}
 SQUASH = {"size": {"height": 32, "width": 24}, "do_center_crop": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 UNCROPPED = SQUASH | {"crop_size": {"height": 8, "width": 8}}
+PADDED = {"size": {"shortest_edge": 24}, "crop_size": {"height": 32, "width": 28}}
+BY_PILLOW = OLD | {"resample": 1}
 
 
-@pytest.mark.parametrize("written", [OLD, NEW, SQUASH, UNCROPPED])
+@pytest.mark.parametrize("written", [OLD, NEW, SQUASH, UNCROPPED, PADDED, BY_PILLOW])
 def test_preprocessor_files_old_and_new_are_read_as_transformers_reads_them(written, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(written))
     ours, reference = ImageProcessor.from_pretrained(tmp_path), ReferenceProcessor.from_pretrained(tmp_path)
@@ -233,13 +238,13 @@ def test_sixteen_bits_of_grey_are_scaled_and_not_clipped(mode, tmp_path):
 
 @pytest.mark.parametrize("size", [(30000, 1), (1, 30000)])
 def test_a_line_of_pixels_shows_its_middle_without_taking_all_memory(size, monkeypatch):
-    resize, areas = Image.Image.resize, []
+    resize, areas = F.interpolate, []
 
-    def spy(self, size, *args, **kwargs):
+    def spy(pixels, size, **kwargs):
         areas.append(size[0] * size[1])
-        return resize(self, size, *args, **kwargs)
+        return resize(pixels, size, **kwargs)
 
-    monkeypatch.setattr(Image.Image, "resize", spy)
+    monkeypatch.setattr(F, "interpolate", spy)
     ramp = np.linspace(0, 255, 30000).astype(np.uint8).reshape(size[1], size[0])
     pixels = ImageProcessor().resize(Image.fromarray(ramp))
     assert areas and max(areas) <= 100 * 224 * 224
