@@ -9,7 +9,7 @@ of which is shown before it runs. Ctrl-C and a second start go on where it was. 
 
     tokenizer.json, tokenizer_config.json      scripts.train_tokenizer
     clip/                                      scripts.train_clip, an ordinary CLIP folder, vision half only
-    llm_{hidden}.pth, .json                    scripts.train_llm in six lessons, fp16
+    llm_{hidden}.pth, .json                    scripts.train_llm in seven lessons, fp16
 """
 
 import argparse
@@ -45,7 +45,7 @@ def recipe(folder: Path) -> list[Step]:
         return [*command, "--kinds", *kinds]
 
     def lesson(number, **shares):
-        out = folder if number == 6 else folder / f"lesson_{number}"
+        out = folder if number == 7 else folder / f"lesson_{number}"
         command = [*llm, "--data_path", *(folder / name / "train.jsonl" for name in shares)]
         command += ["--data_weights", *shares.values(), "--val_path", folder / next(iter(shares)) / "val.jsonl"]
         return [*command, "--out_dir", out, "--from_weight", folder / f"lesson_{number - 1}" / weights, *muon]
@@ -61,9 +61,11 @@ def recipe(folder: Path) -> list[Step]:
         *(Step(name, f"scenes of three or four objects, with lists of their {name}s, for the next three",
                [*in_words(name, 20000, ["each"], (3, 4), seed), "--lists", name])
           for seed, name in enumerate(("colour", "shape", "size", "place", "object"), start=4)),
-        Step("text", "scenes in words with whole conversations about them, for its fifth",
+        Step("describe", "scenes of one to four objects, with descriptions, for its fifth",
+             in_words("describe", 20000, ["describe"], (1, 4), 10)),
+        Step("text", "scenes in words with whole conversations about them, for its sixth",
              in_words("text", 42000, ["multi", "describe", "compare", "each"], (1, 4), 2)),
-        Step("practice", "and with questions of the kinds that it answers worst, for its sixth",
+        Step("practice", "and with questions of the kinds that it answers worst, for its seventh",
              in_words("practice", 20000, ["describe", "compare", "count", "exists"], (1, 4), 9)),
         Step("tokenizer", "learn which letters make a token", [
             "python", "-m", "scripts.train_tokenizer", "--data_path", text / "train.jsonl",
@@ -91,9 +93,11 @@ def recipe(folder: Path) -> list[Step]:
              lesson(3, place=1, colour=0.2, size=0.3, shape=0.1), resumable=True),
         Step("fourth lesson", "to find it by its place",
              lesson(4, object=1, place=0.3, colour=0.1, size=0.2, shape=0.1), resumable=True),
-        Step("fifth lesson", "to answer all kinds of questions", lesson(5, text=1), resumable=True),
-        Step("sixth lesson", "it practises what it answers worst",
-             lesson(6, practice=1, text=0.25), resumable=True),
+        Step("fifth lesson", "to name one object after the other",
+             lesson(5, describe=1, object=0.2, place=0.2), resumable=True),
+        Step("sixth lesson", "to answer all kinds of questions", lesson(6, text=1), resumable=True),
+        Step("seventh lesson", "it practises what it answers worst",
+             lesson(7, practice=1, text=0.25), resumable=True),
     ]
     # fmt: on
     for step in steps:
