@@ -113,7 +113,7 @@ def parse_args(argv):
     add = parser.add_argument
     add("--out_dir", type=Path, default=Path("out/quickstart"), help="all files go there (default: out/quickstart)")
     add("--bundle", type=Path, default=Path("model/tiny"), help="tokenizer, encoder and LLM (default: model/tiny)")
-    add("--from_zero", action="store_true", help="train these three first, in OUT_DIR/tiny; 45 minutes more")
+    add("--from_zero", action="store_true", help="train these three first, in OUT_DIR/tiny; an hour in all")
     add("--use_moe", action="store_true", help="make the language model a mixture of experts, which start as copies")
     add("--restart", action="store_true", help="remove OUT_DIR with all that is in it and begin anew")
     return parser.parse_args(argv)
