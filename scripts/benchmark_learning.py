@@ -37,8 +37,12 @@ def recipes(rate: float, batch_size: int) -> dict[str, dict]:
         | {"embedding_learning_rate": 3 * rate, "projector_learning_rate": 3 * rate},
         "a line to zero instead of a cosine to a tenth": base | {"schedule": "linear"},
         "half the batch": base | {"batch_size": batch_size // 2},
+        "a quarter of the batch": base | {"batch_size": batch_size // 4},
         "Muon for the matrices of the blocks": muon,
         "Muon, its rate doubled": muon | {"learning_rate": 2 * rate, "embedding_learning_rate": rate},
+        "Muon, four times its rate": muon | {"learning_rate": 4 * rate, "embedding_learning_rate": rate},
+        "Muon, its rate doubled, half the batch": muon
+        | {"learning_rate": 2 * rate, "embedding_learning_rate": rate, "batch_size": batch_size // 2},
         "Muon, a line to zero": muon | {"schedule": "linear"},
     }
 
