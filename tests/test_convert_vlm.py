@@ -301,7 +301,7 @@ def test_the_check_sees_every_difference(save, convert, answers, what):
     if what == "tokens":
         question["input_ids"][0, 5] += 1
     elif what == "pixels":
-        question["pixel_values"][1, 0, 3, 3] += 1e-6
+        question["pixel_values"][1, 0, 3, 3] += 0.05  # three grey levels; two are rounding
     elif what == "answer":
         question["answer_ids"][-1] += 1
     else:
