@@ -6,7 +6,7 @@
 
 DATA holds train*.jsonl, val*.jsonl and images/; what follows `--` goes to train_sft_vlm.py. The original recipe is
 AdamW with one learning rate for all, a cosine down to a tenth, no warmup; its rate is the best of --rates. It sees all
---rows. Each other recipe sees shares of them, with a schedule of its own that ends there, and has reached the original
+--rows. Each recipe, it too, sees shares of them, with a schedule of its own that ends there, and has reached the original
 where its last validation loss is not above that of the same seed; one that has not, on average, is not tried with a
 smaller share. Runs that are done are not done again.
 """
@@ -127,7 +127,7 @@ def main(argv=None):
         rate = min(tuned, key=lambda job: job["val_loss"])["rate"]
         base = run({"recipe": original, "rate": rate, "share": 1.0, "seed": seed} for seed in args.seeds)
         wanted = {job["seed"]: job["val_loss"] for job in base}
-        found, names = [], others
+        found, names = [], [original, *others]  # the original, too: what are so many rows worth?
         for share in sorted(args.shares, reverse=True):
             tried = run(
                 {"recipe": name, "rate": rate, "share": share, "seed": seed} for name in names for seed in args.seeds
@@ -135,7 +135,7 @@ def main(argv=None):
             found += tried
             names = [name for name in names if statistics.mean(gaps(of(tried, name, share), wanted)) <= 0]
     rows = [[original, "100%", *losses(base), "", ""]]
-    for name in others:
+    for name in (original, *others):
         for share in sorted(args.shares, reverse=True):
             jobs = of(found, name, share)
             if not jobs:
