@@ -141,9 +141,11 @@ class ImageProcessor:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         if (height, width) != pixels.shape[1:]:
             pixels = F.interpolate(pixels[None], (height, width), mode=mode, antialias=True)[0]
-        top, left = (height - self.crop_size[0]) // 2, (width - self.crop_size[1]) // 2
-        bottom, right = height - self.crop_size[0] - top, width - self.crop_size[1] - left
-        return F.pad(pixels, (-left, -right, -top, -bottom)).contiguous()  # less than none: crops
+        if (height, width) != self.crop_size:
+            top, left = (height - self.crop_size[0]) // 2, (width - self.crop_size[1]) // 2
+            bottom, right = height - self.crop_size[0] - top, width - self.crop_size[1] - left
+            pixels = F.pad(pixels, (-left, -right, -top, -bottom))  # less than none: crops
+        return pixels.contiguous()
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (..., 3, H, W) → float32 (..., 3, H, W): (pixels / 255 - mean) / std."""

@@ -6,8 +6,8 @@
 
 DATA holds train*.jsonl, val*.jsonl and images/; what follows `--` goes to train_sft_vlm.py. The original recipe is
 AdamW with one learning rate for all, a cosine down to a tenth, no warmup; its rate is the best of --rates. It sees all
---rows. Each recipe, it too, sees shares of them, with a schedule of its own that ends there, and has reached the original
-where its last validation loss is not above that of the same seed; one that has not, on average, is not tried with a
+--rows. Each recipe sees shares of them, with a schedule of its own that ends there, and has reached the original where
+its last validation loss is not above that of the same seed; one that has not, on average, is not tried with a
 smaller share. Runs that are done are not done again.
 """
 
