@@ -44,8 +44,8 @@ def recipe(folder: Path) -> list[Step]:
         command += ["--val_scenes", 100, "--rows", 2, "--seed", seed, "--objects", *objects]
         return [*command, "--kinds", *kinds]
 
-    def lesson(number, **shares):
-        out = folder if number == 7 else folder / f"lesson_{number}"
+    def lesson(number, last=False, **shares):
+        out = folder if last else folder / f"lesson_{number}"
         command = [*llm, "--data_path", *(folder / name / "train.jsonl" for name in shares)]
         command += ["--data_weights", *shares.values(), "--val_path", folder / next(iter(shares)) / "val.jsonl"]
         return [*command, "--out_dir", out, "--from_weight", folder / f"lesson_{number - 1}" / weights, *muon]
@@ -97,7 +97,7 @@ def recipe(folder: Path) -> list[Step]:
              lesson(5, describe=1, object=0.2, place=0.2), resumable=True),
         Step("sixth lesson", "to answer all kinds of questions", lesson(6, text=1), resumable=True),
         Step("seventh lesson", "it practises what it answers worst",
-             lesson(7, practice=1, text=0.25), resumable=True),
+             lesson(7, last=True, practice=1, text=0.25), resumable=True),
     ]
     # fmt: on
     for step in steps:
