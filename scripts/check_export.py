@@ -59,7 +59,7 @@ def check(folder: str, ours: dict) -> str:
         raise SystemExit(f"it loads as {type(models[0]).__name__}, not as LlavaForConditionalGeneration")
     ask = pipeline("image-text-to-text", folder, dtype=torch.float32, **trust)
     pictures = [Image.fromarray(picture.numpy()) for picture in ours["pictures"]]
-    # Without torchvision Transformers resizes with Pillow, which rounds in another way: by up to 2 of 256 levels.
+    # Without torchvision Transformers resizes with Pillow, whose values differ in places by up to 2 of 256 levels.
     rounding = 0.0 if trust else 0.04
 
     largest = peak = 0.0
@@ -73,9 +73,10 @@ def check(folder: str, ours: dict) -> str:
             raise SystemExit(f"{question}: the tokens are {as_ours.tolist()}, ours {our['input_ids'].tolist()}")
         inputs = {"input_ids": ids, "attention_mask": inputs["attention_mask"]}
         if our["pixel_values"] is not None:
-            apart = (pixels - our["pixel_values"]).abs().max().item()
-            if not apart <= rounding:
-                raise SystemExit(f"{question}: the pixels differ by up to {apart}")
+            apart = (pixels - our["pixel_values"]).abs()
+            many = (apart > 1e-5).float().mean().item()
+            if not (apart.max() <= rounding and many < 0.1):  # nor NaN
+                raise SystemExit(f"{question}: the pixels differ by up to {apart.max()}, {many:.0%} of them")
             inputs["pixel_values"] = our["pixel_values"]
         for model in models:
             with torch.no_grad():

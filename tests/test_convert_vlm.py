@@ -292,7 +292,7 @@ def test_an_export_that_answers_otherwise_is_not_kept(save, convert, monkeypatch
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("what", ["tokens", "pixels", "logits", "nan", "answer"])
+@pytest.mark.parametrize("what", ["tokens", "pixels", "all pixels", "logits", "nan", "answer"])
 def test_the_check_sees_every_difference(save, convert, answers, what):
     weights = save()
     made, ours = str(convert("llava", weights)), answers(weights)
@@ -302,11 +302,13 @@ def test_the_check_sees_every_difference(save, convert, answers, what):
         question["input_ids"][0, 5] += 1
     elif what == "pixels":
         question["pixel_values"][1, 0, 3, 3] += 0.05  # three grey levels; two are rounding
+    elif what == "all pixels":
+        question["pixel_values"] += 0.01  # less than a level, but everywhere: not rounding
     elif what == "answer":
         question["answer_ids"][-1] += 1
     else:
         question["logits"][0, 0] += 3e-4 if what == "logits" else float("nan")
-    with pytest.raises(SystemExit, match=what.replace("nan", "logits")):
+    with pytest.raises(SystemExit, match=what.replace("nan", "logits").replace("all ", "")):
         check_export.check(made, ours)
 
 
