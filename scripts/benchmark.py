@@ -13,6 +13,7 @@ Writes results/benchmark_{device}.md and .json.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -43,7 +44,7 @@ from model.processing import IGNORE, ImageProcessor, load_tokenizer
 from trainer import distributed
 from trainer.checkpoint import State
 from trainer.cli import HelpFormatter, positive, run_main
-from trainer.devices import autocast, pick_device
+from trainer.devices import autocast, cast_frozen, pick_device
 from trainer.feed import make_loader
 from trainer.loop import count_labels, to_device, train_step
 from trainer.optimizer import choose_trainable, make_optimizer
@@ -186,6 +187,8 @@ class Training:
             self.dtype = torch.bfloat16
         self.model = make_model(args.size, flash_attn=way.sdpa, **config).to(device).train()
         choose_trainable(self.model, "last_layer" if kind == "pretrain" else "all")
+        if way.bf16:  # of its own, as all ways share one encoder
+            self.model.vision_encoder = cast_frozen(copy.deepcopy(self.model.vision_encoder), self.dtype)
         forward = self.model if way.lean else OriginalLoss(self.model, way)
         if not way.fused and args.size != "tiny":
             self.unused = CLIPModel(CLIPConfig()).text_model.to(device)

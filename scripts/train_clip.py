@@ -41,6 +41,7 @@ from model.processing import ImageProcessor, load_tokenizer
 from scripts.train_tokenizer import read_rows
 from trainer.cli import HelpFormatter, not_negative, positive, run_main
 from trainer.devices import make_deterministic, pick_device
+from trainer.optimizer import Muon
 from trainer.weights import write_json, write_safely
 
 # Transformers pools a caption at its first `eos_token_id`, but at the *largest* id if that is 2, a courtesy to an old
@@ -201,6 +202,17 @@ def contrastive_loss(pictures, texts, right, scale):
 # ---------------------------------------------------------------------------- validation and saving
 
 
+def make_optimizer(model, args):
+    """AdamW; with --muon_learning_rate Muon for the matrices of the blocks. Each group keeps its peak in "peak"."""
+    muon, groups = bool(args.muon_learning_rate), {}
+    for name, weight in model.named_parameters():
+        decays = weight.ndim >= 2  # norms, biases and the temperature do not
+        group = {"muon": muon and decays and ".layers." in name, "weight_decay": args.weight_decay if decays else 0.0}
+        group["peak"] = args.muon_learning_rate if group["muon"] else args.learning_rate
+        groups.setdefault(tuple(group.values()), {"params": [], **group})["params"].append(weight)
+    return (Muon if muon else torch.optim.AdamW)(list(groups.values()), betas=(0.9, 0.98), eps=1e-6)
+
+
 @torch.no_grad()
 def retrieval(model, processor, pictures, captions, device) -> dict[str, float]:
     """Recall@1 and @5 in percent: how often the right one is among the k best of the whole set, both ways.
@@ -266,7 +278,9 @@ def parse_args(argv):
     add("--max_minutes", type=positive(float), help="train so many minutes instead of --epochs; not repeatable")
     add("--batch_size", type=positive(int), default=64, help="pictures per step, each told from all the others")
     add("--learning_rate", type=positive(float), default=1e-3, help="peak of the cosine schedule")
-    add("--weight_decay", type=float, default=0.1, help="AdamW's, for matrices; norms and biases have none")
+    muon = "Muon for the matrices of the blocks, with this peak (default: AdamW for all weights)"
+    add("--muon_learning_rate", type=positive(float), help=muon)
+    add("--weight_decay", type=float, default=0.1, help="for matrices; norms and biases have none")
     add("--warmup_iters", type=not_negative, default=100, help="steps of linear warmup")
     add("--patch_weight", type=float, default=0.5, help="share of the patches in the contrastive loss, 0 to 1")
     add("--patch_pool", choices=["mean", "max"], default="mean", help="a caption is about all patches, or about one")
@@ -333,11 +347,7 @@ def main(argv=None):
     total, seeing = (sum(weight.numel() for weight in part.parameters()) / 1e6 for part in (model, model.vision_model))
     print(f"{total:.1f}M parameters, {seeing:.1f}M of them see, on {device}")
     weights = list(model.parameters())
-    groups = [
-        {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": args.weight_decay},
-        {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0},  # and the temperature
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.98), eps=1e-6)
+    optimizer = make_optimizer(model, args)
 
     # ------------------------------------------------------------------------ steps
     step, begun = 0, time.time()
@@ -351,7 +361,7 @@ def main(argv=None):
             done = min(1.0, minutes / args.max_minutes if args.max_minutes else step / steps)  # share of the run
             warmup = min(1.0, step / max(1, args.warmup_iters))
             for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * warmup * (1 + math.cos(math.pi * done)) / 2
+                group["lr"] = group["peak"] * warmup * (1 + math.cos(math.pi * done)) / 2
 
             pixels = processor.normalize(pictures[chosen].to(device))
             if args.min_scale < 1 or args.flip:

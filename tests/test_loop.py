@@ -19,8 +19,10 @@ from dataset.lm_dataset import collate
 from model.model_vlm import MiniMindVLM
 from model.processing import IGNORE
 from tests.conftest import turn, write_rows
+from trainer.devices import autocast, cast_frozen
 from trainer.loop import fit_accumulation, train_step
 from trainer.progress import read_metrics
+from trainer.weights import fingerprint
 
 main = train_sft_vlm.main
 
@@ -451,14 +453,30 @@ def test_a_run_without_resume_starts_anew_and_so_does_its_metrics_file(flags, tm
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_every_precision_learns_and_keeps_fp32_weights(flags, tmp_path, dtype):
+def test_every_precision_learns_and_keeps_fp32_weights(flags, tmp_path, dtype, make_vlm):
     rates = ["--learning_rate", "3e-3", "--projector_learning_rate", "3e-3"]
     run = main([*flags, *rates, "--dtype", dtype, "--epochs", "8", "--batch_size", "8", "--log_interval", "1"])
     found = [loss for _, _, loss in losses(tmp_path / "out")]
     assert found[-1] < found[0] - 1.5
-    assert {weight.dtype for weight in run.model.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in run.model.text_state_dict().values()} == {torch.float32}
+    sidecar = json.loads(run.checkpoint.path.with_suffix(".json").read_text(encoding="utf-8"))
+    assert sidecar["vision_model"]["sha256"] == fingerprint(make_vlm())  # of the encoder on the disk
     assert run.scaler.is_enabled() == (dtype == "float16")
     assert (run.dtype == torch.float32) == (dtype == "float32")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_frozen_encoder_cast_once_sees_the_same_as_one_cast_in_each_step(make_vlm, dtype):
+    model = make_vlm()
+    pictures = torch.randn(3, 3, 32, 32)
+    with autocast(torch.device("cpu"), dtype):
+        expected = model.encode_pictures(pictures)
+        cast_frozen(model.vision_encoder, dtype)
+        assert torch.equal(model.encode_pictures(pictures), expected)
+    kinds = {weight.dtype for name, weight in model.vision_encoder.named_parameters() if name.endswith("fc1.weight")}
+    assert kinds == {dtype}
+    learning = torch.nn.Linear(2, 2)
+    assert cast_frozen(learning, dtype).weight.dtype == torch.float32
 
 
 def test_gradient_checkpointing_changes_memory_alone(flags, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from transformers import CLIPModel
+from transformers import CLIPConfig, CLIPModel
 
 from model.model_vlm import MiniMindVLM
 from model.processing import ImageProcessor, load_tokenizer
@@ -87,6 +87,28 @@ def test_it_learns_to_tell_colours_and_sides_apart(trained):
     assert metrics["steps"] == 400
     assert metrics["command"].startswith("python -m scripts.train_clip --data_path")
     assert metrics["seconds"] >= 0
+
+
+def test_muon_moves_the_matrices_of_the_blocks_and_nothing_else(world, tmp_path):
+    train_clip.main(flags(world, tmp_path / "clip", "--muon_learning_rate", "0.005", "--epochs", "2"))
+    args = train_clip.parse_args(flags(world, tmp_path, "--muon_learning_rate", "0.005"))
+    model = CLIPModel(CLIPConfig(**train_clip.build_config(args, 320)))
+    names = {weight: name for name, weight in model.named_parameters()}
+    optimizer = train_clip.make_optimizer(model, args)
+    peaks = {names[weight]: group["peak"] for group in optimizer.param_groups for weight in group["params"]}
+    assert peaks.keys() == set(names.values())
+    moved = {name for name, peak in peaks.items() if peak == 0.005}
+    assert moved == {name for name in peaks if ".layers." in name and name.endswith("weight") and "norm" not in name}
+    assert {peaks[name] for name in peaks.keys() - moved} == {0.001}
+    for weight in names:
+        weight.grad = torch.randn_like(weight)
+    matrix = model.vision_model.encoder.layers[0].mlp.fc1.weight
+    before = matrix.detach().clone()
+    for group in optimizer.param_groups:
+        group.update(lr=group["peak"], weight_decay=0.0)
+    optimizer.step()
+    steps = torch.linalg.svdvals(matrix.detach() - before)
+    assert steps.max() < 2 * steps.min()  # all directions alike: of AdamW's steps the longest is far longer
 
 
 def test_the_folder_gives_the_vlm_the_features_of_the_trained_model(trained, world):

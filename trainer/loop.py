@@ -28,7 +28,7 @@ from model.model_vlm import MiniMindVLM
 from model.processing import IGNORE
 from trainer.checkpoint import Checkpoint, State
 from trainer.cli import Stopped
-from trainer.devices import autocast, computes_bfloat16, pick_dtype
+from trainer.devices import autocast, cast_frozen, computes_bfloat16, pick_dtype
 from trainer.distributed import all_sum, gather, rank, say, world_size
 from trainer.feed import Feed, StreamFeed, check_data, make_loader
 from trainer.optimizer import schedule, set_learning_rate
@@ -129,6 +129,8 @@ def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: V
     refuse_other_architecture(path, model.config)
     about = describe(model, args, stage=stage, data=list(map(str, args.data_path)), seed=args.seed)
     checkpoint = Checkpoint(path, args, about, data.rows if isinstance(data, Stream) else len(data))
+    if getattr(model, "vision_encoder", None) is not None:
+        cast_frozen(model.vision_encoder, dtype)  # after its fingerprint has been taken
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
     state = checkpoint.load(model, optimizer, scaler) if args.from_resume or restarted else State()
     if len({other.step for other in gather(state)}) > 1:
