@@ -41,7 +41,7 @@ from model.processing import ImageProcessor, load_tokenizer
 from scripts.train_tokenizer import read_rows
 from trainer.cli import HelpFormatter, not_negative, positive, run_main
 from trainer.devices import make_deterministic, pick_device
-from trainer.optimizer import Muon
+from trainer.optimizer import Muon, set_learning_rate
 from trainer.weights import write_json, write_safely
 
 # Transformers pools a caption at its first `eos_token_id`, but at the *largest* id if that is 2, a courtesy to an old
@@ -199,11 +199,9 @@ def contrastive_loss(pictures, texts, right, scale):
     return loss, right.gather(1, logits.argmax(dim=1, keepdim=True)).float().mean()
 
 
-# ---------------------------------------------------------------------------- validation and saving
-
-
 def make_optimizer(model, args):
-    """AdamW; with --muon_learning_rate Muon for the matrices of the blocks. Each group keeps its peak in "peak"."""
+    """AdamW; with --muon_learning_rate Muon for the matrices of the blocks. Each group keeps its peak in "peak",
+    which `set_learning_rate` scales."""
     muon, groups = bool(args.muon_learning_rate), {}
     for name, weight in model.named_parameters():
         decays = weight.ndim >= 2  # norms, biases and the temperature do not
@@ -211,6 +209,9 @@ def make_optimizer(model, args):
         group["peak"] = args.muon_learning_rate if group["muon"] else args.learning_rate
         groups.setdefault(tuple(group.values()), {"params": [], **group})["params"].append(weight)
     return (Muon if muon else torch.optim.AdamW)(list(groups.values()), betas=(0.9, 0.98), eps=1e-6)
+
+
+# ---------------------------------------------------------------------------- validation and saving
 
 
 @torch.no_grad()
@@ -360,8 +361,7 @@ def main(argv=None):
             minutes = (time.time() - begun) / 60
             done = min(1.0, minutes / args.max_minutes if args.max_minutes else step / steps)  # share of the run
             warmup = min(1.0, step / max(1, args.warmup_iters))
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * warmup * (1 + math.cos(math.pi * done)) / 2
+            set_learning_rate(optimizer, warmup * (1 + math.cos(math.pi * done)) / 2)
 
             pixels = processor.normalize(pictures[chosen].to(device))
             if args.min_scale < 1 or args.flip:
