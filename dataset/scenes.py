@@ -510,13 +510,18 @@ def write_world(
 ) -> dict:
     """Writes train.jsonl, val.jsonl, val_new.jsonl and images/ into out_dir; returns {split: number of rows}.
 
-    Same arguments, same bytes. Other rows or kinds show the same scenes. A .jsonl stands there only when complete.
+    Same arguments, same bytes. Other rows or kinds show the same scenes. The .jsonl stand there only when complete. One
+    that stands there already may be somebody's own: ValueError.
     form: "chat", conversations; "text", with scenes in words and without images/; "captions", see `captions_of`.
     """
-    out_dir = Path(out_dir)
+    out_dir, splits = Path(out_dir), (("train", scenes), ("val", val_scenes), ("val_new", val_scenes))
+    for split, _ in splits:
+        if (out_dir / f"{split}.jsonl").exists():
+            why = f"{split}.jsonl is there already"
+            raise ValueError(f"--out_dir {out_dir}: {why}. Choose another folder, or remove it")
     (out_dir if form == "text" else out_dir / "images").mkdir(parents=True, exist_ok=True)
     written = {}
-    for split, count in (("train", scenes), ("val", val_scenes), ("val_new", val_scenes)):
+    for split, count in splits:
         start, used, other, written[split] = time.perf_counter(), Counter(), None, 0
         beside = out_dir / f"{split}.jsonl.tmp"
         with beside.open("w", encoding="utf-8", newline="\n") as file:
@@ -538,9 +543,10 @@ def write_world(
                 for row in found:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 written[split] += len(found)
-        beside.replace(out_dir / f"{split}.jsonl")
         rate = count / (time.perf_counter() - start)
         print(f"{out_dir / split}.jsonl: {count:,} scenes, {written[split]:,} rows, {rate:,.0f} scenes/s")
+    for split, _ in splits:
+        (out_dir / f"{split}.jsonl.tmp").replace(out_dir / f"{split}.jsonl")
     return written
 
 
@@ -575,7 +581,7 @@ def main(argv=None):
         write_world(**vars(args))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:  # what is complete stays, and the same command draws the rest anew
+    except KeyboardInterrupt:  # no .jsonl stands there yet, so the same command draws all anew
         raise SystemExit(130) from None
 
 

@@ -376,17 +376,23 @@ class Stretch(Parquet):
         return self.places[number]["origin"]
 
 
-def open_rows(path, images_path=None) -> list[Jsonl | Parquet]:
-    """--data_path: a file, a pattern such as data/*.parquet, or a name without the suffix .jsonl or .parquet."""
-    if isinstance(path, Stretch):
-        return [path]
-    path = Path(path)
+def row_files(path: Path) -> list[Path]:
+    """What a --data_path stands for: a file, a pattern such as data/*.parquet, a name without .jsonl or .parquet."""
     if path.is_dir():
         raise ValueError(f"--data_path {path} is a folder: name its files, as in '{path / '*.parquet'}'")
     files = [file for file in (path, Path(f"{path}.jsonl"), Path(f"{path}.parquet")) if file.is_file()][:1]
     if not files and glob.has_magic(str(path)):
         root = Path(path.anchor)
         files = sorted(file for file in root.glob(str(path.relative_to(root))) if file.is_file())
+    return files
+
+
+def open_rows(path, images_path=None) -> list[Jsonl | Parquet]:
+    """The rows of a --data_path, see `row_files`."""
+    if isinstance(path, Stretch):
+        return [path]
+    path = Path(path)
+    files = row_files(path)
     if not files:
         raise FileNotFoundError(
             f"--data_path {path}: no such file. Expected JSONL, one conversation per line, or Parquet. To fetch the "

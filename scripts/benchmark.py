@@ -41,6 +41,7 @@ from dataset.lm_dataset import StepSampler, VLMDataset, collate
 from model.int8 import to_int8
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing import IGNORE, ImageProcessor, load_tokenizer
+from scripts.report import cpu_name
 from trainer import distributed
 from trainer.checkpoint import State
 from trainer.cli import HelpFormatter, positive, run_main
@@ -628,11 +629,7 @@ def report(found: dict) -> str:
 
 
 def about(args, device) -> dict:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if device.type == "cpu" and cpuinfo.exists():
-        name = next(line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line)
-        name = f"{os.cpu_count()} cores of {name}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores of {cpu_name()}"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "device_name": name,

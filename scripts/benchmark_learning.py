@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -47,16 +48,17 @@ def recipes(rate: float, batch_size: int) -> dict[str, dict]:
     }
 
 
-def subset(data: Path, rows: int, out: Path) -> Path:
-    """The first rows of all training files together, shuffled once."""
-    path = out / f"train_{rows}.jsonl"
-    if not path.exists():
-        lines = [line for file in sorted(data.glob("train*.jsonl")) for line in file.open(encoding="utf-8")]
-        if len(lines) < rows:
-            raise ValueError(f"--rows {rows}: {data} has {len(lines)}")
-        random.Random(0).shuffle(lines)
-        write_text(path, "".join(lines[:rows]))
-    return path
+def subset(data: Path, rows: int, path: Path) -> None:
+    """Writes the first rows of all training files together, shuffled once, to `path`."""
+    lines = [line for file in sorted(data.glob("train*.jsonl")) for line in file.read_text("utf-8").splitlines()]
+    if len(lines) < rows:
+        raise ValueError(f"--rows {rows}: {data} has {len(lines)}")
+    random.Random(0).shuffle(lines)
+    write_text(path, "".join(f"{line}\n" for line in lines[:rows]))
+
+
+def rows_file(args, share: float) -> Path:
+    return args.out_dir / f"train_{round(args.rows * share)}.jsonl"
 
 
 def train(job: dict, args) -> dict:
@@ -64,29 +66,34 @@ def train(job: dict, args) -> dict:
     name = "_".join(f"{key}{job[key]}" for key in ("recipe", "rate", "share", "seed"))
     out = args.out_dir / "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in name)
     done = out / "result.json"
+    flags = recipes(job["rate"], args.batch_size)[job["recipe"]] | {
+        "data_path": rows_file(args, job["share"]),
+        "images_path": args.data_path / "images",
+        "seed": job["seed"],
+        "out_dir": out,
+        "num_workers": 0,
+        "device": "cpu",
+    }
+    command = ["train_sft_vlm.py", *args.flags]
+    command += [str(part) for key, value in flags.items() for part in (f"--{key}", value)]
+    command += ["--val_path", *map(str, sorted(args.data_path.glob("val*.jsonl")))]
     if not done.exists():
-        flags = recipes(job["rate"], args.batch_size)[job["recipe"]] | {
-            "data_path": subset(args.data_path, round(args.rows * job["share"]), args.out_dir),
-            "images_path": args.data_path / "images",
-            "seed": job["seed"],
-            "out_dir": out,
-            "num_workers": 0,
-            "device": "cpu",
-        }
-        command = [sys.executable, "train_sft_vlm.py", *args.flags]
-        command += [str(part) for key, value in flags.items() for part in (f"--{key}", value)]
-        command += ["--val_path", *map(str, sorted(args.data_path.glob("val*.jsonl")))]
         out.mkdir(parents=True, exist_ok=True)
         with (out / "log").open("w") as log:
-            code = subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            code = subprocess.run([sys.executable, *command], stdout=log, stderr=log, env=environment).returncode
         if code:
             raise ValueError(f"a run ended with status {code}, see {out / 'log'}")
         metrics = next(out.glob("*.metrics.jsonl")).read_text().splitlines()
         losses = [record["val_loss"] for record in map(json.loads, metrics) if "val_loss" in record]
-        write_json(done, {"val_loss": losses[-1]})
+        write_json(done, {"command": command, "val_loss": losses[-1]})
         for file in out.glob("*.p*"):  # weights and checkpoints: megabytes that nobody asked for
             file.unlink()
-    job |= json.loads(done.read_text())
+    result = json.loads(done.read_text())
+    if result["command"] != command:
+        was = shlex.join(result["command"])
+        raise ValueError(f"{done} is of another run, {was}. Choose another --out_dir, or remove it")
+    job |= {"val_loss": result["val_loss"]}
     print(
         f"{job['val_loss']:.4f}  {job['share']:.0%} of the rows, seed {job['seed']}, {job['recipe']} at {job['rate']}"
     )
@@ -118,7 +125,7 @@ def main(argv=None):
     original = names[0]
     args.out_dir.mkdir(parents=True, exist_ok=True)
     for share in sorted({1.0, *args.shares}, reverse=True):  # before the runs, which write beside each other
-        subset(args.data_path, round(args.rows * share), args.out_dir)
+        subset(args.data_path, round(args.rows * share), rows_file(args, share))
     with ThreadPoolExecutor(args.jobs) as pool:
 
         def run(jobs):

@@ -196,7 +196,8 @@ def push(repo: str, folder: Path | None = None) -> str | None:
         return f"{api.endpoint}/{repo}"
     except Exception as error:  # of the network, the hub and the library, each in its own way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"--push {repo}: {reason}. Log in with `hf auth login`, or set HF_TOKEN") from None
+        later = f". The folder is there: hf upload {repo} {folder}" if folder else ""
+        raise ValueError(f"--push {repo}: {reason}. Log in with `hf auth login`, or set HF_TOKEN{later}") from None
 
 
 def convert(args, weights: Path, output: Path, temporary: Path) -> None:

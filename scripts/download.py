@@ -485,9 +485,11 @@ def next_commands(args, tasks: list[str]) -> list[list]:
         elif there(f"out/pretrain_vlm_{name}"):
             commands.append(["python", "eval_vlm.py", "--model_mode", 0, *flags])
     if not commands:
-        needed = {"clip": eyes}
-        if not asks:
-            needed |= {"llm": there(f"out/llm_{name}"), "data": all(rows.values())}
+        needed, words = {"clip": eyes}, there("model/tokenizer.json")
+        if asks:
+            needed |= {"vlm": words and there(f"out/sft_vlm_{name}", f"out/pretrain_vlm_{name}")}
+        else:
+            needed |= {"llm": words and there(f"out/llm_{name}"), "data": all(rows.values())}
         more = ["--size", args.size] if args.size != "26m" else []
         more += [*(["--use_moe"] if args.use_moe else []), *(["--root", root] if elsewhere else [])]
         missing = [task for task, found in needed.items() if not found]

@@ -112,11 +112,15 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out_dir", type=Path, default=Path("out/quickstart"), help="all files go there (default: out/quickstart)")
-    add("--bundle", type=Path, default=Path("model/tiny"), help="tokenizer, encoder and LLM (default: model/tiny)")
+    add("--bundle", type=Path, help="tokenizer, encoder and LLM (default: model/tiny)")
     add("--from_zero", action="store_true", help="train these three first, in OUT_DIR/tiny; an hour in all")
     add("--use_moe", action="store_true", help="make the language model a mixture of experts, which start as copies")
     add("--restart", action="store_true", help="remove OUT_DIR with all that is in it and begin anew")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.from_zero and args.bundle:
+        parser.error("--bundle: --from_zero trains one of its own; leave one of the two out")
+    args.bundle = args.bundle or Path("model/tiny")
+    return args
 
 
 def quickstart(args, again: str) -> dict:

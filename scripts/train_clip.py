@@ -56,7 +56,8 @@ def read_captions(paths, flag: str) -> dict[str, list[str]]:
     """JSONL conversations → {picture: its captions}: what the assistant says, of rows with exactly one picture."""
     captions, skipped = {}, 0
     for row in read_rows(paths, flag):
-        names = [name.strip() for name in str(row.get("image", "")).split(",") if name.strip()]
+        names = row.get("image") or []  # as dataset.sources reads it: null is no picture, a list is a list of names
+        names = [name.strip() for name in (names.split(",") if isinstance(names, str) else names) if name.strip()]
         caption = " ".join(turn["content"] for turn in row["conversations"] if turn["role"] == "assistant").strip()
         if len(names) == 1 and caption:
             captions.setdefault(names[0], []).append(caption)
@@ -84,7 +85,11 @@ class Pictures:
         print(f"{len(names):,} pictures, {gigabytes:.2f} GB as uint8: {kept}")
         self.cache = None
         if fits:
-            self.cache = self[torch.arange(len(names))]
+            cache = torch.empty(len(names), 3, *processor.crop_size, dtype=torch.uint8)
+            with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+                for place, picture in zip(cache, pool.map(self.decode, range(len(names)))):
+                    place.copy_(picture)
+            self.cache = cache
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -93,13 +98,13 @@ class Pictures:
         try:
             with Image.open(self.paths[index]) as image:
                 return self.processor.resize(image)
-        except OSError as error:
+        except Exception as error:  # Pillow's decoders raise whatever their format makes them stumble over
             raise ValueError(f"--images_path: {self.paths[index]} cannot be read: {error}") from None
 
     def __getitem__(self, indices) -> torch.Tensor:
         if self.cache is not None:
             return self.cache[indices]
-        with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+        with ThreadPoolExecutor() as pool:
             return torch.stack(list(pool.map(self.decode, indices.tolist())))
 
 

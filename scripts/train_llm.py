@@ -15,6 +15,8 @@ import argparse
 import math
 from pathlib import Path
 
+from dataset.sources import row_files
+from dataset.streaming import is_remote
 from trainer import distributed
 from trainer.cli import HelpFormatter, add_training_arguments, run_main
 from trainer.devices import make_deterministic, pick_device
@@ -42,9 +44,9 @@ def check_data(args) -> None:
     """FileNotFoundError that says how to come by data, before anything is loaded."""
     for flag, paths in (("--data_path", args.data_path), ("--val_path", args.val_path or [])):
         for path in paths:
-            if not Path(path).is_file():
+            if not is_remote(path) and not row_files(Path(path)):
                 raise FileNotFoundError(
-                    f"{flag} {path}: no such file. Expected JSONL, one conversation per line. For scenes in words, in "
+                    f"{flag} {path}: no such file. Expected JSONL or Parquet. For scenes in words, in "
                     "out/text/train.jsonl and val.jsonl, type: python -m dataset.scenes --form text --out_dir out/text"
                 )
 

@@ -11,6 +11,7 @@ full. The ids: 0 <|endoftext|>, 1 <|im_start|>, 2 <|im_end|>, 3 to 258 the bytes
 """
 
 import argparse
+import itertools
 import json
 import re
 from pathlib import Path
@@ -54,6 +55,7 @@ def read_rows(paths, flag: str = "--data_path"):
                 try:
                     row = json.loads(line)
                     turns = [(turn["role"], turn["content"]) for turn in row["conversations"]]
+                    "".join(map(str, itertools.chain(*turns))).encode()  # half a surrogate pair is no Unicode
                 except (ValueError, KeyError, TypeError) as error:
                     turns, reason = [], f"{type(error).__name__}: {error}"
                 else:
@@ -141,6 +143,7 @@ def check(folder: Path, texts) -> None:
     assert ids == [0, 1, 2, 3, 34], dict(zip(expected, ids))
     assert [token for token in tokenizer.get_vocab() if "@" in token] == ["@"]
     answers = [text.removeprefix("assistant\n") for text in texts if text.startswith("assistant\n")]
+    answers = [text for text in answers if text]
     english = [text for text in answers if text.isascii()]
     chinese = [text for text in answers if re.search(f"[{CHINESE}]", text)]
     for language, own in {"English": english, "Chinese": chinese}.items():

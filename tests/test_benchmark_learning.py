@@ -65,10 +65,21 @@ def test_a_run_is_one_of_the_training_script_and_is_not_made_twice(tmp_path, mon
     flags = ["--data_path", tmp_path / "data", "--out_dir", tmp_path, "--results", tmp_path / "table", "--rows", 16]
     args = benchmark_learning.parse_args([*map(str, flags), "--batch_size", "8", "--", *map(str, own)])
     job = {"recipe": "Muon, a line to zero", "rate": 1e-3, "share": 0.5, "seed": 3}
-    first = benchmark_learning.train(job, args)
+    benchmark_learning.subset(args.data_path, 8, benchmark_learning.rows_file(args, 0.5))
+    first = benchmark_learning.train(dict(job), args)
     (folder,) = (path for path in tmp_path.iterdir() if path.name.startswith("recipeMuon"))
     command = json.loads((folder / "sft_vlm_128.json").read_text())["command"]
     assert "--optimizer muon" in command and "--schedule linear" in command and "--seed 3" in command
     assert 0 < first["val_loss"] < 10 and not list(folder.glob("*.pth"))
     (folder / "log").unlink()
-    assert benchmark_learning.train(job, args) == first and not (folder / "log").exists()
+    assert benchmark_learning.train(dict(job), args) == first and not (folder / "log").exists()
+    args.flags += ["--max_seq_len", "300"]
+    with pytest.raises(ValueError, match="result.json is of another run, train_sft_vlm.py .*Choose another --out_dir"):
+        benchmark_learning.train(dict(job), args)
+
+
+def test_files_without_a_last_line_feed_are_read_line_by_line(tmp_path):
+    for name in ("train.jsonl", "train_zh.jsonl"):
+        (tmp_path / name).write_text("one\ntwo")
+    benchmark_learning.subset(tmp_path, 4, tmp_path / "all.jsonl")
+    assert sorted((tmp_path / "all.jsonl").read_text().splitlines()) == ["one", "one", "two", "two"]

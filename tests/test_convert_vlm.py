@@ -416,6 +416,8 @@ def test_a_hub_that_fails_without_a_word_is_told(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", silent)
     with pytest.raises(ValueError, match="--push me/mine: TimeoutError. Log in with"):
         convert_vlm.push("me/mine")
+    with pytest.raises(ValueError, match="The folder is there: hf upload me/mine out/made"):
+        convert_vlm.push("me/mine", Path("out/made"))
 
 
 # ---------------------------------------------------------------------------- strangers

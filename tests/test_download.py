@@ -261,6 +261,10 @@ def test_a_trained_model_comes_with_its_tokenizer_and_how_to_ask_it(hubs, get):
     assert get("hf", "--what", "vlm")[0][:5] == ["python", "-m", "scripts.download", "--what", "clip"]
     assert sorted(tree(get.root / "out")) == ["pretrain_vlm_512.pth", "sft_vlm_512.pth"]
     assert get("hf", "--what", "clip")[-1][:2] == ["python", "eval_vlm.py"]
+    (get.root / "model/tokenizer.json").rename(get.root / "elsewhere.json")
+    assert download.next_commands(download.parse_args(["--root", str(get.root)]), ["clip", "vlm"])[0][4:] == [
+        "vlm", "--root", get.root
+    ]  # fmt: skip
 
 
 def test_the_next_commands_are_ones_that_the_scripts_take(hubs, get, monkeypatch):

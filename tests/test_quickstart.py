@@ -318,6 +318,12 @@ def test_nothing_heavy_is_imported():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"
 
 
+def test_from_zero_with_a_bundle_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        quickstart.main(["--out_dir", str(tmp_path / "out"), "--from_zero", "--bundle", "model/tiny"])
+    assert "error: --bundle: --from_zero trains one of its own" in capsys.readouterr().err
+
+
 def test_from_zero_trains_what_it_then_starts_from(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(quickstart, "run_steps", lambda steps, *_: ran.extend(steps) or [][0])

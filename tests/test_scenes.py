@@ -580,15 +580,25 @@ def test_a_question_about_each_is_answered_as_the_questions_about_one(scenes):
 
 
 def test_lists_ask_only_what_they_are_told_to(tmp_path):
-    flags = ["--out_dir", str(tmp_path), "--scenes", "30", "--val_scenes", "5", "--form", "text", "--kinds", "each"]
+    flags = ["--scenes", "30", "--val_scenes", "5", "--form", "text", "--kinds", "each"]
     for lists, known in [
         (["place"], r"Where are |各在哪里？"),
         (["size", "shape"], r"What s(ize|hape)s |各(有多大|是什么形状)？"),
     ]:
-        world.main([*flags, "--lists", *lists])
-        rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+        out = tmp_path / lists[0]
+        world.main([*flags, "--out_dir", str(out), "--lists", *lists])
+        rows = [json.loads(line) for line in (out / "train.jsonl").read_text(encoding="utf-8").splitlines()]
         asked = [turn["content"] for row in rows for turn in row["conversations"][::2]]
         assert len(asked) > 30 and all(re.search(known, question) for question in asked)
+
+
+def test_rows_that_are_there_are_not_overwritten(tmp_path):
+    (tmp_path / "val.jsonl").write_text("mine\n")
+    with pytest.raises(SystemExit, match="error: --out_dir .*: val.jsonl is there already. Choose another folder"):
+        world.main(["--out_dir", str(tmp_path), "--scenes", "3", "--val_scenes", "3"])
+    assert [path.name for path in tmp_path.iterdir()] == ["val.jsonl"] and (
+        tmp_path / "val.jsonl"
+    ).read_text() == "mine\n"
 
 
 def test_scenes_hold_as_many_objects_as_asked_for(tmp_path):

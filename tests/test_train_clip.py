@@ -420,14 +420,23 @@ def test_a_missing_and_a_broken_picture_are_named(world, tmp_path):
         train_clip.main([*flags(world, tmp_path / "clip"), *rows])
     (tmp_path / "gone.png").write_bytes(b"no picture")
     Image.new("RGB", (40, 40)).save(tmp_path / "red_left.png")
+    again = [*flags(world, tmp_path / "clip"), *rows, "--images_path", str(tmp_path)]
     with pytest.raises(ValueError, match="--images_path: .*gone.png cannot be read"):
-        train_clip.main([*flags(world, tmp_path / "clip"), *rows, "--images_path", str(tmp_path)])
+        train_clip.main(again)
+    png = (tmp_path / "red_left.png").read_bytes()
+    (tmp_path / "gone.png").write_bytes(png[: len(png) // 2] + bytes(200))  # as an interrupted copy leaves it
+    with pytest.raises(ValueError, match="--images_path: .*gone.png cannot be read"):
+        train_clip.main(again)
 
 
 def test_rows_without_exactly_one_picture_are_counted_and_left_out(tmp_path, capsys):
     write_rows(tmp_path / "rows.jsonl", [("a.png", "one"), ("a.png, b.png", "two"), ("", "none"), ("a.png", "three")])
     assert train_clip.read_captions([tmp_path / "rows.jsonl"], "--data_path") == {"a.png": ["one", "three"]}
     assert "2 rows without exactly one picture and an answer left out" in capsys.readouterr().out
+    lines = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    lines = [line | {"image": image} for line, image in zip(lines, (["a.png"], None, [], ["a.png", "b.png"]))]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert train_clip.read_captions([tmp_path / "rows.jsonl"], "--data_path") == {"a.png": ["one"]}
 
 
 def test_an_encoder_that_weights_may_depend_on_is_not_overwritten(trained, world):

@@ -127,6 +127,13 @@ def test_it_says_how_well_it_compresses_both_languages(data, tmp_path, capsys):
     assert "English: " in out and "Chinese: " in out and "characters/token" in out
 
 
+def test_an_empty_answer_counts_for_no_language(data, tmp_path):
+    empty = {"conversations": [{"role": "user", "content": "问"}, {"role": "assistant", "content": ""}]}
+    (tmp_path / "zh.jsonl").write_text(f"{json.dumps(empty)}\n", encoding="utf-8")
+    main(["--data_path", str(tmp_path / "zh.jsonl"), "--out_dir", str(tmp_path / "new"), "--vocab_size", "259"])
+    assert (tmp_path / "new/tokenizer.json").is_file()
+
+
 def test_too_little_text_says_what_was_reached_and_writes_nothing(data, tmp_path):
     with pytest.raises(ValueError, match=r"--vocab_size 6400: .* enough for (\d+) only") as error:
         main(["--data_path", str(data), "--out_dir", str(tmp_path / "new")])
@@ -153,7 +160,10 @@ def test_a_missing_file_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    ["{broken", "[]", "{}", '{"conversations": []}', '{"conversations": [{"role": "user", "content": 5}]}', "\xff"],
+    [
+        *("{broken", "[]", "{}", '{"conversations": []}', '{"conversations": [{"role": "user", "content": 5}]}', "\xff"),
+        '{"conversations": [{"role": "user", "content": "half a pair: \\ud800"}]}',
+    ],
 )
 def test_a_line_that_is_no_row_is_named_with_its_number(tmp_path, line):
     path = tmp_path / "bad.jsonl"
