@@ -65,7 +65,7 @@ def parse_args(argv=None):
     if args.use_multi == 2:
         args.model_mode = 2
     alone = {  # what a mode has no use for
-        "data_path": ["image", "prompt", "prompts_path", "json", "show_attention"],
+        "data_path": ["image", "image_dir", "prompt", "prompts_path", "json", "show_attention"],
         "captions": ["image", "json", "show_attention"],
         "chat": ["prompt", "prompts_path", "image_dir", "json", "show_attention"],
         "prompt": ["prompts_path"],

@@ -12,9 +12,9 @@ import argparse
 
 from trainer import distributed
 from trainer.caching import cache_features
-from trainer.cli import HelpFormatter, add_training_arguments, run_main
+from trainer.cli import HelpFormatter, add_training_arguments, parse_training, run_main
 from trainer.devices import make_deterministic, pick_device
-from trainer.feed import load_data
+from trainer.feed import load_data, val_images
 from trainer.loop import train_epoch, training
 from trainer.optimizer import choose_trainable, optimizer_of
 from trainer.weights import build_model, find_weights
@@ -33,7 +33,7 @@ def parse_args(argv=None):
         projector_learning_rate=1e-3,  # it starts at random, the last layer does not
         max_seq_len=640,
     )
-    return parser.parse_args(argv)
+    return parse_training(parser, argv)
 
 
 def main(argv=None):
@@ -54,7 +54,7 @@ def main(argv=None):
     data = load_data(args, model, tokenizer, args.data_path, args.images_path, args.data_weights)
     val_data = None
     if args.val_path:
-        val_data = load_data(args, model, tokenizer, args.val_path, args.val_images_path or args.images_path)
+        val_data = load_data(args, model, tokenizer, args.val_path, val_images(args))
     cache_features(args, model, device, data, val_data)  # with --cache_features
 
     # ---- train, from where the last run stopped if --from_resume

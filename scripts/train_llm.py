@@ -18,7 +18,7 @@ from pathlib import Path
 from dataset.sources import row_files
 from dataset.streaming import is_remote
 from trainer import distributed
-from trainer.cli import HelpFormatter, add_training_arguments, run_main
+from trainer.cli import HelpFormatter, add_training_arguments, parse_training, run_main
 from trainer.devices import make_deterministic, pick_device
 from trainer.feed import load_data
 from trainer.loop import train_epoch, training
@@ -37,7 +37,7 @@ def parse_args(argv=None):
         learning_rate=1e-3,
         max_seq_len=512,
     )
-    return parser.parse_args(argv)
+    return parse_training(parser, argv)
 
 
 def check_data(args) -> None:

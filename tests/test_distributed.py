@@ -11,6 +11,7 @@ import torch
 
 import train_sft_vlm
 import trainer.loop
+from tests.test_sources import chat, picture, write_parquet
 from trainer import distributed
 from trainer.progress import read_metrics
 
@@ -107,6 +108,10 @@ def test_two_ranks_make_the_steps_of_one(flags, world, tmp_path, monkeypatch):
     for name in ("stopped", "nan", "broken"):
         cases[name] = into(tmp_path / "two" / name, flags, *ONE_ROW)
     cases["broken"] += ["--images_path", str(broken)]
+    write_parquet(tmp_path / "0.parquet", [("no chat", [])] * 8)  # a stretch without a usable row
+    write_parquet(tmp_path / "1.parquet", [(chat("<image>", f"{i}"), [picture("red")]) for i in range(8)])
+    stream = ["--data_path", f"file://{tmp_path}/*.parquet", "--stream_rows", "8", "--on_bad_row", "skip", *ONE_ROW]
+    cases["stream"] = into(tmp_path / "two/stream", flags[flags.index("--tokenizer_path") :], *stream)
 
     script = tmp_path / "rank.py"
     script.write_text(RANK)
@@ -137,6 +142,7 @@ def test_two_ranks_make_the_steps_of_one(flags, world, tmp_path, monkeypatch):
     (one,) = (tmp_path / "one" / "dense").glob("*.pth")
     assert_same_weights(one, tmp_path / "two" / "resumed" / one.name)
 
+    assert first["stream"][:2] == [8, 8]
     assert first["stopped"] == 130
     assert json.loads((tmp_path / "two" / "stopped" / "sft_vlm_64.json").read_text())["step"] == 2
     assert first["nan"].startswith("step 1: loss nan") and first["nan"].count("rows.jsonl:") == 1

@@ -124,10 +124,13 @@ def test_model_mode_names_the_weights(trained, world):
         (["--image", "PICTURE", "--prompt", "<image> <image>?"], "--prompt has 2 <image>, but there are 1 pictures"),
         (["--data_path", "nowhere.jsonl"], "--data_path nowhere.jsonl: no such file"),
         (["--data_path", "ROWS", "--images_path", "PICTURES", "--refs_path", "nowhere.json"], "--refs_path nowhere"),
+        (["--data_path", "ROWS", "--images_path", "PICTURES", "--refs_path", "TEXT"], "expected a list of captions"),
     ],
 )
-def test_mistakes_name_the_flag(trained, world, flags, message):
-    here = {"PICTURE": world / "pictures/red.png", "ROWS": world / "rows.jsonl", "PICTURES": world / "pictures"}
+def test_mistakes_name_the_flag(trained, world, tmp_path, flags, message):
+    (tmp_path / "text.json").write_text('{"red.png": "a caption that is no list"}')
+    here = {"TEXT": tmp_path / "text.json"}
+    here |= {"PICTURE": world / "pictures/red.png", "ROWS": world / "rows.jsonl", "PICTURES": world / "pictures"}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         eval_vlm.main([*trained, *(str(here.get(flag, flag)) for flag in flags)])
 
@@ -277,6 +280,7 @@ def test_a_text_file_is_no_picture(trained, tmp_path):
     ("flags", "message"),
     [
         ("--image a.jpg --data_path rows.jsonl", "--data_path has no use for --image: give either"),
+        ("--data_path rows.jsonl --image_dir pictures", "--data_path has no use for --image_dir: give either"),
         ("--image a.jpg --image_dir pictures", "--image has no use for --image_dir: give either"),
         ("--json --output answers.jsonl", "--output is for scores: give rows with --data_path, or leave it out"),
         ("--images_path pictures", "--images_path is for scores"),

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -447,6 +448,31 @@ def test_a_run_without_resume_starts_anew_and_so_does_its_metrics_file(flags, tm
     assert len(losses(tmp_path / "out")) == 8
     main([*flags, "--log_interval", "1"])
     assert [line[0] for line in losses(tmp_path / "out")] == [1, 2, 3, 4]
+
+
+def test_a_run_that_stops_before_it_saves_is_not_resumed_from_an_earlier_one(flags, tmp_path, monkeypatch, capsys):
+    main([*flags, "--learning_rate", "1e-3"])
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(trainer.loop, "train_step", lambda *_: 1 / 0)
+        main(flags)
+    kept = tmp_path / "out/sft_vlm_64.resume.old.pt"
+    assert kept.is_file() and f"an earlier run's checkpoint is now {kept}" in capsys.readouterr().out
+    run = main([*flags, "--from_resume"])  # other flags than those of the earlier run, and from its first step
+    assert "nothing to resume" in capsys.readouterr().out and run.state.step == 4
+
+
+def test_on_several_machines_the_command_to_go_on_has_the_processes_of_one(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_sft_vlm.py", "--epochs", "2"])
+    monkeypatch.setattr(trainer.loop, "world_size", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert trainer.loop.resume_command().startswith("torchrun --nnodes 2 --nproc_per_node 4 ")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert trainer.loop.resume_command().startswith("torchrun --nproc_per_node 8 train_sft_vlm.py --epochs 2")
+
+
+@pytest.mark.parametrize("seed", [202601011200, 2**70])
+def test_a_seed_may_be_as_large_as_a_date(flags, seed):
+    assert main([*flags, "--seed", str(seed)]).state.step == 4
 
 
 # ---------------------------------------------------------------------------- precision and memory

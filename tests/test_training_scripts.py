@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,6 +113,18 @@ def test_two_stages_learn_to_look(flags, world):
     assert loss["true"] < 0.1 and loss["shuffled"] > loss["true"] + 1, loss
 
 
+def test_held_out_rows_need_not_be_as_many_files_as_the_others(flags, world, tmp_path):
+    """Pictures of two data sets, and one validation file whose pictures are beside it."""
+    shutil.copytree(world / "pictures", tmp_path / "images")
+    shutil.copy(world / "val.jsonl", tmp_path / "val.jsonl")
+    flags = without(flags, "--data_path", "--images_path")
+    rows, pictures = [str(world / "rows.jsonl")] * 2, [str(world / "pictures")] * 2
+    run = train_sft_vlm.main(
+        [*flags, "--data_path", *rows, "--images_path", *pictures, "--val_path", str(tmp_path / "val.jsonl")]
+    )
+    assert run.val_loss > 0
+
+
 # ---------------------------------------------------------------------------- mistakes
 
 MISTAKES = [
@@ -136,6 +149,13 @@ MISTAKES = [
     (["--seed", "-1"], "argument --seed: must not be below 0, got -1"),
     (["--num_workers", "-1"], "argument --num_workers: must not be below 0, got -1"),
     (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+    (["--val_interval", "5"], "--val_interval has no effect without --val_path"),
+    (["--val_images_path", "a"], "--val_images_path has no effect without --val_path"),
+    (["--val_path", "v.jsonl", "--val_images_path", "a", "b"], "--val_images_path names 2, --val_path 1: give as many"),
+    (["--cache_dtype", "int8"], "--cache_dtype has no effect without --cache_features"),
+    (["--trainable", "projector", "--optimizer", "muon"], "--optimizer muon is for the blocks, which do not learn"),
+    (["--trainable", "attention", "--embedding_learning_rate", "0.1"], "with --trainable attention the embeddings do"),
+    (["--from_weight", "sft_vlm_multi"], "Names that can be made: pretrain_vlm, sft_vlm, llm;"),
     (["--use_moe", "False"], "unrecognized arguments: False"),
     (["--bach_size", "3"], "unrecognized arguments: --bach_size 3"),
 ]

@@ -80,6 +80,21 @@ def public_shapes(moe: bool) -> dict:
     return shapes | {"vision_proj.vision_proj.0.weight": (64, 32), "vision_proj.vision_proj.0.bias": (64,)}
 
 
+def test_answers_end_where_the_tokenizer_says(flags, tokenizer_folder, tmp_path):
+    """A tokenizer from elsewhere, in which <|im_end|> is not 2."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_folder, folder)
+    found = json.loads((folder / "tokenizer.json").read_text())
+    ids = {"<|im_start|>": 2, "<|im_end|>": 1}
+    found["model"]["vocab"] |= ids
+    for token in found["added_tokens"]:
+        token["id"] = ids.get(token["content"], token["id"])
+    (folder / "tokenizer.json").write_text(json.dumps(found))
+    model, tokenizer, _ = build_model(parse_args([*flags, "--tokenizer_path", str(folder)]), None)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == 1
+    assert (model.config.eos_token_id, model.generation_config.eos_token_id, model.config.bos_token_id) == (1, 1, 2)
+
+
 @pytest.mark.parametrize("moe", [False, True])
 def test_a_file_of_weights_is_the_public_one_in_fp16_without_the_encoder(args, moe):
     path, model = save(args, use_moe=moe)

@@ -264,6 +264,8 @@ def score_rows(model, tokenizer, args, weights: Path, device) -> dict:
         if not Path(path).is_file():
             raise FileNotFoundError(f"--refs_path {path}: no such file")
         for image, texts in read_json(path).items():
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f'--refs_path {path}: "{image}" has {texts!r}, expected a list of captions')
             captions.setdefault(image, []).extend(texts)
     placeholders = model.config.image_special_token
     data = VLMDataset(

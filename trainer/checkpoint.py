@@ -56,6 +56,13 @@ class Checkpoint:
         write_safely(self.resume_path, lambda file: torch.save(resume, file))
         save_weights(self.path, model, self.about | asdict(state))
 
+    def put_aside(self) -> None:
+        """An earlier run's, so that this one, stopped before it saves, is not resumed from there."""
+        if is_main() and self.resume_path.is_file():
+            kept = self.resume_path.with_suffix(".old.pt")
+            self.resume_path.replace(kept)
+            say(f"an earlier run's checkpoint is now {kept}; to go on with that one: its old name, and --from_resume")
+
     def load(self, model, optimizer, scaler) -> State:
         """Fills all three and says where to go on: at step 0 if there is no checkpoint."""
         if not self.resume_path.is_file():

@@ -63,6 +63,8 @@ def main_first():
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if dist.is_initialized() and not first:
         dist.barrier()
-    yield first
-    if dist.is_initialized() and first:
-        dist.barrier()
+    try:
+        yield first
+    finally:  # the others wait, whatever went wrong here
+        if dist.is_initialized() and first:
+            dist.barrier()

@@ -31,6 +31,15 @@ def check_data(args, model, tokenizer, paths, images_path=None, weights=None) ->
         )
 
 
+def val_images(args) -> list[str] | None:
+    """The pictures of --val_path: --val_images_path, else --images_path where it fits, else None, beside the rows."""
+    fits = (1, len(args.val_path))
+    if args.val_images_path and len(args.val_images_path) not in fits:
+        counts = f"names {len(args.val_images_path)}, --val_path {len(args.val_path)}"
+        raise ValueError(f"--val_images_path {counts}: give as many, in this order, or one for all")
+    return args.val_images_path or (args.images_path if len(args.images_path or []) in fits else None)
+
+
 def load_data(args, model, tokenizer, paths, images_path=None, weights=None) -> VLMDataset | Stream:
     """The rows of --data_path; prints how many, and what was left out, mended and shortened."""
     if any(map(is_remote, paths)):
@@ -117,10 +126,10 @@ class Feed:
 class StreamFeed:
     """The same of a stream. A stretch that lacks rows ends with steps that have fewer, or none."""
 
-    def __init__(self, stream: Stream, args, accumulation: int, device, tokenizer, check):
-        """check: Stretch → VLMDataset."""
+    def __init__(self, stream: Stream, args, accumulation: int, device, tokenizer, check, name: str):
+        """check: Stretch → VLMDataset; name: of the run's weights, as others may have the same out_dir."""
         self.stream, self.rows, self.data = stream, stream.rows, None
-        self.args, self.accumulation, self.check = args, accumulation, check
+        self.args, self.accumulation, self.check, self.name = args, accumulation, check, name
         self.device, self.tokenizer = device, tokenizer
         self.step_rows = args.batch_size * accumulation * world_size()
         self.stretch_steps = max(args.stream_rows // self.step_rows, 1)
@@ -132,7 +141,7 @@ class StreamFeed:
     def batches(self, epoch: int, first_step: int) -> Iterator[dict]:
         plan = self.stream.plan(self.stretch_steps * self.step_rows, self.args.seed, epoch)
         # Machines may share out_dir, but each fetches for itself.
-        fetcher = Fetcher(self.stream, plan, Path(self.args.out_dir) / "stream" / socket.gethostname())
+        fetcher = Fetcher(self.stream, plan, Path(self.args.out_dir) / "stream" / f"{socket.gethostname()}_{self.name}")
         for number in range(first_step // self.stretch_steps, len(plan)):
             steps = math.ceil(sum(piece.end - piece.first for piece in plan[number]) / self.step_rows)
             done = max(first_step - number * self.stretch_steps, 0)

@@ -132,14 +132,18 @@ def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: V
     if getattr(model, "vision_encoder", None) is not None:
         cast_frozen(model.vision_encoder, dtype)  # after its fingerprint has been taken
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
-    state = checkpoint.load(model, optimizer, scaler) if args.from_resume or restarted else State()
+    if args.from_resume or restarted:
+        state = checkpoint.load(model, optimizer, scaler)
+    else:
+        checkpoint.put_aside()
+        state = State()
     if len({other.step for other in gather(state)}) > 1:
         raise ValueError("--from_resume: the ranks find different checkpoints; --out_dir must be one that all see")
 
     accumulation = fit_accumulation(args, state)
     if isinstance(data, Stream):
         check = partial(check_data, args, model, tokenizer)
-        feed = StreamFeed(data, args, accumulation, device, tokenizer, check)
+        feed = StreamFeed(data, args, accumulation, device, tokenizer, check, path.stem)
     else:
         feed = Feed(data, args, accumulation, device, tokenizer)
     val_loader = None
@@ -239,7 +243,7 @@ def train_step(run: Run, step: list[dict], labels: float, rows: float) -> tuple[
     args, optimizer, scaler = run.args, run.optimizer, run.scaler
     set_learning_rate(optimizer, schedule(run.state.step, run.total_steps, args.warmup_iters, args.schedule))
     # Dropout draws from a stream of its own per step and rank, so that resuming needs no state of it.
-    torch.manual_seed((args.seed * 1_000_003 + run.state.step) * 4096 + rank())
+    torch.manual_seed(((args.seed * 1_000_003 + run.state.step) * 4096 + rank()) % 2**63)
     optimizer.zero_grad(set_to_none=True)
     losses, aux_losses = [], []
     for i, batch in enumerate(step):
@@ -310,5 +314,9 @@ def fit_accumulation(args, state: State) -> int:
 
 def resume_command() -> str:
     flags = [flag for flag in sys.argv[1:] if flag != "--from_resume"]
-    launcher = f"torchrun --nproc_per_node {world_size()}" if world_size() > 1 else "python"
+    launcher, here = "python", int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    if world_size() > here:  # on each machine, with the same --master_addr or --rdzv_endpoint as before
+        launcher = f"torchrun --nnodes {world_size() // here} --nproc_per_node {here} --master_addr ..."
+    elif world_size() > 1:
+        launcher = f"torchrun --nproc_per_node {here}"
     return f"{launcher} {shlex.join([*script(), *flags, '--from_resume'])}"

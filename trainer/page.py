@@ -212,8 +212,8 @@ def build_page(args, models: list[Path]) -> gr.Blocks:
         settings = [
             gr.Dropdown([str(path) for path in models], value=str(models[0]), label=tr("weights"), render=False),
             slider(0, 2, args.temperature, label=tr("temperature"), info=tr("temperature_info")),
-            slider(0.05, 1, args.top_p, label=tr("top_p"), info=tr("top_p_info")),
-            slider(1, args.max_new_tokens, args.max_new_tokens, step=1, label=tr("length")),
+            slider(min(0.05, args.top_p), 1, args.top_p, label=tr("top_p"), info=tr("top_p_info")),
+            slider(1, max(2, args.max_new_tokens), args.max_new_tokens, step=1, label=tr("length")),
         ]
         gr.ChatInterface(
             chat,

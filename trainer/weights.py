@@ -211,13 +211,14 @@ def find_weights(name: str, out_dir, hidden_size: int | None, use_moe: bool) -> 
     if found:
         names = ", ".join(found)
         raise ValueError(f"{name}: {out_dir} holds {names}. Say which with --hidden_size, --use_moe or by its path")
-    what = "llm" if name == "llm" else "vlm"
-    make = "-m scripts.train_llm" if name == "llm" else f"train_{name}.py"
+    how = {name: f"python -m scripts.download --what vlm, or make it: python train_{name}.py"
+           for name in ("pretrain_vlm", "sft_vlm")}  # fmt: skip
+    how["llm"] = "python -m scripts.download --what llm, or make it: python -m scripts.train_llm"
+    hint = f"Fetch the public one: {how[name]}" if name in how else f"Names that can be made: {', '.join(how)}"
     raise FileNotFoundError(
-        f"{exact[0]} is not there ({out_dir} holds {', '.join(there) or 'no .pth file'}). Fetch the public one: "
-        f"python -m scripts.download --what {what}, or make it: python {make}; or give the --hidden_size that it has, "
-        "or another file or folder; to train from nothing: --from_weight none; all in small, without a download: "
-        "python -m scripts.quickstart"
+        f"{exact[0]} is not there ({out_dir} holds {', '.join(there) or 'no .pth file'}). {hint}; or give the "
+        "--hidden_size that it has, or another file or folder; to train from nothing: --from_weight none; all in "
+        "small, without a download: python -m scripts.quickstart"
     )
 
 
@@ -440,6 +441,8 @@ def build_model(args, weights: Path | None, dropout: float = 0.0):
         config = MiniMindConfig(dropout=dropout, **architecture)
     args.tokenizer_path = args.tokenizer_path or words or "./model"
     tokenizer = load_tokenizer(args.tokenizer_path, *([config.image_special_token] if sees else []))
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])  # where answers stop
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = start, end, tokenizer.pad_token_id
     if sees:
         config.image_ids = [tokenizer.convert_tokens_to_ids("@")] * len(config.image_ids)
     warning = ""
