@@ -9,7 +9,7 @@ of which is shown before it runs. Ctrl-C and a second start go on where it was. 
 
     tokenizer.json, tokenizer_config.json      scripts.train_tokenizer
     clip/                                      scripts.train_clip, an ordinary CLIP folder, vision half only
-    llm_{hidden}.pth, .json                    scripts.train_llm in eight lessons, fp16
+    llm_{hidden}.pth, .json                    scripts.train_llm in seven lessons, fp16
 """
 
 import argparse
@@ -69,8 +69,6 @@ def recipe(folder: Path) -> list[Step]:
              [*in_words("count", 20000, ["each"], (2, 4), 12), "--lists", "count"]),
         Step("text", "scenes in words with whole conversations about them, for its seventh",
              in_words("text", 42000, ["multi", "describe", "compare", "each"], (1, 4), 2)),
-        Step("practice", "and with questions of the kinds that it answers worst, for its eighth",
-             in_words("practice", 20000, ["describe", "compare", "count"], (1, 4), 9)),
         Step("tokenizer", "learn which letters make a token", [
             "python", "-m", "scripts.train_tokenizer", "--data_path", text / "train.jsonl",
             "--vocab_size", 1749, "--split_chinese", "--out_dir", folder,
@@ -101,10 +99,8 @@ def recipe(folder: Path) -> list[Step]:
         Step("fifth lesson", "to name one object after the other",
              lesson(5, describe=1, object=0.2, place=0.2), resumable=True),
         Step("sixth lesson", "to say what is there, what is not, and how many",
-             lesson(6, exists=0.5, count=0.8, describe=0.2), resumable=True),
-        Step("seventh lesson", "to answer all kinds of questions", lesson(7, text=0.75), resumable=True),
-        Step("eighth lesson", "it practises what it answers worst",
-             lesson(8, last=True, practice=0.8, text=0.2), resumable=True),
+             lesson(6, exists=1, count=0.5, describe=0.1, object=0.1), resumable=True),
+        Step("seventh lesson", "to answer all kinds of questions", lesson(7, last=True, text=0.4), resumable=True),
     ]
     # fmt: on
     for step in steps:
