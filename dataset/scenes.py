@@ -89,17 +89,13 @@ each shape       | What shapes are {them}?                       | {them}各是�
 each place       | Where are {them}?                             | {them}各在哪里？
 each size        | What sizes are {them}?                        | {them}各有多大？
 each object      | What is in {them}?                            | {them}各是什么？
-each exists      | Do you see {them}?                            | 有没有{them}？
-each count       | How many {them} are there?                    | {them}各有几个？
 """
-EACH = {  # what "each" asks of one object, and how it calls it
-    "colour": ("colour", "of", "the {x}"),
-    "shape": ("what", "shape", "the {x}"),
-    "place": ("where", "of", "the {x}"),
-    "size": ("size", "of", "the {x}"),
-    "object": ("what", "at", "the {p}"),
-    "exists": ("exists", "", "{ax}"),
-    "count": ("count", "part", "{xs}"),
+EACH = {  # what "each" asks of one object
+    "colour": ("colour", "of"),
+    "shape": ("what", "shape"),
+    "place": ("where", "of"),
+    "size": ("size", "of"),
+    "object": ("what", "at"),
 }
 KINDS = {  # share of rows, as far as scenes allow; "multi" is a conversation of several questions, "each" of lists
     "describe": 5,
@@ -118,7 +114,6 @@ USUAL = tuple(kind for kind in KINDS if kind != "each")  # that is for practice:
 TURNS = ("what", "colour", "count", "where", "exists", "relation", "size")  # a description would give away the rest
 LENGTH = (4, 12)  # questions drawn for a conversation; those that cannot be asked, or come twice, fall away
 LANGS = ("en", "zh")
-YES_NO = {"en": ("no", "yes"), "zh": ("没有", "有")}
 
 
 def read_wordings(table: str) -> dict[str, dict[str, list[dict[str, str]]]]:
@@ -226,11 +221,6 @@ def conclude(known: list[str], answer: str, lang: str) -> str:
     return ", ".join(known) + f": {answer}" if lang == "en" else "，".join(known) + f"：{answer}"
 
 
-def conclusion(answer: str) -> str:
-    """What an answer says that was not known before, "the star", where it ends so; else all of it."""
-    return answer.replace("：", ": ").rsplit(": ", 1)[-1]
-
-
 def describe(scene, form, lang):
     if form == "list":
         yield {}, listing(scene, lang), True
@@ -264,19 +254,11 @@ def colour(scene, form, lang):
 
 def each(scene, form, lang, rng):
     """One question about all that a question of this form can be asked about, in any order."""
-    kind, of_one, one = EACH[form]
-    if kind == "exists":
-        found = [*exists(scene, "pair", lang, rng, False), *exists(scene, "part", lang, rng, False)]
-    else:
-        found = list(QUESTIONS[kind](scene, of_one, lang))
+    kind, of_one = EACH[form]
+    found = list(QUESTIONS[kind](scene, of_one, lang))
     rng.shuffle(found)
-    if kind in ("exists", "count"):  # most is not there, or there is one of it: not more of that than of the rest
-        usual = YES_NO[lang][0] if kind == "exists" else say("one", lang)
-        rare = [asked for asked in found if conclusion(asked[1]) != usual][:3]
-        found = rare + [asked for asked in found if conclusion(asked[1]) == usual][: max(2, len(rare))]
-        rng.shuffle(found)
     if len(found) > 1:
-        them = [one.format(**slots) if lang == "en" else next(iter(slots.values())) for slots, _, _ in found]
+        them = [("the " if lang == "en" else "") + next(iter(slots.values())) for slots, _, _ in found]
         joined = join(them, *((", ", " and ") if lang == "en" else ("、", "和")))
         said = (", " if lang == "en" else "，").join(answer for _, answer, _ in found)
         yield {"them": joined}, said, any(new for _, _, new in found)
@@ -284,14 +266,12 @@ def each(scene, form, lang, rng):
 
 def count(scene, form, lang):
     if form == "all":
-        looks = [("", "")]
-    else:
-        looks = [(thing.colour, "") for thing in scene.things] + [("", thing.shape) for thing in scene.things]
-        looks += [(thing.colour, thing.shape) for thing in scene.things]
+        yield {}, say(NUMBERS[len(scene.things) - 1], lang), False
+        return
+    looks = [(thing.colour, "") for thing in scene.things] + [("", thing.shape) for thing in scene.things]
     for look in dict.fromkeys(looks):
         found, noun = find(scene, *look), name(lang, *look)
-        answer = conclude([plural(noun) if lang == "en" else noun], say(NUMBERS[len(found) - 1], lang), lang)
-        yield {"x": noun, "xs": plural(noun)}, answer, form == "part" and is_new(found)
+        yield {"x": noun, "xs": plural(noun)}, say(NUMBERS[len(found) - 1], lang), is_new(found)
 
 
 def where(scene, form, lang):
@@ -310,9 +290,8 @@ def exists(scene, form, lang, rng, new):
         pairs = [(colour, "") for colour in (*colours, rng.choice(list(COLOURS)))]
         pairs += [("", shape) for shape in (*shapes, rng.choice(SHAPES))]
     for pair in dict.fromkeys(pairs):
-        noun = name(lang, *pair)
-        answer = conclude([a(noun, lang)], YES_NO[lang][bool(find(scene, *pair))], lang)
-        yield {"x": noun, "ax": a(noun, lang)}, answer, form == "pair"
+        noun, (no, yes) = name(lang, *pair), ("no", "yes") if lang == "en" else ("没有", "有")
+        yield {"x": noun, "ax": a(noun, lang)}, yes if find(scene, *pair) else no, form == "pair"
 
 
 def relation(scene, form, lang):
@@ -350,8 +329,7 @@ def compare(scenes, form, lang):
         for thing in scene.things:
             noun = name(lang, thing.colour, thing.shape)
             if not find(scenes[1 - second], thing.colour, thing.shape):
-                answer = conclude([a(noun, lang)], which_picture(second, lang), lang)
-                yield {"x": noun, "ax": a(noun, lang)}, answer, thing.new
+                yield {"x": noun, "ax": a(noun, lang)}, which_picture(second, lang), thing.new
 
 
 def several_in(number: int, second: bool, lang: str) -> str:
@@ -369,8 +347,8 @@ def ask(scenes, kind: str, lang: str, rng, used: Counter, new: bool, form: str =
     """A question of this kind about the scene (two to compare) with its answer; None where there is none to ask.
 
     form: of question; drawn without it.
-    used: how often each conclusion was given so far, by form of question and language; the rarest that is possible now
-    is asked for.
+    used: how often each answer was given so far, by form of question and language; the rarest that is possible now is
+    asked for.
     """
     form = form or rng.choice(list(ASK[kind]))
     if kind == "exists":
@@ -385,11 +363,11 @@ def ask(scenes, kind: str, lang: str, rng, used: Counter, new: bool, form: str =
     if not found:
         return None
     key = (kind, form, lang)
-    rarest = min(used[key, conclusion(answer)] for _, answer in found)
-    slots, answer = rng.choice([(slots, answer) for slots, answer in found if used[key, conclusion(answer)] == rarest])
-    if kind == "count" and rarest > min(used[key, say(each, lang)] for each in NUMBERS) + 2:
+    rarest = min(used[key, answer] for _, answer in found)
+    slots, answer = rng.choice([(slots, answer) for slots, answer in found if used[key, answer] == rarest])
+    if "count" in (kind, form) and rarest > min(used[key, say(each, lang)] for each in NUMBERS) + 2:
         return None  # most scenes hold one of most things: "one" waits for the others
-    used[key, conclusion(answer)] += 1
+    used[key, answer] += 1
     return rng.choice(ASK[kind][form])[lang].format(**slots), answer
 
 

@@ -63,12 +63,10 @@ def recipe(folder: Path) -> list[Step]:
           for seed, name in enumerate(("colour", "shape", "size", "place", "object"), start=4)),
         Step("describe", "scenes of one to four objects, with descriptions, for its fifth",
              in_words("describe", 20000, ["describe"], (1, 4), 10)),
-        Step("exists", "with lists of what is there and what is not, for its sixth",
-             [*in_words("exists", 20000, ["each"], (1, 4), 11), "--lists", "exists"]),
-        Step("count", "and of how many there are of each",
-             [*in_words("count", 20000, ["each"], (2, 4), 12), "--lists", "count"]),
-        Step("text", "scenes in words with whole conversations about them, for its seventh",
+        Step("text", "scenes in words with whole conversations about them, for its sixth",
              in_words("text", 42000, ["multi", "describe", "compare", "each"], (1, 4), 2)),
+        Step("practice", "and with questions of the kinds that it answers worst, for its seventh",
+             in_words("practice", 20000, ["describe", "compare", "count", "exists"], (1, 4), 9)),
         Step("tokenizer", "learn which letters make a token", [
             "python", "-m", "scripts.train_tokenizer", "--data_path", text / "train.jsonl",
             "--vocab_size", 1749, "--split_chinese", "--out_dir", folder,
@@ -98,9 +96,9 @@ def recipe(folder: Path) -> list[Step]:
              lesson(4, object=1, place=0.3, colour=0.1, size=0.2, shape=0.1), resumable=True),
         Step("fifth lesson", "to name one object after the other",
              lesson(5, describe=1, object=0.2, place=0.2), resumable=True),
-        Step("sixth lesson", "to say what is there, what is not, and how many",
-             lesson(6, exists=1, count=0.5, describe=0.1, object=0.1), resumable=True),
-        Step("seventh lesson", "to answer all kinds of questions", lesson(7, last=True, text=0.4), resumable=True),
+        Step("sixth lesson", "to answer all kinds of questions", lesson(6, text=1), resumable=True),
+        Step("seventh lesson", "it practises what it answers worst",
+             lesson(7, last=True, practice=1, text=0.25), resumable=True),
     ]
     # fmt: on
     for step in steps:

@@ -330,9 +330,8 @@ def test_from_zero_trains_what_it_then_starts_from(tmp_path, monkeypatch):
     with pytest.raises(IndexError):  # nothing has run, so there is nothing to report
         quickstart.main(["--out_dir", str(tmp_path / "out"), "--from_zero", "--use_moe"])
     tiny = tmp_path / "out/tiny"
-    numbers = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh")
-    lessons = [f"{number} lesson" for number in numbers]
-    texts = ["words", "colour", "shape", "size", "place", "object", "describe", "exists", "count", "text"]
+    lessons = [f"{number} lesson" for number in ("first", "second", "third", "fourth", "fifth", "sixth", "seventh")]
+    texts = ["words", "colour", "shape", "size", "place", "object", "describe", "text", "practice"]
     bundle = ["captions", *texts, "tokenizer", "encoder", *lessons]
     steps = {step.name: step.command for step in ran}
     assert list(steps) == [*bundle, "data 1", "data 2", "stage 1", "stage 2", "score val", "score val_new"]
