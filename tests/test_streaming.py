@@ -89,6 +89,7 @@ def feed_rows(url, flags, tokenizer, clip_folder, epoch=0, first=0) -> list[Coun
         torch.device("cpu"),
         tokenizer,
         lambda path: VLMDataset(path, None, tokenizer, processor, 120, "@" * 16),
+        "sft_vlm_64",
     )
     steps, batches = [], feed.batches(epoch, first)
     for _ in range(first, feed.steps_per_epoch):
@@ -129,6 +130,19 @@ def test_two_stretches_are_on_the_disk_at_a_time_and_none_in_the_end(url, tmp_pa
         assert len(list((tmp_path / "stream").iterdir())) == min(2, len(plan) - number)
     fetcher.remove()
     assert not (tmp_path / "stream").exists()
+
+
+def test_runs_with_one_out_dir_keep_apart(streamed, tmp_path, monkeypatch):
+    folders, init = set(), Fetcher.__init__
+
+    def note(self, stream, plan, folder):
+        folders.add(folder)
+        init(self, stream, plan, folder)
+
+    monkeypatch.setattr(Fetcher, "__init__", note)
+    main(streamed)
+    main([*streamed, "--use_moe"])
+    assert len(folders) == 2 and not any(folder.exists() for folder in folders)
 
 
 def test_a_stretch_that_was_left_behind_is_not_fetched_again(url, tmp_path, monkeypatch):

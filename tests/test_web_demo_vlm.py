@@ -295,6 +295,13 @@ def test_settings_beyond_their_limits_are_refused(visitor):
             visitor.ask("What?", **setting)
 
 
+def test_the_smallest_values_that_flags_take_are_ones_the_page_takes(out, world):
+    with serve(flags(out, "--top_p", "0.01", "--max_new_tokens", "1")) as (_, address):
+        visitor = Visitor(address)
+        visitor.ask("What?", world / "pictures/red.png", length=1, top_p=0.01)
+        assert "⚠️" not in visitor.title
+
+
 def test_an_answer_ends_when_its_time_is_over(out, world):
     with serve(flags(out, "--max_seconds", "0.5")) as (_, address):
         visitor = Visitor(address)
