@@ -50,7 +50,8 @@ def recipes(rate: float, batch_size: int) -> dict[str, dict]:
 
 def subset(data: Path, rows: int, path: Path) -> None:
     """Writes the first rows of all training files together, shuffled once, to `path`."""
-    lines = [line for file in sorted(data.glob("train*.jsonl")) for line in file.read_text("utf-8").splitlines()]
+    files = sorted(data.glob("train*.jsonl"))  # lines end with a line feed alone: other ends may stand in a text
+    lines = [line.rstrip("\n") for file in files for line in file.open(encoding="utf-8")]
     if len(lines) < rows:
         raise ValueError(f"--rows {rows}: {data} has {len(lines)}")
     random.Random(0).shuffle(lines)

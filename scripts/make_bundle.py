@@ -39,10 +39,10 @@ def recipe(folder: Path) -> list[Step]:
     muon = ["--batch_size", 16, "--optimizer", "muon", "--learning_rate", 4e-3, "--val_interval", 250]
     weights = f"llm_{HIDDEN_SIZE}.pth"
 
-    def in_words(name, scenes, kinds, objects, seed):
+    def in_words(name, about, scenes, kinds, objects, seed, *more):
         command = ["python", "-m", "dataset.scenes", "--form", "text", "--out_dir", folder / name, "--scenes", scenes]
         command += ["--val_scenes", 100, "--rows", 2, "--seed", seed, "--objects", *objects]
-        return [*command, "--kinds", *kinds]
+        return Step(name, about, [*command, "--kinds", *kinds, *more], makes=folder / name)
 
     def lesson(number, last=False, **shares):
         out = folder if last else folder / f"lesson_{number}"
@@ -55,18 +55,18 @@ def recipe(folder: Path) -> list[Step]:
         Step("captions", "draw pictures with a caption of each object in two languages, for the encoder", [
             "python", "-m", "dataset.scenes", "--form", "captions", "--out_dir", captions,
             "--scenes", 40000, "--val_scenes", 500, "--image_size", 72, "--seed", 1,
-        ]),
-        Step("words", "scenes of one object in words, with descriptions, for the language model's first lesson",
-             in_words("words", 32000, ["describe"], (1, 1), 3)),
-        *(Step(name, f"scenes of three or four objects, with lists of their {name}s, for the next three",
-               [*in_words(name, 20000, ["each"], (3, 4), seed), "--lists", name])
+        ], makes=captions),
+        in_words("words", "scenes of one object in words, with descriptions, for the language model's first lesson",
+                 32000, ["describe"], (1, 1), 3),
+        *(in_words(name, f"scenes of three or four objects, with lists of their {name}s, for the next three",
+                   20000, ["each"], (3, 4), seed, "--lists", name)
           for seed, name in enumerate(("colour", "shape", "size", "place", "object"), start=4)),
-        Step("describe", "scenes of one to four objects, with descriptions, for its fifth",
-             in_words("describe", 20000, ["describe"], (1, 4), 10)),
-        Step("text", "scenes in words with whole conversations about them, for its sixth",
-             in_words("text", 42000, ["multi", "describe", "compare", "each"], (1, 4), 2)),
-        Step("practice", "and with questions of the kinds that it answers worst, for its seventh",
-             in_words("practice", 20000, ["describe", "compare", "count", "exists"], (1, 4), 9)),
+        in_words("describe", "scenes of one to four objects, with descriptions, for its fifth",
+                 20000, ["describe"], (1, 4), 10),
+        in_words("text", "scenes in words with whole conversations about them, for its sixth",
+                 42000, ["multi", "describe", "compare", "each"], (1, 4), 2),
+        in_words("practice", "and with questions of the kinds that it answers worst, for its seventh",
+                 20000, ["describe", "compare", "count", "exists"], (1, 4), 9),
         Step("tokenizer", "learn which letters make a token", [
             "python", "-m", "scripts.train_tokenizer", "--data_path", text / "train.jsonl",
             "--vocab_size", 1749, "--split_chinese", "--out_dir", folder,

@@ -42,11 +42,11 @@ def recipe(out: Path, llm: Path, model: list) -> list[Step]:
         Step("data 1", "draw scenes with descriptions, for stage 1", [
             "python", "-m", "dataset.scenes", "--out_dir", captions, "--scenes", 1500, "--val_scenes", 50,
             "--image_size", 72, "--kinds", "describe", "--rows", 2, "--seed", 3,
-        ]),
+        ], makes=captions),
         Step("data 2", "draw scenes with conversations about them, for stage 2", [
             "python", "-m", "dataset.scenes", "--out_dir", data, "--scenes", 6500, "--val_scenes", 75,
             "--image_size", 72,
-        ]),
+        ], makes=data),
         Step("stage 1", "the projector learns to put pictures into the language model's words", [
             *train, "train_pretrain_vlm.py", *model, *rows(captions), "--from_weight", llm, *training,
             "--learning_rate", 2e-3, "--projector_learning_rate", 4e-3,

@@ -80,6 +80,7 @@ def test_a_run_is_one_of_the_training_script_and_is_not_made_twice(tmp_path, mon
 
 def test_files_without_a_last_line_feed_are_read_line_by_line(tmp_path):
     for name in ("train.jsonl", "train_zh.jsonl"):
-        (tmp_path / name).write_text("one\ntwo")
+        (tmp_path / name).write_text("one\u2028still one\ntwo", encoding="utf-8")
     benchmark_learning.subset(tmp_path, 4, tmp_path / "all.jsonl")
-    assert sorted((tmp_path / "all.jsonl").read_text().splitlines()) == ["one", "one", "two", "two"]
+    lines = (tmp_path / "all.jsonl").read_text(encoding="utf-8").split("\n")
+    assert sorted(lines) == ["", "one\u2028still one", "one\u2028still one", "two", "two"]
