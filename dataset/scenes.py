@@ -495,8 +495,9 @@ def write_world(
     out_dir, splits = Path(out_dir), (("train", scenes), ("val", val_scenes), ("val_new", val_scenes))
     for split, _ in splits:
         if (out_dir / f"{split}.jsonl").exists():
-            why = f"{split}.jsonl is there already"
-            raise ValueError(f"--out_dir {out_dir}: {why}. Choose another folder, or remove it")
+            raise ValueError(
+                f"--out_dir {out_dir}: {split}.jsonl is there already. Choose another folder, or remove it"
+            )
     (out_dir if form == "text" else out_dir / "images").mkdir(parents=True, exist_ok=True)
     written = {}
     for split, count in splits:

@@ -98,12 +98,17 @@ def parse_line(line: str) -> Row:
     row = from_json(line)
     if not isinstance(row, dict):
         raise BadRow("key", 'no "conversations" list')
+    return checked(row.get("conversations"), whole(image_names(row)), kind=row.get("kind") or "")
+
+
+def image_names(row: dict) -> list[str]:
+    """What the "image" of a row of JSONL names, also with a list or null there. Raises BadRow."""
     images = row.get("image") or []
     if isinstance(images, str):
         images = images.split(",")
     if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
         raise BadRow("key", '"image" must be text, as in "a.jpg" or "a.jpg, b.jpg", or a list of texts')
-    return checked(row.get("conversations"), whole([name.strip() for name in images]), kind=row.get("kind") or "")
+    return [name.strip() for name in images]
 
 
 def parse_record(conversations: str, image_bytes: bytes | list | None, number: int) -> Row:

@@ -467,6 +467,7 @@ def next_commands(args, tasks: list[str]) -> list[list]:
         return next((root / place for place in places if (root / place).is_file()), None)
 
     eyes = there(f"{CLIP_FOLDER}/model.safetensors", f"{CLIP_FOLDER}/pytorch_model.bin")
+    words = there("model/tokenizer.json")
     rows = {key: there(f"dataset/{key}_data.jsonl", f"dataset/{key}_data.parquet") for key in ("pretrain", "sft")}
     flags = ["--hidden_size", HIDDEN[args.size]] if args.size != "26m" else []
     flags += ["--use_moe"] if args.use_moe else []
@@ -474,18 +475,18 @@ def next_commands(args, tasks: list[str]) -> list[list]:
         flags += ["--tokenizer_path", root / "model", "--vision_model_path", root / CLIP_FOLDER]
         flags += ["--out_dir", root / "out"]
     asks, trains, commands = "vlm" in tasks, "llm" in tasks or "data" in tasks, []
-    if eyes and there("model/tokenizer.json") and (trains or not asks):
+    if eyes and words and (trains or not asks):
         for stage, start in (("pretrain", "llm"), ("sft", "pretrain_vlm")):
             if rows[stage] and (there(f"out/{start}_{name}") or commands):
                 own = ["--data_path", rows[stage]] if elsewhere else []
                 commands.append(["python", f"train_{stage}_vlm.py", *flags, *own])
-    if eyes and there("model/tokenizer.json") and (asks or not trains):
+    if eyes and words and (asks or not trains):
         if there(f"out/sft_vlm_{name}"):
             commands.append(["python", "eval_vlm.py", *flags])
         elif there(f"out/pretrain_vlm_{name}"):
             commands.append(["python", "eval_vlm.py", "--model_mode", 0, *flags])
     if not commands:
-        needed, words = {"clip": eyes}, there("model/tokenizer.json")
+        needed = {"clip": eyes}
         if asks:
             needed |= {"vlm": words and there(f"out/sft_vlm_{name}", f"out/pretrain_vlm_{name}")}
         else:

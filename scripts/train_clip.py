@@ -37,6 +37,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel
 
+from dataset.sources import BadRow, image_names
 from model.processing import ImageProcessor, load_tokenizer
 from scripts.train_tokenizer import read_rows
 from trainer.cli import HelpFormatter, not_negative, positive, run_main
@@ -56,8 +57,10 @@ def read_captions(paths, flag: str) -> dict[str, list[str]]:
     """JSONL conversations → {picture: its captions}: what the assistant says, of rows with exactly one picture."""
     captions, skipped = {}, 0
     for row in read_rows(paths, flag):
-        names = row.get("image") or []  # as dataset.sources reads it: null is no picture, a list is a list of names
-        names = [name.strip() for name in (names.split(",") if isinstance(names, str) else names) if name.strip()]
+        try:
+            names = list(filter(None, image_names(row)))
+        except BadRow as error:
+            raise ValueError(f"{flag}: {error}") from None
         caption = " ".join(turn["content"] for turn in row["conversations"] if turn["role"] == "assistant").strip()
         if len(names) == 1 and caption:
             captions.setdefault(names[0], []).append(caption)

@@ -11,7 +11,6 @@ full. The ids: 0 <|endoftext|>, 1 <|im_start|>, 2 <|im_end|>, 3 to 258 the bytes
 """
 
 import argparse
-import itertools
 import json
 import re
 from pathlib import Path
@@ -55,7 +54,7 @@ def read_rows(paths, flag: str = "--data_path"):
                 try:
                     row = json.loads(line)
                     turns = [(turn["role"], turn["content"]) for turn in row["conversations"]]
-                    "".join(map(str, itertools.chain(*turns))).encode()  # half a surrogate pair is no Unicode
+                    json.dumps(turns, ensure_ascii=False).encode()  # half a surrogate pair is no Unicode
                 except (ValueError, KeyError, TypeError) as error:
                     turns, reason = [], f"{type(error).__name__}: {error}"
                 else:

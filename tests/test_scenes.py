@@ -584,9 +584,8 @@ def test_rows_that_are_there_are_not_overwritten(tmp_path):
     (tmp_path / "val.jsonl").write_text("mine\n")
     with pytest.raises(SystemExit, match="error: --out_dir .*: val.jsonl is there already. Choose another folder"):
         world.main(["--out_dir", str(tmp_path), "--scenes", "3", "--val_scenes", "3"])
-    assert [path.name for path in tmp_path.iterdir()] == ["val.jsonl"] and (
-        tmp_path / "val.jsonl"
-    ).read_text() == "mine\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["val.jsonl"]
+    assert (tmp_path / "val.jsonl").read_text() == "mine\n"
 
 
 def test_scenes_hold_as_many_objects_as_asked_for(tmp_path):

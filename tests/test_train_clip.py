@@ -437,6 +437,9 @@ def test_rows_without_exactly_one_picture_are_counted_and_left_out(tmp_path, cap
     lines = [line | {"image": image} for line, image in zip(lines, (["a.png"], None, [], ["a.png", "b.png"]))]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert train_clip.read_captions([tmp_path / "rows.jsonl"], "--data_path") == {"a.png": ["one"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(lines[0] | {"image": 5}))
+    with pytest.raises(ValueError, match='--data_path: "image" must be text'):
+        train_clip.read_captions([tmp_path / "rows.jsonl"], "--data_path")
 
 
 def test_an_encoder_that_weights_may_depend_on_is_not_overwritten(trained, world):

@@ -161,14 +161,12 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize(
     "line",
     [
-        *(
-            "{broken",
-            "[]",
-            "{}",
-            '{"conversations": []}',
-            '{"conversations": [{"role": "user", "content": 5}]}',
-            "\xff",
-        ),
+        "{broken",
+        "[]",
+        "{}",
+        '{"conversations": []}',
+        '{"conversations": [{"role": "user", "content": 5}]}',
+        "\xff",
         '{"conversations": [{"role": "user", "content": "half a pair: \\ud800"}]}',
     ],
 )

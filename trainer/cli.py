@@ -102,9 +102,9 @@ def add_model_arguments(parser, sees: bool = True) -> None:
 def parse_training(parser, argv):
     """The flags of a training script; ends the program where one would have no effect."""
     args = parser.parse_args(argv)
-    for flag, other in (("val_interval", "val_path"), ("val_images_path", "val_path")):
-        if getattr(args, flag, None) and not getattr(args, other):
-            parser.error(f"--{flag} has no effect without --{other}")
+    for flag in ("val_interval", "val_images_path"):
+        if getattr(args, flag, None) and not args.val_path:
+            parser.error(f"--{flag} has no effect without --val_path")
     if getattr(args, "cache_dtype", "float16") != "float16" and not args.cache_features:
         parser.error("--cache_dtype has no effect without --cache_features")
     return args

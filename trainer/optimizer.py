@@ -118,7 +118,7 @@ def make_optimizer(
 
 def optimizer_of(model, args):
     """What the flags of a training script ask for. Raises ValueError where nothing that learns answers to a flag."""
-    learning = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    learning = [name for name, weight in model.named_parameters() if weight.requires_grad]
     if args.embedding_learning_rate and not any("embed_tokens" in name for name in learning):
         raise ValueError(f"--embedding_learning_rate: with --trainable {args.trainable} the embeddings do not learn")
     if args.optimizer == "muon" and not any(".layers." in name for name in learning):

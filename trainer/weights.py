@@ -211,9 +211,11 @@ def find_weights(name: str, out_dir, hidden_size: int | None, use_moe: bool) -> 
     if found:
         names = ", ".join(found)
         raise ValueError(f"{name}: {out_dir} holds {names}. Say which with --hidden_size, --use_moe or by its path")
-    how = {name: f"python -m scripts.download --what vlm, or make it: python train_{name}.py"
-           for name in ("pretrain_vlm", "sft_vlm")}  # fmt: skip
-    how["llm"] = "python -m scripts.download --what llm, or make it: python -m scripts.train_llm"
+    how = {
+        "pretrain_vlm": "python -m scripts.download --what vlm, or make it: python train_pretrain_vlm.py",
+        "sft_vlm": "python -m scripts.download --what vlm, or make it: python train_sft_vlm.py",
+        "llm": "python -m scripts.download --what llm, or make it: python -m scripts.train_llm",
+    }
     hint = f"Fetch the public one: {how[name]}" if name in how else f"Names that can be made: {', '.join(how)}"
     raise FileNotFoundError(
         f"{exact[0]} is not there ({out_dir} holds {', '.join(there) or 'no .pth file'}). {hint}; or give the "
