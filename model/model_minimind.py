@@ -308,11 +308,11 @@ class MiniMindBlock(nn.Module):
     ):
         """x (B, T, D) → (B, T, D) and the auxiliary loss (), 0 when dense.
 
-        needed: bool (B, T), which tokens the result is wanted for; it is then (tokens, D).
+        needed: int64 (n,), which of the B·T tokens the result is wanted for; it is then (n, D).
         """
         x = x + self.self_attn(self.input_layernorm(x), position_embeddings, past_key_values, attention_mask, past)
         if needed is not None:
-            x = x[needed]
+            x = x.flatten(0, 1)[needed]
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MOEFeedForward):
             y, aux_loss = self.mlp(normed, valid)
@@ -344,8 +344,8 @@ class MiniMindModel(nn.Module):
     def forward(self, inputs_embeds, attention_mask=None, past_key_values=None, needed=None):
         """inputs_embeds (B, T, D) → hidden states after the final norm (B, T, D), and the auxiliary loss ().
 
-        needed: bool (B, T), which tokens' hidden states are wanted; they are then (tokens, D). Attention has to know
-        all tokens, the last feed-forward need not. Not with experts, whose balance counts all tokens.
+        needed: int64 (n,), which of the B·T tokens' hidden states are wanted; they are then (n, D). Attention has to
+        know all tokens, the last feed-forward need not. Not with experts, whose balance counts all tokens.
         """
         T = inputs_embeds.shape[1]
         # + 0 copies: a static cache hands out the very tensor in which its first layer will count on.
@@ -479,7 +479,9 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache()
         learn = needed = None
         if labels is not None:
-            learn = F.pad(labels[:, 1:] != -100, (0, 1))  # (B, T): where the next token is one to be learned
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # (B·T): the token after each
+            # Before the layers: the host must know how many there are, and here a GPU has nothing else to do yet.
+            learn = (targets != -100).nonzero().squeeze(1)  # (labels): where it is one to be learned
             needed = None if return_logits or self.config.use_moe else learn
         h, aux_loss = self.model(h, attention_mask, past_key_values, needed)  # (B, T, D), or (labels, D)
 
@@ -488,10 +490,9 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(h[:, keep])  # (B, kept, V); slice(-0, None) keeps all
         if labels is not None:
-            scored = self.lm_head(h if needed is not None else h[learn])  # (labels, V)
-            targets = labels[:, 1:][learn[:, :-1]]
-            count = learn.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            loss = F.cross_entropy(scored.float(), targets, reduction="sum") / count  # no label: 0, not 0/0
+            scored = self.lm_head(h if needed is not None else h.flatten(0, 1)[learn])  # (labels, V)
+            count = max(len(learn), 1) if num_items_in_batch is None else num_items_in_batch
+            loss = F.cross_entropy(scored.float(), targets[learn], reduction="sum") / count  # no label: 0, not 0/0
         return MiniMindOutput(
             loss=loss, logits=logits, past_key_values=past_key_values, last_hidden_state=h, aux_loss=aux_loss
         )

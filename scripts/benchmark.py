@@ -45,7 +45,7 @@ from scripts.report import cpu_name
 from trainer import distributed
 from trainer.checkpoint import State
 from trainer.cli import HelpFormatter, positive, run_main
-from trainer.devices import autocast, cast_frozen, pick_device
+from trainer.devices import autocast, cast_frozen, compile_blocks, pick_device
 from trainer.feed import make_loader
 from trainer.loop import count_labels, to_device, train_step
 from trainer.optimizer import choose_trainable, make_optimizer
@@ -65,7 +65,7 @@ SIZES = {  # of the decoder and of the encoder
 
 
 def example(kind: str, row: int, random, vocab: int, max_length: int) -> dict:
-    """A row as `VLMDataset` gives it: a picture, a question, an answer, random tokens.
+    """A row as `VLMDataset` gives it, but for its picture: a question, an answer, random tokens.
 
     A caption has 35 tokens on average, with picture and question about 260. A conversation has one to three answers,
     70 tokens each on average, log-normal as lengths of texts are.
@@ -78,9 +78,8 @@ def example(kind: str, row: int, random, vocab: int, max_length: int) -> dict:
         answer = random.integers(100, vocab, max(int(random.lognormal(math.log(mean) - sigma**2 / 2, sigma)), 3))
         ids += [*question, *answer]
         labels += [*[IGNORE] * len(question), *answer]
-    pictures = torch.from_numpy(random.integers(0, 256, (1, 3, 224, 224), dtype=np.uint8))
     ids, labels = (torch.tensor(np.array(part[:max_length], dtype=np.int64)) for part in (ids, labels))
-    return {"row": row, "input_ids": ids, "labels": labels, "pictures": pictures}
+    return {"row": row, "input_ids": ids, "labels": labels}
 
 
 def examples_of(kind: str, args) -> list[dict]:
@@ -96,13 +95,21 @@ def examples_of(kind: str, args) -> list[dict]:
     batches = [rows[i : i + args.batch_size] for i in range(0, len(rows), args.batch_size)]
     taken = -(-args.rows // args.batch_size)
     chosen = [batches[(2 * i + 1) * len(batches) // (2 * taken)] for i in range(taken)]
-    return [row for batch in chosen for row in batch][: args.rows]
+    rows = [row for batch in chosen for row in batch][: args.rows]
+    pictures = torch.from_numpy(random.integers(0, 256, (len(rows), 1, 3, 224, 224), dtype=np.uint8))
+    return [row | {"pictures": picture} for row, picture in zip(rows, pictures)]
 
 
 @cache
 def make_encoder(size: str) -> CLIPVisionModel:
     encoder = CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=16, **SIZES[size][1]))
     return encoder.eval().requires_grad_(False)
+
+
+@cache
+def make_text_tower() -> nn.Module:
+    """Of CLIP, which the original way loads too."""
+    return CLIPModel(CLIPConfig()).text_model
 
 
 def make_model(size: str, **kwargs) -> MiniMindVLM:
@@ -141,7 +148,7 @@ def ways(device: torch.device, compile: bool) -> list[Way]:
         ("+ logits and last feed-forward only where there is a label", {"lean": True}),
         ("+ fused AdamW, CLIP without its text half", {"fused": True}),
         ("+ bfloat16" + (" for CLIP" if device.type == "cuda" else ""), {"bf16": True}),
-        *([("+ torch.compile", {"compiled": True})] if compile else []),
+        *([("+ torch.compile of the blocks", {"compiled": True})] if compile else []),
         ("+ picture features cached", {"cached": True}),
     ]:
         way = replace(way, name=name, **change)
@@ -192,9 +199,9 @@ class Training:
             self.model.vision_encoder = cast_frozen(copy.deepcopy(self.model.vision_encoder), self.dtype)
         forward = self.model if way.lean else OriginalLoss(self.model, way)
         if not way.fused and args.size != "tiny":
-            self.unused = CLIPModel(CLIPConfig()).text_model.to(device)
+            self.unused = make_text_tower().to(device)
         if way.compiled:
-            forward = torch.compile(forward, dynamic=True)
+            compile_blocks(self.model)
         if distributed.world_size() > 1:
             forward = nn.parallel.DistributedDataParallel(forward, forward_sync_buffers=False)
         if way.fused:
@@ -238,10 +245,8 @@ class Training:
     def first_loss(self, batch: dict) -> float:
         """Of the weights that all ways begin with, on a batch that is the same for all."""
         batch = self.with_features(batch) if self.way.cached else batch
-        forward = self.run.forward
-        forward = getattr(forward, "_orig_mod", forward)  # uncompiled: one shape more is not worth a minute
         with autocast(self.device, self.dtype), torch.no_grad():
-            return forward(
+            return self.run.forward(
                 **to_device(batch, self.model), num_items_in_batch=count_labels(batch), return_logits=False
             ).loss.item()
 
@@ -419,7 +424,8 @@ def pipeline_table(args, device) -> list[dict]:
             Image.fromarray(fine).save(folder / f"{number}.jpg", quality=90)
         turns = [{"role": "user", "content": "What is this?\n<image>"}]
         turns.append({"role": "assistant", "content": "A star. " * 8})
-        lines = [json.dumps({"conversations": turns, "image": f"{row % 64}.jpg"}) for row in range(args.rows * 64)]
+        rows = max(4 * args.rows + args.batch_size, 512)
+        lines = [json.dumps({"conversations": turns, "image": f"{row % 64}.jpg"}) for row in range(rows)]
         (folder / "rows.jsonl").write_text("\n".join(lines))
         tokenizer = load_tokenizer("model/tiny")
         data = VLMDataset(folder / "rows.jsonl", folder, tokenizer, ImageProcessor(), 640)
@@ -450,11 +456,10 @@ def decode(path: Path) -> Image.Image:
 
 
 def waiting_share(args, device, data, tokenizer) -> float:
-    ours = ways(device, compile=False)[-2]
-    training = Training("sft", ours, args, device, [])
+    training = Training("sft", ways(device, args.compile)[-2], args, device, [])
     sampler = StepSampler(data.lengths, args.batch_size)
     batches = iter(make_loader(data, sampler, args, device, tokenizer))
-    training.step(next(batches))
+    training.step(next(batches))  # allocates, compiles
     waited, began = 0.0, time.perf_counter()
     for _ in range(args.rows // args.batch_size * 4):
         started = time.perf_counter()
@@ -554,6 +559,10 @@ def markdown(head: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows))
 
 
+def duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds / 60:.1f} min"
+
+
 def span(row: dict) -> str:
     low, high = row["ratio_range"]
     return f"{row['ratio']:.2f}× ({low:.2f} to {high:.2f})"
@@ -584,8 +593,7 @@ def report(found: dict) -> str:
                 for row in found[kind]
             ]
             head = ["", "samples/s", "real tokens/s", "padding", "useful FLOP/s of peak", "GB", "ratio", "first loss"]
-            hours = PUBLIC_ROWS[kind] / found[kind][-1]["samples_per_s"] / 3600
-            with_clip = PUBLIC_ROWS[kind] / found[kind][-2]["samples_per_s"] / 3600
+            with_clip, cached = (duration(PUBLIC_ROWS[kind] / row["samples_per_s"]) for row in found[kind][-2:])
             limits = [row["ratio"] / row["utilisation"] for row in found[kind][-2:]]
             parts += [
                 f"## {'Stage 1' if kind == 'pretrain' else 'Stage 2'}: a step of {kind}",
@@ -593,8 +601,8 @@ def report(found: dict) -> str:
                 "tokens. Useful FLOP are those of real tokens, without any waste; peak is the measured rate of large "
                 "matrix products in the same precision.",
                 markdown(head, rows),
-                f"One epoch of {PUBLIC_ROWS[kind]:,} rows at these rates: {with_clip:.2f} h, with cached features "
-                f"{hours:.2f} h. The most that the last two rows could reach, with nothing but useful FLOP at the peak "
+                f"One epoch of {PUBLIC_ROWS[kind]:,} rows at these rates: {with_clip}, with cached features "
+                f"{cached}. The most that the last two rows could reach, with nothing but useful FLOP at the peak "
                 f"rate: {limits[0]:.1f}× and {limits[1]:.1f}×.",
             ]
     if "experts" in found:
@@ -650,7 +658,7 @@ def parse_args(argv):
     add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
     add("--size", default="26m", choices=list(SIZES), help="of the model; tiny: to see whether all of it runs")
     add("--rows", type=positive(int), help="of a pass; default: 16, on a GPU 2048")
-    add("--batch_size", type=positive(int), help="rows of a step; default: 8, on a GPU 64")
+    add("--batch_size", type=positive(int), help="rows of a step; default: 8, on a GPU 32")
     add("--max_seq_len", type=positive(int), default=640, help="tokens to which the original way pads")
     add("--rounds", type=positive(int), default=3, help="how often everything is measured")
     add("--new_tokens", type=positive(int), default=64, help="of each answer")
@@ -666,7 +674,7 @@ def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
     gpu = device.type == "cuda"
-    args.rows, args.batch_size = args.rows or (2048 if gpu else 16), args.batch_size or (64 if gpu else 8)
+    args.rows, args.batch_size = args.rows or (2048 if gpu else 16), args.batch_size or (32 if gpu else 8)
     args.compile = gpu if args.compile is None else args.compile
     torch.set_num_threads(args.threads)
     if args.as_rank:

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,12 +27,14 @@ def test_all_kinds_run_and_improvements_that_change_nothing_have_the_same_loss(t
     assert json.loads((tmp_path / "benchmark_cpu.json").read_text()) == found
 
 
-@pytest.mark.parametrize("kind, mean", [("pretrain", 258.6), ("sft", 378.9)])
-def test_a_few_rows_have_the_length_and_padding_of_many(kind, mean):
+@pytest.mark.parametrize("kind", ["pretrain", "sft"])
+def test_a_few_rows_have_the_length_and_padding_of_many(kind):
     args = SimpleNamespace(rows=16, batch_size=8, size="26m", max_seq_len=640)
     examples = benchmark.examples_of(kind, args)
     lengths = [len(example["input_ids"]) for example in examples]
-    assert len(examples) == 16 and sum(lengths) / 16 == pytest.approx(mean, rel=0.02)
+    random = np.random.default_rng(0)
+    many = [len(benchmark.example(kind, row, random, 6400, 640)["input_ids"]) for row in range(32 * 8)]
+    assert len(examples) == 16 and np.mean(lengths) == pytest.approx(np.mean(many), rel=0.02)
     short = benchmark.ways(torch.device("cpu"), compile=False)[1]
     batches = benchmark.batches_of(examples, short, args.batch_size, args.max_seq_len)
     assert sum(lengths) / sum(batch["input_ids"].numel() for batch in batches) > 0.95

@@ -4,6 +4,9 @@ import os
 import re
 
 import torch
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+from model.model_minimind import MiniMindBlock
 
 
 def pick_device(name: str) -> torch.device:
@@ -56,6 +59,17 @@ def cast_frozen(model, dtype: torch.dtype):
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and not module.weight.requires_grad:
             module.to(dtype)
     return model
+
+
+def compile_blocks(model) -> None:
+    """torch.compile for the blocks of decoder and encoder, each for itself and for rows of any length.
+
+    All blocks of a kind share what is compiled for the first, so it takes half a minute where the whole model takes
+    several.
+    """
+    for module in model.modules():
+        if isinstance(module, (MiniMindBlock, CLIPEncoderLayer)):
+            module.compile(dynamic=True)
 
 
 def make_deterministic(seed: int) -> None:

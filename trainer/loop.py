@@ -28,7 +28,7 @@ from model.model_vlm import MiniMindVLM
 from model.processing import IGNORE
 from trainer.checkpoint import Checkpoint, State
 from trainer.cli import Stopped
-from trainer.devices import autocast, cast_frozen, computes_bfloat16, pick_dtype
+from trainer.devices import autocast, cast_frozen, compile_blocks, computes_bfloat16, pick_dtype
 from trainer.distributed import all_sum, gather, rank, say, world_size
 from trainer.feed import Feed, StreamFeed, check_data, make_loader
 from trainer.optimizer import schedule, set_learning_rate
@@ -89,7 +89,7 @@ class Run:
 
     args: argparse.Namespace
     model: MiniMindVLM
-    forward: torch.nn.Module  # the model, perhaps compiled and wrapped for several ranks
+    forward: torch.nn.Module  # the model, perhaps wrapped for several ranks
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     feed: Feed | StreamFeed
@@ -153,9 +153,11 @@ def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: V
         val_sampler = StepSampler(val_data.lengths, args.batch_size, 1, 0, rank(), world_size(), shuffle=False)
         val_loader = make_loader(val_data, val_sampler, args, device, tokenizer)
 
-    forward = torch.compile(model, dynamic=True) if args.compile else model
+    if args.compile:
+        compile_blocks(model)
+    forward = model
     if world_size() > 1:
-        forward = DistributedDataParallel(forward, forward_sync_buffers=False)
+        forward = DistributedDataParallel(model, forward_sync_buffers=False)
     model.train()
     total_steps = args.epochs * feed.steps_per_epoch
     metrics = checkpoint.path.with_suffix(".metrics.jsonl")
