@@ -680,14 +680,14 @@ def main(argv=None):
     if args.as_rank:
         return as_rank(args, device)
     found = {"about": about(args, device)}
+    args.out_dir.mkdir(parents=True, exist_ok=True)
     for kind in args.kinds:
         show(f"{kind} ...")
         found[kind] = TABLES[kind](args, device)
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    write_json(args.out_dir / f"benchmark_{device.type}.json", found)
-    text = report(found)
-    write_safely(args.out_dir / f"benchmark_{device.type}.md", lambda file: file.write(text.encode()))
-    show(f"\n{text}")
+        write_json(args.out_dir / f"benchmark_{device.type}.json", found)
+        text = report(found).encode()
+        write_safely(args.out_dir / f"benchmark_{device.type}.md", lambda file, text=text: file.write(text))
+    show(f"\n{report(found)}")
     return found
 
 
