@@ -156,18 +156,23 @@ def ways(device: torch.device, compile: bool) -> list[Way]:
     return found
 
 
-class OriginalLoss(nn.Module):
-    """The forward pass of the original way: CLIP in fp32, logits for all positions, the loss masked afterwards."""
+class Forward(nn.Module):
+    """The forward pass of a way. The original one computes logits for all positions and masks the loss afterwards."""
 
     def __init__(self, model, way: Way):
         super().__init__()
         self.model, self.way = model, way
 
     def forward(self, input_ids, pixel_values, labels, image_features=None, num_items_in_batch=1, **args):
-        if image_features is None:
-            with torch.autocast(input_ids.device.type, enabled=self.way.bf16):
+        if (
+            image_features is None
+        ):  # without bf16 in fp32 also on a GPU, where the rest of the original way has autocast
+            with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.way.bf16):
                 image_features = self.model.encode_pictures(pixel_values)
-        out = self.model(input_ids, image_features=image_features, **args | {"return_logits": True})
+        args |= {"image_features": image_features, "num_items_in_batch": num_items_in_batch}
+        if self.way.lean:
+            return self.model(input_ids, labels=labels, **args)
+        out = self.model(input_ids, **args | {"return_logits": True})
         logits, targets = out.logits[:, :-1].float(), labels[:, 1:]
         losses = F.cross_entropy(logits.flatten(0, 1), targets.clamp(min=0).flatten(), reduction="none")
         out.loss = (losses * (targets != IGNORE).flatten()).sum() / num_items_in_batch
@@ -197,7 +202,7 @@ class Training:
         choose_trainable(self.model, "last_layer" if kind == "pretrain" else "all")
         if way.bf16:  # of its own, as all ways share one encoder
             self.model.vision_encoder = cast_frozen(copy.deepcopy(self.model.vision_encoder), self.dtype)
-        forward = self.model if way.lean else OriginalLoss(self.model, way)
+        forward = Forward(self.model, way)
         if not way.fused and args.size != "tiny":
             self.unused = make_text_tower().to(device)
         if way.compiled:
@@ -211,7 +216,7 @@ class Training:
             for group in optimizer.param_groups:
                 group["peak"] = group["lr"]
         self.run = SimpleNamespace(
-            args=SimpleNamespace(seed=0, warmup_iters=0, schedule="cosine", grad_clip=1.0),
+            args=SimpleNamespace(seed=0, warmup_iters=0, schedule="cosine", grad_clip=1.0, batch_size=args.batch_size),
             model=self.model,
             forward=forward,
             optimizer=optimizer,
@@ -334,6 +339,7 @@ def training_table(kind: str, args, device) -> list[dict]:
     tokens = sum(len(each["input_ids"]) for each in examples)
     same = collate(examples[:4])
     rates = {}
+    torch.compiler.reset()  # there is a limit to how much may be compiled of one function
     rows = [{"name": way.name, "seconds": [], "way": way} for way in ways(device, args.compile)]
     for round_ in range(args.rounds):
         for row in rows:

@@ -181,6 +181,7 @@ def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: V
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # --compile takes longer to begin than most validations do
 def validate(model: MiniMindVLM, loader: DataLoader, device, dtype) -> float:
     """Loss per answer token (nats) over all rows of the loader, over all ranks. NaN if there is none."""
     was_training = model.training
@@ -250,7 +251,10 @@ def train_step(run: Run, step: list[dict], labels: float, rows: float) -> tuple[
     losses, aux_losses = [], []
     for i, batch in enumerate(step):
         last = i == len(step) - 1 or world_size() == 1
-        with contextlib.nullcontext() if last else run.forward.no_sync(), autocast(run.device, run.dtype):
+        # A smaller batch, the last of an epoch, may not fit what is compiled: some ten seconds for a batch or two.
+        whole = len(batch["rows"]) == args.batch_size
+        stance = torch.compiler.set_stance("default" if whole else "force_eager")
+        with stance, contextlib.nullcontext() if last else run.forward.no_sync(), autocast(run.device, run.dtype):
             out = run.forward(**to_device(batch, run.model), num_items_in_batch=max(labels, 1), return_logits=False)
             aux_loss = out.aux_loss * (len(batch["rows"]) / max(rows, 1))  # both: this batch's share of the step
             # DistributedDataParallel averages gradients over ranks; a step wants their sum.
