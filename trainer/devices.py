@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 
 import torch
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
@@ -73,7 +74,11 @@ def compile_blocks(model) -> None:
 
 
 def make_deterministic(seed: int) -> None:
-    """The same seed gives the same run on the same hardware; call it before the first CUDA operation."""
+    """The same seed gives the same run on the same hardware; call it before the first CUDA operation.
+
+    But for the gradients of attention on a GPU: with warn_only, PyTorch keeps their fast, unordered sums, and says so.
+    """
+    warnings.filterwarnings("ignore", message=".* defaults to a non-deterministic algorithm")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
