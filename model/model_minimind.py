@@ -157,6 +157,7 @@ class Attention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.dropout = config.dropout
         self.flash_attn = config.flash_attn
+        self.in_blocks = False  # True: while training, attention as in `attention_in_blocks`
 
     def forward(self, x, position_embeddings, past_key_values=None, attention_mask=None, past=0):
         """x (B, T, D) → (B, T, D). `attention_mask`: None, (B, S) with 1 = real token, or bool (B, 1, T, S)."""
@@ -188,6 +189,8 @@ class Attention(nn.Module):
             q = q.view(B, self.num_kv_heads, -1, self.head_dim)  # (B, K, H/K, d)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
             out = out.view(B, self.num_heads, 1, self.head_dim)
+        elif self.in_blocks and self.training and is_causal and T <= 1024:  # as it keeps (B, H, T, T) for the way back
+            out = attention_in_blocks(q, k, v, dropout)
         elif self.flash_attn:
             if mask is not None:  # most CUDA kernels take a mask only with as many key heads as query heads
                 k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for x in (k, v))
@@ -212,6 +215,27 @@ def plain_attention(q, k, v, mask, dropout: float, is_causal: bool):
     elif mask is not None:
         scores = scores + mask
     return F.dropout(scores.float().softmax(dim=-1).type_as(q), dropout) @ v
+
+
+def attention_in_blocks(q, k, v, dropout: float, blocks: int = 3):
+    """Causal attention in the open, for CPUs with matrix units (AMX): PyTorch's own makes little use of them on its way
+    back. q (B, H, T, d), k and v (B, K, T, d) → (B, H, T, d).
+
+    A block of queries leaves out all keys after its last. In bfloat16 scores are rounded before the softmax, which
+    `scaled_dot_product_attention` does not do.
+    """
+    B, H, T, d = q.shape
+    K, size = k.shape[1], -(-T // blocks)
+    q, out = q * d**-0.5, []
+    for start in range(0, T, size):
+        part = q[:, :, start : start + size]
+        t, S = part.shape[2], start + part.shape[2]  # queries of this block, keys that its last one sees
+        # All heads that share a key are rows of one matrix.
+        scores = part.reshape(B, K, H // K * t, d) @ k[:, :, :S].transpose(-2, -1)
+        later = torch.full((t, S), float("-inf"), dtype=q.dtype, device=q.device).triu(1 + start)
+        weights = F.dropout((scores.view(B, K, H // K, t, S) + later).softmax(dim=-1), dropout)
+        out.append((weights.view(B, K, H // K * t, S) @ v[:, :, :S]).view(B, H, t, d))
+    return torch.cat(out, dim=2)
 
 
 class FeedForward(nn.Module):

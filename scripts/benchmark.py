@@ -45,7 +45,7 @@ from scripts.report import cpu_name
 from trainer import distributed
 from trainer.checkpoint import State
 from trainer.cli import HelpFormatter, positive, run_main
-from trainer.devices import autocast, cast_frozen, compile_blocks, pick_device
+from trainer.devices import autocast, cast_frozen, compile_layers, cpu_has, pick_device, suit_attention
 from trainer.feed import make_loader
 from trainer.loop import count_labels, to_device, train_step
 from trainer.optimizer import choose_trainable, make_optimizer
@@ -135,6 +135,7 @@ class Way:
     lean: bool = False  # logits, loss and last feed-forward at labelled positions
     fused: bool = False  # optimizer; and CLIP without its text half
     bf16: bool = False  # instead of fp32, CLIP included; on a GPU the original way has it too, but for CLIP
+    in_blocks: bool = False  # attention; on CPUs with AMX
     compiled: bool = False
     cached: bool = False  # picture features from --cache_features
 
@@ -148,7 +149,8 @@ def ways(device: torch.device, compile: bool) -> list[Way]:
         ("+ logits and last feed-forward only where there is a label", {"lean": True}),
         ("+ fused AdamW, CLIP without its text half", {"fused": True}),
         ("+ bfloat16" + (" for CLIP" if device.type == "cuda" else ""), {"bf16": True}),
-        *([("+ torch.compile of the blocks", {"compiled": True})] if compile else []),
+        *([("+ attention in blocks", {"in_blocks": True})] if device.type == "cpu" and cpu_has("amx_bf16") else []),
+        *([("+ torch.compile of each layer", {"compiled": True})] if compile else []),
         ("+ picture features cached", {"cached": True}),
     ]:
         way = replace(way, name=name, **change)
@@ -205,8 +207,10 @@ class Training:
         forward = Forward(self.model, way)
         if not way.fused and args.size != "tiny":
             self.unused = make_text_tower().to(device)
+        if way.in_blocks:
+            suit_attention(self.model, device, self.dtype)
         if way.compiled:
-            compile_blocks(self.model)
+            compile_layers(self.model)
         if distributed.world_size() > 1:
             forward = nn.parallel.DistributedDataParallel(forward, forward_sync_buffers=False)
         if way.fused:
@@ -670,7 +674,7 @@ def parse_args(argv):
     add("--new_tokens", type=positive(int), default=64, help="of each answer")
     add("--num_workers", type=positive(int), default=2, help="processes that decode pictures")
     add("--threads", type=positive(int), default=torch.get_num_threads(), help="of a CPU")
-    add("--compile", action=argparse.BooleanOptionalAction, help="a row for torch.compile; default: on a GPU")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="rows for torch.compile, from there on")
     add("--out_dir", type=Path, default=Path("results"), help="folder of the tables")
     add("--as_rank", action="store_true", help=argparse.SUPPRESS)  # one of the processes of `ranks`
     return parser.parse_args(argv)
@@ -681,7 +685,6 @@ def main(argv=None):
     device = pick_device(args.device)
     gpu = device.type == "cuda"
     args.rows, args.batch_size = args.rows or (2048 if gpu else 16), args.batch_size or (32 if gpu else 8)
-    args.compile = gpu if args.compile is None else args.compile
     torch.set_num_threads(args.threads)
     if args.as_rank:
         return as_rank(args, device)

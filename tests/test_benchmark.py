@@ -12,13 +12,13 @@ from scripts import benchmark
 
 @pytest.mark.slow
 def test_all_kinds_run_and_improvements_that_change_nothing_have_the_same_loss(tmp_path, capsys):
-    flags = ["--size", "tiny", "--rows", "4", "--batch_size", "2", "--rounds", "2", "--new_tokens", "3"]
+    flags = ["--size", "tiny", "--rows", "4", "--batch_size", "2", "--rounds", "2", "--new_tokens", "3", "--no-compile"]
     found = benchmark.main([*flags, "--device", "cpu", "--threads", "1", "--out_dir", str(tmp_path)])
     for kind in ("pretrain", "sft"):
         first, *others = found[kind]
         assert first["ratio"] == 1 and first["ratio_range"] == [1, 1] and first["padding"] > others[0]["padding"]
         for row in others:
-            tolerance = 1e-3 if "bfloat16" in row["name"] or "cached" in row["name"] else 1e-5
+            tolerance = 1e-3 if any(part in row["name"] for part in ("bfloat16", "in blocks", "cached")) else 1e-5
             assert abs(row["loss"] / first["loss"] - 1) < tolerance, row
     assert [row["batch"] for row in found["generation"]] == [1, 1, 1, 16, 16, 16]
     assert found["ranks"][1]["ratio"] > 0 and len(found["startup"]) == 2

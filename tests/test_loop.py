@@ -15,12 +15,13 @@ from PIL import Image
 from torch.nn import functional as F
 
 import train_sft_vlm
+import trainer.devices
 import trainer.loop
 from dataset.lm_dataset import collate
 from model.model_vlm import MiniMindVLM
 from model.processing import IGNORE
 from tests.conftest import turn, write_rows
-from trainer.devices import autocast, cast_frozen
+from trainer.devices import autocast, cast_frozen, suit_attention
 from trainer.loop import fit_accumulation, train_step
 from trainer.progress import read_metrics
 from trainer.weights import fingerprint
@@ -503,6 +504,20 @@ def test_a_frozen_encoder_cast_once_sees_the_same_as_one_cast_in_each_step(make_
     assert kinds == {dtype}
     learning = torch.nn.Linear(2, 2)
     assert cast_frozen(learning, dtype).weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype, amx, expected", [("bfloat16", True, 1), ("bfloat16", False, 0), ("float32", True, 0)])
+def test_attention_is_in_blocks_in_bfloat16_on_cpus_with_amx(make_vlm, monkeypatch, dtype, amx, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx, "avx512_bf16": True})
+    model = make_vlm()
+    suit_attention(model, torch.device("cpu"), getattr(torch, dtype))
+    assert sum(layer.self_attn.in_blocks for layer in model.model.layers) == expected * len(model.model.layers)
+
+
+def test_compiling_without_a_compiler_is_an_error_that_says_what_to_install(flags, monkeypatch):
+    monkeypatch.setattr(trainer.devices.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=r"--compile: on a CPU it needs a C\+\+ compiler, such as g\+\+"):
+        main([*flags, "--compile"])
 
 
 def test_gradient_checkpointing_changes_memory_alone(flags, tmp_path):

@@ -11,9 +11,10 @@ import pytest
 import torch
 import transformers
 from conftest import lively
+from torch.nn import functional as F
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, TextIteratorStreamer
 
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MOEFeedForward, RMSNorm
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MOEFeedForward, RMSNorm, attention_in_blocks
 from model.model_vlm import MiniMindVLM, VLMConfig
 
 OTHER = os.environ.get("MINIMIND_OTHER_TRANSFORMERS")  # a folder with another Transformers, for PYTHONPATH
@@ -343,6 +344,37 @@ def test_attention_in_the_open_equals_the_fused_one(mask, chunks):
         outputs.append(torch.cat(logits, dim=1))
     assert outputs[0].isfinite().all()
     torch.testing.assert_close(*outputs, **CLOSE)
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 30])
+def test_attention_in_blocks_is_that_of_pytorch(T):
+    found = []
+    for attention in (
+        lambda q, k, v: attention_in_blocks(q, k, v, dropout=0.0),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+    ):
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(2, heads, T, 6, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+        out = attention(q, k, v)
+        found.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_attention_is_in_blocks_while_training_alone(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "model.model_minimind.attention_in_blocks", lambda *args: calls.append(args) or attention_in_blocks(*args)
+    )
+    model, ids = decoder(), tokens(2, 9)
+    expected = model.train()(ids).logits
+    for layer in model.model.layers:
+        layer.self_attn.in_blocks = True
+    assert not calls
+    torch.testing.assert_close(model(ids).logits, expected)
+    assert len(calls) == len(model.model.layers)
+    model.eval()(ids)
+    assert len(calls) == len(model.model.layers)
 
 
 @pytest.mark.parametrize("flash_attn", [True, False])

@@ -1,13 +1,15 @@
 """Where a run computes, and how precisely."""
 
+import importlib.util
 import os
 import re
+import shutil
 import warnings
 
 import torch
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from model.model_minimind import MiniMindBlock
+from model.model_minimind import Attention, MiniMindBlock
 
 
 def pick_device(name: str) -> torch.device:
@@ -41,10 +43,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32  # most CPUs emulate bfloat16, which is slower
 
 
-def computes_bfloat16() -> bool:
-    """Has this CPU instructions for it? Products of large matrices then take half the time."""
+def cpu_has(*instructions: str) -> bool:
+    """Has this CPU any of them? With "avx512_bf16" or "amx_bf16" bfloat16 takes half the time of float32, or less."""
     found = torch.cpu.get_capabilities()
-    return found.get("avx512_bf16", False) or found.get("amx_bf16", False)
+    return any(found.get(name, False) for name in instructions)
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
@@ -62,12 +64,26 @@ def cast_frozen(model, dtype: torch.dtype):
     return model
 
 
-def compile_blocks(model) -> None:
+def suit_attention(model, device: torch.device, dtype: torch.dtype) -> None:
+    """`attention_in_blocks` where it is faster: in bfloat16 on a CPU with AMX."""
+    if device.type == "cpu" and dtype == torch.bfloat16 and cpu_has("amx_bf16"):
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.in_blocks = True
+
+
+def compile_layers(model) -> None:
     """torch.compile for the blocks of decoder and encoder, each for itself and for rows of any length.
 
     All blocks of a kind share what is compiled for the first, so it takes half a minute where the whole model takes
-    several.
+    several. Raises ValueError where what it needs is missing.
     """
+    device = next(model.parameters()).device
+    compilers = os.environ.get("CXX", "g++"), "clang++", "cl"
+    if device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise ValueError("--compile: on a CPU it needs a C++ compiler, such as g++ (apt install g++)")
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ValueError("--compile: on a GPU it needs Triton (pip install triton; on Windows triton-windows)")
     for module in model.modules():
         if isinstance(module, (MiniMindBlock, CLIPEncoderLayer)):
             module.compile(dynamic=True)
