@@ -13,7 +13,7 @@ import argparse
 from trainer import distributed
 from trainer.caching import cache_features
 from trainer.cli import HelpFormatter, add_training_arguments, parse_training, run_main
-from trainer.devices import make_deterministic, pick_device
+from trainer.devices import check_compiler, make_deterministic, pick_device
 from trainer.feed import load_data, val_images
 from trainer.loop import train_epoch, training
 from trainer.optimizer import choose_trainable, optimizer_of
@@ -40,6 +40,8 @@ def main(argv=None):
     args = parse_args(argv)
     make_deterministic(args.seed)
     device = pick_device(args.device)
+    if args.compile:
+        check_compiler(device)
     distributed.start(device)
 
     # ---- model: decoder and projector from stage 1, CLIP frozen

@@ -189,7 +189,8 @@ class Attention(nn.Module):
             q = q.view(B, self.num_kv_heads, -1, self.head_dim)  # (B, K, H/K, d)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
             out = out.view(B, self.num_heads, 1, self.head_dim)
-        elif self.in_blocks and self.training and is_causal and T <= 1024:  # as it keeps (B, H, T, T) for the way back
+        elif self.in_blocks and self.flash_attn and self.training and is_causal and T <= 1024:
+            # Not for longer rows, whose (B, H, T, T) weights, kept for the backward pass, would take too much memory.
             out = attention_in_blocks(q, k, v, dropout)
         elif self.flash_attn:
             if mask is not None:  # most CUDA kernels take a mask only with as many key heads as query heads
@@ -218,20 +219,20 @@ def plain_attention(q, k, v, mask, dropout: float, is_causal: bool):
 
 
 def attention_in_blocks(q, k, v, dropout: float, blocks: int = 3):
-    """Causal attention in the open, for CPUs with matrix units (AMX): PyTorch's own makes little use of them on its way
-    back. q (B, H, T, d), k and v (B, K, T, d) → (B, H, T, d).
+    """Causal attention in the open, for CPUs with matrix units (AMX), of which the backward pass of PyTorch's own makes
+    little use. q (B, H, T, d), k and v (B, K, T, d) → (B, H, T, d).
 
-    A block of queries leaves out all keys after its last. In bfloat16 scores are rounded before the softmax, which
-    `scaled_dot_product_attention` does not do.
+    Each block of queries leaves out the keys after its last one. In bfloat16 scores are rounded before the softmax,
+    which `scaled_dot_product_attention` does not do.
     """
     B, H, T, d = q.shape
-    K, size = k.shape[1], -(-T // blocks)
+    K = k.shape[1]
     q, out = q * d**-0.5, []
-    for start in range(0, T, size):
-        part = q[:, :, start : start + size]
-        t, S = part.shape[2], start + part.shape[2]  # queries of this block, keys that its last one sees
+    for i in range(blocks):  # not over positions: torch.compile would make a version of its own for each T
+        start, S = i * T // blocks, (i + 1) * T // blocks  # queries from start on, the last of which sees S keys
+        t = S - start
         # All heads that share a key are rows of one matrix.
-        scores = part.reshape(B, K, H // K * t, d) @ k[:, :, :S].transpose(-2, -1)
+        scores = q[:, :, start:S].reshape(B, K, H // K * t, d) @ k[:, :, :S].transpose(-2, -1)
         later = torch.full((t, S), float("-inf"), dtype=q.dtype, device=q.device).triu(1 + start)
         weights = F.dropout((scores.view(B, K, H // K, t, S) + later).softmax(dim=-1), dropout)
         out.append((weights.view(B, K, H // K * t, S) @ v[:, :, :S]).view(B, H, t, d))
@@ -504,7 +505,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         learn = needed = None
         if labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # (B·T): the token after each
-            # Before the layers: the host must know how many there are, and here a GPU has nothing else to do yet.
+            # Before the layers: the host must know how many there are, and waits for what is computed so far.
             learn = (targets != -100).nonzero().squeeze(1)  # (labels): where it is one to be learned
             needed = None if return_logits or self.config.use_moe else learn
         h, aux_loss = self.model(h, attention_mask, past_key_values, needed)  # (B, T, D), or (labels, D)

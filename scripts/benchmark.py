@@ -45,7 +45,15 @@ from scripts.report import cpu_name
 from trainer import distributed
 from trainer.checkpoint import State
 from trainer.cli import HelpFormatter, positive, run_main
-from trainer.devices import autocast, cast_frozen, compile_layers, cpu_has, pick_device, suit_attention
+from trainer.devices import (
+    autocast,
+    cast_frozen,
+    check_compiler,
+    choose_attention,
+    compile_layers,
+    cpu_has,
+    pick_device,
+)
 from trainer.feed import make_loader
 from trainer.loop import count_labels, to_device, train_step
 from trainer.optimizer import choose_trainable, make_optimizer
@@ -166,9 +174,8 @@ class Forward(nn.Module):
         self.model, self.way = model, way
 
     def forward(self, input_ids, pixel_values, labels, image_features=None, num_items_in_batch=1, **args):
-        if (
-            image_features is None
-        ):  # without bf16 in fp32 also on a GPU, where the rest of the original way has autocast
+        if image_features is None:
+            # In fp32 without bf16, on a GPU too, where all else of the original way has autocast.
             with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.way.bf16):
                 image_features = self.model.encode_pictures(pixel_values)
         args |= {"image_features": image_features, "num_items_in_batch": num_items_in_batch}
@@ -208,7 +215,7 @@ class Training:
         if not way.fused and args.size != "tiny":
             self.unused = make_text_tower().to(device)
         if way.in_blocks:
-            suit_attention(self.model, device, self.dtype)
+            choose_attention(self.model, device, self.dtype)
         if way.compiled:
             compile_layers(self.model)
         if distributed.world_size() > 1:
@@ -254,7 +261,7 @@ class Training:
     def first_loss(self, batch: dict) -> float:
         """Of the weights that all ways begin with, on a batch that is the same for all."""
         batch = self.with_features(batch) if self.way.cached else batch
-        with autocast(self.device, self.dtype), torch.no_grad():
+        with autocast(self.device, self.dtype):  # with gradients, as what is compiled then serves the steps too
             return self.run.forward(
                 **to_device(batch, self.model), num_items_in_batch=count_labels(batch), return_logits=False
             ).loss.item()
@@ -674,7 +681,8 @@ def parse_args(argv):
     add("--new_tokens", type=positive(int), default=64, help="of each answer")
     add("--num_workers", type=positive(int), default=2, help="processes that decode pictures")
     add("--threads", type=positive(int), default=torch.get_num_threads(), help="of a CPU")
-    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="rows for torch.compile, from there on")
+    compiled = "torch.compile, in a row of its own; default: unless tiny"
+    add("--compile", action=argparse.BooleanOptionalAction, help=compiled)
     add("--out_dir", type=Path, default=Path("results"), help="folder of the tables")
     add("--as_rank", action="store_true", help=argparse.SUPPRESS)  # one of the processes of `ranks`
     return parser.parse_args(argv)
@@ -685,6 +693,9 @@ def main(argv=None):
     device = pick_device(args.device)
     gpu = device.type == "cuda"
     args.rows, args.batch_size = args.rows or (2048 if gpu else 16), args.batch_size or (32 if gpu else 8)
+    args.compile = args.size != "tiny" if args.compile is None else args.compile
+    if args.compile:
+        check_compiler(device)
     torch.set_num_threads(args.threads)
     if args.as_rank:
         return as_rank(args, device)

@@ -19,7 +19,7 @@ from dataset.sources import row_files
 from dataset.streaming import is_remote
 from trainer import distributed
 from trainer.cli import HelpFormatter, add_training_arguments, parse_training, run_main
-from trainer.devices import make_deterministic, pick_device
+from trainer.devices import check_compiler, make_deterministic, pick_device
 from trainer.feed import load_data
 from trainer.loop import train_epoch, training
 from trainer.optimizer import optimizer_of
@@ -56,6 +56,8 @@ def main(argv=None):
     check_data(args)
     make_deterministic(args.seed)
     device = pick_device(args.device)
+    if args.compile:
+        check_compiler(device)
     distributed.start(device)
 
     # ---- model

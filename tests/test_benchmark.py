@@ -12,7 +12,7 @@ from scripts import benchmark
 
 @pytest.mark.slow
 def test_all_kinds_run_and_improvements_that_change_nothing_have_the_same_loss(tmp_path, capsys):
-    flags = ["--size", "tiny", "--rows", "4", "--batch_size", "2", "--rounds", "2", "--new_tokens", "3", "--no-compile"]
+    flags = ["--size", "tiny", "--rows", "4", "--batch_size", "2", "--rounds", "2", "--new_tokens", "3"]
     found = benchmark.main([*flags, "--device", "cpu", "--threads", "1", "--out_dir", str(tmp_path)])
     for kind in ("pretrain", "sft"):
         first, *others = found[kind]

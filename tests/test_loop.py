@@ -21,7 +21,7 @@ from dataset.lm_dataset import collate
 from model.model_vlm import MiniMindVLM
 from model.processing import IGNORE
 from tests.conftest import turn, write_rows
-from trainer.devices import autocast, cast_frozen, suit_attention
+from trainer.devices import autocast, cast_frozen, choose_attention
 from trainer.loop import fit_accumulation, train_step
 from trainer.progress import read_metrics
 from trainer.weights import fingerprint
@@ -510,14 +510,16 @@ def test_a_frozen_encoder_cast_once_sees_the_same_as_one_cast_in_each_step(make_
 def test_attention_is_in_blocks_in_bfloat16_on_cpus_with_amx(make_vlm, monkeypatch, dtype, amx, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx, "avx512_bf16": True})
     model = make_vlm()
-    suit_attention(model, torch.device("cpu"), getattr(torch, dtype))
+    choose_attention(model, torch.device("cpu"), getattr(torch, dtype))
     assert sum(layer.self_attn.in_blocks for layer in model.model.layers) == expected * len(model.model.layers)
 
 
-def test_compiling_without_a_compiler_is_an_error_that_says_what_to_install(flags, monkeypatch):
+def test_compiling_without_a_compiler_is_refused_at_once(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.devices.shutil, "which", lambda name: None)
-    with pytest.raises(ValueError, match=r"--compile: on a CPU it needs a C\+\+ compiler, such as g\+\+"):
+    monkeypatch.setenv("CXX", "mycc")
+    with pytest.raises(ValueError, match=r"--compile: on a CPU it needs a C\+\+ compiler, and there is no mycc"):
         main([*flags, "--compile"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_gradient_checkpointing_changes_memory_alone(flags, tmp_path):
@@ -547,6 +549,7 @@ def test_compiled_training_makes_the_same_losses(flags, tmp_path, monkeypatch):
         return compile(forward, **how | {"backend": backend})
 
     monkeypatch.setattr(torch, "compile", captured)
+    monkeypatch.setattr(trainer.devices.shutil, "which", lambda name: name)  # none is needed here
     flags = [*flags, "--log_interval", "1", "--batch_size", "3"]
     main(into(tmp_path / "plain", flags))
     assert not compiled

@@ -361,6 +361,20 @@ def test_attention_in_blocks_is_that_of_pytorch(T):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.slow
+def test_attention_in_blocks_is_compiled_once_for_all_lengths():
+    graphs = []
+    torch.compiler.reset()
+    attention = torch.compile(
+        attention_in_blocks, dynamic=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward
+    )
+    for T in range(10, 90, 8):
+        q, k, v = torch.randn(3, 4, T, 6), torch.randn(3, 2, T, 6), torch.randn(3, 2, T, 6)
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        torch.testing.assert_close(attention(q, k, v, 0.0), expected)
+    assert len(graphs) <= 2
+
+
 def test_attention_is_in_blocks_while_training_alone(monkeypatch):
     calls = []
     monkeypatch.setattr(

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import shutil
+import sys
 import warnings
 
 import torch
@@ -64,26 +65,32 @@ def cast_frozen(model, dtype: torch.dtype):
     return model
 
 
-def suit_attention(model, device: torch.device, dtype: torch.dtype) -> None:
-    """`attention_in_blocks` where it is faster: in bfloat16 on a CPU with AMX."""
+def choose_attention(model, device: torch.device, dtype: torch.dtype) -> None:
+    """`attention_in_blocks` where it is faster: in bfloat16 on a CPU with AMX. Experts, whose rows have a mask, do
+    without."""
     if device.type == "cpu" and dtype == torch.bfloat16 and cpu_has("amx_bf16"):
         for module in model.modules():
             if isinstance(module, Attention):
                 module.in_blocks = True
 
 
-def compile_layers(model) -> None:
-    """torch.compile for the blocks of decoder and encoder, each for itself and for rows of any length.
-
-    All blocks of a kind share what is compiled for the first, so it takes half a minute where the whole model takes
-    several. Raises ValueError where what it needs is missing.
-    """
-    device = next(model.parameters()).device
-    compilers = os.environ.get("CXX", "g++"), "clang++", "cl"
-    if device.type == "cpu" and not any(map(shutil.which, compilers)):
-        raise ValueError("--compile: on a CPU it needs a C++ compiler, such as g++ (apt install g++)")
+def check_compiler(device: torch.device) -> None:
+    """Raises ValueError where torch.compile lacks what it needs on this device."""
+    cxx = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
+    if device.type == "cpu" and not shutil.which(cxx):
+        raise ValueError(
+            f"--compile: on a CPU it needs a C++ compiler, and there is no {cxx} (Debian: apt install g++)"
+        )
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise ValueError("--compile: on a GPU it needs Triton (pip install triton; on Windows triton-windows)")
+
+
+def compile_layers(model) -> None:
+    """torch.compile for the layers of decoder and encoder, each for itself and for rows of any length.
+
+    All layers of a kind share what is compiled for the first, so it takes half a minute where the whole model takes
+    several.
+    """
     for module in model.modules():
         if isinstance(module, (MiniMindBlock, CLIPEncoderLayer)):
             module.compile(dynamic=True)
@@ -92,7 +99,8 @@ def compile_layers(model) -> None:
 def make_deterministic(seed: int) -> None:
     """The same seed gives the same run on the same hardware; call it before the first CUDA operation.
 
-    But for the gradients of attention on a GPU: with warn_only, PyTorch keeps their fast, unordered sums, and says so.
+    But for the gradients of attention on a GPU: with warn_only, PyTorch keeps their fast, unordered sums. Its warning
+    about them is silenced.
     """
     warnings.filterwarnings("ignore", message=".* defaults to a non-deterministic algorithm")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

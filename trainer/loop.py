@@ -31,10 +31,10 @@ from trainer.cli import Stopped
 from trainer.devices import (
     autocast,
     cast_frozen,
+    choose_attention,
     compile_layers,
     cpu_has,
     pick_dtype,
-    suit_attention,
 )
 from trainer.distributed import all_sum, gather, rank, say, world_size
 from trainer.feed import Feed, StreamFeed, check_data, make_loader
@@ -163,7 +163,7 @@ def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: V
         val_sampler = StepSampler(val_data.lengths, args.batch_size, 1, 0, rank(), world_size(), shuffle=False)
         val_loader = make_loader(val_data, val_sampler, args, device, tokenizer)
 
-    suit_attention(model, device, dtype)
+    choose_attention(model, device, dtype)
     if args.compile:
         compile_layers(model)
     forward = model
@@ -192,7 +192,7 @@ def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: V
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # --compile takes longer to begin than most validations do
+@torch.compiler.set_stance("force_eager")  # compiling for it would take longer than most validations do
 def validate(model: MiniMindVLM, loader: DataLoader, device, dtype) -> float:
     """Loss per answer token (nats) over all rows of the loader, over all ranks. NaN if there is none."""
     was_training = model.training
@@ -262,7 +262,7 @@ def train_step(run: Run, step: list[dict], labels: float, rows: float) -> tuple[
     losses, aux_losses = [], []
     for i, batch in enumerate(step):
         last = i == len(step) - 1 or world_size() == 1
-        # A smaller batch, the last of an epoch, may not fit what is compiled: some ten seconds for a batch or two.
+        # A smaller batch, the last of an epoch, would often be compiled for anew, which takes ten seconds.
         whole = len(batch["rows"]) == args.batch_size
         stance = torch.compiler.set_stance("default" if whole else "force_eager")
         with stance, contextlib.nullcontext() if last else run.forward.no_sync(), autocast(run.device, run.dtype):
