@@ -38,11 +38,14 @@ def recipes(rate: float, batch_size: int) -> dict[str, dict]:
         "embeddings and projector at three times the rate": base
         | {"embedding_learning_rate": 3 * rate, "projector_learning_rate": 3 * rate},
         "a line to zero instead of a cosine to a tenth": base | {"schedule": "linear"},
+        "twice the batch": base | {"batch_size": batch_size * 2},
         "half the batch": base | {"batch_size": batch_size // 2},
         "a quarter of the batch": base | {"batch_size": batch_size // 4},
         "Muon for the matrices of the blocks": muon,
         "Muon, its rate doubled": faster,
         "Muon, four times its rate": faster | {"learning_rate": 4 * rate},
+        "Muon, eight times its rate": faster | {"learning_rate": 8 * rate},
+        "Muon, sixteen times its rate": faster | {"learning_rate": 16 * rate},
         "Muon, its rate doubled, half the batch": faster | {"batch_size": batch_size // 2},
         "Muon, a line to zero": muon | {"schedule": "linear"},
     }
