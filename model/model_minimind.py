@@ -218,6 +218,7 @@ def plain_attention(q, k, v, mask, dropout: float, is_causal: bool):
     return F.dropout(scores.float().softmax(dim=-1).type_as(q), dropout) @ v
 
 
+@torch.compiler.disable  # what it makes of this for rows of any length is slower
 def attention_in_blocks(q, k, v, dropout: float, blocks: int = 3):
     """Causal attention in the open, for CPUs with matrix units (AMX), of which the backward pass of PyTorch's own makes
     little use. q (B, H, T, d), k and v (B, K, T, d) → (B, H, T, d).
@@ -228,7 +229,7 @@ def attention_in_blocks(q, k, v, dropout: float, blocks: int = 3):
     B, H, T, d = q.shape
     K = k.shape[1]
     q, out = q * d**-0.5, []
-    for i in range(blocks):  # not over positions: torch.compile would make a version of its own for each T
+    for i in range(blocks):
         start, S = i * T // blocks, (i + 1) * T // blocks  # queries from start on, the last of which sees S keys
         t = S - start
         # All heads that share a key are rows of one matrix.

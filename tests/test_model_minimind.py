@@ -361,18 +361,16 @@ def test_attention_in_blocks_is_that_of_pytorch(T):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.slow
-def test_attention_in_blocks_is_compiled_once_for_all_lengths():
-    graphs = []
+def test_layers_with_attention_in_blocks_are_compiled_once_for_all_lengths():
+    graphs, model = [], decoder().train()
     torch.compiler.reset()
-    attention = torch.compile(
-        attention_in_blocks, dynamic=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward
-    )
-    for T in range(10, 90, 8):
-        q, k, v = torch.randn(3, 4, T, 6), torch.randn(3, 2, T, 6), torch.randn(3, 2, T, 6)
-        expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        torch.testing.assert_close(attention(q, k, v, 0.0), expected)
-    assert len(graphs) <= 2
+    expected = {T: model(tokens(2, T)).logits for T in range(10, 90, 8)}
+    for layer in model.model.layers:
+        layer.self_attn.in_blocks = True
+        layer.compile(dynamic=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    for T, logits in expected.items():
+        torch.testing.assert_close(model(tokens(2, T)).logits, logits)
+    assert 0 < len(graphs) <= 4  # what is before the attention and what is after it
 
 
 def test_attention_is_in_blocks_while_training_alone(monkeypatch):
