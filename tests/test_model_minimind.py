@@ -363,13 +363,18 @@ def test_attention_in_blocks_is_that_of_pytorch(T):
 
 def test_layers_with_attention_in_blocks_are_compiled_once_for_all_lengths():
     graphs, model = [], decoder().train()
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
     torch.compiler.reset()
     expected = {T: model(tokens(2, T)).logits for T in range(10, 90, 8)}
     for layer in model.model.layers:
         layer.self_attn.in_blocks = True
-        layer.compile(dynamic=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+        layer.compile(dynamic=True, backend=backend)
     for T, logits in expected.items():
-        torch.testing.assert_close(model(tokens(2, T)).logits, logits)
+        torch.testing.assert_close(model(tokens(2, T)).logits, logits, rtol=1e-4, atol=1e-4)
     assert 0 < len(graphs) <= 4  # what is before the attention and what is after it
 
 
