@@ -169,7 +169,7 @@ def add_training_arguments(
     add("--dropout", type=float, default=0.0, help="share of activations set to 0 while training")
     add("--max_seq_len", type=positive(int), default=max_seq_len, help="tokens per row, placeholders included")
     add("--num_workers", type=not_negative, default=2, help="processes that decode pictures; 0: this one does")
-    add("--compile", action="store_true", help="torch.compile: half a minute at the start, faster steps on a GPU")
+    add("--compile", action="store_true", help="torch.compile: half a minute at the start, then faster steps")
     add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     add("--log_interval", type=positive(int), default=20, help="steps between lines in the metrics file")
     add("--save_interval", type=positive(int), default=1000, help="steps between checkpoints")
