@@ -264,7 +264,7 @@ def train_step(run: Run, step: list[dict], labels: float, rows: float) -> tuple[
         last = i == len(step) - 1 or world_size() == 1
         # A smaller batch, the last of an epoch, would often be compiled for anew, which takes ten seconds.
         whole = len(batch["rows"]) == args.batch_size
-        stance = torch.compiler.set_stance("default" if whole else "force_eager")
+        stance = contextlib.nullcontext() if whole else torch.compiler.set_stance("force_eager")
         with stance, contextlib.nullcontext() if last else run.forward.no_sync(), autocast(run.device, run.dtype):
             out = run.forward(**to_device(batch, run.model), num_items_in_batch=max(labels, 1), return_logits=False)
             aux_loss = out.aux_loss * (len(batch["rows"]) / max(rows, 1))  # both: this batch's share of the step
