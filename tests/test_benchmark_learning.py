@@ -39,7 +39,8 @@ def test_a_recipe_that_reaches_the_original_is_tried_with_fewer_rows(flags, tmp_
     monkeypatch.setattr(benchmark_learning, "train", train)
     benchmark_learning.main(flags)
     shares = {name: {share for recipe, share, *_ in ran if recipe == name} for name, *_ in ran}
-    original, warmup, *_, muon, faster, _, _, _ = shares
+    original, warmup, *_ = shares
+    muon, faster = "Muon for the matrices of the blocks", "Muon, its rate doubled"
     assert shares[original] == {1.0, 0.6} and {rate for name, *_, rate in ran if name != original} == {0.002}
     assert shares[muon] == shares[warmup] == {0.6, 0.4} and shares[faster] == {0.6}
     table = (tmp_path / "results/table.md").read_text()
