@@ -42,22 +42,22 @@ from model.int8 import to_int8
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing import IGNORE, ImageProcessor, load_tokenizer
 from scripts.report import cpu_name
+from scripts.steps import write_json, write_text
 from trainer import distributed
 from trainer.checkpoint import State
 from trainer.cli import HelpFormatter, positive, run_main
 from trainer.devices import (
     autocast,
+    better_in_blocks,
     cast_frozen,
     check_compiler,
     choose_attention,
     compile_layers,
-    cpu_has,
     pick_device,
 )
 from trainer.feed import make_loader
 from trainer.loop import count_labels, to_device, train_step
 from trainer.optimizer import choose_trainable, make_optimizer
-from trainer.weights import write_json, write_safely
 
 PUBLIC_ROWS = {"pretrain": 595_000, "sft": 300_000}
 SIZES = {  # of the decoder and of the encoder
@@ -114,12 +114,6 @@ def make_encoder(size: str) -> CLIPVisionModel:
     return encoder.eval().requires_grad_(False)
 
 
-@cache
-def make_text_tower() -> nn.Module:
-    """Of CLIP, which the original way loads too."""
-    return CLIPModel(CLIPConfig()).text_model
-
-
 def make_model(size: str, **kwargs) -> MiniMindVLM:
     """Random weights. The pictures' encoder has the shape of CLIP ViT-B/16, or a small one of as many patches."""
     torch.manual_seed(0)
@@ -149,6 +143,9 @@ class Way:
 
 
 def ways(device: torch.device, compile: bool) -> list[Way]:
+    """Each adds something to the one before. Raises ValueError where this device cannot `compile`."""
+    if compile:
+        check_compiler(device)
     way = Way()
     found = [way]
     for name, change in [
@@ -157,7 +154,7 @@ def ways(device: torch.device, compile: bool) -> list[Way]:
         ("+ logits and last feed-forward only where there is a label", {"lean": True}),
         ("+ fused AdamW, CLIP without its text half", {"fused": True}),
         ("+ bfloat16" + (" for CLIP" if device.type == "cuda" else ""), {"bf16": True}),
-        *([("+ attention in blocks", {"in_blocks": True})] if device.type == "cpu" and cpu_has("amx_bf16") else []),
+        *([("+ attention in blocks", {"in_blocks": True})] if better_in_blocks(device, torch.bfloat16) else []),
         *([("+ torch.compile of each layer", {"compiled": True})] if compile else []),
         ("+ picture features cached", {"cached": True}),
     ]:
@@ -213,7 +210,7 @@ class Training:
             self.model.vision_encoder = cast_frozen(copy.deepcopy(self.model.vision_encoder), self.dtype)
         forward = Forward(self.model, way)
         if not way.fused and args.size != "tiny":
-            self.unused = make_text_tower().to(device)
+            self.unused = CLIPModel(CLIPConfig()).text_model.to(device)
         if way.in_blocks:
             choose_attention(self.model, device, self.dtype)
         if way.compiled:
@@ -694,20 +691,17 @@ def main(argv=None):
     gpu = device.type == "cuda"
     args.rows, args.batch_size = args.rows or (2048 if gpu else 16), args.batch_size or (32 if gpu else 8)
     args.compile = args.size != "tiny" if args.compile is None else args.compile
-    if args.compile:
-        check_compiler(device)
     torch.set_num_threads(args.threads)
     if args.as_rank:
         return as_rank(args, device)
     found = {"about": about(args, device)}
-    args.out_dir.mkdir(parents=True, exist_ok=True)
     for kind in args.kinds:
         show(f"{kind} ...")
         found[kind] = TABLES[kind](args, device)
         write_json(args.out_dir / f"benchmark_{device.type}.json", found)
-        text = report(found).encode()
-        write_safely(args.out_dir / f"benchmark_{device.type}.md", lambda file, text=text: file.write(text))
-    show(f"\n{report(found)}")
+        text = report(found)
+        write_text(args.out_dir / f"benchmark_{device.type}.md", text)
+    show(f"\n{text}")
     return found
 
 

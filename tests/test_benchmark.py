@@ -38,3 +38,11 @@ def test_a_few_rows_have_the_length_and_padding_of_many(kind):
     short = benchmark.ways(torch.device("cpu"), compile=False)[1]
     batches = benchmark.batches_of(examples, short, args.batch_size, args.max_seq_len)
     assert sum(lengths) / sum(batch["input_ids"].numel() for batch in batches) > 0.95
+
+
+def test_only_what_compiles_asks_for_a_compiler(monkeypatch):
+    monkeypatch.setattr("trainer.devices.shutil.which", lambda name: None)
+    cpu = torch.device("cpu")
+    with pytest.raises(ValueError, match="--compile: on a CPU it needs a C"):
+        benchmark.ways(cpu, compile=True)
+    assert not any(way.compiled for way in benchmark.ways(cpu, compile=False))

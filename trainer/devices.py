@@ -65,10 +65,14 @@ def cast_frozen(model, dtype: torch.dtype):
     return model
 
 
+def better_in_blocks(device: torch.device, dtype: torch.dtype) -> bool:
+    """Is `attention_in_blocks` faster here? In bfloat16 on a CPU with AMX."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and cpu_has("amx_bf16")
+
+
 def choose_attention(model, device: torch.device, dtype: torch.dtype) -> None:
-    """`attention_in_blocks` where it is faster: in bfloat16 on a CPU with AMX. Experts, whose rows have a mask, do
-    without."""
-    if device.type == "cpu" and dtype == torch.bfloat16 and cpu_has("amx_bf16"):
+    """`attention_in_blocks` where it is faster. Experts, whose rows have a mask, do without."""
+    if better_in_blocks(device, dtype):
         for module in model.modules():
             if isinstance(module, Attention):
                 module.in_blocks = True
@@ -78,9 +82,7 @@ def check_compiler(device: torch.device) -> None:
     """Raises ValueError where torch.compile lacks what it needs on this device."""
     cxx = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
     if device.type == "cpu" and not shutil.which(cxx):
-        raise ValueError(
-            f"--compile: on a CPU it needs a C++ compiler, and there is no {cxx} (Debian: apt install g++)"
-        )
+        raise ValueError(f"--compile: on a CPU it needs a C++ compiler, and there is no {cxx} (apt install g++)")
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise ValueError("--compile: on a GPU it needs Triton (pip install triton; on Windows triton-windows)")
 
