@@ -134,12 +134,14 @@ def test_an_empty_answer_counts_for_no_language(data, tmp_path):
     assert (tmp_path / "new/tokenizer.json").is_file()
 
 
-def test_too_little_text_says_what_was_reached_and_writes_nothing(data, tmp_path):
-    with pytest.raises(ValueError, match=r"--vocab_size 6400: .* enough for (\d+) only") as error:
-        main(["--data_path", str(data), "--out_dir", str(tmp_path / "new")])
-    assert not (tmp_path / "new").exists()
-    reached = str(error.value).split("enough for ")[1].split()[0]
-    main(["--data_path", str(data), "--out_dir", str(tmp_path / "new"), "--vocab_size", reached])  # the hint works
+def test_too_little_text_gives_the_tokens_it_has_and_says_how_many(data, tmp_path, capsys):
+    main(["--data_path", str(data), "--out_dir", str(tmp_path / "few")])
+    (reached,) = re.findall(r"--vocab_size 6400: the text is enough for (\d+) tokens", capsys.readouterr().out)
+    assert len(load_tokenizer(tmp_path / "few")) == int(reached) < 6400
+    main(["--data_path", str(data), "--out_dir", str(tmp_path / "asked"), "--vocab_size", reached])
+    assert "is enough for" not in capsys.readouterr().out
+    files = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("few", "asked")]
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("size", ["258", "0", "-1"])
