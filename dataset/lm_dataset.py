@@ -26,7 +26,7 @@ from PIL import Image, UnidentifiedImageError
 from dataset.sources import BadRow, Jsonl, Parquet, Row, open_rows
 from model.processing import IGNORE, IMAGE_TAG, encode_chat
 
-FORMAT = 5  # raise it when `check_rows` or what it calls finds something else: results are cached on disk
+FORMAT = 6  # raise it when `check_rows` or what it calls finds something else: results are cached on disk
 KINDS = {
     "json": "not valid JSON",
     "key": "missing or malformed key",

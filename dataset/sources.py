@@ -28,6 +28,7 @@ from PIL import Image
 from model.processing import IMAGE_TAG
 
 MENDED = {
+    "untagged": "had pictures and no <image>: it was put before the first question",
     "surplus": "had more <image> than pictures: the last ones were left out",
     "placeholder": "had no <image> and a picture of at most 8×8: read as text",
 }
@@ -61,12 +62,23 @@ def checked(conversations, images: list[str], **about) -> Row:
             raise BadRow("key", 'a turn needs "role" and "content", both text')
     if not any(turn["role"] == "assistant" for turn in conversations):
         raise BadRow("answer", "no assistant turn, nothing to learn")
+    if images and not any(IMAGE_TAG in turn["content"] for turn in conversations):
+        return replace(checked(add_tags(conversations, len(images)), images, **about), mended="untagged")
     tags = sum(turn["content"].count(IMAGE_TAG) for turn in conversations if turn["role"] == "user")
     if tags > len(images) > 0:
         return Row(drop_tags(conversations, len(images)), images, **about, mended="surplus")
     if tags != len(images):
         raise BadRow("count", f"{tags} {IMAGE_TAG} in the user's turns, {len(images)} pictures")
     return Row(conversations, images, **about)
+
+
+def add_tags(conversations: list[dict], count: int) -> list[dict]:
+    """The conversation with so many tags before its first question. Raises BadRow if there is none."""
+    for at, turn in enumerate(conversations):
+        if turn["role"] == "user":
+            asked = turn | {"content": f"{IMAGE_TAG}\n" * count + turn["content"]}
+            return [*conversations[:at], asked, *conversations[at + 1 :]]
+    raise BadRow("role", f"{count} pictures, and no user turn to show them in")
 
 
 def drop_tags(conversations: list[dict], keep: int) -> list[dict]:

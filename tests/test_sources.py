@@ -204,10 +204,25 @@ def test_public_oddities_are_mended_and_counted(read, tokenizer, tmp_path):
     assert text(data, tokenizer, 1) == text(data, tokenizer, 3)
 
 
-def test_a_real_picture_without_a_tag_is_a_bad_row(read, tmp_path):
+def test_pictures_without_a_tag_come_before_the_first_question(read, tokenizer, make_zip, tmp_path):
+    rows = [row("Hi.", "b", "And?", "c", image="red.png"), row("Which?", "b", image="red.png, blue.png")]
+    rows[0]["conversations"].insert(0, turn("system", "Be brief."))
+    data = read(
+        write_rows(tmp_path / "rows.jsonl", rows), make_zip({name: name[:-4] for name in ("red.png", "blue.png")})
+    )
+    assert data.mended == {"untagged": 2} and colours(data) == [[RED], [RED, BLUE]]
+    assert f"brief.<|im_end|>\n<|im_start|>user\n{'@' * P}\nHi.<|im_end|>" in text(data, tokenizer, 0)
+    assert f"user\n{'@' * P}\n{'@' * P}\nWhich?<|im_end|>" in text(data, tokenizer, 1)
     path = write_parquet(tmp_path / "rows.parquet", [(chat("Hi.", "b"), [picture("red")]), (chat("a", "b"), [BLACK])])
-    with pytest.raises(ValueError, match=r"rows.parquet:1: 0 <image> in the user's turns, 1 pictures"):
-        read(path)
+    data = read(path)
+    assert data.mended == {"untagged": 1, "placeholder": 1} and colours(data) == [[RED], []]
+
+
+def test_a_tag_in_an_answer_or_pictures_without_a_question_are_not_mended():
+    with pytest.raises(BadRow, match="0 <image> in the user's turns, 1 pictures"):
+        parse_line(json.dumps(row("a", "<image>", image="a.png")))
+    with pytest.raises(BadRow, match="1 pictures, and no user turn to show them in"):
+        parse_line(json.dumps({"conversations": [turn("assistant", "A cat.")], "image": "a.png"}))
 
 
 def test_surplus_tags_go_with_their_line_break_wherever_they_stand():

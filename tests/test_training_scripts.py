@@ -15,6 +15,7 @@ import torch
 import train_pretrain_vlm
 import train_sft_vlm
 from dataset.lm_dataset import collate
+from tests.conftest import turn, write_rows
 from tests.test_loop import LONG, into, losses, same
 from trainer import cli, devices
 from trainer.weights import build_model, save_weights
@@ -123,6 +124,13 @@ def test_held_out_rows_need_not_be_as_many_files_as_the_others(flags, world, tmp
         [*flags, "--data_path", *rows, "--images_path", *pictures, "--val_path", str(tmp_path / "val.jsonl")]
     )
     assert run.val_loss > 0
+
+
+def test_pictures_without_a_tag_are_told_before_training(flags, world, tmp_path, capsys):
+    rows = [{"conversations": [turn("user", "Which?"), turn("assistant", "Red.")], "image": "red.png"}] * 2
+    train_sft_vlm.main([*flags, "--data_path", str(write_rows(tmp_path / "rows.jsonl", rows))])
+    told = "  2 rows had pictures and no <image>: it was put before the first question\n"
+    assert told in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------- mistakes
