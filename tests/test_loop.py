@@ -126,7 +126,7 @@ def test_a_batch_without_any_label_teaches_nothing_and_spoils_nothing(make_run, 
     assert all(weight.isfinite().all() for weight in run.model.parameters())
 
 
-@pytest.mark.parametrize("choice", ["projector", "last_layer", "attention", "all"])
+@pytest.mark.parametrize("choice", ["projector", "last_layer", "first_last_layer", "attention", "all"])
 def test_what_is_frozen_stays_as_it_was(make_run, choice):
     run = make_run("--trainable", choice)
     before = {name: weight.clone() for name, weight in run.model.named_parameters()}

@@ -26,6 +26,7 @@ def block(i):
 LEARNS = {  # beside the projector, in a model of 2 layers
     "projector": set(),
     "last_layer": block(1),
+    "first_last_layer": block(0) | block(1),
     "attention": attention(0) | attention(1),
     "all": block(0) | block(1) | {"model.embed_tokens.weight", "model.norm.weight"},  # lm_head is embed_tokens
 }
@@ -38,6 +39,13 @@ def test_what_learns_is_exactly_what_was_chosen(make_vlm, choice):
     assert {name for name, weight in model.named_parameters() if weight.requires_grad} == PROJECTOR | LEARNS[choice]
     choose_trainable(model, "all")  # and a choice is not bound by the one before
     assert {name for name, weight in model.named_parameters() if weight.requires_grad} == PROJECTOR | LEARNS["all"]
+
+
+def test_the_first_and_the_last_layer_are_not_those_between(make_vlm):
+    model = make_vlm(num_hidden_layers=4)
+    choose_trainable(model, "first_last_layer")
+    learning = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert learning == PROJECTOR | block(0) | block(3)
 
 
 def test_the_gate_and_the_experts_of_the_last_layer_learn_too(make_vlm):

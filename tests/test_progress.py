@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import sqlite3
+import struct
 import sys
 
 import pytest
@@ -106,6 +107,30 @@ def test_wandb_gets_every_line_offline(train, fresh_wandb, tmp_path, monkeypatch
     for line in lines:
         for key, value in line.items():
             assert key == "step" or (key.encode() in logged and pytest.approx(value, rel=1e-5) in numbers), key
+
+
+def test_swanlab_gets_every_line_offline(train, tmp_path, monkeypatch, world):
+    import swanlab
+
+    monkeypatch.setenv("SWANLAB_MODE", "offline")
+    monkeypatch.setenv("SWANLAB_LOG_DIR", str(tmp_path / "swanlog"))
+    lines = train("--tracker", "swanlab", "--wandb_project", "colours", "--val_path", str(world / "val.jsonl"))
+    assert len(lines) == 3 and not swanlab.has_run()  # the run is finished
+    (file,) = (tmp_path / "swanlog").glob("run-*/run-*.swanlab")
+    logged = file.read_bytes()
+    assert b"colours" in logged and b"sft_vlm_64" in logged
+    numbers = [struct.unpack("<d", found)[0] for found in re.findall(rb"\t(?=(.{8}))", logged, re.DOTALL)]
+    for line in lines:
+        for key, value in line.items():
+            assert key == "step" or (key.encode() in logged and pytest.approx(value, rel=1e-5) in numbers), key
+
+
+def test_swanlab_without_a_login_says_how_to_do_without(train, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("SWANLAB_MODE", raising=False)
+    monkeypatch.delenv("SWANLAB_API_KEY", raising=False)
+    with pytest.raises(ValueError, match=r"--tracker swanlab: .*\n.* SWANLAB_MODE=offline"):
+        train("--tracker", "swanlab")
 
 
 def test_wandb_without_a_login_says_so(train, fresh_wandb):

@@ -138,8 +138,8 @@ def add_training_arguments(
         add(
             "--trainable",
             default=trainable,
-            choices=["projector", "last_layer", "attention", "all"],
-            help="what learns beside the projector: nothing, the last layer, q/k/v/o projections, or the whole LLM",
+            choices=["projector", "last_layer", "first_last_layer", "attention", "all"],
+            help="what learns beside the projector: nothing, the last layer, first and last, q/k/v/o projections, all",
         )
         peak = projector_learning_rate
         add("--projector_learning_rate", type=positive(float), default=peak, help="peak, for the projector")
@@ -174,5 +174,6 @@ def add_training_arguments(
     add("--log_interval", type=positive(int), default=20, help="steps between lines in the metrics file")
     add("--save_interval", type=positive(int), default=1000, help="steps between checkpoints")
     add("--use_wandb", action="store_true", help="same as --tracker wandb")
-    add("--tracker", choices=["none", "wandb", "trackio"], default="none", help="trackio is local, without an account")
+    trackers = ["none", "wandb", "trackio", "swanlab"]
+    add("--tracker", choices=trackers, default="none", help="trackio is local, without an account")
     add("--wandb_project", default="MiniMind-V", help="project name for the tracker")

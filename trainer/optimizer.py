@@ -13,12 +13,14 @@ ATTENTION = (".q_proj.", ".k_proj.", ".v_proj.", ".o_proj.")
 def choose_trainable(model: MiniMindVLM, choice: str) -> None:
     """Sets requires_grad: the projector always learns, the encoder never, and of the LLM what `choice` says.
 
-    "projector": nothing; "last_layer": the last block; "attention": q/k/v/o projections of all blocks; "all": all.
+    "projector": nothing; "last_layer": the last block; "first_last_layer": the first and the last block; "attention":
+    q/k/v/o projections of all blocks; "all": all.
     """
-    last = f"model.layers.{model.config.num_hidden_layers - 1}."
+    first, last = "model.layers.0.", f"model.layers.{model.config.num_hidden_layers - 1}."
     learns = {
         "projector": lambda name: False,
         "last_layer": lambda name: name.startswith(last),
+        "first_last_layer": lambda name: name.startswith((first, last)),
         "attention": lambda name: any(part in name for part in ATTENTION),
         "all": lambda name: True,
     }[choice]

@@ -117,7 +117,7 @@ def read_metrics(path) -> list[dict]:
 
 
 def start_tracker(args, run: str):
-    """wandb, trackio (same calls, local, no account) or None. Raises ValueError if it is not installed or ready."""
+    """wandb, trackio or swanlab, which have the same calls, or None. Raises ValueError if it is not there or ready."""
     name = "wandb" if args.use_wandb else args.tracker
     if name == "none":
         return None
@@ -127,7 +127,8 @@ def start_tracker(args, run: str):
     except ImportError:
         raise ValueError(f"--tracker {name}: not installed. Type: pip install {name}") from None
     except Exception as error:  # wandb has a dozen kinds, for a missing login first of all
-        raise ValueError(f"--tracker {name}: {error}") from None
+        without = "" if name == "trackio" else f"\nWithout an account, on this disk alone: {name.upper()}_MODE=offline"
+        raise ValueError(f"--tracker {name}: {error}{without}") from None
     return tracker
 
 
