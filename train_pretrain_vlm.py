@@ -16,7 +16,7 @@ from trainer.cli import HelpFormatter, add_training_arguments, parse_training, r
 from trainer.devices import check_compiler, make_deterministic, pick_device
 from trainer.feed import load_data, val_images
 from trainer.loop import train_epoch, training
-from trainer.optimizer import choose_trainable, optimizer_of
+from trainer.optimizer import choose_trainable, follow_width, optimizer_of
 from trainer.weights import build_model, find_weights
 
 STAGE = "pretrain_vlm"
@@ -29,8 +29,6 @@ def parse_args(argv=None):
         trainable="last_layer",
         from_weight="llm",
         data_path="./dataset/pretrain_data",
-        learning_rate=4e-4,
-        projector_learning_rate=1e-3,  # it starts at random, the last layer does not
         max_seq_len=640,
     )
     return parse_training(parser, argv)
@@ -49,6 +47,7 @@ def main(argv=None):
     model, tokenizer, loaded = build_model(args, weights, args.dropout)
     distributed.say(loaded)
     choose_trainable(model, args.trainable)
+    follow_width(args, model, STAGE)  # optimizer, rates and batch, unless given
     model.to(device)
     optimizer = optimizer_of(model, args)
 

@@ -29,7 +29,7 @@ from trainer.cli import HelpFormatter, positive, run_main
 def recipes(rate: float, batch_size: int) -> dict[str, dict]:
     """{name: flags}; the first is the original."""
     base = {"learning_rate": rate, "projector_learning_rate": rate, "warmup_iters": 0, "schedule": "cosine"}
-    base |= {"batch_size": batch_size}
+    base |= {"batch_size": batch_size, "optimizer": "adamw"}
     muon = base | {"optimizer": "muon", "warmup_iters": 20}
     faster = muon | {"learning_rate": 2 * rate, "embedding_learning_rate": rate}
     return {

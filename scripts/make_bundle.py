@@ -86,7 +86,7 @@ def recipe(folder: Path) -> list[Step]:
             "--out_dir", folder / "lesson_1",
             "--hidden_size", HIDDEN_SIZE, "--num_hidden_layers", 4,
             "--num_attention_heads", 4, "--num_key_value_heads", 4,
-            "--batch_size", 32, "--learning_rate", 1e-3, "--embedding_learning_rate", 1e-2,
+            "--batch_size", 32, "--optimizer", "adamw", "--learning_rate", 1e-3, "--embedding_learning_rate", 1e-2,
         ], resumable=True),
         Step("second lesson", "it learns to find one object among several, and to say how it looks",
              lesson(2, colour=0.6, size=0.6, shape=0.3), resumable=True),

@@ -22,7 +22,7 @@ from trainer.cli import HelpFormatter, add_training_arguments, parse_training, r
 from trainer.devices import check_compiler, make_deterministic, pick_device
 from trainer.feed import load_data
 from trainer.loop import train_epoch, training
-from trainer.optimizer import optimizer_of
+from trainer.optimizer import follow_width, optimizer_of
 from trainer.weights import build_model, find_weights
 
 STAGE = "llm"
@@ -34,7 +34,6 @@ def parse_args(argv=None):
         parser,
         from_weight="none",
         data_path="./out/text/train.jsonl",
-        learning_rate=1e-3,
         max_seq_len=512,
     )
     return parse_training(parser, argv)
@@ -64,6 +63,7 @@ def main(argv=None):
     weights = find_weights(args.from_weight, args.out_dir, args.hidden_size, args.use_moe)
     model, tokenizer, loaded = build_model(args, weights, args.dropout)
     distributed.say(f"{loaded}: {sum(weight.numel() for weight in model.parameters()) / 1e6:.1f}M parameters")
+    follow_width(args, model, STAGE)  # optimizer, rate and batch, unless given
     model.to(device)
     optimizer = optimizer_of(model, args)
 

@@ -5,7 +5,18 @@ import math
 import pytest
 import torch
 
-from trainer.optimizer import choose_trainable, make_optimizer, orthogonalize, schedule, set_learning_rate
+import train_pretrain_vlm
+import train_sft_vlm
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from scripts import train_llm
+from trainer.optimizer import (
+    choose_trainable,
+    follow_width,
+    make_optimizer,
+    orthogonalize,
+    schedule,
+    set_learning_rate,
+)
 
 PROJECTOR = {"vision_proj.vision_proj.0.weight", "vision_proj.vision_proj.0.bias"}
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
@@ -69,6 +80,52 @@ def test_every_weight_that_learns_has_its_decay_and_its_peak(make_vlm, choice):
         plain = "norm" in name or name.endswith("bias")
         assert group["weight_decay"] == (0.0 if plain else 0.2), name
         assert group["peak"] == (1e-3 if name in PROJECTOR else 1e-4), name
+
+
+FITTING = {  # stage, width: optimizer, rate, projector's rate, rows a batch
+    ("sft_vlm", 64): ("muon", 3e-3, 2e-3, 16),
+    ("sft_vlm", 128): ("muon", 3e-3, 2e-3, 16),
+    ("sft_vlm", 256): ("muon", 1.5e-3, 1e-3, 16),
+    ("sft_vlm", 384): ("muon", 1e-3, 6.7e-4, 16),
+    ("sft_vlm", 512): ("adamw", 2e-4, 2e-4, 32),
+    ("sft_vlm", 768): ("adamw", 2e-4, 2e-4, 32),
+    ("pretrain_vlm", 128): ("muon", 2e-3, 4e-3, 16),
+    ("pretrain_vlm", 512): ("adamw", 4e-4, 1e-3, 32),
+    ("llm", 128): ("muon", 4e-3, None, 16),
+    ("llm", 512): ("adamw", 1e-3, None, 32),
+}
+
+
+def settings_of(stage, width, *flags, choice="all"):
+    """What a stage's flags come to for a model so wide, as (optimizer, rate, projector's rate, rows a batch)."""
+    with torch.device("meta"):  # no memory
+        model = MiniMindForCausalLM(MiniMindConfig(hidden_size=width, num_hidden_layers=1))
+    choose_trainable(model, choice)
+    args = {module.STAGE: module for module in (train_llm, train_pretrain_vlm, train_sft_vlm)}[stage].parse_args(flags)
+    follow_width(args, model, stage)
+    return args.optimizer, args.learning_rate, getattr(args, "projector_learning_rate", None), args.batch_size
+
+
+@pytest.mark.parametrize("stage, width", FITTING)
+def test_optimizer_rates_and_batch_follow_from_the_width(stage, width, capsys):
+    optimizer, rate, projector, rows = FITTING[stage, width]
+    assert settings_of(stage, width) == FITTING[stage, width]
+    told = f"--optimizer {optimizer} --learning_rate {rate} "
+    told += f"--projector_learning_rate {projector} " if projector else ""
+    assert capsys.readouterr().out == f"settings for a model {width} wide: {told}--batch_size {rows}\n"
+
+
+def test_what_was_given_stays_and_is_not_told_again(capsys):
+    given = ["--optimizer", "muon", "--learning_rate", "1e-5", "--batch_size", "7"]
+    assert settings_of("sft_vlm", 512, *given) == ("muon", 1e-5, 2e-4, 7)
+    assert capsys.readouterr().out == "settings for a model 512 wide: --projector_learning_rate 0.0002\n"
+    assert settings_of("sft_vlm", 128, *given, "--projector_learning_rate", "1") == ("muon", 1e-5, 1, 7)
+    assert capsys.readouterr().out == ""
+
+
+def test_adamw_has_a_rate_of_its_own_and_serves_where_no_block_learns():
+    assert settings_of("sft_vlm", 128, "--optimizer", "adamw")[:2] == ("adamw", 1e-3)
+    assert settings_of("sft_vlm", 128, choice="projector") == ("adamw", 1e-3, 2e-3, 16)
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine_to_a_tenth():

@@ -115,13 +115,12 @@ def add_training_arguments(
     *,
     from_weight,
     data_path,
-    learning_rate,
     max_seq_len,
     trainable=None,
-    projector_learning_rate=None,
 ):
-    """The flags of all training; a stage gives its own defaults, and the last two if it has pictures."""
+    """The flags of all training; a stage gives its own defaults, the last if it has pictures."""
     sees = trainable is not None
+    by_width = "default: follows from the model's width, printed at the start"  # by `follow_width`
     add_model_arguments(parser, sees)
     add = parser.add_argument
     rows = "training rows: JSONL or Parquet, files or patterns; without suffix: whichever is there; hf://...: streamed"
@@ -141,8 +140,7 @@ def add_training_arguments(
             choices=["projector", "last_layer", "first_last_layer", "attention", "all"],
             help="what learns beside the projector: nothing, the last layer, first and last, q/k/v/o projections, all",
         )
-        peak = projector_learning_rate
-        add("--projector_learning_rate", type=positive(float), default=peak, help="peak, for the projector")
+        add("--projector_learning_rate", type=positive(float), help="peak, for the projector; " + by_width)
         add(
             "--cache_features",
             metavar="DIR",
@@ -157,11 +155,11 @@ def add_training_arguments(
     add("--from_weight", default=from_weight, metavar="W", help="llm, pretrain_vlm, sft_vlm, a path, or none")
     add("--from_resume", action="store_true", help="go on where the last run with these flags stopped")
     add("--epochs", type=positive(int), default=1, help="passes over the data")
-    add("--batch_size", type=positive(int), default=32, help="rows per device and forward pass")
+    add("--batch_size", type=positive(int), help="rows per device and forward pass; " + by_width)
     add("--accumulation_steps", type=positive(int), default=1, help="forward passes per optimizer step")
-    add("--learning_rate", type=positive(float), default=learning_rate, help="peak, for the LLM")
+    add("--learning_rate", type=positive(float), help="peak, for the LLM; " + by_width)
     add("--embedding_learning_rate", type=positive(float), help="peak, for the embeddings; default: as the LLM")
-    add("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for the matrices of the blocks")
+    add("--optimizer", choices=["adamw", "muon"], help="muon: for the matrices of the blocks; " + by_width)
     add("--warmup_iters", type=not_negative, default=100, help="steps of linear warmup, at most a tenth of the run")
     add("--schedule", choices=["cosine", "linear"], default="cosine", help="then, to a tenth of the peak, or to zero")
     add("--weight_decay", type=float, default=0.1, help="AdamW's, for matrices; norms and biases have none")

@@ -31,7 +31,7 @@ from trainer.cli import Stopped
 from trainer.devices import autocast, cast_frozen, choose_attention, compile_layers, cpu_has, pick_dtype
 from trainer.distributed import all_sum, gather, rank, say, world_size
 from trainer.feed import Feed, StreamFeed, check_data, make_loader
-from trainer.optimizer import schedule, set_learning_rate
+from trainer.optimizer import SETTINGS, schedule, set_learning_rate
 from trainer.progress import Progress
 from trainer.weights import describe, refuse_other_architecture, script, weights_name
 
@@ -128,7 +128,8 @@ def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: V
     model.model.gradient_checkpointing = args.gradient_checkpointing
     path = Path(args.out_dir) / weights_name(stage, model.config)
     refuse_other_architecture(path, model.config)
-    about = describe(model, args, stage=stage, data=list(map(str, args.data_path)), seed=args.seed)
+    settings = {key: getattr(args, key) for key in SETTINGS if hasattr(args, key)}
+    about = describe(model, args, stage=stage, data=list(map(str, args.data_path)), seed=args.seed, settings=settings)
     checkpoint = Checkpoint(path, args, about, data.rows if isinstance(data, Stream) else len(data))
     if getattr(model, "vision_encoder", None) is not None:
         cast_frozen(model.vision_encoder, dtype)  # after its fingerprint has been taken

@@ -6,6 +6,7 @@ from collections import defaultdict
 import torch
 
 from model.model_vlm import MiniMindVLM
+from trainer.distributed import say
 
 ATTENTION = (".q_proj.", ".k_proj.", ".v_proj.", ".o_proj.")
 
@@ -116,6 +117,42 @@ def make_optimizer(
     # leaves steps out by itself when fp16 overflows, and the matrices must not go on without it.
     kind = Muon if muon else torch.optim.AdamW
     return kind([groups[key] for key in order], betas=(0.9, 0.95), weight_decay=weight_decay, fused=not muon)
+
+
+# Peak rates of the LLM and the projector: of a model 128 wide, for Muon and 16 rows a batch, as measured with the
+# quickstart (results/quickstart.md), and of the 26M model, 512 wide, for AdamW and 32 rows.
+RATES = {
+    "llm": ((4e-3, None), (1e-3, None)),
+    "pretrain_vlm": ((2e-3, 4e-3), (4e-4, 1e-3)),  # the projector starts at random
+    "sft_vlm": ((3e-3, 2e-3), (2e-4, 2e-4)),
+}
+SETTINGS = ("optimizer", "learning_rate", "projector_learning_rate", "batch_size")
+
+
+def follow_width(args, model, stage: str) -> None:
+    """Sets those of SETTINGS that were not given, as fits the model's width, and prints them. stage: a key of RATES.
+
+    From 512 on they are those of the 26M model. Below, rates rise as 1 / width, at most to those measured at 128.
+    """
+    width = model.config.hidden_size
+    narrow = width < 512
+    rate, projector_rate = RATES[stage][0 if narrow else 1]
+    share = min(128 / width, 1) if narrow else 1
+    blocks_learn = any(weight.requires_grad for name, weight in model.named_parameters() if ".layers." in name)
+    fitting = {"optimizer": "muon" if narrow and blocks_learn else "adamw"}
+    if narrow and (args.optimizer or fitting["optimizer"]) == "adamw":
+        rate /= 3  # on the scenes AdamW's best was 1e-3 where Muon's is 3e-3 (results/learning.md)
+    fitting |= {"learning_rate": rate * share, "batch_size": 16 if narrow else 32}
+    if projector_rate:
+        fitting["projector_learning_rate"] = projector_rate * share
+    chosen = []
+    for key in SETTINGS:
+        if key in fitting and getattr(args, key) is None:
+            value = fitting[key]
+            setattr(args, key, float(f"{value:.2g}") if isinstance(value, float) else value)
+            chosen.append(f"--{key} {getattr(args, key)}")
+    if chosen:
+        say(f"settings for a model {width} wide: {' '.join(chosen)}")
 
 
 def optimizer_of(model, args):
