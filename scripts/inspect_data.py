@@ -26,8 +26,9 @@ from dataset.sources import MENDED
 from model.model_vlm import DEFAULT_VISION_MODEL, VLMConfig
 from model.processing import IGNORE, ImageProcessor, load_tokenizer
 from scripts.report import document, rows_table, tile
-from scripts.steps import WIDTH, typed, write_text
+from scripts.steps import write_text
 from trainer.cli import HelpFormatter, not_negative, positive, run_main
+from trainer.shown import WIDTH, typed
 
 LANGUAGES = ["other", "English", "Chinese", "mixed"]  # by script: neither, Latin letters, Han characters, both
 LATIN, HAN = re.compile("[A-Za-z]"), re.compile("[\u3400-\u9fff]")

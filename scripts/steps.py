@@ -7,7 +7,6 @@ start skips it. No torch here: importing it would take seconds, and memory besid
 
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,8 @@ from pathlib import Path
 
 import psutil
 
-WIDTH = 80  # columns of a terminal
+from trainer.shown import duration, gigabytes, typed
+
 SAMPLES = 4  # looks at the memory, per second
 
 
@@ -81,23 +81,6 @@ def open_folder(folder: Path, restart: bool, flag: str = "--out_dir") -> None:
 
 
 # ---------------------------------------------------------------------------- one command
-
-
-def typed(command: list[str]) -> str:
-    """A command as it can be pasted into a shell, in lines that fit a terminal; a flag stays with its values."""
-    groups = []
-    for part in command:
-        if part.startswith("--") or not groups:
-            groups.append(shlex.quote(part))
-        else:
-            groups[-1] += " " + shlex.quote(part)
-    lines = [groups[0]]
-    for group in groups[1:]:
-        if len(lines[-1]) + 1 + len(group) > WIDTH - 4:  # the prompt before, the backslash behind
-            lines.append("    " + group)
-        else:
-            lines[-1] += " " + group
-    return " \\\n".join(lines)
 
 
 def memory(process: psutil.Process) -> int:
@@ -213,16 +196,3 @@ def run_steps(steps: list[Step], folder: Path, again: str) -> list[dict]:
             )
         print(f"{step.name}: {duration(seconds)}, {gigabytes(peak_gb)} at most", flush=True)
     return records
-
-
-def duration(seconds: float) -> str:
-    """ "3.2 s", "4 min 05 s", "1 h 02 min"."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
-def gigabytes(size: float) -> str:
-    """ "1.2 GB"; below a tenth "40 MB"."""
-    return f"{size:.1f} GB" if size >= 0.1 else f"{1000 * size:.0f} MB"
