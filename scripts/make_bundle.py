@@ -20,21 +20,21 @@ import shutil
 import sys
 from pathlib import Path
 
-from scripts.steps import Step, duration, gigabytes, open_folder, run_steps
+from scripts.steps import Step, add_device_argument, duration, gigabytes, launcher, open_folder, resolve, run_steps
 
 HIDDEN_SIZE = 128  # of the language model
-PROCESSES = 2  # that learn together, a core each
 LIMIT_MB = 8  # what a repository can carry
 
 
-def recipe(folder: Path) -> list[Step]:
+def recipe(folder: Path, device: str = "cpu") -> list[Step]:
     """The commands that make a bundle in `folder`, with all files they need on the way.
 
     The decoder learns few ways to look an object up at a time, from single questions. With all of them in one lesson
     places were not learned at all; in conversations it may repeat what was said before (results/quickstart.md).
     """
     captions, words, text, clip = (folder / name for name in ("captions", "words", "text", "clip"))
-    llm = ["torchrun", "--nproc_per_node", PROCESSES, "-m", "scripts.train_llm"]
+    train, on_device = launcher(device)
+    llm = [*train, "-m", "scripts.train_llm", *on_device]
     llm += ["--tokenizer_path", folder, "--max_seq_len", 400, "--num_workers", 0, "--warmup_iters", 50]
     muon = ["--batch_size", 16, "--optimizer", "muon", "--learning_rate", 4e-3, "--val_interval", 250]
     weights = f"llm_{HIDDEN_SIZE}.pth"
@@ -79,7 +79,7 @@ def recipe(folder: Path) -> list[Step]:
             "--text_hidden_size", 128, "--text_num_hidden_layers", 1, "--projection_dim", 128,
             "--max_text_len", 16, "--min_scale", 1, "--patch_pool", "max", "--patch_weight", 0.8,
             "--batch_size", 128, "--epochs", 6, "--muon_learning_rate", 5e-3, "--weight_decay", 0.5,
-            "--val_interval", 2,
+            "--val_interval", 2, "--device", device,
         ], makes=clip),
         Step("first lesson", "the decoder learns what the words for an object say of it", [
             *llm, "--data_path", words / "train.jsonl", "--val_path", words / "val.jsonl",
@@ -132,13 +132,14 @@ def main(argv=None):
     add = parser.add_argument
     add("--out_dir", type=Path, default=Path("model/tiny"), help="folder of the bundle (default: model/tiny)")
     add("--work_dir", type=Path, default=Path("out/bundle"), help="data and checkpoints (default: out/bundle)")
+    add_device_argument(parser)
     add("--restart", action="store_true", help="remove --work_dir with all that is in it and begin anew")
     args = parser.parse_args(argv)
     flags = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--restart"]
     try:
         open_folder(args.work_dir, args.restart, flag="--work_dir")
         records = run_steps(
-            recipe(args.work_dir),
+            recipe(args.work_dir, resolve(args.device)),
             args.work_dir,
             shlex.join(["python", "-m", "scripts.make_bundle", *flags]),
         )

@@ -2,6 +2,7 @@
 
     python -m scripts.quickstart                                   # no GPU, no download
     python -m scripts.quickstart --from_zero --out_dir out/zero    # also train tokenizer, encoder and LLM first
+    python -m scripts.quickstart --device auto                     # on the GPU, if there is one
     python -m scripts.quickstart --help
 
 It draws scenes (dataset/scenes.py), teaches the language model of the bundle to see (train_pretrain_vlm.py,
@@ -21,10 +22,23 @@ import time
 from pathlib import Path
 
 from scripts import make_bundle, report
-from scripts.steps import Step, duration, gigabytes, open_folder, read_records, run_steps, typed, write_json, write_text
+from scripts.steps import (
+    Step,
+    add_device_argument,
+    duration,
+    gigabytes,
+    launcher,
+    open_folder,
+    read_records,
+    resolve,
+    run_steps,
+    typed,
+    write_json,
+    write_text,
+)
 
 
-def recipe(out: Path, llm: Path, model: list) -> list[Step]:
+def recipe(out: Path, llm: Path, model: list, device: str = "cpu") -> list[Step]:
     """The commands. llm: the weights to start from; model: the flags that name the model."""
     captions, data = out / "captions", out / "data"
 
@@ -32,11 +46,11 @@ def recipe(out: Path, llm: Path, model: list) -> list[Step]:
         read = ["--data_path", folder / "train.jsonl", "--val_path", folder / "val.jsonl"]
         return [*read, "--images_path", folder / "images"]
 
-    train = ["torchrun", "--nproc_per_node", make_bundle.PROCESSES]
-    training = ["--trainable", "all", "--batch_size", 16, "--num_workers", 0, "--save_interval", 400]
+    train, on_device = launcher(device)
+    training = [*on_device, "--trainable", "all", "--batch_size", 16, "--num_workers", 0, "--save_interval", 400]
     training += ["--optimizer", "muon", "--warmup_iters", 20]
     scoring = ["--images_path", data / "images", "--batch_size", 64, "--num_workers", 0]
-    scoring += ["--max_new_tokens", 80, "--no_loss"]
+    scoring += ["--max_new_tokens", 80, "--no_loss", "--device", device]
     # fmt: off
     steps = [
         Step("data 1", "draw scenes with descriptions, for stage 1", [
@@ -115,6 +129,7 @@ def parse_args(argv):
     add("--bundle", type=Path, help="tokenizer, encoder and LLM (default: model/tiny)")
     add("--from_zero", action="store_true", help="train these three first, in OUT_DIR/tiny; an hour in all")
     add("--use_moe", action="store_true", help="make the language model a mixture of experts, which start as copies")
+    add_device_argument(parser)
     add("--restart", action="store_true", help="remove OUT_DIR with all that is in it and begin anew")
     args = parser.parse_args(argv)
     if args.from_zero and args.bundle:
@@ -126,16 +141,16 @@ def parse_args(argv):
 def quickstart(args, again: str) -> dict:
     """Runs what is not done yet, writes and shows the report, and returns it."""
     started = time.perf_counter()
-    out, moe = args.out_dir, "_moe" if args.use_moe else ""
+    device, out, moe = resolve(args.device), args.out_dir, "_moe" if args.use_moe else ""
     steps, bundle = [], args.bundle
     if args.from_zero:
         bundle, hidden_size = out / "tiny", make_bundle.HIDDEN_SIZE
-        steps, llm = make_bundle.recipe(bundle), bundle / f"llm_{hidden_size}.pth"
+        steps, llm = make_bundle.recipe(bundle, device), bundle / f"llm_{hidden_size}.pth"
     else:
         llm, hidden_size = find_llm(bundle)
     model = ["--tokenizer_path", bundle, "--vision_model_path", bundle / "clip", "--hidden_size", hidden_size]
     model += [*(["--use_moe"] if args.use_moe else []), "--out_dir", out]
-    steps += recipe(out, llm, model)
+    steps += recipe(out, llm, model, device)
 
     open_folder(out, args.restart)
     earlier = sum(record["seconds"] for record in read_records(out))

@@ -20,6 +20,8 @@ import psutil
 
 from trainer.shown import duration, gigabytes, typed
 
+PROCESSES = 2  # that train together on a CPU, each with its own batch of a step
+MAX_THREADS = 8  # of each: a model this small has no work for more
 SAMPLES = 4  # looks at the memory, per second
 
 
@@ -83,6 +85,48 @@ def open_folder(folder: Path, restart: bool, flag: str = "--out_dir") -> None:
 # ---------------------------------------------------------------------------- one command
 
 
+def add_device_argument(parser) -> None:
+    about = "cpu, with which all figures were measured (default); cuda, mps, auto: one process on that device"
+    parser.add_argument("--device", choices=["cpu", "cuda", "mps", "auto"], default="cpu", help=about)
+
+
+def resolve(device: str) -> str:
+    """cpu, cuda or mps, which is looked for now. Raises ValueError if it is not there."""
+    if device == "cpu":
+        return device
+    from trainer.devices import pick_device  # only now, as it imports PyTorch
+
+    found = pick_device(device).type
+    print(f"--device {device}: everything is computed on {found}")
+    return found
+
+
+def launcher(device: str) -> tuple[list, list]:
+    """How the command of a training begins and ends, so that it makes the same steps on every machine.
+
+    Two processes share a CPU, whatever the number of its cores; on another device one takes the batches of both.
+    """
+    if device == "cpu":
+        return ["torchrun", "--nproc_per_node", PROCESSES], ["--device", device]
+    return ["python"], ["--device", device, "--accumulation_steps", PROCESSES]
+
+
+def physical_cores() -> int:
+    """Those that this process may use: not the second threads of a core, which do not make matrices faster."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, psutil.cpu_count(logical=False) or allowed)
+
+
+def variables(command: list[str]) -> dict[str, str]:
+    """Environment variables that a command needs here; those that are set already stay as they are."""
+    if command[0] != "torchrun":
+        return {}
+    needed = {"OMP_NUM_THREADS": str(max(min(physical_cores() // PROCESSES, MAX_THREADS), 1))}
+    if os.name == "nt":  # PyTorch for Windows is built without libuv, which torchrun wants unless told otherwise
+        needed["USE_LIBUV"] = "0"
+    return {name: os.environ.get(name, value) for name, value in needed.items()}
+
+
 def memory(process: psutil.Process) -> int:
     """Bytes that a process and all below it take: PSS on Linux, where pages that they share count once, else RSS."""
     total = 0
@@ -101,11 +145,8 @@ def run(command: list[str]) -> tuple[int, bool, float, float]:
     Ctrl-C reaches the command too, which is given the time to finish and save.
     """
     started, peak, interrupted = time.perf_counter(), 0, False
-    python, environment = [sys.executable], None
-    if command[0] == "torchrun":  # of this Python; without this variable it says in five lines that it sets it
-        python += ["-m", "torch.distributed.run"]
-        environment = {"OMP_NUM_THREADS": "1"} | os.environ
-    process = subprocess.Popen([*python, *command[1:]], env=environment)
+    python = [sys.executable, *(["-m", "torch.distributed.run"] if command[0] == "torchrun" else [])]
+    process = subprocess.Popen([*python, *command[1:]], env=os.environ | variables(command))
     ended = threading.Event()
 
     def watch():
@@ -177,7 +218,9 @@ def run_steps(steps: list[Step], folder: Path, again: str) -> list[dict]:
         record["status"] = "begun"
         write_json(folder / "steps.json", records)
 
-        print(f"\n{title}{step.about}\n$ {typed(command)}", flush=True)
+        # One thread each is what torchrun takes anyway: not worth a word.
+        needed = [f"{name}={value}" for name, value in variables(command).items() if value != "1"]
+        print(f"\n{title}{step.about}\n$ {typed([*needed, *command])}", flush=True)
         status, interrupted, seconds, peak_gb = run(command)
         interrupted = interrupted or status in (130, -signal.SIGINT)
         record["seconds"] = round(record["seconds"] + seconds, 2)

@@ -24,6 +24,7 @@ Shapes: B batch, T tokens, P patches, V width of the ViT, E of the shared space.
 import argparse
 import itertools
 import math
+import os
 import shlex
 import sys
 import time
@@ -336,6 +337,8 @@ def load_split(args, paths, flag, tokenizer, processor):
 
 def main(argv=None):
     args, started = parse_args(argv), time.time()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--nproc_per_node: the encoder trains in one process. Type python instead of torchrun")
     check(args)
     device = pick_device(args.device)
     make_deterministic(args.seed)

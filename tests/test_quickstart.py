@@ -12,11 +12,13 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from scripts import make_bundle, quickstart, steps
-from scripts.steps import Step, duration, gigabytes, open_folder, read_records, run, run_steps, typed
+from scripts.steps import Step, duration, gigabytes, open_folder, read_records, run, run_steps, typed, variables
+from trainer import distributed
 
 ROOT = Path(__file__).parent.parent
 
@@ -146,6 +148,39 @@ def test_torchrun_starts_processes_of_this_python(tmp_path, capfd):
     assert "OMP_NUM_THREADS" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "allowed, physical, threads", [(1, 1, 1), (2, 2, 1), (4, 2, 1), (8, 4, 2), (16, 16, 8), (2, 16, 1), (64, None, 8)]
+)
+def test_two_processes_share_the_physical_cores(monkeypatch, allowed, physical, threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(allowed)), raising=False)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: physical)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert variables(["torchrun", "--nproc_per_node", "2"]) == {"OMP_NUM_THREADS": str(threads)}
+    assert variables(["python", "eval_vlm.py"]) == {}  # PyTorch takes them all
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert variables(["torchrun", "--nproc_per_node", "2"]) == {"OMP_NUM_THREADS": "3"}
+
+
+def test_torchrun_of_windows_does_without_libuv(monkeypatch):
+    monkeypatch.setattr(steps.os, "name", "nt")
+    assert variables(["torchrun", "--nproc_per_node", "2"])["USE_LIBUV"] == "0"
+
+
+def test_threads_are_shown_where_torchrun_would_take_one_and_are_no_other_setting(tmp_path, monkeypatch, capfd):
+    train = Step("train", "two processes", ["torchrun", "--nproc_per_node", "2", "train_sft_vlm.py"])
+    monkeypatch.setattr(steps, "run", lambda command: (0, False, 1.0, 0.5))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    shown = []
+    for cores in (2, 8):
+        monkeypatch.setattr(steps, "physical_cores", lambda cores=cores: cores)
+        (tmp_path / "steps.json").unlink(missing_ok=True)
+        run_steps([train], tmp_path, "again")
+        shown += [line for line in capfd.readouterr().out.splitlines() if line.startswith("$")]
+    command = "torchrun --nproc_per_node 2 train_sft_vlm.py"
+    assert shown == [f"$ {command}", f"$ OMP_NUM_THREADS=4 {command}"]
+    assert read_records(tmp_path)[0]["command"] == train.command
+
+
 LIVE = """
 import sys
 from pathlib import Path
@@ -204,8 +239,6 @@ def small(recipe):
         for flag, value in SMALL.items():
             if flag in step.command:
                 step.command[step.command.index(flag) + 1] = value
-        if not step.name.startswith("data"):
-            step.command += ["--device", "cpu"]
     return recipe
 
 
@@ -387,6 +420,86 @@ def test_a_bundle_is_collected_from_what_its_steps_left(tmp_path, monkeypatch, c
     shutil.rmtree(work)
     make_bundle.main(["--work_dir", str(work), "--out_dir", str(out)])
     assert "warning: more than" in capfd.readouterr().out
+
+
+# ---------------------------------------------------------------------------- on machines of all kinds
+
+
+class Begun(Exception):
+    pass
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(gpus=1) or machine(mps=True): what PyTorch then reports."""
+
+    def pretend(gpus=0, mps=False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    return pretend
+
+
+def begin(command, monkeypatch):
+    """Runs each process of a training command until its ranks have met. Returns (device, backend or None) of each."""
+    name, flags = script_of(command)
+    script, found, backends = importlib.import_module(name), [], []
+    ranks = int(command[2]) if command[0] == "torchrun" else 1
+    real = distributed.start
+
+    def start(device):
+        real(device)
+        found.append((str(device), backends.pop() if backends else None))
+        raise Begun
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.distributed, "init_process_group", lambda backend, **_: backends.append(backend))
+        patch.setattr(distributed, "start", start)
+        patch.setattr(script, "check_data", lambda args: None, raising=False)  # nothing is drawn
+        for rank in range(ranks):
+            for variable, value in (("WORLD_SIZE", ranks), ("LOCAL_WORLD_SIZE", ranks), ("LOCAL_RANK", rank)):
+                patch.setenv(variable, str(value))
+            with pytest.raises(Begun):
+                script.main(flags)
+    return found
+
+
+MACHINES = {
+    "no GPU": ({}, {"cpu": "cpu", "auto": "cpu"}),
+    "one GPU": ({"gpus": 1}, {"cpu": "cpu", "cuda": "cuda", "auto": "cuda"}),
+    "four GPUs": ({"gpus": 4}, {"cpu": "cpu", "cuda": "cuda", "auto": "cuda"}),
+    "Apple": ({"mps": True}, {"cpu": "cpu", "mps": "mps", "auto": "mps"}),
+}
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_every_command_of_the_recipes_begins_on_every_machine(name, machine, tmp_path, monkeypatch, capsys):
+    has, flags = MACHINES[name]
+    machine(**has)
+    for flag, device in flags.items():
+        assert steps.resolve(flag) == device
+        assert flag == "cpu" or f"--device {flag}: everything is computed on {device}\n" == capsys.readouterr().out
+        recipe = make_bundle.recipe(tmp_path, device)
+        recipe += quickstart.recipe(tmp_path, tmp_path / "llm_8.pth", ["--hidden_size", 8], device)
+        for step in recipe:
+            if "--device" in step.command:
+                assert step.command[step.command.index("--device") + 1] == device
+            if step.resumable:
+                begun = [("cpu", "gloo")] * 2 if device == "cpu" else [({"cuda": "cuda:0"}.get(device, device), None)]
+                assert begin(step.command, monkeypatch) == begun, step.name
+        computing = {step.name for step in recipe if "--device" in step.command}
+        drawing = {step.name for step in recipe if "dataset.scenes" in step.command} | {"tokenizer"}
+        assert computing == {step.name for step in recipe} - drawing
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_drawn(machine, tmp_path):
+    machine()
+    for script, flag in ((quickstart, "--out_dir"), (make_bundle, "--work_dir")):
+        with pytest.raises(SystemExit, match="--device cuda: PyTorch sees no CUDA device"):
+            script.main([flag, str(tmp_path / "out"), "--device", "cuda"])
+        assert not list((tmp_path / "out").glob("*"))
 
 
 class Parsed(Exception):

@@ -15,6 +15,7 @@ import torch
 import train_pretrain_vlm
 import train_sft_vlm
 from dataset.lm_dataset import collate
+from scripts import train_clip, train_llm
 from tests.conftest import turn, write_rows
 from tests.test_loop import LONG, into, losses, same
 from trainer import cli, devices
@@ -194,6 +195,45 @@ def test_a_device_that_is_one_too_many_is_named(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")  # more ranks than devices
     with pytest.raises(ValueError, match="--device cuda: no cuda:1 here"):
         devices.pick_device("cuda")
+
+
+RANKS = [
+    (
+        "auto",
+        {"gpus": 1},
+        "--nproc_per_node 2: each process needs a CUDA device, and PyTorch sees 1.\\nType python",
+    ),
+    ("cuda", {"gpus": 3, "ranks": 4}, "--nproc_per_node 4: .* sees 3.\\nType --nproc_per_node 3, or add --device cpu"),
+    ("cuda:1", {"gpus": 2}, "--device cuda:1: 2 processes cannot share it; type --device cuda"),
+    (
+        "auto",
+        {"mps": True},
+        r"--nproc_per_node 2: .* \(mps\) trains in one process.\nType .* or add --device cpu",
+    ),
+]
+
+
+@pytest.mark.parametrize("device, machine, message", RANKS, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize("script", [train_pretrain_vlm, train_sft_vlm, train_llm], ids=lambda script: script.__name__)
+def test_more_ranks_than_a_machine_has_devices_for_are_refused_by_each(
+    script, flags, tmp_path, world, monkeypatch, device, machine, message
+):
+    """By the first too: it would wait for the others."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "gpus" in machine)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: machine.get("gpus", 0))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in machine)
+    ranks = machine.get("ranks", 2)
+    for rank in range(ranks):
+        for name, value in (("WORLD_SIZE", ranks), ("LOCAL_WORLD_SIZE", ranks), ("LOCAL_RANK", rank)):
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(ValueError, match=message):
+            script.main(["--data_path", str(world / "rows.jsonl"), "--device", device])
+
+
+def test_the_encoder_refuses_several_ranks(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--nproc_per_node: the encoder trains in one process. Type python instead"):
+        train_clip.main(["--data_path", "a", "--images_path", "b", "--tokenizer_path", "c", "--out_dir", "d"])
 
 
 def test_the_traceback_is_there_for_who_asks_for_it(monkeypatch, capsys):

@@ -14,8 +14,9 @@ from model.model_minimind import Attention, MiniMindBlock
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this rank. Raises ValueError for one that is not there."""
+    """The device of this rank. Raises ValueError for one that is not there, or that cannot serve so many ranks."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", name):
@@ -25,11 +26,26 @@ def pick_device(name: str) -> torch.device:
         if not torch.cuda.is_available():
             raise ValueError(f"--device {name}: PyTorch sees no CUDA device; try --device auto")
         device = torch.device("cuda", local_rank if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"--device {name}: no {device} here, PyTorch sees {torch.cuda.device_count()} devices")
+        count = torch.cuda.device_count()
+        if ranks > count:
+            better = f"--nproc_per_node {count}" if count > 1 else "python instead of torchrun"
+            raise ValueError(
+                f"--nproc_per_node {ranks}: each process needs a CUDA device, and PyTorch sees {count}.\n"
+                f"Type {better}, or add --device cpu"
+            )
+        if ranks > 1 and ":" in name:
+            raise ValueError(f"--device {name}: {ranks} processes cannot share it; type --device cuda")
+        if device.index >= count:
+            raise ValueError(f"--device {name}: no {device} here, PyTorch sees {count} devices")
         torch.cuda.set_device(device)
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: PyTorch sees no Apple GPU; try --device auto")
+    elif device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise ValueError("--device mps: PyTorch sees no Apple GPU; try --device auto")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(
+                f"--nproc_per_node {ranks}: an Apple GPU (mps) trains in one process.\n"
+                "Type python instead of torchrun, or add --device cpu"
+            )
     return device
 
 
