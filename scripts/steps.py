@@ -21,7 +21,7 @@ import psutil
 from trainer.shown import duration, gigabytes, typed
 
 PROCESSES = 2  # that train together on a CPU, each with its own batch of a step
-MAX_THREADS = 8  # of each: a model this small has no work for more
+MAX_THREADS = 8  # of each: a large machine should not spend its time on dividing the work of a small model
 SAMPLES = 4  # looks at the memory, per second
 
 
