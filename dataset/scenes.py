@@ -3,7 +3,7 @@
     python -m dataset.scenes --out_dir out/scenes --scenes 12000 --val_scenes 400 --seed 0
 
 Data for a model that starts from nothing, without any download. It writes what any data set of this repo consists of,
-out_dir/{train,val,val_new}.jsonl and out_dir/images/, so that everything that reads them is the ordinary path:
+{train,val,val_wording,val_new}.jsonl and images/ in out_dir, so that everything that reads them is the ordinary path:
 
     {"conversations": [{"role": "user", "content": "<image>\\nWhat colour is the star?"},
                        {"role": "assistant", "content": "the star is purple"}],
@@ -14,9 +14,10 @@ out_dir/{train,val,val_new}.jsonl and out_dir/images/, so that everything that r
   (which of two red circles? is it left of, or just about below?) the question is not asked.
 * Among the questions a scene allows, the one whose answer was given least often so far is asked (`used`), so a model
   that never looks scores little: about a fifth (tests/test_scenes.py measures it).
-* val holds other scenes of the same kind as train. Those of val_new have what no picture and no text of train has, a
-  combination of colour and shape (NEW_PAIRS) or three of a shape in a corner (`is_new`), and all its questions are
-  about that. Each colour and each shape for itself occurs in train.
+* val holds other scenes of the same kind as train; val_wording asks the same about them, in wordings that train never
+  has (`dataset.scene_wordings`). The scenes of val_new have what no picture and no text of train has, a combination of
+  colour and shape (NEW_PAIRS) or three of a shape in a corner (`is_new`), and all its questions are about that. Each
+  colour and each shape for itself occurs in train.
 
 --form captions writes a caption of every object, for contrastive training; --form text writes conversations with the
 scene in words in place of the picture, for training on text. With the same seed the scenes are the same. Pictures are
@@ -35,61 +36,41 @@ from io import BytesIO
 from itertools import permutations
 from pathlib import Path
 
-from dataset.scene_pictures import COLOURS, NEW_PAIRS, OLD_PAIRS, SHAPES, Scene, Thing, draw, is_new, random_scene
+from dataset.scene_pictures import (
+    COLOURS,
+    NEW_PAIRS,
+    OLD_PAIRS,
+    PLACES,
+    SHAPES,
+    Scene,
+    Thing,
+    draw,
+    is_new,
+    random_scene,
+)
+from dataset.scene_wordings import Words, plural, wordings
 
 # ---------------------------------------------------------------------------- words
 
 VOCABULARY = """
 red 红色, orange 橙色, yellow 黄色, green 绿色, blue 蓝色, purple 紫色, black 黑色, white 白色
-circle 圆点, square 方块, triangle 三角, star 星星, heart 爱心, cross 十字, ring 圆环, moon 月亮, object 图形
+circle 圆形, square 方块, triangle 三角, star 星星, heart 爱心, cross 十字, ring 圆环, moon 月亮, object 图形
 big 大, small 小, one 一个, two 两个, three 三个, four 四个, first 第一张, second 第二张
 top left 左上角, top middle 上方, top right 右上角, middle left 左侧, middle 正中, middle right 右侧
 bottom left 左下角, bottom middle 下方, bottom right 右下角
 left 左边, right 右边, above 上面, below 下面
 left or right of 左边还是右边, above or below 上面还是下面
 """
+ANSWERS = {  # that are the same for every scene
+    "greet": {
+        "en": "hello, I can tell you about the shapes in a picture: colour, size, place and number",
+        "zh": "你好，我能回答图片里图形的颜色、大小、位置和数量",
+    },
+    "blind": {"en": "there is no picture, please show me one", "zh": "没有图片，请先给我一张"},
+}
 NUMBERS = ("one", "two", "three", "four")
+SIDES = {"left": "left of", "right": "right of"}  # in English, before a noun
 AXES = {"left or right of": ("left", "right"), "above or below": ("above", "below")}
-# kind, form of question, its wordings. {x} {y} objects, {ax} {xs} with "a" and in the plural, {p} a place, {d} an axis.
-WORDINGS = """
-describe short   | What is in the picture?                       | 图片里有什么？
-                 | Describe the picture briefly.                 | 简单描述这张图片。
-describe full    | Describe the picture in detail.               | 详细描述这张图片。
-                 | Say what is where, and how big.               | 说出什么在哪里，有多大。
-describe list    | List shape, colour, size and place.           | 列出形状、颜色、大小和位置。
-                 | List the objects, shapes first.               | 列出图形，先说形状。
-what at          | What is in the {p}?                           | {p}是什么？
-                 | Which object is in the {p}?                   | {p}是哪个图形？
-what shape       | What shape is the {x}?                        | {x}是什么形状？
-                 | Which shape does the {x} have?                | {x}是哪种形状？
-colour of        | What colour is the {x}?                       | {x}是什么颜色？
-                 | Which colour does the {x} have?               | {x}是哪种颜色？
-count all        | How many objects are there?                   | 有几个图形？
-                 | How many objects do you see?                  | 你看到几个图形？
-count part       | How many {xs} are there?                      | 有几个{x}？
-                 | How many {xs} do you see?                     | 你看到几个{x}？
-where of         | Where is the {x}?                             | {x}在哪里？
-                 | Where do you see the {x}?                     | 你在哪里看到{x}？
-exists pair      | Is there {ax}?                                | 有{x}吗？
-                 | Do you see {ax}?                              | 有没有{x}？
-exists part      | Is there {ax} in the picture?                 | 图片里有{x}吗？
-                 | Do you see {ax} in the picture?               | 图片里有没有{x}？
-relation which   | Is the {x} {d} the {y}?                       | {x}在{y}的{d}？
-                 | Do you see the {x} {d} the {y}?               | 你看到{x}在{y}的{d}？
-size of          | Is the {x} big or small?                      | {x}是大还是小？
-                 | What size is the {x}?                         | {x}有多大？
-size which       | Which is bigger, the {x} or the {y}?          | {x}和{y}，哪个更大？
-                 | What is bigger: the {x} or the {y}?           | 哪个更大，{x}还是{y}？
-compare more     | Which picture has more objects, the first or the second?  | 哪张图片的图形更多，第一张还是第二张？
-                 | Which has more objects, the first or the second picture?  | 第一张和第二张，哪张的图形更多？
-compare has      | Which picture shows {ax}, the first or the second?        | 哪张图片有{x}，第一张还是第二张？
-                 | Is there {ax} in the first or the second picture?         | 第一张和第二张，哪张有{x}？
-each colour      | What colours are {them}?                      | {them}各是什么颜色？
-each shape       | What shapes are {them}?                       | {them}各是什么形状？
-each place       | Where are {them}?                             | {them}各在哪里？
-each size        | What sizes are {them}?                        | {them}各有多大？
-each object      | What is in {them}?                            | {them}各是什么？
-"""
 EACH = {  # what "each" asks of one object
     "colour": ("colour", "of"),
     "shape": ("what", "shape"),
@@ -98,37 +79,36 @@ EACH = {  # what "each" asks of one object
     "object": ("what", "at"),
 }
 KINDS = {  # share of rows, as far as scenes allow; "multi" is a conversation of several questions, "each" of lists
-    "describe": 5,
+    "describe": 6,
     "what": 3,
     "colour": 3,
     "count": 6,
     "where": 3,
-    "exists": 2,
+    "exists": 3,
     "relation": 5,
     "size": 4,
-    "multi": 12,
-    "compare": 2,
+    "check": 4,
+    "multi": 13,
+    "compare": 5,
+    "greet": 1,
+    "blind": 1,
     "each": 5,
 }
 USUAL = tuple(kind for kind in KINDS if kind != "each")  # that is for practice: all objects looked up, one by one
-TURNS = ("what", "colour", "count", "where", "exists", "relation", "size")  # a description would give away the rest
+TURNS = (
+    "what",
+    "colour",
+    "count",
+    "where",
+    "exists",
+    "relation",
+    "size",
+    "check",
+)  # a description would give away the rest
 LENGTH = (4, 12)  # questions drawn for a conversation; those that cannot be asked, or come twice, fall away
 LANGS = ("en", "zh")
 
 
-def read_wordings(table: str) -> dict[str, dict[str, list[dict[str, str]]]]:
-    """{kind: {form: [{"en": a question, "zh": the same}, ...]}}"""
-    found = {}
-    for line in table.strip().splitlines():
-        head, english, chinese = (part.strip() for part in line.split("|"))
-        if head:
-            kind, form = head.split()
-            wordings = found.setdefault(kind, {}).setdefault(form, [])
-        wordings.append({"en": english, "zh": chinese})
-    return found
-
-
-ASK = read_wordings(WORDINGS)
 CHINESE = dict(entry.rsplit(" ", 1) for line in VOCABULARY.strip().splitlines() for entry in line.split(", "))
 
 
@@ -148,17 +128,6 @@ def name(lang: str, colour: str = "", shape: str = "", size: str = "") -> str:
 
 def a(noun: str, lang: str) -> str:
     return noun if lang == "zh" else f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
-
-
-def plural(noun: str) -> str:
-    return noun + ("es" if noun.endswith("s") else "s")
-
-
-def several(number: int, noun: str, lang: str) -> str:
-    """ "a red star", "two red stars"; "两个红星星"."""
-    if lang == "zh":
-        return CHINESE[NUMBERS[number - 1]] + noun
-    return a(noun, lang) if number == 1 else f"{NUMBERS[number - 1]} {plural(noun)}"
 
 
 def join(parts: list[str], comma: str, last: str) -> str:
@@ -186,13 +155,16 @@ def named(scene: Scene, lang: str) -> list[tuple[Thing, str]]:
 
 
 def caption(scene: Scene, lang: str, full: bool = True, colour: bool = True) -> str:
-    """What there is, in reading order: "a red star and two blue rings"; full: "a big red star in the middle"."""
+    """What there is, in reading order: "a red star and a blue ring"; full: "a big red star in the middle".
+
+    Things that look alike are not put together ("two red stars"): to group them is what the model did worst.
+    """
     nouns = [
         name(lang, thing.colour if colour else "", thing.shape, thing.size if full and colour else "")
         for thing in scene.things
     ]
     if not full:
-        parts = [several(number, noun, lang) for noun, number in Counter(nouns).items()]
+        parts = [f"一个{noun}" if lang == "zh" else a(noun, lang) for noun in nouns]
         return join(parts, *((", ", " and ") if lang == "en" else ("、", "和")))
     if lang == "zh":
         return "，".join(f"{CHINESE[thing.place]}有一个{noun}" for noun, thing in zip(nouns, scene.things))
@@ -291,7 +263,7 @@ def exists(scene, form, lang, rng, new):
         pairs += [("", shape) for shape in (*shapes, rng.choice(SHAPES))]
     for pair in dict.fromkeys(pairs):
         noun, (no, yes) = name(lang, *pair), ("no", "yes") if lang == "en" else ("没有", "有")
-        yield {"x": noun, "ax": a(noun, lang)}, yes if find(scene, *pair) else no, form == "pair"
+        yield {"x": noun, "ax": a(noun, lang), "xs": plural(noun)}, yes if find(scene, *pair) else no, form == "pair"
 
 
 def relation(scene, form, lang):
@@ -302,7 +274,10 @@ def relation(scene, form, lang):
             if step:
                 known = [is_where(one, x, lang), is_where(other, y, lang)]
                 answer = conclude(known, say(sides[step > 0], lang), lang)
-                yield {"x": x, "y": y, "d": say(axis, lang)}, answer, one.new or other.new
+                for side in sides:  # some wordings ask about one of the two
+                    of_side = SIDES.get(side, side) if lang == "en" else say(side, lang)
+                    slots = {"x": x, "y": y, "d": say(axis, lang), "s": of_side}
+                    yield slots, answer, one.new or other.new
 
 
 def size(scene, form, lang):
@@ -318,22 +293,62 @@ def size(scene, form, lang):
             yield {"x": x, "y": y}, answer, one.new or other.new
 
 
+def check(scene, form, lang, rng, new):
+    """Is it so? Half the time not; then often as another thing there is. First comes what it is, then yes or no."""
+    values = {"colour": list(COLOURS), "shape": SHAPES, "size": ("big", "small"), "place": sum(PLACES, ())}[form]
+    if form == "colour":
+        asked_about = [
+            (thing, say(thing.shape, lang)) for thing in scene.things if len(find(scene, "", thing.shape)) == 1
+        ]
+    elif form == "shape":
+        asked_about = [
+            (thing, name(lang, thing.colour)) for thing in scene.things if len(find(scene, thing.colour)) == 1
+        ]
+    else:
+        asked_about = named(scene, lang)
+    for thing, x in asked_about:
+        true = getattr(thing, form)
+        others = [getattr(other, form) for other in scene.things] if rng.random() < 0.5 else values
+        others = [value for value in others if value != true] or [value for value in values if value != true]
+        for value in (true, rng.choice(others)):
+            look = {"colour": thing.colour, "shape": thing.shape} | {form: value}
+            asked_new = (look["colour"], look["shape"]) in NEW_PAIRS
+            if asked_new and not new:  # what is new is not even denied in train
+                continue
+            is_so = "the {x} is {y}" if lang == "en" else "{x}{y}"
+            answer = ("no", "yes")[value == true] if lang == "en" else ("不是", "是")[value == true]
+            known = is_so.format(x=x, y=predicate(form, true, lang))
+            yield {"x": x, "v": predicate(form, value, lang)}, conclude([known], answer, lang), thing.new or asked_new
+
+
+def predicate(form: str, value: str, lang: str) -> str:
+    """What is said of a thing: "red", "a star", "in the top left"; "是红色", "是大的", "在左上角"."""
+    if lang == "en":
+        return a(value, lang) if form == "shape" else f"in the {value}" if form == "place" else value
+    return "在" * (form == "place") + "是" * (form != "place") + say(value, lang) + "的" * (form == "size")
+
+
 def compare(scenes, form, lang):
     if form == "more":
         first, second = (len(scene.things) for scene in scenes)
         if first != second:
-            counts = [several_in(number, i, lang) for i, number in enumerate((first, second))]
+            counts = [has(say(NUMBERS[number - 1], lang), i, lang) for i, number in enumerate((first, second))]
             yield {}, conclude(counts, which_picture(second > first, lang), lang), False
+        return
+    shown = [has(caption(scene, lang, full=False), i, lang) for i, scene in enumerate(scenes)]
+    if form == "both":
+        yield {}, (", " if lang == "en" else "，").join(shown), True
         return
     for second, scene in enumerate(scenes):
         for thing in scene.things:
             noun = name(lang, thing.colour, thing.shape)
             if not find(scenes[1 - second], thing.colour, thing.shape):
-                yield {"x": noun, "ax": a(noun, lang)}, which_picture(second, lang), thing.new
+                answer = conclude(shown, which_picture(second, lang), lang)
+                yield {"x": noun, "ax": a(noun, lang)}, answer, thing.new
 
 
-def several_in(number: int, second: bool, lang: str) -> str:
-    return state(lang, which_picture(second, lang), "{x} has {y}", "{x}有{y}", say(NUMBERS[number - 1], lang))
+def has(what_it_has: str, second: bool, lang: str) -> str:
+    return state(lang, which_picture(second, lang), "{x} has {y}", "{x}有{y}", what_it_has)
 
 
 def which_picture(second: bool, lang: str) -> str:
@@ -343,20 +358,25 @@ def which_picture(second: bool, lang: str) -> str:
 QUESTIONS = {function.__name__: function for function in (describe, what, colour, count, where, relation, size)}
 
 
-def ask(scenes, kind: str, lang: str, rng, used: Counter, new: bool, form: str = "") -> tuple[str, str] | None:
-    """A question of this kind about the scene (two to compare) with its answer; None where there is none to ask.
+def ask(scenes, kind: str, lang: str, rng, used: Counter, new: bool, words: Words, form: str = ""):
+    """A question of this kind about the scene (two to compare): (what it means, question, answer), None where there is
+    none to ask.
 
     form: of question; drawn without it.
     used: how often each answer was given so far, by form of question and language; the rarest that is possible now is
     asked for.
     """
-    form = form or rng.choice(list(ASK[kind]))
+    form = form or rng.choice(list(wordings()[kind]))
     if kind == "exists":
         found = exists(scenes[0], form, lang, rng, new)
+    elif kind == "check":
+        found = check(scenes[0], form, lang, rng, new)
     elif kind == "compare":
         found = compare(scenes, form, lang)
     elif kind == "each":
         found = each(scenes[0], form, lang, rng)
+    elif kind == "greet":
+        found = [({}, ANSWERS[kind][lang], True)]
     else:
         found = QUESTIONS[kind](scenes[0], form, lang)
     found = [(slots, answer) for slots, answer, about_new in found if about_new or not new]
@@ -368,14 +388,14 @@ def ask(scenes, kind: str, lang: str, rng, used: Counter, new: bool, form: str =
     if "count" in (kind, form) and rarest > min(used[key, say(each, lang)] for each in NUMBERS) + 2:
         return None  # most scenes hold one of most things: "one" waits for the others
     used[key, answer] += 1
-    return rng.choice(ASK[kind][form])[lang].format(**slots), answer
+    return (*key, *slots.values()), words.ask(*key, slots), answer
 
 
 # ---------------------------------------------------------------------------- rows
 
 
 def rows_of(
-    scene, image: str, rng, used: Counter, rows=4, kinds=USUAL, new=False, other=None, lists=tuple(EACH)
+    scene, image: str, rng, used: Counter, rows=4, kinds=USUAL, new=False, other=None, lists=tuple(EACH), style="train"
 ) -> list[dict]:
     """Conversations about a scene, half of them Chinese, in the format of the module's docstring; `rows` of them, fewer
     where the scene allows fewer.
@@ -388,40 +408,56 @@ def rows_of(
         new: for val_new, ask only about what is_new.
         other: (scene, name of the picture) to compare with; without it there is no "compare".
         lists: the keys of EACH to choose from.
+        style: of the wordings, see `Words`. Another one asks the same questions.
     """
     kinds = [kind for kind in kinds if kind != "compare" or other]
     weights = [KINDS[kind] for kind in kinds]
-    found, questions, first = [], set(), rng.randrange(2)
+    words = Words(style, random.Random(repr(scene)))
+    found, meanings, first = [], set(), rng.randrange(2)
     for _ in range(8 * rows if kinds else 0):
         lang = LANGS[(first + len(found)) % 2]
         kind = rng.choices(kinds, weights)[0]
-        shown = [(scene, image)]
+        shown = [(scene, image)]  # in the first turn
         if kind == "compare":
             shown.insert(rng.randrange(2), other)
-        turns = [(kind, "")]
+        elif kind == "blind" or kind == "greet" and rng.random() < 0.5:
+            shown = []
+        turns = [(kind, "", scene)]
         if kind == "multi":
-            turns = [(turn, "") for turn in rng.choices(TURNS, k=rng.randint(*LENGTH))]
+            turns = [(turn, "", scene) for turn in rng.choices(TURNS, k=rng.randint(*LENGTH))]
+            if other and rng.random() < 0.2:  # the second half is about another picture, shown in the middle
+                turns = [
+                    (turn, form, other[0] if i >= len(turns) // 2 else scene) for i, (turn, form, _) in enumerate(turns)
+                ]
         elif kind == "each":
-            turns = [(kind, form) for form in rng.sample(lists, min(3, len(lists)))]
-        asked = {}  # question and answer: kind
-        for turn, form in turns:
-            pair = ask([one for one, _ in shown], turn, lang, rng, used, new, form)
-            if pair:
-                asked.setdefault(pair, turn)
-        if len(asked) < (2 if kind == "multi" else 1) or not questions.isdisjoint(asked):
+            turns = [(kind, form, scene) for form in rng.sample(lists, min(3, len(lists)))]
+        elif kind == "blind":
+            turns = [(rng.choice((*TURNS, "describe")), "", scene)]
+        asked = {}  # what a question means: kind, question, answer, scene
+        for turn, form, about in turns:
+            about_these = [one for one, _ in shown] if kind == "compare" else [about]
+            if asking := ask(about_these, turn, lang, rng, used, new, words, form):
+                meaning, question, answer = asking
+                asked.setdefault((*meaning, about is scene, answer), (turn, question, answer, about))
+        if len(asked) < (2 if kind == "multi" else 1) or not meanings.isdisjoint(asked):
             continue
-        questions.update(asked)
-        chat = []
-        for question, answer in asked:
-            chat += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        tags = "\n".join(["<image>"] * len(shown))
-        parts = [tags, chat[0]["content"]]
+        meanings.update(asked)
         # Lists too, which are easier to learn so; they draw all the same, so that the rows after them stay as are.
-        pictures_first = kind == "compare" or rng.random() < 0.5 or kind == "each"
-        chat[0]["content"] = "\n".join(parts if pictures_first else parts[::-1])
-        names = ", ".join(picture for _, picture in shown)
-        kinds_asked = list(asked.values()) if kind == "multi" else kind
-        found.append({"conversations": chat, "image": names, "kind": kinds_asked, "lang": lang})
+        picture_first, chat, names, chat_about = rng.random() < 0.5 or kind == "each", [], [], None
+        for _, question, answer, about in asked.values():
+            if kind == "multi":
+                shown = [(scene, image) if about is scene else other]
+            if chat and about is chat_about:
+                shown = []
+            if shown:
+                tags = words.between().join(["<image>"] * len(shown))
+                names += [picture for _, picture in shown]
+                question = words.between().join([tags, question] if picture_first else [question, tags])
+            answer, chat_about = ANSWERS[kind][lang] if kind == "blind" else answer, about
+            chat += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        kinds_asked = [turn for turn, *_ in asked.values()] if kind == "multi" else kind
+        image_of_row = {"image": ", ".join(names)} if names else {}
+        found.append({"conversations": chat, **image_of_row, "kind": kinds_asked, "lang": lang})
         if len(found) == rows:
             break
     return found
@@ -457,14 +493,18 @@ def captions_of(scene: Scene, image: str) -> list[dict]:
     ]
 
 
-def text_rows_of(scene, rng, used, rows=4, kinds=USUAL, new=False, other=None, lists=tuple(EACH)) -> list[dict]:
+def text_rows_of(
+    scene, rng, used, rows=4, kinds=USUAL, new=False, other=None, lists=tuple(EACH), style="train"
+) -> list[dict]:
     """As `rows_of`, with each picture in words instead, so without "image"; other: a scene to compare with."""
     scenes = {"one": scene, "two": other}
-    found = rows_of(scene, "one", rng, used, rows, kinds, new, other and (other, "two"), lists)
+    found = rows_of(scene, "one", rng, used, rows, kinds, new, other and (other, "two"), lists, style)
     for row in found:
-        for picture in row.pop("image").split(", "):
-            words = describe_in_words(scenes[picture])
-            row["conversations"][0]["content"] = row["conversations"][0]["content"].replace("<image>", words, 1)
+        pictures = iter(row.pop("image", "").split(", "))
+        for turn in row["conversations"][::2]:
+            while "<image>" in turn["content"]:
+                words = describe_in_words(scenes[next(pictures)])
+                turn["content"] = turn["content"].replace("<image>", words, 1)
     return found
 
 
@@ -485,46 +525,56 @@ def write_world(
     form="chat",
     objects=(1, 4),
     lists=tuple(EACH),
+    plain=False,
 ) -> dict:
-    """Writes train.jsonl, val.jsonl, val_new.jsonl and images/ into out_dir; returns {split: number of rows}.
+    """Writes {train,val,val_wording,val_new}.jsonl and images/ into out_dir; returns {split: number of rows}.
 
     Same arguments, same bytes. Other rows or kinds show the same scenes. The .jsonl stand there only when complete. One
     that stands there already may be somebody's own: ValueError.
     form: "chat", conversations; "text", with scenes in words and without images/; "captions", see `captions_of`.
+    plain: each question in its first wording alone; then there is no val_wording, nor is there with captions.
     """
-    out_dir, splits = Path(out_dir), (("train", scenes), ("val", val_scenes), ("val_new", val_scenes))
-    for split, _ in splits:
+    out_dir, splits = (
+        Path(out_dir),
+        {"train": scenes, "val": val_scenes, "val_wording": val_scenes, "val_new": val_scenes},
+    )
+    if plain or form == "captions":
+        del splits["val_wording"]
+    for split in splits:
         if (out_dir / f"{split}.jsonl").exists():
             raise ValueError(
                 f"--out_dir {out_dir}: {split}.jsonl is there already. Choose another folder, or remove it"
             )
     (out_dir if form == "text" else out_dir / "images").mkdir(parents=True, exist_ok=True)
     written = {}
-    for split, count in splits:
+    for split, count in splits.items():
+        of_scenes = "val" if split == "val_wording" else split  # the same pictures and questions in other words
+        style = "plain" if plain else "held out" if split == "val_wording" else "train"
         start, used, other, written[split] = time.perf_counter(), Counter(), None, 0
         beside = out_dir / f"{split}.jsonl.tmp"
         with beside.open("w", encoding="utf-8", newline="\n") as file:
-            for i, scene in enumerate(scenes_of(split, count, seed, objects)):
-                rng = random.Random(f"{seed} {split} {i} rows")
+            for i, scene in enumerate(scenes_of(of_scenes, count, seed, objects)):
+                rng, new = random.Random(f"{seed} {of_scenes} {i} rows"), split == "val_new"
                 if form == "text":
-                    found = text_rows_of(scene, rng, used, rows, kinds, split == "val_new", other, lists)
+                    found = text_rows_of(scene, rng, used, rows, kinds, new, other, lists, style)
                     other = scene
                 else:
-                    image = f"{split}_{i:05}.jpg"
-                    jpeg = BytesIO()
-                    draw(scene, image_size).save(jpeg, "JPEG", quality=92, subsampling=0)
-                    (out_dir / "images" / image).write_bytes(jpeg.getvalue())
+                    image = f"{of_scenes}_{i:05}.jpg"
+                    if split == of_scenes:
+                        jpeg = BytesIO()
+                        draw(scene, image_size).save(jpeg, "JPEG", quality=92, subsampling=0)
+                        (out_dir / "images" / image).write_bytes(jpeg.getvalue())
                     if form == "captions":
                         found = captions_of(scene, image)
                     else:
-                        found = rows_of(scene, image, rng, used, rows, kinds, split == "val_new", other, lists)
+                        found = rows_of(scene, image, rng, used, rows, kinds, new, other, lists, style)
                     other = (scene, image)
                 for row in found:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 written[split] += len(found)
         rate = count / (time.perf_counter() - start)
         print(f"{out_dir / split}.jsonl: {count:,} scenes, {written[split]:,} rows, {rate:,.0f} scenes/s")
-    for split, _ in splits:
+    for split in splits:
         (out_dir / f"{split}.jsonl.tmp").replace(out_dir / f"{split}.jsonl")
     return written
 
@@ -549,6 +599,8 @@ def main(argv=None):
     parser.add_argument("--lists", nargs="+", choices=EACH, default=list(EACH), help=lists)
     forms = "chat, for a VLM; text, in which words take the place of pictures, for an LLM; captions, for an encoder"
     parser.add_argument("--form", choices=("chat", "text", "captions"), default="chat", help=forms)
+    plain = "each question in its first wording alone, as for a model's first lessons"
+    parser.add_argument("--plain", action="store_true", help=plain)
     args = parser.parse_args(argv)
     try:
         limits = {"scenes": (1, 10**6), "val_scenes": (1, 10**6), "image_size": (32, 1024), "rows": (1, 20)}

@@ -29,6 +29,8 @@ LIMIT_MB = 8  # what a repository can carry
 def recipe(folder: Path, device: str = "cpu") -> list[Step]:
     """The commands that make a bundle in `folder`, with all files they need on the way.
 
+    The first lessons know one wording of each question, the last two all that `dataset.scene_wordings` has.
+
     The decoder learns few ways to look an object up at a time, from single questions. With all of them in one lesson
     places were not learned at all; in conversations it may repeat what was said before (results/quickstart.md).
     """
@@ -57,19 +59,19 @@ def recipe(folder: Path, device: str = "cpu") -> list[Step]:
             "--scenes", 40000, "--val_scenes", 500, "--image_size", 72, "--seed", 1,
         ], makes=captions),
         in_words("words", "scenes of one object in words, with descriptions, for the language model's first lesson",
-                 32000, ["describe"], (1, 1), 3),
+                 32000, ["describe"], (1, 1), 3, "--plain"),
         *(in_words(name, f"scenes of three or four objects, with lists of their {name}s, for the next three",
-                   20000, ["each"], (3, 4), seed, "--lists", name)
+                   20000, ["each"], (3, 4), seed, "--plain", "--lists", name)
           for seed, name in enumerate(("colour", "shape", "size", "place", "object"), start=4)),
         in_words("describe", "scenes of one to four objects, with descriptions, for its fifth",
-                 20000, ["describe"], (1, 4), 10),
+                 20000, ["describe"], (1, 4), 10, "--plain"),
         in_words("text", "scenes in words with whole conversations about them, for its sixth",
-                 42000, ["multi", "describe", "compare", "each"], (1, 4), 2),
+                 42000, ["multi", "describe", "compare", "each", "greet", "blind"], (1, 4), 2),
         in_words("practice", "and with questions of the kinds that it answers worst, for its seventh",
-                 20000, ["describe", "compare", "count", "exists"], (1, 4), 9),
+                 20000, ["describe", "compare", "count", "exists", "check"], (1, 4), 9),
         Step("tokenizer", "learn which letters make a token", [
             "python", "-m", "scripts.train_tokenizer", "--data_path", text / "train.jsonl",
-            "--vocab_size", 1749, "--split_chinese", "--out_dir", folder,
+            "--vocab_size", 2300, "--split_chinese", "--out_dir", folder,
         ], makes=folder / "tokenizer.json"),
         Step("encoder", "train the picture encoder: which caption belongs to which picture?", [
             "python", "-m", "scripts.train_clip", "--vision_only",
