@@ -27,6 +27,7 @@ in `dataset.scene_pictures`.
 import argparse
 import json
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -500,11 +501,13 @@ def text_rows_of(
     scenes = {"one": scene, "two": other}
     found = rows_of(scene, "one", rng, used, rows, kinds, new, other and (other, "two"), lists, style)
     for row in found:
-        pictures = iter(row.pop("image", "").split(", "))
+        told = [describe_in_words(scenes[picture]) for picture in row.pop("image", "").split(", ") if picture]
         for turn in row["conversations"][::2]:
-            while "<image>" in turn["content"]:
-                words = describe_in_words(scenes[next(pictures)])
-                turn["content"] = turn["content"].replace("<image>", words, 1)
+            # The word for an object must not grow together with what stands beside it.
+            content = re.sub(r"(?<=\S)(?=<image>)|(?<=<image>)(?=\S)", "\n", turn["content"])
+            while "<image>" in content:
+                content = content.replace("<image>", told.pop(0), 1)
+            turn["content"] = content
     return found
 
 

@@ -73,7 +73,11 @@ def recipe(out: Path, llm: Path, model: list, device: str = "cpu") -> list[Step]
             "python", "eval_vlm.py", *model, "--data_path", data / "val.jsonl", *scoring,
             "--output", out / "val.json",
         ]),
-        Step("score val_new", "the same about combinations that never occurred in training", [
+        Step("score val_wording", "the same questions in wordings that never occurred in training", [
+            "python", "eval_vlm.py", *model, "--data_path", data / "val_wording.jsonl", *scoring,
+            "--output", out / "val_wording.json",
+        ]),
+        Step("score val_new", "questions about combinations that never occurred in training", [
             "python", "eval_vlm.py", *model, "--data_path", data / "val_new.jsonl", *scoring,
             "--output", out / "val_new.json",
         ]),
