@@ -176,10 +176,10 @@ compare both
 greet hello
   Hello | Hi | Hey | Hello! | Hi there | Hello there! | Good morning | How are you? | Who are you? | What are you?
   What can you do? | What can I ask you? | Help | How does this work? | Are you there? | Hey there! | Good day
-  * Good evening | * Hello, who are you? | * What can you do for me? | * Hey, hello!
+  * Good evening | * Who am I talking to? | * What can you do for me? | * Nice to meet you
   你好 | 您好 | 你好！ | 嗨 | 你是谁？ | 你能做什么？ | 你会什么？ | 我可以问什么？ | 在吗？ | 早上好 | 你好呀
   怎么用？ | 你是什么模型？ | 介绍一下你自己。 | 你好啊
-  * 你好，你是谁？ | * 晚上好 | * 你能干什么？
+  * 你叫什么名字？ | * 晚上好 | * 你能干什么？
 each colour
   What colours are {them}?
   {them}各是什么颜色？

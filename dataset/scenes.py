@@ -412,6 +412,7 @@ def rows_of(
         style: of the wordings, see `Words`. Another one asks the same questions.
     """
     kinds = [kind for kind in kinds if kind != "compare" or other]
+    kinds = [kind for kind in kinds if not (new and kind in ANSWERS)]  # they are about nothing
     weights = [KINDS[kind] for kind in kinds]
     words = Words(style, random.Random(repr(scene)))
     found, meanings, first = [], set(), rng.randrange(2)
