@@ -13,46 +13,43 @@ Weights are out/sft_vlm_512.pth, or the only one of out/sft_vlm_*.pth, unless --
 table and as JSON, each also with the pictures shuffled between rows, which shows whether the model looks.
 """
 
-import argparse
 import sys
 from contextlib import nullcontext, redirect_stdout
 
-from trainer.cli import HelpFormatter, add_model_arguments, not_negative, positive, run_main, share
+from trainer.cli import Parser, add_model_arguments, not_negative, positive, run_main, share
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add_model_arguments(parser)
-    add = parser.add_argument
-    add("--load", type=int, choices=[0, 1], default=0, help="0: .pth weights in --out_dir, 1: a Transformers folder")
-    add("--model_mode", type=int, choices=[0, 1, 2], default=1, help="0: pretrain_vlm, 1: sft_vlm, 2: sft_vlm_multi")
-    add("--weights", metavar="W", help="file or Transformers folder; default of --load 1: ./MiniMind2-V")
-    mode = parser.add_mutually_exclusive_group().add_argument
+    parser = Parser(__file__, __doc__)
+    add, mode = parser.start.add_argument, parser.start.add_mutually_exclusive_group().add_argument
+    add("--image", nargs="+", metavar="FILE", help="pictures to ask about, all in one question; also http(s)://...")
+    add("--prompt", metavar="TEXT", help="the question; <image> says where a picture stands in it, else after it")
     mode("--chat", action="store_true", help="talk in the terminal; /help says how")
-    captions = "a line for each picture of --image_dir and folders below; what the file has already is not asked again"
-    mode("--captions", metavar="JSONL", help=captions)
     rows = "score on these rows, JSONL or Parquet; answers are then greedy, as with --captions"
     mode("--data_path", nargs="+", metavar="PATH", help=rows)
-    add("--image", nargs="+", metavar="FILE", help="pictures to ask about, all in one question; also http(s)://...")
-    add("--prompt", help="the question; <image> says where a picture stands in it, else after it")
+    captions = "a line for each picture of --image_dir and folders below; what the file has already is not asked again"
+    mode("--captions", metavar="JSONL", help=captions)
+    add("--greedy", action="store_true", help="always the likeliest word")
+    add("--weights", metavar="W", help="file or Transformers folder; default of --load 1: ./MiniMind2-V")
+
+    add = parser.group("what is asked, and what comes back").add_argument
+    add("--image_dir", metavar="DIR", help="pictures to ask about without --image; default dataset/eval_images")
     add("--prompts_path", metavar="FILE", help="questions, one a line, each asked for itself")
+    together = "2: --model_mode 2, all of --image_dir in one question"
+    add("--use_multi", type=int, choices=[1, 2], default=1, help=together)
     about = "lines of JSON: picture (a list, where several), prompt, answer, seconds, tokens; or picture, error"
     add("--json", action="store_true", help=about)
     looked = "a figure of where on the picture the decoder looked for each word; several: FILE_2 and so on"
     add("--show_attention", metavar="FILE", help=looked)
-    add(
-        "--use_multi", type=int, choices=[1, 2], default=1, help="2: --model_mode 2, all of --image_dir in one question"
-    )
-    add("--image_dir", metavar="DIR", help="pictures to ask about without --image; default dataset/eval_images")
+
+    add = parser.group("how it answers").add_argument
     add("--temperature", type=positive(float), default=0.65, help="below 1: likelier words, above: more surprising")
     add("--top_p", type=share, default=0.85, help="draw from the likeliest words that make up this share")
-    add("--greedy", action="store_true", help="always the likeliest word")
-    add(
-        "--int8",
-        action="store_true",
-        help="weights of 8 bits, on a CPU: about twice as fast, answers may differ a little",
-    )
     add("--max_new_tokens", type=positive(int), default=512, help="longest answer, in tokens")
+    eight = "weights of 8 bits, on a CPU: about twice as fast, answers may differ a little"
+    add("--int8", action="store_true", help=eight)
+
+    add = parser.group("scores").add_argument
     add("--images_path", nargs="+", metavar="PATH", help="pictures of --data_path, folder or zip; default: beside it")
     add("--refs_path", nargs="+", default=[], metavar="JSON", help='further references, {"name.jpg": ["caption", ...]}')
     add("--no_loss", action="store_true", help="score answers alone, which takes a third less time")
@@ -61,6 +58,11 @@ def parse_args(argv=None):
     add("--batch_size", type=positive(int), default=16, help="rows, or pictures of --captions, at a time")
     add("--num_workers", type=not_negative, default=2, help="processes that decode pictures; 0: this process does")
     add("--output", metavar="JSON", help="where the scores go; default: beside the weights")
+
+    add_model_arguments(parser)
+    add = parser.group("the model").add_argument
+    add("--load", type=int, choices=[0, 1], default=0, help="0: .pth weights in --out_dir, 1: a Transformers folder")
+    add("--model_mode", type=int, choices=[0, 1, 2], default=1, help="0: pretrain_vlm, 1: sft_vlm, 2: sft_vlm_multi")
     args = parser.parse_args(argv)
     if args.use_multi == 2:
         args.model_mode = 2

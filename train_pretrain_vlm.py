@@ -1,18 +1,16 @@
 """Stage 1, pretraining: learn to see. Pictures with captions teach the projector to speak the decoder's language.
 
     python train_pretrain_vlm.py                                   # the 26M recipe, from out/llm_512.pth
-    python train_pretrain_vlm.py --data_path rows.jsonl --images_path pictures --from_weight none
+    python train_pretrain_vlm.py --data_path rows.jsonl --images_path pictures
     torchrun --nproc_per_node 2 train_pretrain_vlm.py              # two GPUs
 
 What learns: the projector, which starts at random, and the decoder's last layer. The rest of the decoder stays as
 it is: the gradients of an untrained projector would only spoil it. Writes out/pretrain_vlm_{hidden}{_moe}.pth.
 """
 
-import argparse
-
 from trainer import distributed
 from trainer.caching import cache_features
-from trainer.cli import HelpFormatter, add_training_arguments, parse_training, run_main
+from trainer.cli import Parser, add_training_arguments, parse_training, run_main
 from trainer.devices import check_compiler, make_deterministic, pick_device
 from trainer.feed import load_data, val_images
 from trainer.loop import train_epoch, training
@@ -23,7 +21,7 @@ STAGE = "pretrain_vlm"
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(__file__, __doc__)
     add_training_arguments(
         parser,
         trainable="last_layer",

@@ -1,18 +1,16 @@
 """Stage 2, SFT: learn to answer. Conversations about pictures teach the projector and the whole decoder.
 
     python train_sft_vlm.py                                        # the 26M recipe, from out/pretrain_vlm_512.pth
-    python train_sft_vlm.py --data_path rows.jsonl --images_path pictures --trainable attention
+    python train_sft_vlm.py --data_path rows.jsonl --images_path pictures
     torchrun --nproc_per_node 2 train_sft_vlm.py                   # two GPUs
 
 What learns: everything but CLIP. On a small card `--trainable attention` (projector and q/k/v/o projections) keeps a
 fifth of the optimizer state. Writes out/sft_vlm_{hidden}{_moe}.pth.
 """
 
-import argparse
-
 from trainer import distributed
 from trainer.caching import cache_features
-from trainer.cli import HelpFormatter, add_training_arguments, parse_training, run_main
+from trainer.cli import Parser, add_training_arguments, parse_training, run_main
 from trainer.devices import check_compiler, make_deterministic, pick_device
 from trainer.feed import load_data, val_images
 from trainer.loop import train_epoch, training
@@ -23,7 +21,7 @@ STAGE = "sft_vlm"
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(__file__, __doc__)
     add_training_arguments(
         parser,
         trainable="all",

@@ -11,7 +11,6 @@ Nothing is kept between visitors but the loaded models: a conversation lives in 
 folder that only this process reads and that goes with it.
 """
 
-import argparse
 import os
 import re
 import signal
@@ -20,29 +19,24 @@ import tempfile
 from contextlib import suppress
 from ipaddress import ip_address
 
-from trainer.cli import HelpFormatter, add_model_arguments, positive, run_main, share
+from trainer.cli import Parser, add_model_arguments, positive, run_main, share
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add_model_arguments(parser)
-    add = parser.add_argument
-    add("--load", type=int, choices=[0, 1], default=0, help="start with 0: .pth weights, 1: a Transformers folder")
-    add("--model_mode", type=int, choices=[0, 1, 2], default=1, help="0: pretrain_vlm, 1: sft_vlm, 2: sft_vlm_multi")
+    parser = Parser(__file__, __doc__)
+    add = parser.start.add_argument
     add("--weights", metavar="W", help="file or Transformers folder to start with; default: the newest that fits")
-    add("--use_multi", type=int, choices=[1, 2], default=1, help="2: --model_mode 2; all models take several pictures")
-    add(
-        "--temperature", type=float, default=0.65, help="0: the likeliest word; to 2: more surprising; the page's start"
-    )
-    add(
-        "--top_p",
-        type=share,
-        default=0.85,
-        help="the page starts with; share of the likeliest words to draw from",
-    )
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine's")
+    add("--host", default="127.0.0.1", metavar="NAME", help="address to listen on; 0.0.0.0: all of this machine's")
     add("--port", type=positive(int), help="default: the first free one from 7860")
     add("--auth", nargs="+", metavar="NAME:PASSWORD", help="who may come in; default: everybody")
+
+    add = parser.group("how it answers").add_argument
+    spread = "0: the likeliest word; to 2: more surprising; the page's start"
+    add("--temperature", type=float, default=0.65, help=spread)
+    likely = "the page starts with; share of the likeliest words to draw from"
+    add("--top_p", type=share, default=0.85, help=likely)
+
+    add = parser.group("limits for visitors").add_argument
     add("--max_upload", type=positive(float), default=10, metavar="MB", help="largest file")
     add("--max_pixels", type=positive(float), default=50, metavar="MP", help="largest picture, in million pixels")
     add("--max_pictures", type=positive(int), default=4, help="pictures per question")
@@ -50,7 +44,13 @@ def parse_args(argv=None):
     add("--max_new_tokens", type=positive(int), default=512, help="longest answer, in tokens")
     add("--max_seq_len", type=positive(int), default=1536, help="tokens of conversation that the model reads")
     add("--max_queue", type=positive(int), default=20, help="questions that wait for their turn")
-    add("--max_seconds", type=positive(float), default=120, help="time per answer")
+    add("--max_seconds", type=positive(float), default=120, metavar="SECONDS", help="time per answer")
+
+    add_model_arguments(parser)
+    add = parser.group("the model").add_argument
+    add("--load", type=int, choices=[0, 1], default=0, help="start with 0: .pth weights, 1: a Transformers folder")
+    add("--model_mode", type=int, choices=[0, 1, 2], default=1, help="0: pretrain_vlm, 1: sft_vlm, 2: sft_vlm_multi")
+    add("--use_multi", type=int, choices=[1, 2], default=1, help="2: --model_mode 2; all models take several pictures")
     args = parser.parse_args(argv)
     if args.use_multi == 2:
         args.model_mode = 2

@@ -1,6 +1,6 @@
 """The built-in picture world: small scenes of coloured shapes, with conversations about them in English and Chinese.
 
-    python -m dataset.scenes --out_dir out/scenes --scenes 12000 --val_scenes 400 --seed 0
+    python -m dataset.scenes --out_dir out/scenes --scenes 12000 --seed 0
 
 Data for a model that starts from nothing, without any download. It writes what any data set of this repo consists of,
 {train,val,val_wording,val_new}.jsonl and images/ in out_dir, so that everything that reads them is the ordinary path:
@@ -24,7 +24,6 @@ scene in words in place of the picture, for training on text. With the same seed
 in `dataset.scene_pictures`.
 """
 
-import argparse
 import json
 import random
 import re
@@ -587,24 +586,27 @@ def write_world(
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--out_dir", type=Path, default=Path("out/scenes"), help="folder to write to, made if needed")
-    parser.add_argument("--scenes", type=int, default=12000, help="pictures to train on, number")
-    parser.add_argument("--val_scenes", type=int, default=400, help="pictures of val, and of val_new, number")
-    parser.add_argument("--seed", type=int, default=0, help="another number, another world")
-    parser.add_argument("--image_size", type=int, default=64, help="side of a picture, pixels, 32 to 1024")
-    few = "least and most objects in a scene, 1 to 4"
-    parser.add_argument("--objects", type=int, nargs=2, default=(1, 4), metavar=("MIN", "MAX"), help=few)
-    parser.add_argument("--rows", type=int, default=4, help="conversations about a picture, number")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(USUAL), help="kinds of conversation to write")
-    lists = "what conversations of kind each ask of all objects"
-    parser.add_argument("--lists", nargs="+", choices=EACH, default=list(EACH), help=lists)
+    from trainer.cli import Parser  # here, as a world without a command line needs none
+
+    parser = Parser(__file__, "\n\n".join(__doc__.split("\n\n")[:2]))  # the rest is for those who read the code
+    add = parser.start.add_argument
+    add("--out_dir", type=Path, default=Path("out/scenes"), help="folder to write to, made if needed")
+    add("--scenes", type=int, default=12000, help="pictures to train on")
+    add("--val_scenes", type=int, default=400, help="pictures of val, and of val_new")
+    add("--seed", type=int, default=0, help="another number, another world")
     forms = "chat, for a VLM; text, in which words take the place of pictures, for an LLM; captions, for an encoder"
-    parser.add_argument("--form", choices=("chat", "text", "captions"), default="chat", help=forms)
+    add("--form", choices=("chat", "text", "captions"), default="chat", help=forms)
+    add = parser.group("the scenes").add_argument
+    add("--image_size", type=int, default=64, metavar="PIXELS", help="side of a picture, 32 to 1024")
+    few = "least and most objects in a scene, 1 to 4"
+    add("--objects", type=int, nargs=2, default=(1, 4), metavar=("MIN", "MAX"), help=few)
+    add("--rows", type=int, default=4, help="conversations about a picture")
+    kinds = f"conversations to write, of {', '.join(KINDS)}"
+    add("--kinds", nargs="+", choices=KINDS, default=list(USUAL), metavar="KIND", help=kinds)
+    lists = f"what conversations of kind each ask of all objects, of {', '.join(EACH)}"
+    add("--lists", nargs="+", choices=EACH, default=list(EACH), metavar="LIST", help=lists)
     plain = "each question in its first wording alone, as for a model's first lessons"
-    parser.add_argument("--plain", action="store_true", help=plain)
+    add("--plain", action="store_true", help=plain)
     args = parser.parse_args(argv)
     try:
         limits = {"scenes": (1, 10**6), "val_scenes": (1, 10**6), "image_size": (32, 1024), "rows": (1, 20)}

@@ -45,7 +45,7 @@ from scripts.report import cpu_name
 from scripts.steps import write_json, write_text
 from trainer import distributed
 from trainer.checkpoint import State
-from trainer.cli import HelpFormatter, positive, run_main
+from trainer.cli import Parser, positive, run_main
 from trainer.devices import (
     autocast,
     better_in_blocks,
@@ -666,21 +666,22 @@ def about(args, device) -> dict:
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add = parser.add_argument
+    parser = Parser(__file__, __doc__)
+    add = parser.start.add_argument
     add("--kinds", nargs="+", default=list(TABLES), choices=TABLES, metavar="KIND", help="what to measure")
-    add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
+    add("--device", default="auto", metavar="NAME", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
     add("--size", default="26m", choices=list(SIZES), help="of the model; tiny: to see whether all of it runs")
+    add("--rounds", type=positive(int), default=3, help="how often everything is measured")
+    add("--out_dir", type=Path, default=Path("results"), help="folder of the tables")
+    add = parser.group("how much of it").add_argument
     add("--rows", type=positive(int), help="of a pass; default: 16, on a GPU 2048")
     add("--batch_size", type=positive(int), help="rows of a step; default: 8, on a GPU 32")
     add("--max_seq_len", type=positive(int), default=640, help="tokens to which the original way pads")
-    add("--rounds", type=positive(int), default=3, help="how often everything is measured")
     add("--new_tokens", type=positive(int), default=64, help="of each answer")
     add("--num_workers", type=positive(int), default=2, help="processes that decode pictures")
     add("--threads", type=positive(int), default=torch.get_num_threads(), help="of a CPU")
     compiled = "torch.compile, in a row of its own; default: unless tiny"
     add("--compile", action=argparse.BooleanOptionalAction, help=compiled)
-    add("--out_dir", type=Path, default=Path("results"), help="folder of the tables")
     add("--as_rank", action="store_true", help=argparse.SUPPRESS)  # one of the processes of `ranks`
     return parser.parse_args(argv)
 

@@ -29,6 +29,7 @@ from dataset.lm_dataset import StepSampler, VLMDataset
 from dataset.scene_pictures import draw
 from dataset.scenes import caption, scenes_of
 from model.processing import ImageProcessor, load_tokenizer
+from trainer.cli import Parser
 from trainer.feed import make_loader
 
 ROW_GROUP = 10_000  # rows
@@ -107,14 +108,14 @@ def start(args) -> dict:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--rows", type=int, default=2_900_000, help="rows of the file (default: 2900000)")
-    add("--num_workers", type=int, default=8, help="processes that decode pictures (default: 8)")
-    add("--batch_size", type=int, default=32, help="rows (default: 32)")
-    add("--seconds", type=float, default=60, help="how long batches are drawn (default: 60)")
-    add("--tokenizer_path", type=Path, default=Path("model/tiny"), help="default: model/tiny")
-    add("--work_dir", type=Path, default=Path("out/benchmark_data"), help="default: out/benchmark_data")
+    parser = Parser(__file__, __doc__)
+    add = parser.start.add_argument
+    add("--rows", type=int, default=2_900_000, help="rows of the file")
+    add("--num_workers", type=int, default=8, help="processes that decode pictures")
+    add("--batch_size", type=int, default=32, help="rows")
+    add("--seconds", type=float, default=60, help="how long batches are drawn")
+    add("--tokenizer_path", type=Path, default=Path("model/tiny"), metavar="DIR", help="folder with tokenizer.json")
+    add("--work_dir", type=Path, default=Path("out/benchmark_data"), help="the file and its cache")
     add("--file", type=Path, help=argparse.SUPPRESS)  # a start on this file, in a process of its own
     args = parser.parse_args(argv)
     if args.file:

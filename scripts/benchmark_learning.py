@@ -1,7 +1,7 @@
 """How many rows does a recipe need to reach the validation loss of the original one?
 
-    python -m scripts.benchmark_learning --data_path DATA --out_dir out/learning --results results/learning_scenes \
-        -- --tokenizer_path model/tiny --vision_model_path model/tiny/clip \
+    python -m scripts.benchmark_learning --data_path DATA --results learned \\
+        -- --tokenizer_path model/tiny --vision_model_path model/tiny/clip \\
         --from_weight out/quickstart/pretrain_vlm_128.pth
 
 DATA holds train*.jsonl, val*.jsonl and images/; what follows `--` goes to train_sft_vlm.py. The original recipe is
@@ -11,7 +11,6 @@ its last validation loss is not above that of the same seed; one that has not, o
 smaller share. Runs that are done are not done again.
 """
 
-import argparse
 import json
 import os
 import random
@@ -23,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from scripts.steps import write_json, write_text
-from trainer.cli import HelpFormatter, positive, run_main
+from trainer.cli import Parser, positive, run_main
 
 
 def recipes(rate: float, batch_size: int) -> dict[str, dict]:
@@ -106,11 +105,12 @@ def train(job: dict, args) -> dict:
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add = parser.add_argument
+    parser = Parser(__file__, __doc__)
+    add = parser.start.add_argument
     add("--data_path", type=Path, required=True, metavar="DIR", help="train*.jsonl, val*.jsonl and images/")
-    add("--out_dir", type=Path, default=Path("out/learning"), help="of the runs")
     add("--results", type=Path, required=True, metavar="PATH", help="PATH.md and PATH.json are written")
+    add("--out_dir", type=Path, default=Path("out/learning"), help="of the runs")
+    add = parser.group("the comparison").add_argument
     add("--rows", type=positive(int), default=8000, help="that the original recipe sees")
     add("--batch_size", type=positive(int), default=16, help="of the original recipe")
     add(
@@ -119,7 +119,7 @@ def parse_args(argv):
     add("--shares", nargs="+", type=positive(float), default=[0.4, 0.6], help="of the rows, for all other recipes")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of the order of rows, and of weights that start anew")
     add("--jobs", type=positive(int), default=2, help="runs at a time, a thread each")
-    add("flags", nargs="*", help="after --: flags of train_sft_vlm.py")
+    parser.start.add_argument("flags", nargs="*", metavar="FLAGS", help="after --: flags of train_sft_vlm.py")
     return parser.parse_args(argv)
 
 

@@ -1,17 +1,16 @@
 """A trained model as a folder that the programs of others load, and back.
 
-    python -m scripts.convert_vlm --to llava                                    # for Transformers, vLLM, lmms-eval, ...
-    python -m scripts.convert_vlm --to transformers                             # our code inside (trust_remote_code)
-    python -m scripts.convert_vlm --to pth --weights out/sft_vlm_512_llava      # from either kind of folder
-    python -m scripts.convert_vlm --to llava --push YOU/NAME                    # and to huggingface.co
-    python -m scripts.convert_vlm --to llava --versions 4.57.6 5.0.0 5.23.0     # checked on these Transformers too
+    python -m scripts.convert_vlm --to llava                # for Transformers, vLLM, lmms-eval, ...
+    python -m scripts.convert_vlm --to transformers         # our code inside (trust_remote_code)
+    python -m scripts.convert_vlm --to pth --weights out/sft_vlm_512_llava  # from either folder
+    python -m scripts.convert_vlm --to llava --push YOU/NAME                # to huggingface.co
+    python -m scripts.convert_vlm --to llava --versions 4.57.6 5.0.0        # checked on these too
 
 --to llava makes a stock LLaVA, whose text half is a Llama or, with experts, a GraniteMoeShared: no code of ours is
 needed to run it. What it is comes from the weights and their JSON; tokenizer, encoder and a model card come along. At
 the end the folder is loaded by a process that cannot see this repo, and must say what our model says.
 """
 
-import argparse
 import json
 import os
 import re
@@ -28,28 +27,30 @@ from scripts.check_export import QUESTIONS
 from scripts.folder import write_pth, write_transformers
 from scripts.llava import unpack_llava, write_llava
 from trainer.asking import count_parameters, open_image
-from trainer.cli import HelpFormatter, add_parts_arguments, positive, run_main
+from trainer.cli import SWITCH, Parser, add_parts_arguments, positive, run_main
 from trainer.weights import ABOUT, bare_name, build_model, describe, find_weights, write_json
 
 WRITE = {"llava": write_llava, "transformers": write_transformers, "pth": write_pth}
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add = parser.add_argument
+    parser = Parser(__file__, __doc__)
+    add = parser.start.add_argument
     add("--to", required=True, choices=["llava", "transformers", "pth"], help="what to make")
     add("--weights", default="sft_vlm", metavar="W", help="pretrain_vlm, sft_vlm, a .pth file or a folder")
     add("--out_dir", default="./out", help="folder of the weights")
-    add("--hidden_size", type=positive(int), help="of the weights to take, if there are several")
-    add("--use_moe", action="store_true", help="take weights with experts, if there are several")
-    add("--num_attention_heads", type=positive(int), help="only for weights without JSON that have not 8")
-    add_parts_arguments(parser)
     add("--output", metavar="DIR", help="folder to make; default: beside the weights, named after them and --to")
+    add("--push", metavar="USER/NAME", help="upload to this repository of huggingface.co (HF_ENDPOINT, HF_TOKEN)")
+    add = parser.group("the check").add_argument
     pictures = ["dataset/eval_images/scene_1.png", "dataset/eval_images/scene_2.png"]
     add("--images", nargs=2, default=pictures, metavar="FILE", help="two pictures for the check")
     versions = "check on these Transformers too; pip installs each into a temporary folder"
     add("--versions", nargs="+", default=[], metavar="X.Y.Z", help=versions)
-    add("--push", metavar="USER/NAME", help="upload to this repository of huggingface.co (HF_ENDPOINT, HF_TOKEN)")
+    add = parser.group("the model").add_argument
+    add("--hidden_size", type=positive(int), help="of the weights to take, if there are several")
+    add("--use_moe", **SWITCH, help="take weights with experts, if there are several")
+    add("--num_attention_heads", type=positive(int), help="only for weights without JSON that have not 8")
+    add_parts_arguments(parser)
     parser.set_defaults(num_hidden_layers=None, num_key_value_heads=None)
     args = parser.parse_args(argv)
     if args.to == "pth" and (args.versions or args.push):

@@ -6,15 +6,15 @@
     HF_ENDPOINT=https://hf-mirror.com python -m scripts.download  # a mirror; tokens and proxies as usual
 
     clip    model/vision_model/clip-vit-base-patch16/
-    llm     out/llm_{hidden}{_moe}.pth                            and its tokenizer, in model/
-    vlm     out/pretrain_vlm_{hidden}{_moe}.pth, out/sft_vlm_...  and their tokenizer
-    data    dataset/{pretrain,sft}_data.jsonl with {pretrain,sft}_images.zip, or {pretrain,sft}_data.parquet
+    llm     out/llm_{hidden}{_moe}.pth, and its tokenizer in model/
+    vlm     out/{pretrain,sft}_vlm_{hidden}{_moe}.pth, and their tokenizer
+    data    dataset/{pretrain,sft}_data.jsonl with {pretrain,sft}_images.zip,
+            or dataset/{pretrain,sft}_data.parquet
 
 What was begun goes on with the same command. Every file is verified by its checksum before it is moved into place;
 .download.json remembers which were, so that a second run fetches nothing. Nothing of yours is overwritten.
 """
 
-import argparse
 import errno
 import hashlib
 import json
@@ -30,6 +30,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from scripts.steps import typed, write_json
+from trainer.cli import SWITCH, Parser
 
 CLIP_FOLDER = "model/vision_model/clip-vit-base-patch16"
 HIDDEN = {"26m": 512, "104m": 768}
@@ -540,15 +541,23 @@ def download(args) -> list[list[str]]:
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--what", nargs="+", choices=[*TASKS, "all"], default=["all"], help="default: all, which is clip llm data")
-    add("--size", choices=list(HIDDEN), default="26m", help="of the model: 26m (hidden 512, default) or 104m (768)")
-    add("--use_moe", action="store_true", help="weights with a mixture of experts")
-    add("--source", choices=["auto", "hf", "modelscope"], default="auto", help="default: auto, the first that answers")
+    parser = Parser(__file__, __doc__)
+    add = parser.start.add_argument
+    add(
+        "--what",
+        nargs="+",
+        choices=[*TASKS, "all"],
+        default=["all"],
+        metavar="PART",
+        help="clip, llm, vlm, data; all: clip llm data",
+    )
+    add("--size", choices=list(HIDDEN), default="26m", help="of the model: 26m (hidden 512) or 104m (768)")
+    add("--source", choices=["auto", "hf", "modelscope"], default="auto", help="auto: the first that answers")
+    add = parser.group("what, and where to").add_argument
+    add("--use_moe", **SWITCH, help="weights with a mixture of experts")
     formats = ["auto", "jsonl", "parquet"]
-    add("--data_format", choices=formats, default="auto", help="default: auto, jsonl if there, as it is smaller")
-    add("--root", type=Path, default=Path(), metavar="DIR", help="gets model/, out/, dataset/; default: where you are")
+    add("--data_format", choices=formats, default="auto", help="auto: jsonl if there, as it is smaller")
+    add("--root", type=Path, default=Path(), metavar="DIR", help="gets model/, out/, dataset/")
     add("--overwrite", action="store_true", help="replace files that are there but differ")
     return parser.parse_args(argv)
 

@@ -2,13 +2,12 @@
 conversations and exactly which tokens carry loss.
 
     python -m scripts.inspect_data dataset/sft_data.jsonl
-    python -m scripts.inspect_data 'data/*.parquet' --max_seq_len 640 --samples 40 --html out/rows.html
+    python -m scripts.inspect_data 'data/*.parquet' --samples 40
 
 Rows are read, checked, mended and shortened by the code that training uses, which finds them checked afterwards.
 Pictures are looked for in all rows, but opened in the samples only. The page is one file that loads nothing.
 """
 
-import argparse
 import base64
 import io
 import re
@@ -27,7 +26,7 @@ from model.model_vlm import DEFAULT_VISION_MODEL, VLMConfig
 from model.processing import IGNORE, ImageProcessor, load_tokenizer
 from scripts.report import document, rows_table, tile
 from scripts.steps import write_text
-from trainer.cli import HelpFormatter, not_negative, positive, run_main
+from trainer.cli import Parser, not_negative, positive, run_main
 from trainer.shown import WIDTH, typed
 
 LANGUAGES = ["other", "English", "Chinese", "mixed"]  # by script: neither, Latin letters, Han characters, both
@@ -275,18 +274,18 @@ carry loss: the model learns to predict each of them from all that stands before
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add = parser.add_argument
+    parser = Parser(__file__, __doc__)
+    add = parser.start.add_argument
     add("data_path", nargs="+", metavar="PATH", help="JSONL or Parquet, files or patterns, as --data_path in training")
     add("--images_path", nargs="+", metavar="PATH", help="folder or zip of pictures, one for all or one each")
-    add("--tokenizer_path", default="./model", help="folder with tokenizer.json")
-    add(
-        "--vision_model_path", default=DEFAULT_VISION_MODEL, help="CLIP folder, which says how many tokens a picture is"
-    )
-    add("--max_seq_len", type=positive(int), default=1536, help="tokens per row, placeholders included")
+    add("--html", default="out/inspect.html", metavar="FILE", help="the page")
     add("--samples", type=positive(int), default=12, help="rows on the page")
-    add("--seed", type=not_negative, default=0, help="which ones")
-    add("--html", default="out/inspect.html", metavar="PATH", help="the page")
+    add = parser.group("as training will read them").add_argument
+    add("--max_seq_len", type=positive(int), default=1536, help="tokens per row, placeholders included")
+    add("--tokenizer_path", default="./model", metavar="DIR", help="folder with tokenizer.json")
+    counts = "CLIP folder, which says how many tokens a picture is"
+    add("--vision_model_path", default=DEFAULT_VISION_MODEL, metavar="DIR", help=counts)
+    add("--seed", type=not_negative, default=0, help="which samples")
     return parser.parse_args(argv)
 
 

@@ -7,12 +7,11 @@ What the quickstart starts from. The encoder learns from pictures and captions, 
 from text only, never a picture; so none of them can see and talk before stage 1. `recipe` is the list of commands, each
 of which is shown before it runs. Ctrl-C and a second start go on where it was. The bundle is
 
-    tokenizer.json, tokenizer_config.json      scripts.train_tokenizer
-    clip/                                      scripts.train_clip, an ordinary CLIP folder, vision half only
-    llm_{hidden}.pth, .json                    scripts.train_llm in seven lessons, fp16
+    tokenizer*.json            scripts.train_tokenizer
+    clip/                      scripts.train_clip, the picture half of a CLIP
+    llm_{hidden}.pth, .json    scripts.train_llm in seven lessons, fp16
 """
 
-import argparse
 import json
 import math
 import shlex
@@ -21,6 +20,7 @@ import sys
 from pathlib import Path
 
 from scripts.steps import Step, add_device_argument, duration, gigabytes, launcher, open_folder, resolve, run_steps
+from trainer.cli import Parser
 
 HIDDEN_SIZE = 128  # of the language model
 LIMIT_MB = 8  # what a repository can carry
@@ -130,10 +130,10 @@ def figures(folder: Path) -> list[str]:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--out_dir", type=Path, default=Path("model/tiny"), help="folder of the bundle (default: model/tiny)")
-    add("--work_dir", type=Path, default=Path("out/bundle"), help="data and checkpoints (default: out/bundle)")
+    parser = Parser(__file__, __doc__)
+    add = parser.start.add_argument
+    add("--out_dir", type=Path, default=Path("model/tiny"), help="folder of the bundle")
+    add("--work_dir", type=Path, default=Path("out/bundle"), help="data and checkpoints")
     add_device_argument(parser)
     add("--restart", action="store_true", help="remove --work_dir with all that is in it and begin anew")
     args = parser.parse_args(argv)

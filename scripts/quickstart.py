@@ -14,7 +14,6 @@ your own pictures. Ctrl-C and a second start go on where it was. In out/quicksta
     steps.json                        each command with its time and memory
 """
 
-import argparse
 import re
 import shlex
 import sys
@@ -36,6 +35,7 @@ from scripts.steps import (
     write_json,
     write_text,
 )
+from trainer.cli import SWITCH, Parser
 
 
 def recipe(out: Path, llm: Path, model: list, device: str = "cpu") -> list[Step]:
@@ -127,12 +127,12 @@ def next_commands(out: Path, weights: Path, args) -> list[tuple[str, list[str]]]
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--out_dir", type=Path, default=Path("out/quickstart"), help="all files go there (default: out/quickstart)")
-    add("--bundle", type=Path, help="tokenizer, encoder and LLM (default: model/tiny)")
+    parser = Parser(__file__, __doc__)
+    add = parser.start.add_argument
+    add("--out_dir", type=Path, default=Path("out/quickstart"), help="all files go there")
+    add("--bundle", type=Path, metavar="DIR", help="tokenizer, encoder and LLM; default: model/tiny")
     add("--from_zero", action="store_true", help="train these three first, in OUT_DIR/tiny; an hour in all")
-    add("--use_moe", action="store_true", help="make the language model a mixture of experts, which start as copies")
+    add("--use_moe", **SWITCH, help="make the language model a mixture of experts, which start as copies")
     add_device_argument(parser)
     add("--restart", action="store_true", help="remove OUT_DIR with all that is in it and begin anew")
     args = parser.parse_args(argv)

@@ -6,7 +6,6 @@ The page is one file: pictures, curves and style are in it, nothing is fetched a
 drawn by chance, the same on every call, and not for being right; those that are wrong come again by themselves.
 """
 
-import argparse
 import base64
 import json
 import math
@@ -21,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 from scripts.steps import duration, gigabytes, typed, write_text
+from trainer.cli import Parser
 
 SPLITS = {"val": "new scenes", "val_new": "new combinations"}
 LANGUAGES = {"en": "English", "zh": "Chinese"}
@@ -510,8 +510,10 @@ occurred in training.</p>
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out_dir", type=Path, default=Path("out/quickstart"), help="folder of a finished quickstart")
+    parser = Parser(__file__, __doc__)
+    parser.start.add_argument(
+        "--out_dir", type=Path, default=Path("out/quickstart"), help="folder of a finished quickstart"
+    )
     folder = parser.parse_args(argv).out_dir
     if not (folder / "report.json").is_file():
         raise SystemExit(f"error: --out_dir {folder}: no report.json there. To make one: python -m scripts.quickstart")

@@ -86,8 +86,8 @@ def open_folder(folder: Path, restart: bool, flag: str = "--out_dir") -> None:
 
 
 def add_device_argument(parser) -> None:
-    about = "cpu, with which all figures were measured (default); cuda, mps, auto: one process on that device"
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps", "auto"], default="cpu", help=about)
+    about = "cpu, with which all figures were measured; cuda, mps, auto: one process on that device"
+    parser.start.add_argument("--device", choices=["cpu", "cuda", "mps", "auto"], default="cpu", help=about)
 
 
 def resolve(device: str) -> str:

@@ -1,16 +1,18 @@
 """Train a CLIP from scratch on your own pictures and captions: the eyes of a model, without any download.
 
     python -m scripts.train_clip --data_path train.jsonl --images_path images \\
-        --tokenizer_path model/mytok --out_dir out/clip --val_path val.jsonl
+        --tokenizer_path out/tokenizer --out_dir out/clip --val_path val.jsonl
     python -m scripts.train_clip --help
 
 A picture encoder and a text encoder learn together to give a picture and its caption the same direction, and everything
 else in the batch another one (Radford et al. 2021, https://arxiv.org/abs/2103.00020). Afterwards the picture half is
 what `--vision_model_path` of the other scripts takes, in the layout of any CLIP on the hubs.
 
-    picture ── ViT ─┬─ class token ─ visual_projection ─┐                         symmetric InfoNCE:
-                    ├─ patches ───── visual_projection ─┼─ cosine / temperature ─ (B, B) logits, the
-    caption ── causal transformer ─ text_projection ────┘                         diagonal is right
+    picture ── ViT ─┬─ class token ─ visual_projection ─┐
+                    ├─ patches ───── visual_projection ─┼─ cosine / temperature
+    caption ── causal transformer ─ text_projection ────┘
+
+InfoNCE both ways: of the (B, B) logits the diagonal is right.
 
 A language model reads the patches, so half of the contrastive loss is on them: a class token alone would leave them
 without any gradient in the last layer. For a caption of the whole picture it takes their mean; where each caption is
@@ -21,7 +23,6 @@ and is what retrieval measures.
 Shapes: B batch, T tokens, P patches, V width of the ViT, E of the shared space.
 """
 
-import argparse
 import itertools
 import math
 import os
@@ -41,7 +42,7 @@ from transformers import CLIPConfig, CLIPModel
 from dataset.sources import BadRow, image_names
 from model.processing import ImageProcessor, load_tokenizer
 from scripts.train_tokenizer import read_rows
-from trainer.cli import HelpFormatter, not_negative, positive, run_main
+from trainer.cli import Parser, not_negative, positive, run_main
 from trainer.devices import make_deterministic, pick_device
 from trainer.optimizer import Muon, set_learning_rate
 from trainer.weights import write_json, write_safely
@@ -268,14 +269,21 @@ def save(model, config: dict, processor: ImageProcessor, folder: Path, vision_on
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add = parser.add_argument
+    parser = Parser(__file__, __doc__)
+    add = parser.start.add_argument
     add("--data_path", nargs="+", required=True, metavar="JSONL", help="picture conversations; answers are captions")
-    add("--val_path", nargs="+", default=[], metavar="JSONL", help="held-out rows; retrieval is measured file by file")
     add("--images_path", type=Path, required=True, metavar="DIR", help="folder of the pictures")
     add("--tokenizer_path", type=Path, required=True, metavar="DIR", help="folder with tokenizer.json")
-    add("--out_dir", type=Path, required=True, metavar="DIR", help="folder for the encoder, made if needed")
-    add("--vision_only", action="store_true", help="save the picture half alone, all that the other scripts need")
+    add("--out_dir", type=Path, required=True, help="folder for the encoder, made if needed")
+    add("--val_path", nargs="+", default=[], metavar="JSONL", help="held-out rows; retrieval is measured file by file")
+    add("--epochs", type=positive(int), default=30, help="passes over the pictures")
+    add("--batch_size", type=positive(int), default=64, help="pictures per step, each told from all the others")
+    add("--learning_rate", type=positive(float), default=1e-3, help="peak of the cosine schedule")
+    muon = "Muon for the matrices of the blocks, with this peak; default: AdamW for all weights"
+    add("--muon_learning_rate", type=positive(float), help=muon)
+    add("--device", default="auto", metavar="NAME", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
+
+    add = parser.group("the encoder").add_argument
     add("--image_size", type=positive(int), default=128, help="edge of the pictures, pixels")
     add("--patch_size", type=positive(int), default=16, help="edge of a patch, pixels")
     add("--hidden_size", type=positive(int), default=192, help="width of the picture encoder; heads are 64 wide")
@@ -284,12 +292,11 @@ def parse_args(argv):
     add("--text_num_hidden_layers", type=positive(int), default=2, help="layers of the caption encoder")
     add("--projection_dim", type=positive(int), default=192, help="dimensions of the space both share")
     add("--max_text_len", type=positive(int), default=32, help="tokens of a caption with its end; the rest is cut")
-    add("--epochs", type=positive(int), default=30, help="passes over the pictures")
-    add("--max_minutes", type=positive(float), help="train so many minutes instead of --epochs; not repeatable")
-    add("--batch_size", type=positive(int), default=64, help="pictures per step, each told from all the others")
-    add("--learning_rate", type=positive(float), default=1e-3, help="peak of the cosine schedule")
-    muon = "Muon for the matrices of the blocks, with this peak (default: AdamW for all weights)"
-    add("--muon_learning_rate", type=positive(float), help=muon)
+    add("--vision_only", action="store_true", help="save the picture half alone, all that the other scripts need")
+
+    add = parser.group("how it learns").add_argument
+    minutes = "train so many minutes instead of --epochs; not repeatable"
+    add("--max_minutes", type=positive(float), metavar="MINUTES", help=minutes)
     add("--weight_decay", type=float, default=0.1, help="for matrices; norms and biases have none")
     add("--warmup_iters", type=not_negative, default=100, help="steps of linear warmup")
     add("--patch_weight", type=float, default=0.5, help="share of the patches in the contrastive loss, 0 to 1")
@@ -298,9 +305,9 @@ def parse_args(argv):
     add("--min_scale", type=float, default=0.4, help="smallest random window, share of the area; 1: the whole picture")
     add("--flip", action="store_true", help="mirror half of the pictures; teaches that left and right are the same")
     add("--val_interval", type=positive(int), default=10, help="epochs between validations, each of which also saves")
-    add("--cache_gb", type=float, default=8.0, help="keep decoded pictures in memory if they take no more GB than this")
-    add("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
     add("--seed", type=not_negative, default=42, help="of weights, order, captions and windows")
+    kept = "keep decoded pictures in memory if they take no more GB than this"
+    add("--cache_gb", type=float, default=8.0, metavar="GB", help=kept)
     return parser.parse_args(argv)
 
 

@@ -1,8 +1,8 @@
 """Train the decoder on text alone: a language model, before it ever sees a picture.
 
     python -m dataset.scenes --form text --out_dir out/text        # scenes in words, and questions
-    python -m scripts.train_llm --val_path out/text/val.jsonl --tokenizer_path out/tokenizer \\
-        --hidden_size 256 --num_hidden_layers 4
+    python -m scripts.train_llm --val_path out/text/val.jsonl \\
+        --tokenizer_path out/tokenizer --hidden_size 256 --num_hidden_layers 4
     python -m scripts.train_llm --help
 
 Comes between the tokenizer and stage 1, which takes the result as --from_weight llm. Rows are the same conversations,
@@ -11,14 +11,13 @@ answer questions about a scene in words has little left to learn when the words 
 out/llm_{hidden}{_moe}.pth; the figure at the end is the perplexity per token of the answers in --val_path.
 """
 
-import argparse
 import math
 from pathlib import Path
 
 from dataset.sources import row_files
 from dataset.streaming import is_remote
 from trainer import distributed
-from trainer.cli import HelpFormatter, add_training_arguments, parse_training, run_main
+from trainer.cli import Parser, add_training_arguments, parse_training, run_main
 from trainer.devices import check_compiler, make_deterministic, pick_device
 from trainer.feed import load_data
 from trainer.loop import train_epoch, training
@@ -29,7 +28,7 @@ STAGE = "llm"
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = Parser(__file__, __doc__)
     add_training_arguments(
         parser,
         from_weight="none",

@@ -1,6 +1,6 @@
 """Train a tokenizer on the text of your own conversations, for a model that starts from nothing.
 
-    python -m scripts.train_tokenizer --data_path a.jsonl b.jsonl --out_dir model/mytok --vocab_size 6400
+    python -m scripts.train_tokenizer --data_path rows.jsonl --out_dir out/words
 
 Comes before everything else: language model, projector and weights all speak in its ids. Weights belong to the
 tokenizer they were trained with, so to go on from existing weights, keep theirs and do not train a new one.
@@ -10,7 +10,6 @@ bytes, so no text is ever unknown, and adds the most frequent pair of neighbours
 full. The ids: 0 <|endoftext|>, 1 <|im_start|>, 2 <|im_end|>, 3 to 258 the bytes (`!` = 3, `@` = 34), then the merges.
 """
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from model.processing import DEFAULT_SYSTEM, IMAGE_TAG, load_tokenizer
-from trainer.cli import HelpFormatter, run_main
+from trainer.cli import Parser, run_main
 from trainer.weights import write_safely
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2
@@ -154,13 +153,14 @@ def check(folder: Path, texts) -> None:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--data_path", nargs="+", required=True, metavar="JSONL", help="conversations to learn from")
-    parser.add_argument("--out_dir", type=Path, required=True, metavar="DIR", help="folder for it, made if needed")
+    parser = Parser(__file__, __doc__)
+    add = parser.start.add_argument
+    add("--data_path", nargs="+", required=True, metavar="JSONL", help="conversations to learn from")
+    add("--out_dir", type=Path, required=True, metavar="DIR", help="folder for it, made if needed")
     size = f"entries in the vocabulary, {SMALLEST} at least; fewer where the text has no more"
-    parser.add_argument("--vocab_size", type=int, default=6400, help=size)
+    add("--vocab_size", type=int, default=6400, help=size)
     why = "one token per Chinese character at most, for little text"
-    parser.add_argument("--split_chinese", action="store_true", help=why)
+    add("--split_chinese", action="store_true", help=why)
     args = parser.parse_args(argv)
     if args.vocab_size < SMALLEST:
         parts = f"{len(SPECIAL)} special tokens and 256 bytes"

@@ -1,8 +1,11 @@
-"""Every script: no flag that nobody reads, none without help, and no type=bool, for which "False" is true."""
+"""Every script: no flag that nobody reads, none without help, no type=bool, for which "False" is true; a --help that
+fits a terminal and begins with what a newcomer needs."""
 
 import argparse
 import ast
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ SOURCES = {
     for folder in (".", "dataset", "model", "scripts", "trainer")
     for path in sorted((ROOT / folder).glob("*.py"))
 }
-SCRIPTS = [path for path, tree in SOURCES.items() if "argparse" in ast.dump(tree) and "__main__" in ast.dump(tree)]
+SCRIPTS = [path for path, tree in SOURCES.items() if "id='Parser'" in ast.dump(tree) and "__main__" in ast.dump(tree)]
 
 
 def names(path):
@@ -70,9 +73,8 @@ def actions(parser):
 
 
 def test_the_scripts_that_users_start_are_found():
-    assert {"train_pretrain_vlm.py", "train_sft_vlm.py", "eval_vlm.py", "scripts/train_tokenizer.py"} <= set(
-        map(names, SCRIPTS)
-    )
+    expected = {"train_pretrain_vlm.py", "train_sft_vlm.py", "eval_vlm.py", "scripts/train_tokenizer.py"}
+    assert expected | {"dataset/scenes.py"} <= set(map(names, SCRIPTS))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=names)
@@ -86,3 +88,35 @@ def test_every_flag_is_read_has_help_and_none_is_a_bool_from_text(parsers, scrip
             assert action.help and len(action.help) > 3, f"{flag} has no help"
             assert action.type is not bool, f"{flag}: bool('False') is True; use store_true or BooleanOptionalAction"
             assert parser.format_help()  # a stray % in a help text would raise here
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=names)
+def test_help_fits_a_terminal_and_begins_with_the_few_flags_that_a_newcomer_needs(parsers, script, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for parser in parsers(script):
+        shown = parser.format_help()
+        assert max(map(len, shown.splitlines())) <= 80
+        command = (
+            "python " + names(script) if script.parent == ROOT else f"python -m {'.'.join(script.parts[-2:])[:-3]}"
+        )
+        usage, rest = shown.split("\n\n", 1)
+        assert usage.startswith(f"usage: {command} [options]") and usage.count("\n") <= 3
+        about = rest.split("\n\nstart with these:\n")[0]
+        assert f"\n    {command}" in f"\n{about}", "the first thing to see is a command to type"
+        titled = [group for group in parser._action_groups if group._group_actions and group.title != "options"]
+        assert titled[0].title == "start with these" and 1 <= len(titled[0]._group_actions) <= 12
+        assert len(titled) <= 6 and "TEXT" not in shown.replace("--prompt TEXT", "")
+        for action in actions(parser):
+            assert f"--{action.dest} {action.dest.upper()}" not in shown, "say what it is: FILE, DIR, N"
+            if action.default not in (None, False, [], argparse.SUPPRESS) and action.help != argparse.SUPPRESS:
+                value = action.default if isinstance(action.default, list | tuple) else [action.default]
+                assert f"(default:{''.join(map(str, value))})" in "".join(shown.split())
+
+
+def test_help_and_a_mistyped_flag_do_not_wait_for_pytorch():
+    for script in ("eval_vlm", "web_demo_vlm", "scripts.quickstart", "scripts.download", "scripts.report"):
+        for flag, status in (("--help", 0), ("--hlep", 2)):
+            code = f"import sys, {script} as script\ntry: script.main(['{flag}'])\n"
+            code += "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+            run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+            assert run.stdout.splitlines()[-1] == f"{status} False"

@@ -4,9 +4,14 @@ Nothing here imports PyTorch, so that --help and a mistyped flag are answered at
 """
 
 import argparse
+import difflib
 import math
 import os
+import re
+import shutil
 import sys
+import textwrap
+from pathlib import Path
 
 from model import DEFAULT_VISION_MODEL
 
@@ -65,38 +70,182 @@ def not_negative(text: str) -> int:
     return int(text)
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The docstring as it stands, and every default beside its flag."""
+share.__name__, not_negative.__name__ = "float", "int"  # argparse puts them into its messages
+
+
+def switch(text: str) -> bool:
+    values = {"0": False, "1": True, "false": False, "true": True}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"expected nothing, 1 or 0, got {text}")
+    return values[text.lower()]
+
+
+# Of a flag that is on where it stands, alone or with 1, and off with 0: add("--use_moe", **SWITCH, help=...)
+SWITCH = {"nargs": "?", "const": True, "default": False, "type": switch, "metavar": "0|1"}
+
+
+# ---------------------------------------------------------------------------- the parser
+
+# What the public MiniMind-V, its older scripts too, calls otherwise: the first of these that a script has takes it.
+RENAMED = {
+    "--dim": ["--hidden_size"],
+    "--freeze_llm": ["--trainable"],
+    "--from_weight": ["--weights"],  # these two: what our own scripts call otherwise
+    "--load_from": ["--weights", "--from_weight"],
+    "--n_layers": ["--num_hidden_layers"],
+    "--save_dir": ["--out_dir"],
+    "--use_compile": ["--compile"],
+    "--weight": ["--weights"],
+    "--weights": ["--from_weight"],
+}
+# What has no equal here, and what to do.
+GONE = {
+    "--ddp": "torchrun --nproc_per_node N FILE.py is enough",
+    "--local_rank": "torchrun --nproc_per_node N FILE.py is enough",
+    "--lora_name": "there is no LoRA here; to train few weights: --trainable attention",
+    "--save_weight": "the stage names the file; for a folder of its own: --out_dir DIR",
+    "--show_speed": "--json tells seconds and tokens of each answer",
+    "--stream": "leave it out, answers stream",
+    "--visual_encoder": "a CLIP is named by its folder, --vision_model_path DIR",
+}
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """The docstring with its commands as they stand, and every default beside its flag, in lines that fit."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=22, width=min(shutil.get_terminal_size().columns, 100) - 2)
+
+    def _format_usage(self, usage, actions, groups, prefix):
+        needed = [
+            " ".join(
+                [*action.option_strings, self._format_args(action, self._get_default_metavar_for_optional(action))]
+            )
+            for action in actions
+            if action.required
+        ]
+        return textwrap.fill(" ".join(["usage:", self._prog, *needed]), self._width, subsequent_indent=" " * 7) + "\n\n"
+
+    def _fill_text(self, text, width, indent):
+        def fill(block):
+            if not block.startswith(" "):
+                return textwrap.fill(block, width)
+            if max(map(len, block.splitlines())) <= width:
+                return block
+            return re.sub(r"(?m)^( +)(\S.*?) +(# .*)$", r"\1\3\n\1\2", block)  # comments go above the commands
+
+        return "\n\n".join(map(fill, text.strip().split("\n\n")))
+
+    def _get_default_metavar_for_optional(self, action):
+        kind = {"int": "N", "float": "X"}.get(getattr(action.type, "__name__", "").split(" ")[-1], "TEXT")
+        return {"dir": "DIR", "path": "PATH", "rate": "RATE"}.get(action.dest.split("_")[-1], kind)
 
     def _get_help_string(self, action):
-        return super()._get_help_string(action) if action.default else action.help
+        default = action.default
+        if default is None or default is False or default in ([], argparse.SUPPRESS):
+            return action.help
+        default = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+        return f"{action.help} (default: {default.replace('%', '%%')})"
+
+
+class Parser(argparse.ArgumentParser):
+    """Its --help begins with the few flags that a newcomer needs, those of `start`; it tells a mistake in one line.
+
+    file: __file__ of the script; about: its docstring. Abbreviations are refused: one means something else, or nothing,
+    as soon as another flag comes along. The message names the flag.
+    """
+
+    def __init__(self, file: str, about: str):
+        folder, self.name = Path(file).parts[-2:]
+        module = f"{folder}.{Path(file).stem}"
+        command = f"-m {module}" if module.startswith(("scripts.", "dataset.")) else self.name
+        super().__init__(
+            prog=f"python {command} [options]",
+            description=about,
+            formatter_class=HelpFormatter,
+            add_help=False,
+            allow_abbrev=False,
+        )
+        self.start = self.group("start with these")
+        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+
+    def group(self, title: str):
+        """The flags under this heading, which is made if needed."""
+        there = (group for group in self._action_groups if group.title == title)
+        return next(there, None) or self.add_argument_group(title)
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, left = super().parse_known_args(self.understand(sys.argv[1:] if args is None else args), namespace)
+        if left:
+            self.error(f"{left[0]}: expected a flag before it (--help lists all)")
+        return namespace, left
+
+    def understand(self, argv: list[str]) -> list[str]:
+        """argv with RENAMED flags under our names. What is no flag ends the program here, before argparse can say that
+        others are missing."""
+        flags, found, rest = self._option_string_actions, [], iter(argv)
+        for arg in rest:
+            if arg == "--":
+                return [*found, arg, *rest]
+            flag, equals, value = arg.partition("=")
+            if re.fullmatch("--?[A-Za-z][^ ]*", flag) and flag not in flags:  # neither a value nor a negative number
+                ours = next((name for name in RENAMED.get(flag, []) if name in flags), None)
+                if not ours:
+                    self.error(f"{flag} is no flag of {self.name}{self.hint(flag)}")
+                if flag == "--load_from":
+                    value, equals = value if equals else next(rest, ""), "="
+                    if value in ("model", "./model"):  # the public default: .pth weights, as without the flag
+                        continue
+                arg = ours + equals + value
+            found.append(arg)
+        return found
+
+    def hint(self, flag: str) -> str:
+        if flag in GONE:
+            return f": {GONE[flag]}"
+        word = flag.lstrip("-").replace("-", "_")
+        names = [name.removeprefix("--") for action in self._actions for name in action.option_strings[-1:]]
+        near = [name for name in names if name.startswith(word)]
+        near += [name for name in names if word == "".join(part[:1] for part in name.split("_"))]  # lr: learning_rate
+        near += difflib.get_close_matches(word, names, 1)
+        return f"{f'; did you mean --{near[0]}?' if near else ''} (--help lists all)"
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message.removeprefix('argument ')}\n")
+
+
+# ---------------------------------------------------------------------------- flags that scripts share
 
 
 def add_parts_arguments(parser, sees: bool = True) -> None:
+    add = parser.group("the model").add_argument
     own = "default: that of the weights, else {}"
-    parser.add_argument("--tokenizer_path", help="folder with tokenizer.json; " + own.format("./model"))
+    add("--tokenizer_path", metavar="DIR", help="folder with tokenizer.json; " + own.format("./model"))
     if sees:
-        parser.add_argument("--vision_model_path", help="CLIP folder; " + own.format(DEFAULT_VISION_MODEL))
+        add("--vision_model_path", metavar="DIR", help="CLIP folder; " + own.format(DEFAULT_VISION_MODEL))
 
 
 def add_model_arguments(parser, sees: bool = True) -> None:
     """sees: a vision-language model, rather than a language model alone."""
-    parser.add_argument("--hidden_size", type=positive(int), help="width; read off the weights, 512 from nothing")
-    parser.add_argument("--num_hidden_layers", type=positive(int), help="blocks; read off the weights, 8 from nothing")
+    add = parser.start.add_argument
+    add("--out_dir", default="./out", help="folder of the weights")
+    add("--device", default="auto", metavar="NAME", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
+    add = parser.group("the model").add_argument
+    add("--hidden_size", type=positive(int), help="width; read off the weights, 512 from nothing")
+    add("--num_hidden_layers", type=positive(int), help="blocks; read off the weights, 8 from nothing")
     own = "; read off the weights and their JSON, {} from nothing"
-    parser.add_argument("--num_attention_heads", type=positive(int), help="of queries" + own.format(8))
-    parser.add_argument("--num_key_value_heads", type=positive(int), help="of keys and values" + own.format(2))
-    parser.add_argument("--use_moe", action="store_true", help="mixture of experts; read off the weights")
+    add("--num_attention_heads", type=positive(int), help="of queries" + own.format(8))
+    add("--num_key_value_heads", type=positive(int), help="of keys and values" + own.format(2))
+    add("--use_moe", **SWITCH, help="mixture of experts; read off the weights")
     add_parts_arguments(parser, sees)
-    parser.add_argument("--out_dir", default="./out", help="folder of the weights")
-    parser.add_argument("--device", default="auto", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
-    parser.add_argument(
+    add = parser.group("speed, precision, repeatability").add_argument
+    add(
         "--dtype",
         default="auto",
         choices=["auto", "bfloat16", "float16", "float32"],
         help="precision of the arithmetic; auto: bfloat16 where the hardware has it, else float16, on a CPU float32",
     )
-    parser.add_argument("--seed", type=not_negative, default=42, help="of everything random")
+    add("--seed", type=not_negative, default=42, help="of everything random")
 
 
 def parse_training(parser, argv):
@@ -110,6 +259,9 @@ def parse_training(parser, argv):
     return args
 
 
+FREEZE_LLM = {"0": "all", "1": "first_last_layer", "2": "projector"}  # as the public MiniMind-V has it → --trainable
+
+
 def add_training_arguments(
     parser,
     *,
@@ -120,58 +272,66 @@ def add_training_arguments(
 ):
     """The flags of all training; a stage gives its own defaults, the last if it has pictures."""
     sees = trainable is not None
-    by_width = "default: follows from the model's width, printed at the start"  # by `follow_width`
-    add_model_arguments(parser, sees)
-    add = parser.add_argument
+    by_width = "default: follows from the model's width"  # by `follow_width`, which prints them
+    add = parser.start.add_argument
     rows = "training rows: JSONL or Parquet, files or patterns; without suffix: whichever is there; hf://...: streamed"
     add("--data_path", nargs="+", default=[data_path], metavar="PATH", help=rows)
-    passes = "how often an epoch passes over each --data_path, as in 1 0.5; default: once"
-    add("--data_weights", nargs="+", type=positive(float), metavar="W", help=passes)
-    add("--val_path", nargs="+", metavar="PATH", help="held-out rows, for the validation loss")
     if sees:
         beside = (
             'folder or zip of the pictures named by "image", one for all --data_path or one each; default: beside it'
         )
         add("--images_path", nargs="+", metavar="PATH", help=beside)
-        add("--val_images_path", nargs="+", metavar="PATH", help="of --val_path; default: as --images_path")
+    add("--val_path", nargs="+", metavar="PATH", help="held-out rows, for the validation loss")
+    add("--from_weight", default=from_weight, metavar="W", help="llm, pretrain_vlm, sft_vlm, a path, or none")
+    add("--from_resume", **SWITCH, help="go on where the last run with these flags stopped")
+    add("--epochs", type=positive(int), default=1, help="passes over the data")
+    add("--batch_size", type=positive(int), help="rows per device and forward pass; " + by_width)
+    add("--learning_rate", type=positive(float), help="peak, for the LLM; " + by_width)
+
+    add = parser.group("what it learns, and how").add_argument
+    if sees:
         add(
             "--trainable",
+            type=lambda text: FREEZE_LLM.get(text, text),
             default=trainable,
             choices=["projector", "last_layer", "first_last_layer", "attention", "all"],
             help="what learns beside the projector: nothing, the last layer, first and last, q/k/v/o projections, all",
         )
         add("--projector_learning_rate", type=positive(float), help="peak, for the projector; " + by_width)
-        add(
-            "--cache_features",
-            metavar="DIR",
-            help="keep what CLIP makes of the pictures there, and never encode them again",
-        )
-        kept = "as what: int8 takes half the room and rounds more"
-        add("--cache_dtype", choices=["float16", "int8"], default="float16", help=kept)
-    stretch = "rows of a streamed --data_path (hf://...) on the disk at a time; twice as many with those to come"
-    add("--stream_rows", type=positive(int), default=20_000, help=stretch)
-    add("--val_interval", type=positive(int), help="steps between validations; default: at the end of each epoch")
-    add("--on_bad_row", choices=["error", "skip"], default="error", help="what to do with rows that cannot be used")
-    add("--from_weight", default=from_weight, metavar="W", help="llm, pretrain_vlm, sft_vlm, a path, or none")
-    add("--from_resume", action="store_true", help="go on where the last run with these flags stopped")
-    add("--epochs", type=positive(int), default=1, help="passes over the data")
-    add("--batch_size", type=positive(int), help="rows per device and forward pass; " + by_width)
-    add("--accumulation_steps", type=positive(int), default=1, help="forward passes per optimizer step")
-    add("--learning_rate", type=positive(float), help="peak, for the LLM; " + by_width)
     add("--embedding_learning_rate", type=positive(float), help="peak, for the embeddings; default: as the LLM")
     add("--optimizer", choices=["adamw", "muon"], help="muon: for the matrices of the blocks; " + by_width)
+    add("--accumulation_steps", type=positive(int), default=1, help="forward passes per optimizer step")
     add("--warmup_iters", type=not_negative, default=100, help="steps of linear warmup, at most a tenth of the run")
     add("--schedule", choices=["cosine", "linear"], default="cosine", help="then, to a tenth of the peak, or to zero")
     add("--weight_decay", type=float, default=0.1, help="AdamW's, for matrices; norms and biases have none")
     add("--grad_clip", type=positive(float), default=1.0, help="largest norm of the gradient")
     add("--dropout", type=float, default=0.0, help="share of activations set to 0 while training")
+
+    add = parser.group("the data").add_argument
+    passes = "how often an epoch passes over each --data_path, as in 1 0.5; default: once"
+    add("--data_weights", nargs="+", type=positive(float), metavar="X", help=passes)
     add("--max_seq_len", type=positive(int), default=max_seq_len, help="tokens per row, placeholders included")
+    add("--on_bad_row", choices=["error", "skip"], default="error", help="what to do with rows that cannot be used")
+    stretch = "rows of a streamed --data_path (hf://...) on the disk at a time; twice as many with those to come"
+    add("--stream_rows", type=positive(int), default=20_000, help=stretch)
+    if sees:
+        add("--val_images_path", nargs="+", metavar="PATH", help="of --val_path; default: as --images_path")
+        kept = "keep what CLIP makes of the pictures there, and never encode them again"
+        add("--cache_features", metavar="DIR", help=kept)
+        kept = "as what: int8 takes half the room and rounds more"
+        add("--cache_dtype", choices=["float16", "int8"], default="float16", help=kept)
+
+    add_model_arguments(parser, sees)
+    add = parser.group("speed, precision, repeatability").add_argument
     add("--num_workers", type=not_negative, default=2, help="processes that decode pictures; 0: this one does")
-    add("--compile", action="store_true", help="torch.compile: half a minute at the start, then faster steps")
+    add("--compile", **SWITCH, help="torch.compile: half a minute at the start, then faster steps")
     add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
+
+    add = parser.group("what it writes, and when").add_argument
+    add("--val_interval", type=positive(int), help="steps between validations; default: at the end of each epoch")
     add("--log_interval", type=positive(int), default=20, help="steps between lines in the metrics file")
     add("--save_interval", type=positive(int), default=1000, help="steps between checkpoints")
     add("--use_wandb", action="store_true", help="same as --tracker wandb")
     trackers = ["none", "wandb", "trackio", "swanlab"]
     add("--tracker", choices=trackers, default="none", help="trackio is local, without an account")
-    add("--wandb_project", default="MiniMind-V", help="project name for the tracker")
+    add("--wandb_project", default="MiniMind-V", metavar="NAME", help="project name for the tracker")
