@@ -287,8 +287,8 @@ def test_a_text_file_is_no_picture(trained, tmp_path):
         ("--chat --no_loss", "--no_loss is for scores"),
         ("--captions a.jsonl --refs_path a.json", "--refs_path is for scores"),
         ("--captions a.jsonl --use_multi 2", "--captions asks about each picture alone: give --model_mode 2"),
-        ("--top_p 1.1", "argument --top_p: must be above 0 and at most 1, got 1.1"),
-        ("--num_workers -1", "argument --num_workers: must not be below 0, got -1"),
+        ("--top_p 1.1", "--top_p: must be above 0 and at most 1, got 1.1"),
+        ("--num_workers -1", "--num_workers: must not be below 0, got -1"),
     ],
 )
 def test_a_flag_that_would_be_ignored_is_refused(flags, message, capsys):

@@ -474,6 +474,12 @@ def test_a_run_that_stops_before_it_saves_is_not_resumed_from_an_earlier_one(fla
     assert "nothing to resume" in capsys.readouterr().out and run.state.step == 4
 
 
+@pytest.mark.parametrize("given", [[], ["--from_resume"], ["--from_resume", "0"], ["--from_resume=1"]])
+def test_the_command_to_go_on_resumes_once_however_that_was_typed(monkeypatch, given):
+    monkeypatch.setattr(sys, "argv", ["train_sft_vlm.py", "--seed", "1", *given, "--epochs", "2"])
+    assert trainer.loop.resume_command() == "python train_sft_vlm.py --seed 1 --epochs 2 --from_resume"
+
+
 def test_on_several_machines_the_command_to_go_on_has_the_processes_of_one(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_sft_vlm.py", "--epochs", "2"])
     monkeypatch.setattr(trainer.loop, "world_size", lambda: 8)

@@ -322,7 +322,12 @@ def fit_accumulation(args, state: State) -> int:
 
 
 def resume_command() -> str:
-    flags = [flag for flag in sys.argv[1:] if flag != "--from_resume"]
+    typed = sys.argv[1:]
+    flags = [  # without --from_resume, --from_resume 1 and --from_resume=1
+        flag
+        for before, flag in zip(["", *typed], typed)
+        if not flag.startswith("--from_resume") and (before != "--from_resume" or flag.startswith("-"))
+    ]
     launcher, here = "python", int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     if world_size() > here:  # on each machine, with the same --master_addr or --rdzv_endpoint as before
         launcher = f"torchrun --nnodes {world_size() // here} --nproc_per_node {here} --master_addr ..."
