@@ -370,7 +370,16 @@ def test_from_zero_trains_what_it_then_starts_from(tmp_path, monkeypatch):
     for step in ran:  # what was drawn just before a crash, and not noted yet, is in nobody's way
         if "dataset.scenes" in step.command:
             assert str(step.makes) == step.command[step.command.index("--out_dir") + 1]
-    assert list(steps) == [*bundle, "data 1", "data 2", "stage 1", "stage 2", "score val", "score val_wording", "score val_new"]
+    assert list(steps) == [
+        *bundle,
+        "data 1",
+        "data 2",
+        "stage 1",
+        "stage 2",
+        "score val",
+        "score val_wording",
+        "score val_new",
+    ]
     llm, stage_1, stage_2 = steps["first lesson"], steps["stage 1"], steps["stage 2"]
     assert "--use_moe" not in llm and "--use_moe" in stage_1 and "--use_moe" in stage_2
     hidden_size = llm[llm.index("--hidden_size") + 1]
