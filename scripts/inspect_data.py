@@ -264,7 +264,7 @@ carry loss: the model learns to predict each of them from all that stands before
 
 <h2>What to type next</h2>
 <pre>{escape(typed(command))}</pre>
-<footer>Made by <code>python -m scripts.inspect_data</code>. This page is one file and loads nothing.</footer>
+<footer>Made by <code>scripts/inspect_data.py</code>. This page is one file and loads nothing.</footer>
 """,
         OWN_STYLE,
     )
@@ -276,7 +276,7 @@ carry loss: the model learns to predict each of them from all that stands before
 def parse_args(argv=None):
     parser = Parser(__file__, __doc__)
     add = parser.start.add_argument
-    add("data_path", nargs="+", metavar="PATH", help="JSONL or Parquet, files or patterns, as --data_path in training")
+    add("data_path", nargs="+", metavar="PATH", help="rows as training takes them: JSONL or Parquet, files or patterns")
     add("--images_path", nargs="+", metavar="PATH", help="folder or zip of pictures, one for all or one each")
     add("--html", default="out/inspect.html", metavar="FILE", help="the page")
     add("--samples", type=positive(int), default=12, help="rows on the page")

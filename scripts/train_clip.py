@@ -5,8 +5,8 @@
     python -m scripts.train_clip --help
 
 A picture encoder and a text encoder learn together to give a picture and its caption the same direction, and everything
-else in the batch another one (Radford et al. 2021, https://arxiv.org/abs/2103.00020). Afterwards the picture half is
-what `--vision_model_path` of the other scripts takes, in the layout of any CLIP on the hubs.
+else in the batch another one (Radford et al. 2021, https://arxiv.org/abs/2103.00020). The picture half has the layout
+of any CLIP on the hubs: python train_pretrain_vlm.py --vision_model_path out/clip
 
     picture ── ViT ─┬─ class token ─ visual_projection ─┐
                     ├─ patches ───── visual_projection ─┼─ cosine / temperature
@@ -426,7 +426,7 @@ def main(argv=None):
         if done == 1:
             break
     bar.close()
-    print(f"{args.out_dir}: pass --vision_model_path {args.out_dir}")
+    print(f"{args.out_dir}: an encoder. Next: python train_pretrain_vlm.py --vision_model_path {args.out_dir}")
 
 
 if __name__ == "__main__":

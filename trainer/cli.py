@@ -100,8 +100,8 @@ RENAMED = {
 }
 # What has no equal here, and what to do.
 GONE = {
-    "--ddp": "torchrun --nproc_per_node N FILE.py is enough",
-    "--local_rank": "torchrun --nproc_per_node N FILE.py is enough",
+    "--ddp": "several devices take torchrun --nproc_per_node N {name}",
+    "--local_rank": "several devices take torchrun --nproc_per_node N {name}",
     "--lora_name": "there is no LoRA here; to train few weights: --trainable attention",
     "--save_weight": "the stage names the file; for a folder of its own: --out_dir DIR",
     "--show_speed": "--json tells seconds and tokens of each answer",
@@ -202,7 +202,7 @@ class Parser(argparse.ArgumentParser):
 
     def hint(self, flag: str) -> str:
         if flag in GONE:
-            return f": {GONE[flag]}"
+            return ": " + GONE[flag].format(name=self.name)
         word = flag.lstrip("-").replace("-", "_")
         names = [name.removeprefix("--") for action in self._actions for name in action.option_strings[-1:]]
         near = [name for name in names if name.startswith(word)]

@@ -1,0 +1,175 @@
+"""Nothing that is printed or written is a dead end: each command is parsed by the script that it names, and each flag
+exists where it is named. Both READMEs, docstrings, messages, recipes and lists of what to type next."""
+
+import argparse
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from scripts import download, make_bundle, quickstart
+from tests.test_flags import ROOT, SCRIPTS, SOURCES, names, parsers  # noqa: F401 (a fixture)
+from trainer.cli import GONE, RENAMED
+
+READMES = ["README.md", "README_zh.md"]
+FLAG = r"(?<![\w-])--[a-z]\w*(?:-\w+)*"
+# In a sentence a command ends at punctuation, in a text at the end of the line.
+COMMAND = re.compile(
+    r"(?<![\w/.])(?:python3?|torchrun) ([^\n`;<…，。；（）]*?)(?= \||[`;<…，。；（）]|[.,:)]+(?:\s|$)|$)", re.M
+)
+OTHERS = ("venv", "pytest", "vllm.", "lmms_eval", "-P scripts/check_export.py")
+TORCHRUN = {"--nproc_per_node", "--nnodes", "--master_addr", "--rdzv_endpoint", "--max-restarts"}
+ELSEWHERE = {"--short", "--target"}  # of git and pip, which we call
+SOMETHING = "SOMETHING"  # in place of what a message fills in
+
+
+def texts_of(tree) -> list[str]:
+    """All texts in a source: f-strings with SOMETHING in their gaps, docstrings, parts that are joined by +."""
+    found, inside = [], set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            inside.update(map(id, ast.walk(node)))
+            parts = [part.value if isinstance(part, ast.Constant) else SOMETHING for part in node.values]
+            found.append("".join(parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
+            found.append(node.value)
+    return found
+
+
+def readme_text(name: str) -> str:
+    """In prose commands go over the end of a line, in blocks a backslash says so."""
+    parts = (ROOT / name).read_text(encoding="utf-8").split("```")
+    return "```".join(part if i % 2 else part.replace("\n", " ") for i, part in enumerate(parts))
+
+
+def commands_in(text: str) -> list[tuple[str, list[str]]]:
+    """[(file of the script, its flags)], without the commands of others, and without those that code goes on with."""
+    found = []
+    for command in COMMAND.findall(re.sub(r"\\\n\s*", "", text)):
+        goes_on = command.endswith(" ") and text.endswith(command)
+        if not goes_on and not command.removeprefix("-m ").startswith(OTHERS):
+            found.append(named(shlex.split(command, comments=True)))
+    return [(script, flags) for script, flags in found if re.search(r"\.py$|/", script)]
+
+
+def named(command: list) -> tuple[str, list[str]]:
+    """Script and flags of a command, with or without python or torchrun."""
+    command = [str(part) for part in command if part not in ("python", "torchrun")]
+    while command and command[0] in TORCHRUN:
+        command = command[2:]
+    if command[:1] == ["-m"]:
+        return command[1].replace(".", "/") + ".py", command[2:]
+    return (command or [""])[0], command[1:]
+
+
+@pytest.fixture
+def parse(parsers, capsys):  # noqa: F811
+    """parse(script, flags): the script takes them. SOMETHING is any value."""
+    built = {}
+
+    def run(path: str, flags: list[str]) -> None:
+        assert ROOT / path in SCRIPTS, f"there is no {path}"
+        if "--help" in flags:
+            return
+        if path not in built:
+            (built[path],) = parsers(ROOT / path)
+        for action in built[path]._actions:
+            if any(SOMETHING in flag for flag in flags) and not isinstance(action, argparse._HelpAction):
+                action.type = action.choices = None
+        try:
+            built[path].parse_args(flags)
+        except SystemExit:
+            raise AssertionError(f"{path} {shlex.join(flags)}: {capsys.readouterr().err}") from None
+
+    return run
+
+
+def users_of(module: Path, imports: dict) -> list[Path]:
+    """The scripts that import a module, directly or not; itself, if it is one."""
+    found, todo = {module}, [module]
+    while todo:
+        name = todo.pop()
+        new = [path for path, own in imports.items() if name in own and path not in found]
+        found.update(new)
+        todo += new
+    return [path for path in SCRIPTS if path in found]
+
+
+def imports_of(tree) -> set[Path]:
+    found = set()
+    for node in ast.walk(tree):
+        modules = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        found.update(ROOT / (module.replace(".", "/") + ".py") for module in modules)
+    return found
+
+
+@pytest.mark.parametrize("source", [*READMES, *map(names, SOURCES)])
+def test_every_command_in_a_text_is_one_that_its_script_takes(parse, source):
+    path = ROOT / source
+    texts = [readme_text(source)] if source in READMES else texts_of(SOURCES[path])
+    for script, flags in [command for text in texts for command in commands_in(text)]:
+        parse(script, flags)
+
+
+def test_every_flag_in_a_text_is_one_of_a_script_that_can_show_it(parsers):  # noqa: F811
+    flags = {
+        script: {flag for parser in parsers(script) for flag in parser._option_string_actions} for script in SCRIPTS
+    }
+    every = set().union(*flags.values()) | TORCHRUN
+    imports = {path: imports_of(tree) for path, tree in SOURCES.items()}
+    wrong = []
+    for path, tree in SOURCES.items():
+        can = set().union(TORCHRUN, *(flags[script] for script in users_of(path, imports)))
+        known = ELSEWHERE | ({*GONE, *RENAMED} if names(path) == "trainer/cli.py" else set())
+        for text in texts_of(tree):
+            if "style=" in text or "var(--" in text:  # these are CSS's
+                continue
+            alone = bool(re.fullmatch(FLAG, text))  # part of a command that a recipe puts together
+            rest = text if alone else COMMAND.sub("", re.sub(r"\\\n\s*", "", text))
+            for flag in set(re.findall(FLAG, rest)) - (every if alone else can) - known:
+                wrong.append(f"{names(path)}: {flag} in {text[:70]!r}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_every_flag_in_a_readme_is_one_of_a_script(parsers, readme):  # noqa: F811
+    every = {flag for script in SCRIPTS for parser in parsers(script) for flag in parser._option_string_actions}
+    every |= {*TORCHRUN, *RENAMED}
+    text = re.sub(r"\\\n\s*", "", readme_text(readme))
+    text = re.sub(r"(?m)^(transformers |python -m vllm|python -m lmms_eval|pip ).*$", "", text)  # flags of others
+    assert sorted(set(re.findall(FLAG, text)) - every) == []
+
+
+def test_every_step_of_the_recipes_is_one_that_its_script_takes(parse):
+    model = ["--tokenizer_path", "t", "--vision_model_path", "v", "--hidden_size", 128, "--use_moe", "--out_dir", "o"]
+    steps = [*make_bundle.recipe(Path("b")), *quickstart.recipe(Path("o"), Path("l.pth"), model)]
+    for step in steps:
+        parse(*named([*step.command, *(["--from_resume"] if step.resumable else [])]))
+    assert len(steps) > 15
+
+
+@pytest.mark.parametrize("given", [[], ["--from_zero"], ["--from_zero", "--use_moe"]])
+def test_what_the_quickstart_says_to_try_next_can_be_typed(parse, given):
+    args = quickstart.parse_args(given)
+    commands = quickstart.next_commands(args.out_dir, Path("out/quickstart/sft_vlm_128.pth"), args)
+    assert len(commands) >= 3
+    for _, command in commands:
+        parse(*named(command))
+
+
+@pytest.mark.parametrize("what", [[], ["--what", "clip", "vlm"], ["--size", "104m", "--use_moe", "--root", "other"]])
+def test_what_the_download_says_to_type_next_can_be_typed(parse, what, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = download.parse_args(what)
+    commands = download.next_commands(
+        args, [task for task in download.TASKS if task in args.what or "all" in args.what]
+    )
+    assert commands
+    for command in commands:
+        parse(*named(command))
