@@ -82,7 +82,7 @@ def test_command_lines_of_the_public_trainings_run(script):
 
 
 def test_freeze_llm_is_trainable():
-    for given, expected in ("0", "all"), ("2", "projector"):
+    for given, expected in ("0", "all"), ("1", "first_last_layer"), ("2", "projector"):
         assert train_sft_vlm.parse_args(["--freeze_llm", given]).trainable == expected
         assert train_pretrain_vlm.parse_args([f"--freeze_llm={given}"]).trainable == expected
 
