@@ -8,9 +8,10 @@
     python eval_vlm.py --captions captions.jsonl --image_dir pictures   # a large folder; goes on where it was
     python eval_vlm.py --data_path val.jsonl --images_path pictures     # scores
 
-Weights are out/sft_vlm_512.pth, or the only one of out/sft_vlm_*.pth, unless --model_mode, --hidden_size, --use_moe or
---weights say otherwise; a Transformers folder, as the hubs have it, with --load 1 --weights FOLDER. Scores come as a
-table and as JSON, each also with the pictures shuffled between rows, which shows whether the model looks.
+Weights are the newest sft_vlm_*.pth in out/ and the folders in it, unless --model_mode, --hidden_size, --use_moe or
+--weights say otherwise; a Transformers folder, as the hubs have it, with --weights FOLDER. Without --prompt it asks
+what the JSON of the weights names, the commonest question of their training. Scores come as a table and as JSON, each
+also with the pictures shuffled between rows, which shows whether the model looks.
 """
 
 import sys
@@ -23,14 +24,14 @@ def parse_args(argv=None):
     parser = Parser(__file__, __doc__)
     add, mode = parser.start.add_argument, parser.start.add_mutually_exclusive_group().add_argument
     add("--image", nargs="+", metavar="FILE", help="pictures to ask about, all in one question; also http(s)://...")
-    add("--prompt", metavar="TEXT", help="the question; <image> says where a picture stands in it, else after it")
+    add("--prompt", metavar="TEXT", help="default: one that the weights know; <image>: where a picture stands")
     mode("--chat", action="store_true", help="talk in the terminal; /help says how")
     rows = "score on these rows, JSONL or Parquet; answers are then greedy, as with --captions"
     mode("--data_path", nargs="+", metavar="PATH", help=rows)
     captions = "a line for each picture of --image_dir and folders below; what the file has already is not asked again"
     mode("--captions", metavar="JSONL", help=captions)
     add("--greedy", action="store_true", help="always the likeliest word")
-    add("--weights", metavar="W", help="file or Transformers folder; default of --load 1: ./MiniMind2-V")
+    add("--weights", metavar="W", help="file or Transformers folder; default: the newest that fits")
 
     add = parser.group("what is asked, and what comes back").add_argument
     add("--image_dir", metavar="DIR", help="pictures to ask about without --image; default dataset/eval_images")
@@ -103,12 +104,12 @@ def main(argv=None):
     if args.captions:
         from trainer.captions import write_captions
 
-        return write_captions(model, tokenizer, args, device)
+        return write_captions(model, tokenizer, args, weights, device)
     if args.chat:
         from trainer.terminal import chat
 
-        return chat(model, tokenizer, args)
-    return asking.ask_about_pictures(model, tokenizer, args)
+        return chat(model, tokenizer, args, weights)
+    return asking.ask_about_pictures(model, tokenizer, args, weights)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ Shapes: B batch, T tokens, N pictures of a row or batch, H and W pixels; P patch
 
 import hashlib
 import os
+import random
 from collections import Counter, defaultdict
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 
@@ -24,9 +26,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from dataset.sources import BadRow, Jsonl, Parquet, Row, open_rows
-from model.processing import IGNORE, IMAGE_TAG, encode_chat
+from model.processing import IGNORE, IMAGE_TAG, encode_chat, language
 
 FORMAT = 6  # raise it when `check_rows` or what it calls finds something else: results are cached on disk
+ASKED, PROMPTS = 2000, 3  # rows in which the commonest questions are looked for, and how many of them are kept
 KINDS = {
     "json": "not valid JSON",
     "key": "missing or malformed key",
@@ -137,6 +140,7 @@ class VLMDataset(torch.utils.data.Dataset):
         lengths: int64 (rows,), tokens of each usable row.
         bad: {kind: ["file:line: what is wrong", ...]} of the rows that are not usable.
         shortened: how many usable rows lost the end of their conversation to max_length.
+        without_picture: how many usable rows have none.
         answer_tokens, lost_tokens: of the answers of usable rows, and how many of these max_length cost.
         mended: {key of MENDED: how many usable rows}.
         parts: [(first row, end, weight)] of the usable rows of each path.
@@ -179,7 +183,7 @@ class VLMDataset(torch.utils.data.Dataset):
         self.sources = [source for of_path in found for source in of_path]
         self.starts = np.cumsum([0, *(len(source.table) for source in self.sources)])  # the first row of each
         self.bad, self.mended, self.parts = defaultdict(list), Counter(), []
-        self.shortened = self.answer_tokens = self.lost_tokens = 0
+        self.shortened = self.without_picture = self.answer_tokens = self.lost_tokens = 0
         rows, lengths, end = [], [], 0
         for of_path, weight in zip(found, weights):
             begin = end
@@ -243,12 +247,37 @@ class VLMDataset(torch.utils.data.Dataset):
 
         usable = checked.filter(pa.array(good))
         self.shortened += pc.sum(pc.greater(usable["lost"], 0)).as_py() or 0
+        self.without_picture += pc.sum(pc.equal(pc.list_value_length(usable["images"]), 0)).as_py() or 0
         self.answer_tokens += pc.sum(usable["answers"]).as_py() or 0
         self.lost_tokens += pc.sum(usable["lost"]).as_py() or 0
         for found in usable["mended"].value_counts().to_pylist():
             if found["values"]:
                 self.mended[found["values"]] += found["counts"]
         return np.flatnonzero(good), usable["length"].to_numpy().astype(np.int64)
+
+    @cached_property
+    def about(self) -> dict:
+        """What the JSON of weights says of the rows that they were made with, so that the model is asked what it knows.
+
+        "rows_without_picture"; "prompts": the commonest first questions of rows with a picture, by language, {"en":
+        [...], "zh": [...]}, those of rows with several pictures under "en several" and "zh several"; "pictures_first":
+        do most rows with one picture show it before the question? Of ASKED rows drawn by chance, the same ones at each
+        call: few beside the rows of a run, which come in random order too. What was asked once is no prompt.
+        """
+        asked, first = Counter(), Counter()
+        rows = range(len(self)) if self.placeholders else ()
+        for row in sorted(random.Random(0).sample(rows, min(len(rows), ASKED))):
+            text = next(turn["content"] for turn in self.row(row).conversations if turn["role"] == "user")
+            pictures, prompt = text.count(IMAGE_TAG), text.replace(IMAGE_TAG, "").strip()
+            if pictures and prompt:
+                asked[language(prompt) + " several" * (pictures > 1), prompt] += 1
+                first[text.startswith(IMAGE_TAG)] += pictures == 1
+        prompts = {}
+        for (key, prompt), times in asked.most_common():
+            if times > 1 and len(prompts.setdefault(key, [])) < PROMPTS:
+                prompts[key].append(prompt)
+        about = {"rows_without_picture": self.without_picture, "prompts": prompts}
+        return about | ({"pictures_first": first[True] > first[False]} if first.total() else {})
 
     def report(self, examples: int = 3) -> str:
         """The bad rows as a table: kind, count, first examples."""

@@ -176,6 +176,11 @@ def vision_config(folder) -> dict:
 # ---------------------------------------------------------------------------- text
 
 
+def language(text: str) -> str:
+    """ "zh" where there is a Chinese character, else "en"."""
+    return "zh" if re.search("[\u3400-\u9fff]", text) else "en"
+
+
 def load_tokenizer(path, placeholders: str = "@" * 196):
     """The tokenizer of a folder, checked against what the model relies on.
 

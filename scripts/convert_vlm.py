@@ -26,9 +26,9 @@ from model.processing import IMAGE_TAG, encode_chat, read_json, to_rgb
 from scripts.check_export import QUESTIONS
 from scripts.folder import write_pth, write_transformers
 from scripts.llava import unpack_llava, write_llava
-from trainer.asking import count_parameters, open_image
+from trainer.asking import choose_model, count_parameters, open_image, prompts_of
 from trainer.cli import SWITCH, Parser, add_parts_arguments, positive, run_main
-from trainer.weights import ABOUT, bare_name, build_model, describe, find_weights, write_json
+from trainer.weights import ABOUT, bare_name, build_model, describe, write_json
 
 WRITE = {"llava": write_llava, "transformers": write_transformers, "pth": write_pth}
 
@@ -37,8 +37,8 @@ def parse_args(argv=None):
     parser = Parser(__file__, __doc__)
     add = parser.start.add_argument
     add("--to", required=True, choices=["llava", "transformers", "pth"], help="what to make")
-    add("--weights", default="sft_vlm", metavar="W", help="pretrain_vlm, sft_vlm, a .pth file or a folder")
-    add("--out_dir", default="./out", help="folder of the weights")
+    add("--weights", metavar="W", help="a .pth file, a folder, or pretrain_vlm; default: the newest sft_vlm")
+    add("--out_dir", default="./out", help="folder of the weights, or of folders with them")
     add("--output", metavar="DIR", help="folder to make; default: beside the weights, named after them and --to")
     add("--push", metavar="USER/NAME", help="upload to this repository of huggingface.co (HF_ENDPOINT, HF_TOKEN)")
     add = parser.group("the check").add_argument
@@ -51,7 +51,7 @@ def parse_args(argv=None):
     add("--use_moe", **SWITCH, help="take weights with experts, if there are several")
     add("--num_attention_heads", type=positive(int), help="only for weights without JSON that have not 8")
     add_parts_arguments(parser)
-    parser.set_defaults(num_hidden_layers=None, num_key_value_heads=None)
+    parser.set_defaults(num_hidden_layers=None, num_key_value_heads=None, load=0, model_mode=1)
     args = parser.parse_args(argv)
     if args.to == "pth" and (args.versions or args.push):
         parser.error("--versions and --push are for folders: --to llava or --to transformers")
@@ -74,17 +74,21 @@ def about_of(weights: Path, model, args, output: Path) -> dict:
     return {"versions": {}} | known | {"config": found["config"]}
 
 
-def model_card(kind: str, name: str, model, about: dict) -> str:
+def model_card(kind: str, name: str, model, about: dict, prompts: list[str]) -> str:
+    """prompts: questions that the model knows, the first one for the example."""
     config, counts = model.config, count_parameters(model)
     experts = f", {config.n_routed_experts} experts of which {config.num_experts_per_tok} work"
     size = f"{config.num_hidden_layers} layers, {config.hidden_size} wide{experts if config.use_moe else ''}"
     trust = ", trust_remote_code=True" if kind == "transformers" else ""
     what = "stock LLaVA, which needs no code of its own" if kind == "llava" else "with its code in this repository"
     facts = {"Stage": about.get("stage"), "Data": ", ".join(map(str, about.get("data") or []))}
+    facts["Questions it knows"] = " · ".join(prompts)
     facts |= {"Steps": about.get("step"), "Rows": about.get("rows"), "Seed": about.get("seed")}
     facts |= {"Command": f"`python {about['command']}`" if about.get("command") else None}
     facts |= {"Versions": ", ".join(f"{key} {value}" for key, value in about["versions"].items())}
     table = "".join(f"| {key} | {value} |\n" for key, value in facts.items() if value not in (None, ""))
+    picture, text = {"type": "image", "path": "photo.jpg"}, {"type": "text", "text": prompts[0]}
+    parts = [picture, text] if about.get("pictures_first") else [text, picture]
     serve = "\nAs a server with OpenAI's interface: `transformers serve` (README of MiniMind-V).\n" if not trust else ""
     return f"""\
 ---
@@ -108,7 +112,7 @@ A small vision-language model, made with MiniMind-V: {what}. It looks at picture
 from transformers import pipeline
 
 ask = pipeline("image-text-to-text", "{name}"{trust})
-question = [{{"type": "text", "text": "What is this?"}}, {{"type": "image", "path": "photo.jpg"}}]
+question = {json.dumps(parts, ensure_ascii=False)}
 print(ask(text=[{{"role": "user", "content": question}}], return_full_text=False)[0]["generated_text"])
 ```
 {serve}
@@ -218,7 +222,8 @@ def convert(args, weights: Path, output: Path, temporary: Path) -> None:
     WRITE[args.to](made, model, tokenizer, args.tokenizer_path, about)
     if args.to != "pth":
         write_json(made / ABOUT, about)
-        card = model_card(args.to, args.push or output.name, model, about)
+        prompts = dict.fromkeys([*prompts_of(source, "en"), *prompts_of(source, "zh")])
+        card = model_card(args.to, args.push or output.name, model, about, [*prompts])
         (made / "README.md").write_text(card, encoding="utf-8")
         ours = reference(model, tokenizer, [open_image(path, "--images") for path in args.images])
         print(check_folder(made, ours))
@@ -231,11 +236,7 @@ def convert(args, weights: Path, output: Path, temporary: Path) -> None:
 
 def main(argv=None):
     args = parse_args(argv)
-    weights = find_weights(args.weights, args.out_dir, args.hidden_size, args.use_moe)
-    if weights is None:
-        raise ValueError("--weights none: there is nothing to convert. Name a .pth file or a folder")
-    if not weights.exists():
-        raise FileNotFoundError(f"--weights {weights}: no such file or folder")
+    weights = choose_model(args)
     output = Path(args.output or weights.with_name(f"{bare_name(weights)}_{args.to}"))
     if output.exists():
         raise ValueError(f"--output {output} is there already: remove it, or name another folder")

@@ -27,7 +27,7 @@ from scripts import check_export, convert_vlm, llava
 from tests.conftest import lively
 from tests.test_model_minimind import OTHER, needs_other
 from train_sft_vlm import parse_args
-from trainer.weights import build_model, describe, save_weights, tokenizer_hash, weights_name
+from trainer.weights import build_model, describe, read_sidecar, save_weights, tokenizer_hash, weights_name
 
 DENSE, MOE = {}, {"use_moe": True}
 KINDS = pytest.mark.parametrize("kind", ["llava", "transformers"])
@@ -324,9 +324,9 @@ def test_mistakes_are_told_with_what_to_do(save, convert, tmp_path, flags, capsy
     made = convert("llava", weights)
     with pytest.raises(ValueError, match=r"--output .* is there already: remove it, or name another"):
         convert("llava", weights)
-    with pytest.raises(ValueError, match="--weights none: there is nothing to convert"):
+    with pytest.raises(ValueError, match="--weights none: a model that has not learned"):
         convert_vlm.main(["--to", "llava", "--weights", "none"])
-    with pytest.raises(FileNotFoundError, match="sft_vlm_512.pth is not there"):
+    with pytest.raises(FileNotFoundError, match=r"no sft_vlm_\*.pth in .*\npython -m scripts.quickstart"):
         convert_vlm.main(["--to", "llava", "--out_dir", str(tmp_path / "empty")])
     with pytest.raises(FileNotFoundError, match="--weights .*x.pth: no such file or folder"):
         convert_vlm.main(["--to", "llava", "--weights", str(tmp_path / "typo" / "x.pth")])
@@ -370,11 +370,27 @@ def test_the_folder_says_what_it_is_but_not_whose_machine_made_it(save, convert,
     assert {path.stat().st_mode & 0o044 for path in made.iterdir()} == {0o044}  # others may read it
 
 
+def test_card_and_json_name_questions_that_the_model_knows(save, convert):
+    weights = save()
+    path = weights.with_suffix(".json")
+    about = json.loads(path.read_text(encoding="utf-8"))
+    prompts = {"zh": ["有几个？", "在哪里？"], "en": ["How many?"]}
+    about |= {"prompts": prompts, "rows_without_picture": 0, "pictures_first": True}
+    path.write_text(json.dumps(about), encoding="utf-8")
+    made = convert("llava", weights)
+    card = (made / "README.md").read_text(encoding="utf-8")
+    assert "| Questions it knows | How many? · 有几个？ · 在哪里？ |" in card
+    assert 'question = [{"type": "image", "path": "photo.jpg"}, {"type": "text", "text": "How many?"}]' in card
+    back = read_sidecar(convert("pth", made) / weights.name)
+    assert back["prompts"] == prompts and back["rows_without_picture"] == 0 and back["pictures_first"]
+
+
 def test_weights_without_a_json_are_converted_too(save, convert):
     weights = save()
     weights.with_suffix(".json").unlink()
     made = convert("llava", weights)
-    assert "Command" not in (made / "README.md").read_text()
+    card = (made / "README.md").read_text(encoding="utf-8")
+    assert "Command" not in card and '[{"type": "text", "text": "Describe this picture."}, {"type": "image"' in card
     back = convert("pth", made)
     assert all(torch.equal(value, state_of(back / weights.name)[key]) for key, value in state_of(weights).items())
 

@@ -1,5 +1,7 @@
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -36,9 +38,10 @@ def test_it_answers_about_two_pictures_in_one_question(trained, world, capsys):
 def test_without_image_it_asks_about_every_picture_of_a_folder_alone_or_together(trained, world, capsys):
     folder = ["--image_dir", str(world / "pictures"), "--greedy", "--max_new_tokens", "3"]
     eval_vlm.main([*trained, *folder])
-    assert capsys.readouterr().out.count(".png] Describe this picture.") == 6
+    assert capsys.readouterr().out.count(".png] What colour is this?") == 6  # the commonest question of its training
     eval_vlm.main([*trained, *folder, "--use_multi", "2", "--weights", "sft_vlm"])
-    assert "[black.png, blue.png, green.png, red.png, white.png, yellow.png]" in capsys.readouterr().out
+    names = "[black.png, blue.png, green.png, red.png, white.png, yellow.png]"
+    assert f"{names} Compare these pictures." in capsys.readouterr().out  # its rows ask about two only once
 
 
 def test_sampling_follows_the_seed(trained, world, capsys):
@@ -111,9 +114,142 @@ def test_a_transformers_folder_answers_as_the_weights_do(trained, world, tokeniz
     assert "It is green." in capsys.readouterr().out
 
 
-def test_model_mode_names_the_weights(trained, world):
-    with pytest.raises(FileNotFoundError, match=r"pretrain_vlm_64\.pth is not there .* holds sft_vlm_64\.pth"):
-        eval_vlm.main([*trained, "--model_mode", "0", "--image", str(world / "pictures/red.png")])
+def flags_of(*more):
+    return eval_vlm.parse_args([*more])
+
+
+@pytest.fixture
+def several(tmp_path):
+    """out/ with weights of several stages, widths and days, the newest last, and an exported folder."""
+    out = tmp_path / "out"
+    names = [
+        "sft_vlm_512.pth",
+        "quickstart/pretrain_vlm_128.pth",
+        "quickstart/sft_vlm_128.pth",
+        "mine/sft_vlm_128_moe.pth",
+    ]
+    for day, name in enumerate([*names, "mine/sft_vlm_128.old.pth", "a/b/sft_vlm_64.pth"]):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(b"")
+        os.utime(out / name, (1e9 + day, 1e9 + day))
+    (out / "export").mkdir()
+    (out / "export/config.json").write_text('{"model_type": "minimind-v"}')
+    return out
+
+
+def test_the_newest_weights_that_fit_are_taken(several):
+    def found(*more):
+        return [
+            str(path.relative_to(several)) for path in asking.find_models(flags_of("--out_dir", str(several), *more))
+        ]
+
+    mine, quickstart, public = "mine/sft_vlm_128_moe.pth", "quickstart/sft_vlm_128.pth", "sft_vlm_512.pth"
+    assert found() == found("--weights", "sft_vlm") == [mine, quickstart, public]
+    assert found("--hidden_size", "128") == [mine, quickstart] and found("--use_moe") == [mine]
+    assert found("--hidden_size", "512") == [public]
+    assert found("--model_mode", "0") == found("--weights", "pretrain_vlm") == ["quickstart/pretrain_vlm_128.pth"]
+    assert found("--load", "1") == ["export"]
+    named = several / "quickstart/pretrain_vlm_128.pth"
+    assert found("--weights", str(named)) == ["quickstart/pretrain_vlm_128.pth"]
+    there = [str(path.relative_to(several)) for path in asking.list_models(several)]
+    assert there == ["export", mine, quickstart, "quickstart/pretrain_vlm_128.pth", public]
+
+
+def test_the_public_folder_comes_before_other_exports(several, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "MiniMind2-V").mkdir()
+    (tmp_path / "MiniMind2-V/config.json").write_text('{"model_type": "minimind-v"}')
+    assert asking.find_models(flags_of("--load", "1")) == [Path("MiniMind2-V")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "no sft_vlm_*.pth in empty and the folders in it. Make or fetch one:\n"),
+        (
+            ["--out_dir", "out", "--hidden_size", "64", "--use_moe"],
+            "no sft_vlm_64_moe.pth in out and the folders in it",
+        ),
+        (["--out_dir", "out", "--use_multi", "2"], "no sft_vlm_multi_*.pth in out and the folders in it. Name another"),
+        (["--load", "1"], "no Transformers folder in empty and the folders in it"),
+        (["--weights", "none"], "--weights none: a model that has not learned"),
+        (["--weights", "typo"], "--weights typo: no such file or folder"),
+        (["--weights", "out/quickstart"], "no config.json there\nFor the .pth files in it: --out_dir out/quickstart"),
+        (["--load", "1", "--weights", "out/sft_vlm_512.pth"], "no config.json there\nLeave --load 1 out"),
+    ],
+)
+def test_who_finds_no_weights_is_told_in_two_lines_what_to_type(several, monkeypatch, tmp_path, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        asking.find_models(flags_of("--out_dir", "empty", *flags))
+    told = str(error.value)
+    assert message in told and len(told.splitlines()) <= 2 and max(map(len, told.splitlines())) <= 80
+    suggested = re.search(r"--weights (out/\S+)", told)
+    assert "out" not in flags or Path(suggested[1]).exists()
+
+
+def test_eval_says_which_weights_it_took_and_how_to_choose_others(trained, world, tmp_path, capsys):
+    out = Path(trained[trained.index("--out_dir") + 1])
+    for folder in ("older", "newer"):
+        shutil.copytree(out, tmp_path / folder)
+    os.utime(tmp_path / "older/sft_vlm_64.pth", (1e9, 1e9))
+    ask = ["--image", str(world / "pictures/red.png"), "--greedy", "--out_dir", str(tmp_path)]
+    eval_vlm.main([*trained, *ask])
+    printed = capsys.readouterr().out
+    assert f"the newest of 2 that fit; to choose another: --weights {tmp_path / 'older/sft_vlm_64.pth'}" in printed
+    assert f"tensors from {tmp_path / 'newer/sft_vlm_64.pth'}" in printed
+    eval_vlm.main([*trained, *ask, "--weights", str(tmp_path / "older/sft_vlm_64.pth")])
+    printed = capsys.readouterr().out
+    assert "the newest of" not in printed and f"tensors from {tmp_path / 'older/sft_vlm_64.pth'}" in printed
+
+
+def test_every_way_of_asking_puts_the_pictures_in_the_same_place():
+    assert asking.question("What?", 0) == "What?"
+    assert asking.question("What?", 1) == "What?\n<image>"
+    assert asking.question("What?", 1, first=True) == "<image>\nWhat?"
+    assert asking.question("Which?", 2) == "<image>\n<image>\nWhich?"
+    assert asking.question("Is <image> like <image>?", 2) == "Is <image> like <image>?"
+
+
+def test_the_first_question_is_one_that_the_weights_know(trained, world, tmp_path, capsys):
+    folder = shutil.copytree(Path(trained[trained.index("--out_dir") + 1]), tmp_path / "out")
+    weights, path = folder / "sft_vlm_64.pth", folder / "sft_vlm_64.json"
+    about = json.loads(path.read_text(encoding="utf-8"))
+    image = str(world / "pictures/red.png")
+    ask = [*trained, "--out_dir", str(folder), "--greedy", "--max_new_tokens", "12", "--image", image]
+
+    def asked(*more):
+        eval_vlm.main([*ask, *more])
+        return re.search(r"\.png\] (.*)\n", capsys.readouterr().out)[1]
+
+    for prompts, one, two in (
+        ({"zh": ["这是什么颜色？"]}, "这是什么颜色？", "Compare these pictures."),
+        ({"en": ["A?", "B?"], "zh several": ["一样吗？"]}, "A?", "一样吗？"),
+        ({}, "Describe this picture.", "Compare these pictures."),
+    ):
+        path.write_text(json.dumps(about | {"prompts": prompts}), encoding="utf-8")
+        assert (asked(), asked(image)) == (one, two)
+    assert asking.prompts_of(weights, "zh") == ["描述这张图片。"]
+    assert asked("--prompt", "Mine?") == "Mine?"
+
+
+def test_a_picture_stands_where_most_rows_of_the_training_had_it(trained, world, tmp_path, monkeypatch):
+    folder = shutil.copytree(Path(trained[trained.index("--out_dir") + 1]), tmp_path / "out")
+    path = folder / "sft_vlm_64.json"
+    about = json.loads(path.read_text(encoding="utf-8"))
+    asked = []
+    monkeypatch.setattr(asking, "generate", lambda *given: asked.append(given[2][0]["content"]) or (None, 0, None))
+    ask = [*trained, "--out_dir", str(folder), "--image", str(world / "pictures/red.png"), "--prompt", "What?"]
+    for first in (True, False, None):
+        path.write_text(json.dumps(about | {"pictures_first": first}), encoding="utf-8")
+        eval_vlm.main(ask)
+    assert asked == ["<image>\nWhat?", "What?\n<image>", "What?\n<image>"]
+
+
+def test_two_pictures_are_asked_about_as_the_rows_ask(trained, world, capsys):
+    pictures = [str(world / "pictures/red.png"), str(world / "pictures/blue.png")]
+    eval_vlm.main([*trained, "--image", *pictures, "--prompt", "Which colours are these?", "--greedy"])
+    assert "[red.png, blue.png] Which colours are these?\nThey are red and blue." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,51 @@ def test_a_row_without_a_picture_needs_no_folder_of_pictures(read, extra):
     assert example["pictures"] is None
 
 
+# ---------------------------------------------------------------------------- what the JSON of weights says of rows
+
+
+def test_the_commonest_first_questions_about_a_picture_are_the_prompts(read):
+    one, two, three = {"image": "red.png"}, {"image": "red.png, blue.png"}, {"image": "red.png, blue.png, green.png"}
+    questions = ["<image>\nWhat is this?"] * 3 + ["Describe it. <image>"] * 2 + ["<image>\nAsked once?", "<image>"]
+    questions += ["<image>\n这是什么？"] * 4 + ["<image>说说hello"] * 5 + ["<image>\nA?", "<image>\nB?"] * 2
+    rows = [row(text, "An answer.", "Only later?", "Yes.", **one) for text in questions]
+    rows += [row("<image>\n<image>\nAlike?", "Yes.", **two), row("<image> <image> <image>Alike?", "No.", **three)]
+    rows += [row("Hello", "Hello!"), row("Hello", "Hi!"), row("你好", "你好！")]
+    about = read(rows).about
+    assert about == {
+        "rows_without_picture": 3,
+        "prompts": {
+            "en": ["What is this?", "Describe it.", "A?"],
+            "zh": ["说说hello", "这是什么？"],
+            "en several": ["Alike?"],
+        },
+        "pictures_first": True,
+    }
+    rows = [
+        row("What?\n<image>", "That.", **one),
+        row("Why?\n<image>", "So.", **one),
+        row("<image>\nWho?", "I.", **one),
+    ]
+    assert read(rows).about == {"rows_without_picture": 0, "prompts": {}, "pictures_first": False}
+
+
+def test_rows_without_pictures_name_no_prompt(read):
+    assert read([row("Hello", "Hello!")] * 3).about == {"rows_without_picture": 3, "prompts": {}}
+    text = [row("What is this?\n<image>", "That.", image="red.png")] * 3
+    assert read(text, image_special_token="").about == {"rows_without_picture": 3, "prompts": {}}
+
+
+def test_of_many_rows_some_tell_the_prompts_the_same_ones_at_each_call(read, monkeypatch):
+    rows = [row(f"<image>\nWhat is {i % 7}?", "That.", image="red.png") for i in range(400)]
+    monkeypatch.setattr("dataset.lm_dataset.ASKED", 30)
+    data, asked = read(rows), []
+    real = data.row
+    monkeypatch.setattr(data, "row", lambda number: asked.append(number) or real(number))
+    about = data.about
+    assert len(asked) == 30 and max(asked) > 350 and len({number % 7 for number in asked}) == 7  # from everywhere
+    assert about == data.about == read(rows).about and len(asked) == 30 and len(about["prompts"]["en"]) == 3
+
+
 # ---------------------------------------------------------------------------- too long
 
 

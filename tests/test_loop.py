@@ -578,3 +578,27 @@ def test_compiled_training_makes_the_same_losses(flags, tmp_path, monkeypatch):
     assert sum(losses(tmp_path / "compiled"), ()) == pytest.approx(sum(losses(tmp_path / "plain"), ()), rel=1e-5)
     plain, saved = (torch.load(tmp_path / folder / "sft_vlm_64.pth") for folder in ("plain", "compiled"))
     assert plain.keys() == saved.keys()  # no _orig_mod in the names
+
+
+# ---------------------------------------------------------------------------- what the JSON of weights says of the data
+
+
+def test_the_json_names_questions_of_the_rows_and_else_those_of_the_weights_before(flags, world, tmp_path):
+    out = tmp_path / "out"
+
+    def about(*more):
+        main([*flags, "--hidden_size", "64", *more])
+        return json.loads((out / "sft_vlm_64.json").read_text(encoding="utf-8"))
+
+    said = about()
+    assert said["prompts"] == {"en": ["What colour is this?"], "zh": ["这是什么颜色？"]}
+    assert said["rows_without_picture"] == 1 and said["pictures_first"] is False
+    before = shutil.copytree(out, tmp_path / "before") / "sft_vlm_64.pth"
+    start = ["--from_weight", str(before), "--data_path"]
+    text = write_rows(tmp_path / "text.jsonl", [{"conversations": [turn("user", "Hello"), turn("assistant", "Hi.")]}])
+    said = about(*start, str(text))
+    assert said["rows_without_picture"] == 1 and said["prompts"]["zh"] == ["这是什么颜色？"]
+    chat = {"conversations": [turn("user", "<image>\nWhat?"), turn("assistant", "That.")], "image": "red.png"}
+    said = about(*start, str(write_rows(tmp_path / "own.jsonl", [chat, chat])))
+    assert said["prompts"] == {"en": ["What?"], "zh": ["这是什么颜色？"]}
+    assert said["rows_without_picture"] == 0 and said["pictures_first"] is True

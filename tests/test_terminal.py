@@ -1,7 +1,9 @@
+import json
 import os
 import re
 import select
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -53,15 +55,31 @@ def test_a_conversation_keeps_its_pictures_until_it_is_cleared(talk, turns, worl
     pictures = world / "pictures"
     out = talk(
         *(f"/image {pictures / 'red.png'}", "这是什么颜色？", "确定吗？", "/clear", ""),
-        *(f"/image '{pictures / 'red.png'}'", f"/image {pictures / 'blue.png'}", "<image>\n<image>\nWhich colours?"),
+        *(f"/image '{pictures / 'red.png'}'", f"/image {pictures / 'blue.png'}", "Which colours are these?"),
     )
     assert "这是红色。\n\n> 是的。\n" in out and "forgotten" in out
     assert "40×36 pixels, picture 2 of the next question" in out
     assert turns == [
         (["这是什么颜色？\n<image>"], 1),
         (["这是什么颜色？\n<image>", "这是红色。", "确定吗？"], 1),
-        (["<image>\n<image>\nWhich colours?"], 2),
+        (["<image>\n<image>\nWhich colours are these?"], 2),
     ]
+    assert "They are red and blue" in out
+
+
+def test_who_gives_no_picture_to_a_model_that_always_had_one_is_told(talk, trained, world, tmp_path):
+    folder = shutil.copytree(Path(trained[trained.index("--out_dir") + 1]), tmp_path / "out")
+    path, line = folder / "sft_vlm_64.json", "(no picture was given, and this model was never trained without one)\n"
+    about = json.loads(path.read_text(encoding="utf-8"))
+    talking = ["--out_dir", str(folder)]
+    ask = ("What colour is this?", "Sure?", f"/image {world / 'pictures/red.png'}", "Which?", "And?", "/clear", "What?")
+    assert line not in talk(*ask, flags=talking)  # one of its rows has no picture
+    path.write_text(json.dumps(about | {"rows_without_picture": 0}), encoding="utf-8")
+    out = talk(*ask, flags=talking)
+    assert out.count(line) == 3 and out.count("> " + line) == 3 and len(line) <= 80
+    del about["rows_without_picture"]  # as with public weights
+    path.write_text(json.dumps(about), encoding="utf-8")
+    assert line not in talk(*ask, flags=talking)
 
 
 def test_a_mistake_is_told_and_the_conversation_goes_on(talk, turns, world, tmp_path):

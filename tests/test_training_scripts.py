@@ -73,7 +73,7 @@ def test_stage_1_makes_experts_of_dense_weights_and_says_so(flags, tmp_path, cap
     dense, _, _ = build_model(train_sft_vlm.parse_args(flags), None)
     save_weights(out / "llm_64.pth", dense, {})
     capsys.readouterr()
-    with pytest.raises(FileNotFoundError, match=r"llm_64_moe.pth is not there .*holds llm_64.pth.* or another file"):
+    with pytest.raises(FileNotFoundError, match=r"no .*llm_64_moe.pth .*holds llm_64.pth\)\nName another"):
         train_pretrain_vlm.main([*flags, "--use_moe", "--from_weight", "llm"])
     given = [*flags, "--use_moe", "--from_weight", str(out / "llm_64.pth"), "--log_interval", "1"]
     run = train_pretrain_vlm.main(given)
@@ -146,8 +146,8 @@ MISTAKES = [
     (["--tokenizer_path", "nowhere"], "--tokenizer_path nowhere: no tokenizer.json there"),
     (["--vision_model_path", "nowhere"], "--vision_model_path nowhere: no config.json there"),
     (["--val_path", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
-    (["--from_weight", "llm"], "llm_64.pth is not there ("),
-    (["--from_weight", "nowhere.pth"], "nowhere.pth: no such weights"),
+    (["--from_weight", "llm"], "llm_64.pth ("),
+    (["--from_weight", "nowhere.pth"], "--from_weight nowhere.pth: no such file or folder"),
     (["--max_seq_len", "20"], "--max_seq_len allows 20"),
     (["--hidden_size", "60"], "hidden_size=60 must be a multiple of num_attention_heads=8"),
     (["--dropout", "1.5"], "dropout probability has to be between 0 and 1"),
@@ -164,7 +164,7 @@ MISTAKES = [
     (["--cache_dtype", "int8"], "--cache_dtype has no effect without --cache_features"),
     (["--trainable", "projector", "--optimizer", "muon"], "--optimizer muon is for the blocks, which do not learn"),
     (["--trainable", "attention", "--embedding_learning_rate", "0.1"], "with --trainable attention the embeddings do"),
-    (["--from_weight", "sft_vlm_multi"], "Names that can be made: pretrain_vlm, sft_vlm, llm;"),
+    (["--from_weight", "sft_vlm_multi"], "or a stage: pretrain_vlm, sft_vlm, llm"),
     (["--use_moe", "maybe"], "--use_moe: expected nothing, 1 or 0, got maybe"),
     (["--bach_size", "3"], "_vlm.py; did you mean --batch_size?"),
 ]

@@ -1,6 +1,7 @@
 """The page through its API, and the page itself in headless Chromium (slow)."""
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -22,8 +23,8 @@ import trainer.page
 import web_demo_vlm
 from model.model_vlm import MiniMindVLM
 from tests.conftest import lively, small_config, turn
-from trainer.asking import ask
-from trainer.chat import Refusal, Stop, find_models, fit, load_model, open_picture, turns_of
+from trainer.asking import ask, find_models, list_models
+from trainer.chat import Refusal, Stop, fit, load_model, open_picture, turns_of
 from trainer.page import TEXT, serve, show_as_text
 from trainer.weights import describe, save_weights
 
@@ -136,7 +137,7 @@ def test_earlier_turns_and_their_pictures_stay_part_of_the_conversation(visitor,
     second = visitor.ask("And these?", blue, red)
     third = visitor.ask("Sure?")
     chat = [turn("user", "What?\n<image>"), turn("assistant", first)]
-    chat += [turn("user", "And these?\n<image>\n<image>")]
+    chat += [turn("user", "<image>\n<image>\nAnd these?")]
     assert second == expected(chat, [red, blue, red])
     chat += [turn("assistant", second), turn("user", "Sure?")]
     assert third == expected(chat, [red, blue, red]) and refused.startswith("⚠️")
@@ -183,7 +184,45 @@ def test_two_visitors_at_once_share_nothing(address, world, expected):
 
 def test_an_empty_question_about_a_picture_asks_what_is_in_it(visitor, world, expected):
     red = world / "pictures/red.png"
-    assert visitor.ask("", red) == expected([turn("user", "What is in the picture?\n<image>")], [red])
+    assert visitor.ask("", red) == expected([turn("user", "Describe this picture.\n<image>")], [red])
+
+
+@contextmanager
+def about(out, **facts):
+    """The JSON of the first weights says this too, meanwhile."""
+    path = out / "sft_vlm_64.json"
+    before = path.read_text(encoding="utf-8")
+    path.write_text(json.dumps(json.loads(before) | facts), encoding="utf-8")
+    yield
+    path.write_text(before, encoding="utf-8")
+
+
+def test_an_empty_question_is_one_that_the_model_knows_in_the_language_of_the_browser(address, out, world, expected):
+    red, blue = world / "pictures/red.png", world / "pictures/blue.png"
+    chinese = {"accept-language": "zh-CN,zh;q=0.9"}
+    with about(out, prompts={"en": ["What colour is this?"], "zh": ["这是什么？"], "en several": ["Which colours?"]}):
+        assert Visitor(address).ask("", red) == expected([turn("user", "What colour is this?\n<image>")], [red])
+        zh = Visitor(address, headers=chinese)
+        assert zh.ask("", red) == expected([turn("user", "这是什么？\n<image>")], [red])
+        both = [turn("user", "<image>\n<image>\nWhich colours?")]
+        assert Visitor(address, headers=chinese).ask("", red, blue) == expected(both, [red, blue])
+
+
+def test_the_picture_comes_first_for_a_model_that_learned_so(address, out, world, expected):
+    red = world / "pictures/red.png"
+    with about(out, pictures_first=True):
+        assert Visitor(address).ask("What?", red) == expected([turn("user", "<image>\nWhat?")], [red])
+
+
+def test_who_gives_no_picture_to_a_model_that_always_had_one_is_told(address, out, world):
+    for rows, told in ((0, True), (3, False)):
+        with about(out, rows_without_picture=rows):
+            visitor = Visitor(address)
+            assert visitor.ask("What?") and visitor.title.startswith(TEXT["en"]["unseen"]) == told
+            visitor.ask("What?", world / "pictures/red.png")
+            assert visitor.title.startswith("Pictures seen: 1 ·")
+            visitor.ask("And?")
+            assert visitor.title.startswith("Pictures seen: 1 (1 of earlier turns)")
 
 
 def test_what_no_longer_fits_is_left_out_and_said(out, world):
@@ -221,14 +260,13 @@ def test_sentences_are_in_the_language_of_the_browser(address):
 
 
 def test_weights_and_exports_are_found_in_out_and_one_folder_below(out, tmp_path):
-    found = find_models(flags(out))
-    assert found[0] == out / "sft_vlm_64.pth"  # an export is newer, but --load 0 wants .pth
-    assert set(found) == {out / "sft_vlm_64.pth", out / "below/sft_vlm_64.pth", out / "export"}
+    assert find_models(flags(out))[0] == out / "sft_vlm_64.pth"  # an export is newer, but --load 0 wants .pth
+    assert set(list_models(out)) == {out / "sft_vlm_64.pth", out / "below/sft_vlm_64.pth", out / "export"}
     assert find_models(flags(out, "--load", "1"))[0] == out / "export"
     assert find_models(flags(out, "--weights", str(out / "below/sft_vlm_64.pth")))[0] == out / "below/sft_vlm_64.pth"
-    with pytest.raises(FileNotFoundError, match=r"no sft_vlm_multi_\*\.pth that fits .* which hold .*sft_vlm_64\.pth"):
+    with pytest.raises(FileNotFoundError, match=r"no sft_vlm_multi_\*\.pth .*\n--weights .*export"):
         find_models(flags(out, "--use_multi", "2"))
-    with pytest.raises(FileNotFoundError, match="which hold no weights. .* python -m scripts.quickstart"):
+    with pytest.raises(FileNotFoundError, match="Make or fetch one:\npython -m scripts.quickstart"):
         find_models(flags(tmp_path))
 
 
@@ -542,7 +580,10 @@ needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="no chromium here: apt-
 def test_the_page_streams_stops_retries_undoes_and_clears(address, stops, world, expected):
     red = world / "pictures/red.png"
     with browser_at(address, **LAPTOP) as page:
+        page.locator("#questions button").first.wait_for()
         screenshot(page, "empty_laptop_en_light")
+        page.locator("#questions button").get_by_text("Describe this picture.").click()
+        wait_until(lambda: page.locator("textarea").input_value() == "Describe this picture.")
         page.get_by_text("Settings").click()
         set_length(page, 40)
         screenshot(page, "settings_laptop_en_light")
@@ -614,6 +655,8 @@ def test_closing_the_page_ends_generation(address, stops):
 def test_on_a_phone_in_chinese_and_dark_samples_are_picked_and_nothing_sticks_out(address):
     with browser_at(address, **PHONE) as page:
         page.get_by_text("给我看一张图片，然后提问。").wait_for()
+        page.locator("#questions button").first.click()
+        wait_until(lambda: page.locator("textarea").input_value() == "描述这张图片。")
         for number in (1, 2):
             page.locator("#samples button").nth(number).click()
             page.wait_for_function(f"document.querySelectorAll('.thumbnail-image').length == {number}")

@@ -28,6 +28,7 @@ from trainer.weights import (
     find_weights,
     known_names,
     load_weights,
+    read_sidecar,
     read_weights,
     refuse_other_architecture,
     save_weights,
@@ -792,29 +793,45 @@ def test_a_language_model_of_text_becomes_experts_that_see(args, bare, json_ther
     assert line.endswith("new: projector; each expert starts as its dense feed-forward, the gates at random")
 
 
+@pytest.mark.parametrize("prompts", ["What?", {"en": "What?"}, {"en": []}, {"en": [7]}])
+def test_prompts_of_another_form_are_named(tmp_path, prompts):
+    (tmp_path / "sft_vlm_64.json").write_text(json.dumps({"prompts": prompts}))
+    with pytest.raises(ValueError, match=r"sft_vlm_64.json: .*prompts"):
+        read_sidecar(tmp_path / "sft_vlm_64.pth")
+
+
 # ---------------------------------------------------------------------------- finding
 
 
 def test_weights_that_are_not_there_are_answered_with_what_is(args, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"out/llm_512.pth is not there \(.*out holds no .pth file\)"):
+    with pytest.raises(FileNotFoundError, match=r"--from_weight llm: no .*/llm_512.pth \(.* holds no .pth file\)"):
         find_weights("llm", args.out_dir, None, False)
-    save(args)
+    path, _ = save(args)
     save(args, stage="pretrain_vlm", use_moe=True)
     with pytest.raises(FileNotFoundError, match=r"llm_64_moe.pth .* holds pretrain_vlm_64_moe.pth, sft_vlm_64.pth\)"):
         find_weights("llm", args.out_dir, 64, True)
     assert find_weights("sft_vlm", args.out_dir, 64, False) == Path(args.out_dir) / "sft_vlm_64.pth"
     assert find_weights("none", args.out_dir, 64, False) is None
-    assert find_weights("some/where.pth", args.out_dir, 64, False) == Path("some/where.pth")
-    assert find_weights("./folder", args.out_dir, 64, False) == Path("folder")
+    assert find_weights(str(path), tmp_path, 64, False) == path
+    for name in ("some/where.pth", "./folder"):
+        with pytest.raises(FileNotFoundError, match=f"--from_weight {name}: no such file or folder"):
+            find_weights(name, args.out_dir, 64, False)
 
 
-@pytest.mark.parametrize("stage, what", [("llm", "llm"), ("pretrain_vlm", "vlm"), ("sft_vlm", "vlm")])
-def test_who_has_no_weights_is_told_what_to_type(tmp_path, stage, what):
-    with pytest.raises(
-        FileNotFoundError,
-        match=f"scripts.download --what {what}, or make it: python .*train_.*python -m scripts.quickstart",
-    ):
-        find_weights(stage, tmp_path, None, False)
+@pytest.mark.parametrize(
+    "stage, what",
+    [
+        ("llm", "fetch it: python -m scripts.download --what llm"),
+        ("pretrain_vlm", "make it: python train_pretrain_vlm.py"),
+        ("sft_vlm", "fetch it: python -m scripts.download --what vlm"),
+        ("typo", "a stage: pretrain_vlm, sft_vlm, llm"),
+    ],
+)
+def test_who_has_no_weights_is_told_what_to_type(monkeypatch, tmp_path, stage, what):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as error:
+        find_weights(stage, "out", None, False)
+    assert what in str(error.value) and max(map(len, str(error.value).splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 import time
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -14,27 +15,102 @@ from transformers import TextStreamer
 
 from model.processing import IMAGE_TAG, encode_chat, read_json
 from trainer.devices import autocast, pick_dtype
-from trainer.weights import bare_name, build_model, find_weights, write_json
+from trainer.weights import bare_name, build_model, read_sidecar, write_json
 
 STAGES = {0: "pretrain_vlm", 1: "sft_vlm", 2: "sft_vlm_multi"}
+PROMPTS = {  # what weights are asked whose JSON names no question
+    "en": "Describe this picture.",
+    "zh": "描述这张图片。",
+    "en several": "Compare these pictures.",
+    "zh several": "比较这些图片。",
+}
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # What a picture from the network may take: bytes, seconds, and seconds of silence.
 LARGEST, LONGEST, SILENT = 50 * 10**6, 60, 20
 
 
+# ---------------------------------------------------------------------------- models
+
+
+def is_export(path: Path) -> bool:
+    with suppress(OSError, ValueError):
+        return read_json(path / "config.json").get("model_type") == "minimind-v"
+    return False
+
+
+def list_models(out_dir) -> list[Path]:
+    """Weights that can be asked and exported folders, in `out_dir` and the folders in it, the newest first."""
+    below = [path for pattern in ("*", "*/*") for path in Path(out_dir).glob(pattern)]
+    name = re.compile(rf"({'|'.join(STAGES.values())})_\d+(_moe)?\.pth")
+    found = [path for path in below if name.fullmatch(path.name) or is_export(path)]
+    return sorted(found, key=lambda path: (-path.stat().st_mtime, path))
+
+
+def find_models(args) -> list[Path]:
+    """Those that --weights, --load, --model_mode, --hidden_size and --use_moe leave, the first of which is to be taken:
+    the newest, as no flag is needed to ask what was just trained. Raises FileNotFoundError if there is none.
+    """
+    name, path = args.weights or STAGES[args.model_mode], Path(args.weights or "MiniMind2-V")
+    if name == "none":
+        raise ValueError("--weights none: a model that has not learned knows nothing. Name a .pth file")
+    if args.weights and name not in STAGES.values():
+        if not path.exists():
+            raise FileNotFoundError(f"--weights {path}: no such file or folder")
+        if (path.is_dir() or args.load == 1) and not (path / "config.json").is_file():
+            what = f"For the .pth files in it: --out_dir {path}" if path.is_dir() else "Leave --load 1 out"
+            raise FileNotFoundError(f"--weights {path} is no Transformers folder: no config.json there\n{what}")
+        return [path]
+    there = list_models(args.out_dir)
+    if args.load == 1:
+        wanted = "Transformers folder"
+        found = [path] if is_export(path) else [path for path in there if path.is_dir()]
+    else:
+        width, moe = args.hidden_size or r"\d+", "_moe" if args.use_moe else "(_moe)?"
+        wanted = f"{name}_{args.hidden_size or '*'}{'_moe' * args.use_moe}.pth"
+        found = [path for path in there if re.fullmatch(rf"{name}_{width}{moe}\.pth", path.name)]
+    where = f"no {wanted} in {Path(args.out_dir)} and the folders in it"
+    if not found and there:
+        raise FileNotFoundError(f"{where}. Name another one, as in\n--weights {there[0]}")
+    if not found:
+        commands = "python -m scripts.quickstart; or python -m scripts.download --what clip vlm"
+        raise FileNotFoundError(f"{where}. Make or fetch one:\n{commands}")
+    return found
+
+
+def choose_model(args) -> Path:
+    """The first of `find_models`; says how to choose another one."""
+    found = find_models(args)
+    if len(found) > 1:
+        print(f"the newest of {len(found)} that fit; to choose another: --weights {found[1]}")
+    return found[0]
+
+
 def load(args):
     """Model on its device in eval mode, tokenizer, path of the weights."""
-    if args.load == 1:
-        path = Path(args.weights or "./MiniMind2-V")
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"--weights {path}: no config.json there. --load 1 wants a Transformers folder")
-    elif args.weights == "none":
-        raise ValueError("--weights none: there is nothing to ask a model that has not learned. Name a .pth file")
-    else:
-        path = find_weights(args.weights or STAGES[args.model_mode], args.out_dir, args.hidden_size, args.use_moe)
+    path = choose_model(args)
     model, tokenizer, line = build_model(args, path)
     print(line)
     return model.eval(), tokenizer, path
+
+
+def prompts_of(weights: Path, language: str = "en", several: bool = False) -> list[str]:
+    """Questions that the weights know, in the other language if in this one there is none; the best one first.
+
+    several: about several pictures.
+    """
+    known = read_sidecar(weights)["prompts"]
+    key, other = (each + " several" * several for each in (language, {"en": "zh", "zh": "en"}[language]))
+    return known.get(key) or known.get(other) or [PROMPTS[key]]
+
+
+def needs_picture(weights: Path) -> bool:
+    """Was it never trained without one? What their JSON does not tell is not claimed."""
+    return read_sidecar(weights).get("rows_without_picture") == 0
+
+
+def pictures_first(weights: Path) -> bool:
+    """Did the pictures of its training stand before the questions, one to each?"""
+    return bool(read_sidecar(weights).get("pictures_first"))
 
 
 # ---------------------------------------------------------------------------- asking
@@ -120,19 +196,26 @@ def open_image(path, flag: str = "--image") -> Image.Image:
     raise ValueError(f"{flag} {path} is not a picture that can be read: {reason}")
 
 
-def question(prompt: str, pictures: int, flag: str = "--prompt") -> str:
-    """The user's turn: an <image> tag for each picture, after the text where it has none of its own."""
+def question(prompt: str, pictures: int, first: bool = False, flag: str = "--prompt") -> str:
+    """The user's turn, the same for eval_vlm.py, --chat, --captions and the web page: an <image> tag for each picture.
+
+    Where the text has none, they stand where the data had them. first: one picture comes before the text, as most rows
+    of the training showed it (`pictures_first`), else after it, as in the public rows ("...\\n<image>"). Several always
+    come before: so the drawn scenes show what is to be compared, and the public rows have them anywhere.
+    """
     tags = prompt.count(IMAGE_TAG)
     if tags not in (0, pictures):
         raise ValueError(f"{flag} has {tags} {IMAGE_TAG}, but there are {pictures} pictures: give one each, or none")
-    return prompt if tags else prompt + f"\n{IMAGE_TAG}" * pictures
+    if tags or not pictures:
+        return prompt
+    return f"{IMAGE_TAG}\n" * pictures + prompt if first or pictures > 1 else f"{prompt}\n{IMAGE_TAG}"
 
 
-def prompts_to_ask(args) -> tuple[list[str], str]:
+def prompts_to_ask(args, weights: Path) -> tuple[list[str], str]:
     """What is asked about each picture, and the flag it came with."""
     if not args.prompts_path:
-        default = "Compare these pictures." if args.use_multi == 2 else "Describe this picture."
-        return [args.prompt or default], "--prompt"
+        several = args.use_multi == 2 or len(args.image or ()) > 1
+        return [args.prompt or prompts_of(weights, several=several)[0]], "--prompt"
     flag = f"--prompts_path {args.prompts_path}"
     try:
         lines = Path(args.prompts_path).read_text(encoding="utf-8-sig").splitlines()
@@ -159,10 +242,10 @@ def pictures_to_ask(args) -> list[list]:
     return [found] if args.use_multi == 2 else [[path] for path in found]
 
 
-def ask_about_pictures(model, tokenizer, args) -> None:
+def ask_about_pictures(model, tokenizer, args, weights: Path) -> None:
     """Every prompt about every picture of a folder, or about all pictures together; answers stream to the terminal, or
     come as lines of JSON. A broken picture of a folder is told, and the others follow."""
-    prompts, flag = prompts_to_ask(args)
+    (prompts, flag), first = prompts_to_ask(args, weights), pictures_first(weights)
     figures = 0
     for paths in pictures_to_ask(args):
         names = [str(path) for path in paths]
@@ -175,7 +258,7 @@ def ask_about_pictures(model, tokenizer, args) -> None:
             print(json.dumps(about | {"error": str(error)}, ensure_ascii=False) if args.json else f"\n{error}")
             continue
         for prompt in prompts:
-            text = question(prompt, len(paths), flag)
+            text = question(prompt, len(paths), first, flag)
             streamer = None
             if not args.json:
                 streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -15,7 +15,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from model.processing import encode_chat
-from trainer.asking import PICTURES, answer_batches, collate_prompts, open_image, prompts_to_ask, question
+from trainer.asking import (
+    PICTURES,
+    answer_batches,
+    collate_prompts,
+    open_image,
+    pictures_first,
+    prompts_to_ask,
+    question,
+)
 from trainer.devices import pick_dtype
 
 BEGIN = b'{"image": "'  # of every line, by which a half-written one is known
@@ -88,13 +96,13 @@ class Pictures(Dataset):
         return {"number": i, "ids": self.ids[prompt], "pictures": pixels[None]}
 
 
-def write_captions(model, tokenizer, args, device) -> Path:
+def write_captions(model, tokenizer, args, weights: Path, device) -> Path:
     """Asks every prompt about every picture of args.image_dir, greedily, and appends the answers to args.captions."""
     folder, path = Path(args.image_dir or "dataset/eval_images"), Path(args.captions)
-    names, (prompts, flag) = find_pictures(folder), prompts_to_ask(args)
+    names, (prompts, flag) = find_pictures(folder), prompts_to_ask(args, weights)
     ids = {}
     for prompt in prompts:
-        chat = [{"role": "user", "content": question(prompt, 1, flag)}]
+        chat = [{"role": "user", "content": question(prompt, 1, pictures_first(weights), flag)}]
         [(ids[prompt], _, _)] = encode_chat(tokenizer, chat, model.config.image_special_token)
     answered, broken = read_captions(path)
     wanted = [(name, prompt) for name in names for prompt in ids]

@@ -5,57 +5,21 @@ The model is asked by `trainer.asking.ask`, in the tokens of its training. A `Re
 
 import argparse
 import math
-import re
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from PIL import Image
 from transformers import StoppingCriteria, TextIteratorStreamer
 
-from model.processing import IMAGE_TAG, encode_chat, read_json
-from trainer.asking import STAGES, ask, load, question
+from model.processing import IMAGE_TAG, encode_chat
+from trainer.asking import ask, load, question
 from trainer.devices import pick_device
-from trainer.weights import find_weights
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 
 # ---------------------------------------------------------------------------- models
-
-
-def is_export(path: Path) -> bool:
-    with suppress(OSError, ValueError):
-        return read_json(path / "config.json").get("model_type") == "minimind-v"
-    return False
-
-
-def find_models(args) -> list[Path]:
-    """Weights and exported folders in --out_dir and one folder below, the newest first but for the one to start with.
-
-    Raises FileNotFoundError if there is none to start with.
-    """
-    out = Path(args.out_dir)
-    below = [path for pattern in ("*", "*/*") for path in out.glob(pattern)]
-    stages = "|".join(STAGES.values())
-    found = [path for path in below if re.fullmatch(rf"({stages})_\d+(_moe)?\.pth", path.name) or is_export(path)]
-    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    if args.weights:
-        start = [find_weights(args.weights, out, args.hidden_size, args.use_moe)]
-    elif args.load == 1:
-        start = [path for path in (Path("MiniMind2-V"), *found) if is_export(path)]
-    else:
-        moe = "_moe" if args.use_moe else "(_moe)?"
-        name = rf"{STAGES[args.model_mode]}_{args.hidden_size or '[0-9]+'}{moe}\.pth"
-        start = [path for path in found if re.fullmatch(name, path.name)]
-    if not start:
-        wanted = "Transformers folder" if args.load == 1 else f"{STAGES[args.model_mode]}_*.pth that fits the flags"
-        raise FileNotFoundError(
-            f"no {wanted} in {out} and the folders in it, which hold {', '.join(map(str, found)) or 'no weights'}. "
-            "Name one with --weights, choose with --model_mode and --load, or make one: python -m scripts.quickstart"
-        )
-    return list(dict.fromkeys([start[0], *found]))
 
 
 def load_model(weights: Path, args):
@@ -136,16 +100,16 @@ def check_question(text: str, pictures: list, args) -> None:
         raise Refusal("tags", tag=IMAGE_TAG, n=tags, pictures=len(pictures))
 
 
-def chat_of(turns: list) -> list[dict]:
-    """The turns as `encode_chat` takes them; the last one may wait for its answer."""
+def chat_of(turns: list, first: bool) -> list[dict]:
+    """The turns as `encode_chat` takes them; the last one may wait for its answer. first: see `question`."""
     chat = []
     for text, files, answer in turns:
-        chat.append({"role": "user", "content": question(text, len(files))})
+        chat.append({"role": "user", "content": question(text, len(files), first)})
         chat += [{"role": "assistant", "content": answer}] if answer else []
     return chat
 
 
-def fit(turns: list, tokenizer, placeholders: str, args) -> list:
+def fit(turns: list, tokenizer, placeholders: str, args, first: bool = False) -> list:
     """The last turns that fit into --max_seq_len tokens, and hold at most four questions' worth of pictures."""
 
     def size(turn):
@@ -154,7 +118,7 @@ def fit(turns: list, tokenizer, placeholders: str, args) -> list:
         if len(answer) > 64 * args.max_new_tokens:  # characters, far more than so many tokens can be: likewise
             return math.inf
         try:
-            return sum(len(piece) for piece, _, _ in encode_chat(tokenizer, chat_of([turn]), placeholders))
+            return sum(len(piece) for piece, _, _ in encode_chat(tokenizer, chat_of([turn], first), placeholders))
         except ValueError:  # a run of placeholders, typed or answered
             if answer:
                 return math.inf
@@ -187,14 +151,14 @@ class Stop(StoppingCriteria):
         return torch.full(input_ids.shape[:1], self.late or self.told.is_set(), device=input_ids.device)
 
 
-def stream(model, tokenizer, turns: list, pictures: list, args, stop: Stop):
+def stream(model, tokenizer, chat: list[dict], pictures: list, args, stop: Stop):
     """Yields the answer as it grows. Closing the generator ends the work on it."""
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failures = []
 
     def work():
         try:
-            ask(model, tokenizer, chat_of(turns), pictures, args, streamer, [stop])
+            ask(model, tokenizer, chat, pictures, args, streamer, [stop])
         except Exception as error:  # raised again below, in the thread of the visitor
             failures.append(error)
             streamer.end()

@@ -33,7 +33,7 @@ from trainer.distributed import all_sum, gather, rank, say, world_size
 from trainer.feed import Feed, StreamFeed, check_data, make_loader
 from trainer.optimizer import SETTINGS, schedule, set_learning_rate
 from trainer.progress import Progress
-from trainer.weights import describe, refuse_other_architecture, script, weights_name
+from trainer.weights import describe, find_weights, read_sidecar, refuse_other_architecture, script, weights_name
 
 MAX_BROKEN = 0.01  # share of rows with broken pictures that --on_bad_row skip puts up with while training
 
@@ -111,6 +111,9 @@ class Run:
         return range(self.state.step // self.feed.steps_per_epoch, self.args.epochs)
 
     def save(self) -> None:
+        if self.feed.data is not None:  # a stream's: the rows on the disk now stand for all
+            known, found = self.checkpoint.about, self.feed.data.about
+            known |= found | {"prompts": known["prompts"] | found["prompts"]}
         self.checkpoint.save(self.model, self.optimizer, self.scaler, self.state)
 
 
@@ -130,6 +133,8 @@ def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: V
     refuse_other_architecture(path, model.config)
     settings = {key: getattr(args, key) for key in SETTINGS if hasattr(args, key)}
     about = describe(model, args, stage=stage, data=list(map(str, args.data_path)), seed=args.seed, settings=settings)
+    weights = find_weights(args.from_weight, args.out_dir, args.hidden_size, args.use_moe)
+    about["prompts"] = read_sidecar(weights)["prompts"] if weights else {}  # until rows have better ones
     checkpoint = Checkpoint(path, args, about, data.rows if isinstance(data, Stream) else len(data))
     if getattr(model, "vision_encoder", None) is not None:
         cast_frozen(model.vision_encoder, dtype)  # after its fingerprint has been taken

@@ -18,7 +18,8 @@ from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from trainer.chat import Refusal, Stop, find_models, fit, load_model, open_picture, paths_of, stream, turns_of
+from trainer.asking import find_models, list_models, needs_picture, pictures_first, prompts_of
+from trainer.chat import Refusal, Stop, chat_of, fit, load_model, open_picture, paths_of, stream, turns_of
 
 SAMPLES = sorted(Path("dataset/eval_images").glob("*.png"))
 
@@ -27,6 +28,7 @@ TEXT = {
         "hello": "**Show me a picture and ask about it.**\n\nUpload, paste or drop one, or pick from those below.",
         "type": "Ask about a picture",
         "samples": "Sample pictures",
+        "questions": "Questions that the model knows",
         "settings": "Settings",
         "weights": "Model",
         "temperature": "Temperature",
@@ -34,8 +36,8 @@ TEXT = {
         "top_p": "Top-p",
         "top_p_info": "Draw from the likeliest words that make up this share",
         "length": "Longest answer, in tokens",
-        "default": "What is in the picture?",
         "seen": "Pictures seen: {n}",
+        "unseen": "No picture was given, and this model was never trained without one",
         "earlier": " ({n} of earlier turns)",
         "took": "{tokens} tokens in {seconds:.2f} s",
         "late": "stopped after {seconds:g} s, the limit",
@@ -55,6 +57,7 @@ TEXT = {
         "hello": "**给我看一张图片，然后提问。**\n\n可以上传、粘贴或拖入图片，也可以从下面选一张。",
         "type": "就图片提问",
         "samples": "示例图片",
+        "questions": "模型熟悉的问题",
         "settings": "设置",
         "weights": "模型",
         "temperature": "温度",
@@ -62,8 +65,8 @@ TEXT = {
         "top_p": "Top-p",
         "top_p_info": "只从累计概率达到此值的最可能的词中抽取",
         "length": "回答的最大长度（token）",
-        "default": "图片里有什么？",
         "seen": "看到的图片：{n}",
+        "unseen": "没有给图片，而这个模型只在有图片的数据上训练过",
         "earlier": "（前面轮次的 {n} 张）",
         "took": "{tokens} 个 token，{seconds:.2f} 秒",
         "late": "达到 {seconds:g} 秒上限，已停止",
@@ -97,6 +100,9 @@ CSS = """
 #samples .gallery { flex-wrap: nowrap; overflow-x: auto }
 #samples .gallery-item { flex: 0 0 3.2rem; width: 3.2rem }
 #samples .gallery-item * { max-width: 100%; max-height: 3.2rem }
+#questions { margin: 0 !important }
+@media (max-width: 480px) { #questions .gallery { flex-wrap: nowrap; overflow-x: auto } }
+@media (max-width: 480px) { #questions .gallery-item { flex: none } }
 """
 
 
@@ -134,6 +140,10 @@ def reply(content, mark: str, **metadata) -> dict:
     return {"role": "assistant", "content": content, "metadata": {"id": mark, **metadata}}
 
 
+def language_of(request: gr.Request) -> str:
+    return "zh" if request.headers.get("accept-language", "").lower().startswith("zh") else "en"
+
+
 def build_page(args, models: list[Path]) -> gr.Blocks:
     lock = threading.Lock()
     load_once = lru_cache(maxsize=2)(lambda path: load_model(Path(path), args))
@@ -144,13 +154,15 @@ def build_page(args, models: list[Path]) -> gr.Blocks:
 
     get_model(str(models[0]))  # a mistake is told before the page is there
 
-    def answer(message, history, weights, temperature, top_p, max_new_tokens, say):
+    def answer(message, history, weights, temperature, top_p, max_new_tokens, language, say):
         turns = [*turns_of(history), (message["text"].strip(), paths_of(message["files"]), "")]
         if not turns[-1][0] and not turns[-1][1]:
             raise Refusal("empty")
-        turns = [(text or say("default"), *rest) for text, *rest in turns]
+        path = Path(weights)
+        turns = [(text or prompts_of(path, language, len(files) > 1)[0], files, said) for text, files, said in turns]
         model, tokenizer = get_model(weights)
-        kept = fit(turns, tokenizer, model.config.image_special_token, args)
+        first = pictures_first(path)
+        kept = fit(turns, tokenizer, model.config.image_special_token, args, first)
         stop = Stop(args.max_seconds)
         paths = [file for _, files, _ in kept for file in files]
         pictures = [model.processor.resize(open_picture(file, args.max_pixels)) for file in paths]
@@ -158,13 +170,15 @@ def build_page(args, models: list[Path]) -> gr.Blocks:
         shown = [{"path": save_pil_to_cache(picture, get_upload_folder(), format="png")} for picture in shown]
         earlier = len(paths) - len(kept[-1][1])
         title = say("seen", n=len(paths)) + (say("earlier", n=earlier) if earlier else "")
+        if not paths and needs_picture(path):
+            title = say("unseen")
         about = [weights, *([say("forgotten", n=len(turns) - len(kept))] if len(kept) < len(turns) else [])]
         flags = {"temperature": float(temperature), "greedy": not temperature, "top_p": float(top_p)}
         flags = argparse.Namespace(**vars(args) | flags | {"max_new_tokens": int(max_new_tokens)})
         note = reply("\n".join(about), "seen", title=title, status="done")
         seen = [note, *([reply(shown, "seen")] if shown else [])]
         text = ""
-        for text in stream(model, tokenizer, kept, pictures, flags, stop):
+        for text in stream(model, tokenizer, chat_of(kept, first), pictures, flags, stop):
             yield [*seen, text]
         note["metadata"]["title"] += " · " + say("took", tokens=stop.tokens, seconds=stop.took())
         if stop.late:
@@ -173,13 +187,13 @@ def build_page(args, models: list[Path]) -> gr.Blocks:
 
     def chat(message, history, weights, temperature, top_p, max_new_tokens, request: gr.Request):
         """Ask about pictures: text and files, the model's path, temperature (0: greedy), top-p, longest answer."""
-        language = "zh" if request.headers.get("accept-language", "").lower().startswith("zh") else "en"
+        language = language_of(request)
 
         def say(key, **values):
             return TEXT[language][key].format(**values)
 
         try:
-            yield from answer(message, history, weights, temperature, top_p, max_new_tokens, say)
+            yield from answer(message, history, weights, temperature, top_p, max_new_tokens, language, say)
         except Refusal as refusal:
             yield reply("⚠️ " + say(refusal.key, **refusal.values), "notice")
         except Exception as error:
@@ -197,7 +211,7 @@ def build_page(args, models: list[Path]) -> gr.Blocks:
         buttons=[],
         allow_file_downloads=False,
         placeholder=tr("hello"),
-        height="max(20rem, calc(100dvh - 19rem))",
+        height="max(20rem, calc(100dvh - 20.5rem))",
     )
     show_as_text(chatbot)
     box = gr.MultimodalTextbox(
@@ -227,18 +241,26 @@ def build_page(args, models: list[Path]) -> gr.Blocks:
             analytics_enabled=False,
             api_name="chat",
         )
-        samples = gr.Dataset(
-            label=tr("samples"),
-            components=["image"],
-            samples=[[str(path)] for path in SAMPLES],
-            type="index",
-            elem_id="samples",
-        )
+
+        def questions_of(weights, request: gr.Request):
+            return gr.Dataset(samples=[[prompt] for prompt in prompts_of(Path(weights), language_of(request))])
 
         def add_sample(value, index):
             return {"text": value["text"], "files": [*value["files"], str(SAMPLES[index])]}
 
-        samples.click(add_sample, [box, samples], box, api_visibility="private", show_progress="hidden")
+        def add_question(value, row):
+            return {"text": row[0], "files": value["files"]}
+
+        quiet = {"api_visibility": "private", "show_progress": "hidden"}
+        with gr.Row(elem_id="offers"):
+            pictures = [[str(path)] for path in SAMPLES]
+            samples = gr.Dataset(
+                label=tr("samples"), components=["image"], samples=pictures, type="index", elem_id="samples"
+            )
+            questions = gr.Dataset(label=tr("questions"), components=["textbox"], samples=[], elem_id="questions")
+        samples.click(add_sample, [box, samples], box, **quiet)
+        questions.click(add_question, [box, questions], box, **quiet)
+        gr.on([page.load, settings[0].change], questions_of, settings[0], questions, **quiet)
     return page.queue(max_size=args.max_queue)
 
 
@@ -246,7 +268,8 @@ def build_page(args, models: list[Path]) -> gr.Blocks:
 def serve(args):
     """The page and its address, while the context lasts."""
     torch.manual_seed(args.seed)
-    page = build_page(args, find_models(args))
+    models = list(dict.fromkeys([find_models(args)[0], *list_models(args.out_dir)]))
+    page = build_page(args, models)
     _, address, _ = page.launch(
         prevent_thread_lock=True,
         server_name=args.host,

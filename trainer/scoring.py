@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dataset.lm_dataset import StepSampler, VLMDataset, collate
 from dataset.sources import BadRow, Row
-from model.processing import encode_chat
+from model.processing import encode_chat, language
 from trainer.asking import answer_batches, collate_prompts
 from trainer.loop import validate
 
@@ -23,10 +23,6 @@ CAPTION = 5  # references of as many words (characters in Chinese), on average, 
 
 
 # ---------------------------------------------------------------------------- text
-
-
-def language(text: str) -> str:
-    return "zh" if re.search("[\u3400-\u9fff]", text) else "en"
 
 
 def words(text: str) -> list[str]:

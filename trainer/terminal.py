@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import TextStreamer
 
-from trainer.asking import generate, open_image, question
+from trainer.asking import generate, needs_picture, open_image, pictures_first, question
 from trainer.cli import can_be_mended
 
 HELP = """\
@@ -65,9 +65,10 @@ def line_editing(history: Path):
             readline.write_history_file(history)
 
 
-def chat(model, tokenizer, args) -> None:
+def chat(model, tokenizer, args, weights: Path) -> None:
     """Talks until the input ends. A mistake is told, and the conversation goes on."""
     torch.manual_seed(args.seed)
+    blind, first = needs_picture(weights), pictures_first(weights)
     turns, shown = [], []  # the conversation and its pictures
     waiting = [open_image(path) for path in args.image or []]  # pictures for the next question
     print(HELP)
@@ -88,7 +89,10 @@ def chat(model, tokenizer, args) -> None:
                 elif re.fullmatch(r"/\w+", command):
                     print(f"{command} is no command\n{HELP}")
                 elif line:
-                    asked = [*turns, {"role": "user", "content": question(line, len(waiting), "the question")}]
+                    text = question(line, len(waiting), first, "the question")
+                    if blind and not (shown or waiting):
+                        print("(no picture was given, and this model was never trained without one)")
+                    asked = [*turns, {"role": "user", "content": text}]
                     said = answer(model, tokenizer, asked, [*shown, *waiting], args)
                     if said:  # else it was stopped at once, and the pictures wait for another question
                         turns = [*asked, {"role": "assistant", "content": said}]

@@ -120,7 +120,7 @@ def sidecar_path(weights: Path) -> Path:
 
 
 def read_sidecar(weights: Path) -> dict:
-    """The JSON beside weights, with objects under "config", "tokenizer", "vision_model"; empty ones if it is absent.
+    """The JSON beside weights; "config", "tokenizer", "vision_model" and "prompts" are objects, empty if it is absent.
 
     In a Transformers folder config.json is the "config", of which only what our configuration knows is taken; the
     others, where ABOUT is there, are the folder's own.
@@ -138,9 +138,14 @@ def read_sidecar(weights: Path) -> dict:
         for key, own in (("tokenizer", weights), ("vision_model", weights / "vision_encoder")):
             if about.get(key):
                 about[key]["path"] = str(own)
-    for key in ("config", "tokenizer", "vision_model"):
+    for key in ("config", "tokenizer", "vision_model", "prompts"):
         if not isinstance(about.setdefault(key, {}), dict):
             raise ValueError(f"{path}: {key!r} must be an object. Without the file, shapes alone tell what they are")
+    for found in about["prompts"].values():
+        if not isinstance(found, list) or not found or not all(isinstance(prompt, str) for prompt in found):
+            raise ValueError(
+                f'{path}: "prompts" holds {found!r}, expected lists of questions, {{"en": ["What is this?"]}}'
+            )
     return about
 
 
@@ -187,7 +192,7 @@ def weights_name(stage: str, config: MiniMindConfig) -> str:
 
 
 def find_weights(name: str, out_dir, hidden_size: int | None, use_moe: bool) -> Path | None:
-    """--from_weight or --weights: "none", a file, a Transformers folder, or a stage, looked for in `out_dir`.
+    """--from_weight: "none", a file, a Transformers folder, or a stage, looked for in `out_dir`.
 
     Of a stage the file of the width and kind asked for (512 and dense if nothing is said) comes first, else the only
     one that does not contradict what was said.
@@ -196,6 +201,8 @@ def find_weights(name: str, out_dir, hidden_size: int | None, use_moe: bool) -> 
         return None
     path, out_dir = Path(name), Path(out_dir)
     if path.suffix in SUFFIXES or name != path.name or (path / "config.json").is_file():
+        if not path.exists():
+            raise FileNotFoundError(f"--from_weight {name}: no such file or folder")
         return path
     stages = [name, "lm"] if name == "llm" else [name]  # lm_512.pth: before April 2025
     exact = [out_dir / f"{stage}_{hidden_size or 512}{'_moe' if use_moe else ''}.pth" for stage in stages]
@@ -209,18 +216,18 @@ def find_weights(name: str, out_dir, hidden_size: int | None, use_moe: bool) -> 
     if len(found) == 1:
         return out_dir / found[0]
     if found:
-        names = ", ".join(found)
-        raise ValueError(f"{name}: {out_dir} holds {names}. Say which with --hidden_size, --use_moe or by its path")
+        raise ValueError(
+            f"--from_weight {name}: {out_dir} holds {', '.join(found)}\n"
+            f"Say which by its path: --from_weight {out_dir / found[0]}"
+        )
     how = {
-        "pretrain_vlm": "python -m scripts.download --what vlm, or make it: python train_pretrain_vlm.py",
-        "sft_vlm": "python -m scripts.download --what vlm, or make it: python train_sft_vlm.py",
-        "llm": "python -m scripts.download --what llm, or make it: python -m scripts.train_llm",
+        "pretrain_vlm": "make it: python train_pretrain_vlm.py",
+        "sft_vlm": "fetch it: python -m scripts.download --what vlm",
+        "llm": "fetch it: python -m scripts.download --what llm",
     }
-    hint = f"Fetch the public one: {how[name]}" if name in how else f"Names that can be made: {', '.join(how)}"
     raise FileNotFoundError(
-        f"{exact[0]} is not there ({out_dir} holds {', '.join(there) or 'no .pth file'}). {hint}; or give the "
-        "--hidden_size that it has, or another file or folder; to train from nothing: --from_weight none; all in "
-        "small, without a download: python -m scripts.quickstart"
+        f"--from_weight {name}: no {exact[0]} ({out_dir} holds {', '.join(there) or 'no .pth file'})\n"
+        f"Name another, or none, or {how.get(name, 'a stage: ' + ', '.join(how))}"
     )
 
 
