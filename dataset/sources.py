@@ -412,8 +412,8 @@ def open_rows(path, images_path=None) -> list[Jsonl | Parquet]:
     files = row_files(path)
     if not files:
         raise FileNotFoundError(
-            f"--data_path {path}: no such file. Expected JSONL, one conversation per line, or Parquet. To fetch the "
-            "public one: python -m scripts.download --what data. To begin without: python -m scripts.quickstart"
+            f"--data_path {path}: no such file. Expected JSONL or Parquet.\n"
+            "For the public rows, type: python -m scripts.download --what data"
         )
     for file in files:
         if file.stat().st_size == 0:

@@ -48,8 +48,8 @@ def told(url: str):
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise OSError(
-            f"--data_path {url} cannot be read: {reason[0]}. Is the name right, the network there, HF_TOKEN set where "
-            "it is needed? Elsewhere than huggingface.co: HF_ENDPOINT"
+            f"--data_path {url} cannot be read: {reason[0]}.\n"
+            "Is the name right, the network there, HF_TOKEN set, HF_ENDPOINT if it is a mirror?"
         ) from None
 
 

@@ -115,7 +115,7 @@ class MiniMindVLM(MiniMindForCausalLM):
             raise ValueError(
                 f"{path} gives {patches} patches of width {vision['hidden_size']}, the model was made for "
                 f"{len(self.config.image_ids)} of width {self.config.ve_hidden_size}: pass the --vision_model_path "
-                "that the weights were trained with"
+                "of its training"
             )
         self.vision_encoder, self.processor = self.get_vision_model(path)
         self.vision_encoder.to(self.vision_proj.vision_proj[0].weight.device)

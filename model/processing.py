@@ -164,8 +164,8 @@ def vision_config(folder) -> dict:
     path = Path(folder) / "config.json"
     if not path.exists():
         raise FileNotFoundError(
-            f"--vision_model_path {folder}: no config.json there. Expected a CLIP folder (config.json, "
-            "model.safetensors or pytorch_model.bin, preprocessor_config.json): python -m scripts.download --what clip"
+            f"--vision_model_path {folder}: no config.json there. Expected a CLIP folder.\n"
+            "For the public one, type: python -m scripts.download --what clip"
         )
     config = read_json(path)
     found = config.get("vision_config", config)
@@ -190,8 +190,8 @@ def load_tokenizer(path, placeholders: str = "@" * 196):
     path = Path(path)
     if not (path / "tokenizer.json").exists():
         raise FileNotFoundError(
-            f"--tokenizer_path {path}: no tokenizer.json there. Take the tokenizer that belongs to your weights (the "
-            "public one: python -m scripts.download --what llm) or train one: python -m scripts.train_tokenizer --help"
+            f"--tokenizer_path {path}: no tokenizer.json there. Name the folder that belongs to the weights.\n"
+            "For the public one, type: python -m scripts.download --what llm"
         )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path)  # AutoTokenizer would ask to run the code of an auto_map
     for token in ("<|im_start|>", "<|im_end|>"):
@@ -203,9 +203,8 @@ def load_tokenizer(path, placeholders: str = "@" * 196):
     merged = [token for token in tokenizer.get_vocab() if placeholders[0] in token and token != placeholders[0]]
     if merged or len(ids) != len(placeholders) or len(set(ids)) > 1:
         raise ValueError(
-            f"{path / 'tokenizer.json'}: the {len(placeholders)} placeholders of a picture ({placeholders[:4]}...) "
-            f"come out as {len(ids)} tokens, {len(set(ids))} kinds. It merges {placeholders[0]!r} ({merged[:3]}), so "
-            "it does not belong to this model; take the one that came with the weights"
+            f"{path / 'tokenizer.json'} merges {placeholders[0]!r} ({merged[:3]}), the placeholder of pictures: "
+            f"{len(placeholders)} come out as {len(ids)} tokens.\nName the --tokenizer_path of the weights"
         )
     return tokenizer
 
@@ -255,8 +254,8 @@ def encode_chat(tokenizer, conversations: list[dict], placeholders: str) -> list
             content = content.replace(IMAGE_TAG, placeholders)
         if sum(len(found) // len(placeholders) for found in run.findall(content)) != tags:
             raise ValueError(
-                f"{role}: the text has {len(placeholders)} or more {placeholders[0]!r} in a row, which the model would "
-                f"take for a picture. Shorten the run; pictures are written {IMAGE_TAG}"
+                f"{role}: {len(placeholders)} or more {placeholders[0]!r} in a row would be taken for a picture. "
+                f"Shorten the run; pictures are written {IMAGE_TAG}"
             )
         if role == "assistant":
             pieces += [(prompt, False, pictures), ([*text(content), end], True, 0)]

@@ -171,8 +171,8 @@ def choose_hub(source: str) -> Hub:
             silent.append(f"{hub.endpoint} ({type(error).__name__})")
     other = f", or take the other hub: --source {hubs[0].other}" if len(hubs) == 1 else ""
     raise Unreachable(
-        f"no answer from {' nor '.join(silent)}. Is there a network? Behind a proxy: export HTTPS_PROXY=http://host:port."
-        f" Where Hugging Face is blocked, a mirror: export HF_ENDPOINT=https://hf-mirror.com{other}"
+        f"no answer from {' nor '.join(silent)}. Is there a network?\nBehind a proxy: export HTTPS_PROXY=http://host:port"
+        f"\nA mirror of Hugging Face: export HF_ENDPOINT=https://hf-mirror.com{other}"
     )
 
 
@@ -353,8 +353,8 @@ def missing_files(wanted: dict[str, RemoteFile], record: Record, overwrite: bool
             foreign.append(f"{path} ({path.stat().st_size:,} bytes, expected {file.size:,})")
     if foreign and not overwrite:
         raise Failed(
-            f"another file than the one to be fetched is there: {', '.join(foreign)}. If it is yours, as after a "
-            "training, rename it (and its .json) or fetch to another place with --root; to replace it, add --overwrite"
+            f"a file of yours would be replaced: {', '.join(foreign)}.\n"
+            "Rename it and its .json, fetch elsewhere with --root DIR, or give it up with --overwrite"
         )
     return missing
 
@@ -438,14 +438,14 @@ def fetch(hub: Hub, file: RemoteFile, target: Path) -> None:
         clear(file, target)
     else:
         raise Failed(
-            f"{file.repo}/{file.path} from {hub.endpoint} came twice with another size or checksum than listed there "
-            f"({file.checksum or file.size}); nothing was kept. A proxy that changes files? Try --source {hub.other}"
+            f"{file.repo}/{file.path} came twice with another size or checksum than {hub.endpoint} lists; "
+            f"nothing was kept.\nA proxy that changes files? Try --source {hub.other}"
         )
     if target.name == "tokenizer.json" and digest(whole, "sha256") != f"sha256:{TOKENIZER_SHA256}":
         clear(file, target)
         raise Failed(
-            f"{file.repo}/{file.path} is not the tokenizer of these weights (sha256 {TOKENIZER_SHA256[:8]}...): with "
-            f"it the model would talk nonsense. It was not kept. Try --source {hub.other}"
+            f"{file.repo}/{file.path} is not the tokenizer of these weights (sha256 {TOKENIZER_SHA256[:8]}...) "
+            f"and was not kept. Try --source {hub.other}"
         )
     if target.exists() and target.suffix == ".pth":  # --overwrite: what its JSON says is no longer so
         target.with_suffix(".json").unlink(missing_ok=True)

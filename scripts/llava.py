@@ -51,8 +51,9 @@ def llava_config(model, tokenizer) -> dict:
         }
     else:
         raise ValueError(
-            f"--to llava: with num_experts_per_tok={config.num_experts_per_tok} and norm_topk_prob="
-            f"{config.norm_topk_prob} the experts' weights do not sum to 1, as they must in it. Use --to transformers"
+            "--to llava wants experts whose weights sum to 1, which num_experts_per_tok="
+            f"{config.num_experts_per_tok} and norm_topk_prob={config.norm_topk_prob} do not give. "
+            "Use --to transformers"
         )
     return {
         "model_type": "llava",

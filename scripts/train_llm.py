@@ -44,8 +44,8 @@ def check_data(args) -> None:
         for path in paths:
             if not is_remote(path) and not row_files(Path(path)):
                 raise FileNotFoundError(
-                    f"{flag} {path}: no such file. Expected JSONL or Parquet. For scenes in words, in "
-                    "out/text/train.jsonl and val.jsonl, type: python -m dataset.scenes --form text --out_dir out/text"
+                    f"{flag} {path}: no such file. Expected JSONL or Parquet.\n"
+                    "For scenes in words, type: python -m dataset.scenes --form text --out_dir out/text"
                 )
 
 

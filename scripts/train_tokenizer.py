@@ -60,8 +60,8 @@ def read_rows(paths, flag: str = "--data_path"):
                     reason = "no turns, or a content that is no text"
                 if not turns or not all(isinstance(part, str) for turn in turns for part in turn):
                     raise ValueError(
-                        f'{flag} {path}:{number} is not a conversation ({reason}). Expected {{"conversations": '
-                        '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+                        f"{flag} {path}:{number} is not a conversation ({reason}).\nExpected "
+                        '{"conversations": [{"role": "user", "content": "..."}, ...]}'
                     )
                 yield row
 

@@ -54,8 +54,8 @@ def cache_features(args, model, device, *sets) -> None:
         broken[i] = pictures[i][-1]  # the same content as that of a broken picture
         if not broken[i]:
             raise ValueError(
-                f"--cache_features {args.cache_features}: the picture of {pictures.where(i)} changed while features "
-                "were computed, or the ranks do not all see this folder. Start once more, with a folder that all see"
+                f"--cache_features: the picture of {pictures.where(i)} changed while features were computed,\n"
+                f"or not all ranks see {args.cache_features}. Start once more, with a folder that all see"
             )
     first_broken = min(broken, default=len(pictures))
     if args.on_bad_row == "error" and first_broken < pictures.ends[0]:
@@ -76,8 +76,8 @@ def tell(cache: FeatureCache, pictures: int, missing: int) -> None:
     )
     if size > 0.95 * free:
         raise ValueError(
-            f"--cache_features {cache.path.parent}: {size / 1e9:.1f} GB of features do not fit on a disk with "
-            f"{free / 1e9:.1f} GB. Name a folder on another, halve them with --cache_dtype int8, or go without"
+            f"--cache_features {cache.path.parent}: {size / 1e9:.1f} GB do not fit on a disk of {free / 1e9:.1f} GB.\n"
+            "Name a folder on another, halve them with --cache_dtype int8, or leave the flag out"
         )
 
 

@@ -114,7 +114,7 @@ class ShuffledPictures(VLMDataset):
             self.other |= {own: names[other] for own, other in zip(alike, alike[1:] + alike[:1]) if own != other}
         if not self.other:
             raise ValueError(
-                "--data_path: its rows have no two different pictures to exchange, to tell whether the model looks. "
+                "--data_path has no two different pictures to exchange, to tell whether the model looks.\n"
                 "Add a row with another picture, or ask about one with --image"
             )
 
