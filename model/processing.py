@@ -203,8 +203,8 @@ def load_tokenizer(path, placeholders: str = "@" * 196):
     merged = [token for token in tokenizer.get_vocab() if placeholders[0] in token and token != placeholders[0]]
     if merged or len(ids) != len(placeholders) or len(set(ids)) > 1:
         raise ValueError(
-            f"{path / 'tokenizer.json'} merges {placeholders[0]!r} ({merged[:3]}), the placeholder of pictures: "
-            f"{len(placeholders)} come out as {len(ids)} tokens.\nName the --tokenizer_path of the weights"
+            f"{path / 'tokenizer.json'}: the {len(placeholders)} placeholders of a picture are {len(ids)} tokens. "
+            f"It merges {placeholders[0]!r} ({merged[:3]}).\nName the --tokenizer_path of the weights"
         )
     return tokenizer
 
@@ -254,7 +254,7 @@ def encode_chat(tokenizer, conversations: list[dict], placeholders: str) -> list
             content = content.replace(IMAGE_TAG, placeholders)
         if sum(len(found) // len(placeholders) for found in run.findall(content)) != tags:
             raise ValueError(
-                f"{role}: {len(placeholders)} or more {placeholders[0]!r} in a row would be taken for a picture. "
+                f"{role}: the text has {len(placeholders)} or more {placeholders[0]!r} in a row, as a picture has. "
                 f"Shorten the run; pictures are written {IMAGE_TAG}"
             )
         if role == "assistant":

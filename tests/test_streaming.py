@@ -355,5 +355,5 @@ def test_a_hub_without_the_repository_or_the_network_is_told_in_one_sentence(str
         main(far)
     hub.shutdown()
     hub.server_close()
-    with pytest.raises(OSError, match="(no such file|cannot be read: .* the network there, HF_TOKEN set)"):
+    with pytest.raises(OSError, match="(?s)(no such file|cannot be read: .* the network there, HF_TOKEN set)"):
         main([*streamed, "--data_path", "hf://datasets/owner/third/sft_*.parquet"])
