@@ -17,6 +17,7 @@ class State:
     rows: int = 0  # rows learned from
     broken: int = 0  # rows left out because their pictures could not be read
     batches_per_step: int = 0  # over all ranks
+    total_steps: int = 0  # of the whole run
 
 
 # Flags that a resumed run may change: they do not change what is learned.
@@ -74,10 +75,16 @@ class Checkpoint:
             for key, value in self.flags.items()
             if saved["flags"].get(key) != value
         ]
+        state = State(**saved["state"])
+        if changed and 0 < state.total_steps <= state.step:
+            raise ValueError(
+                f"--from_resume: {self.resume_path} is of a run that is finished. To train on from its\n"
+                f"weights, instead of --from_resume: --from_weight {self.path} --epochs {self.flags['epochs']}"
+            )
         if changed:
             raise ValueError(f"--from_resume: {self.resume_path} was made with other flags: {'; '.join(changed)}")
         load_weights(model, saved["weights"], self.resume_path)
         optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"]:  # empty unless the run was in fp16
             scaler.load_state_dict(saved["scaler"])
-        return State(**saved["state"])
+        return state

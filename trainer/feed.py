@@ -102,6 +102,7 @@ class Feed:
 
     Attributes:
         rows: how many rows the data set has.
+        rows_per_epoch: how many an epoch passes over, with --data_weights.
         steps_per_epoch: optimizer steps.
         data: the rows that batches are made of now.
     """
@@ -113,6 +114,7 @@ class Feed:
         )
         self.loader = make_loader(data, self.sampler, args, device, tokenizer)
         self.steps_per_epoch = self.sampler.steps_per_epoch
+        self.rows_per_epoch = sum(rows for *_, rows in self.sampler.parts)
 
     def batches_in_step(self, step: int) -> int:
         return self.sampler.batches_in_step(step)
@@ -129,6 +131,7 @@ class StreamFeed:
     def __init__(self, stream: Stream, args, accumulation: int, device, tokenizer, check, name: str):
         """check: Stretch → VLMDataset; name: of the run's weights, as others may have the same out_dir."""
         self.stream, self.rows, self.data = stream, stream.rows, None
+        self.rows_per_epoch = stream.rows
         self.args, self.accumulation, self.check, self.name = args, accumulation, check, name
         self.device, self.tokenizer = device, tokenizer
         self.step_rows = args.batch_size * accumulation * world_size()

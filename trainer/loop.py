@@ -26,6 +26,7 @@ from dataset.lm_dataset import StepSampler, VLMDataset
 from dataset.streaming import Stream
 from model.model_vlm import MiniMindVLM
 from model.processing import IGNORE
+from trainer.advice import tell_end, tell_start
 from trainer.checkpoint import Checkpoint, State
 from trainer.cli import Stopped
 from trainer.devices import autocast, cast_frozen, choose_attention, compile_layers, cpu_has, pick_dtype
@@ -104,7 +105,7 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        return self.args.epochs * self.feed.steps_per_epoch
+        return self.state.total_steps
 
     def epochs_left(self) -> range:
         """From the epoch that was interrupted, if any."""
@@ -167,10 +168,10 @@ def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: V
     if world_size() > 1:
         forward = DistributedDataParallel(model, forward_sync_buffers=False)
     model.train()
-    total_steps = args.epochs * feed.steps_per_epoch
+    state.total_steps, first_step, started = args.epochs * feed.steps_per_epoch, state.step, time.perf_counter()
     metrics = checkpoint.path.with_suffix(".metrics.jsonl")
-    with contextlib.closing(Progress(metrics, args, total_steps, state.step)) as progress, StopSignal() as stop:
-        yield Run(
+    with contextlib.closing(Progress(metrics, args, state.total_steps, first_step)) as progress, StopSignal() as stop:
+        run = Run(
             args=args,
             model=model,
             forward=forward,
@@ -185,7 +186,11 @@ def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: V
             device=device,
             dtype=dtype,
         )
-    say(f"{checkpoint.path}: {state.step} steps done. Beside it: its JSON, metrics and loss curve")
+        tell_start(run)
+        yield run
+    if state.step > first_step:
+        say(f"{checkpoint.path}: {state.step} steps done. Beside it: its JSON, metrics and loss curve")
+        tell_end(run, tokenizer, time.perf_counter() - started)
 
 
 @torch.no_grad()

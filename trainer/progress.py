@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 from tqdm import tqdm
@@ -26,6 +27,7 @@ class Progress:
         self.recent, self.samples, self.tokens = [], 0, 0
         self.started = self.since = time.perf_counter()
         self.tracker = self.bar = None
+        self.last = deque(maxlen=min(max(total_steps // 10, 1), 100))  # losses at the end of the run
         if not is_main():
             return
         kept = [line for line in read_metrics(self.path) if line["step"] <= first_step] if first_step else []
@@ -48,6 +50,7 @@ class Progress:
         if self.bar is None:
             return
         self.recent.append((loss, aux_loss))
+        self.last.append(loss)
         self.samples, self.tokens = self.samples + samples, self.tokens + tokens
         self.bar.update()
         if step % self.args.log_interval and step != self.total_steps:

@@ -1,0 +1,159 @@
+"""What a run tells beside its progress: before, that it is too short; after, whether it diverged, what it took, one of
+its answers, and what to type next."""
+
+import contextlib
+import math
+import sys
+from dataclasses import replace
+
+import psutil
+import torch
+
+from dataset.lm_dataset import VLMDataset, encode_row
+from dataset.sources import BadRow, Folder, Row
+from model.processing import IGNORE, IMAGE_TAG
+from trainer.devices import autocast
+from trainer.distributed import gather, is_main, say, world_size
+from trainer.shown import WIDTH, duration, gigabytes, typed
+
+FEW, ENOUGH = 50, 250  # steps: fewer teach next to nothing, so many taught a model what 100 drawn pictures show
+SMALLEST = 8  # rows a batch, where there are few
+UNTAUGHT = 0.2  # nats by which untrained weights, whose logits are small but not 0, may be worse than guessing
+LEARNING_RATES = ("learning_rate", "projector_learning_rate", "embedding_learning_rate")
+LONGEST = 64  # tokens of the answer that is shown
+
+
+def sizes(rows: int, batch_size: int, ranks: int = 1) -> tuple[int, int]:
+    """(epochs, batch size) that make ENOUGH steps of so many rows. batch_size: the largest that is wanted."""
+    while batch_size > SMALLEST and 20 * rows < ENOUGH * batch_size * ranks:  # rather smaller batches than 20 epochs
+        batch_size //= 2
+    return math.ceil(ENOUGH / math.ceil(rows / (batch_size * ranks))), batch_size
+
+
+def tell_start(run) -> None:
+    """That the run is done already, or too short to teach much."""
+    args, steps = run.args, run.total_steps
+    if run.state.step >= steps:
+        say(f"this run is finished, {steps} of {steps} steps are done. To train on from its weights,")
+        say(f"instead of --from_resume: --from_weight {run.checkpoint.path} --epochs {args.epochs}")
+    elif steps < FEW:
+        epochs, batch_size = sizes(run.feed.rows_per_epoch, args.batch_size, world_size())
+        single = " --accumulation_steps 1" * (args.accumulation_steps > 1)
+        say(f"only {steps} steps, too few to learn much: {run.feed.rows_per_epoch:,} rows, {args.batch_size} a batch.")
+        say(f"For about {ENOUGH}: --epochs {epochs} --batch_size {batch_size}{single}")
+
+
+def tell_end(run, tokenizer, seconds: float) -> None:
+    """After the last step. Called on all ranks."""
+    memory = max(gather(peak_memory()))
+    say(f"It took {duration(seconds)} and at most {cost(memory, run.device, world_size())}")
+    if not is_main():
+        return
+    loss, guessing = sum(run.progress.last) / len(run.progress.last), math.log(run.model.config.vocab_size)
+    if loss > guessing + UNTAUGHT:
+        rates = {key: getattr(run.args, key, None) for key in LEARNING_RATES}
+        say(f"It diverged: a loss of {loss:.2f} is worse than guessing, {guessing:.2f}. Start again from")
+        say(
+            "the weights of before with "
+            + " ".join(f"--{key} {value / 5:.2g}" for key, value in rates.items() if value)
+        )
+        return
+    if run.val_loader is not None:
+        show_answer(run, tokenizer)
+    say(f"{next_step(run)[0]}\n$ {typed(next_step(run)[1])}")
+
+
+# ---------------------------------------------------------------------------- what it took
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process had at most."""
+    now = psutil.Process().memory_info()
+    if hasattr(now, "peak_wset"):  # Windows
+        return now.peak_wset
+    import resource  # which Windows has not
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def cost(memory: int, device: torch.device, ranks: int) -> str:
+    """memory: bytes of a process."""
+    told = f"{gigabytes(memory / 1e9)} of memory"
+    if device.type == "cuda":
+        told += f", on the GPU {gigabytes(torch.cuda.max_memory_reserved(device) / 1e9)}"
+    return told + f", in each of {ranks} processes" * (ranks > 1)
+
+
+# ---------------------------------------------------------------------------- one answer
+
+
+def first_turn(row: Row) -> Row:
+    """A conversation up to its first answer."""
+    end = next(i for i, turn in enumerate(row.conversations) if turn["role"] == "assistant")
+    return replace(row, conversations=row.conversations[: end + 1])
+
+
+def asked(row: Row) -> str:
+    """The question before the first answer, without its tags."""
+    return first_turn(row).conversations[-2]["content"].replace(IMAGE_TAG, "").strip()
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")
+def answer(run, tokenizer, data: VLMDataset, row: int) -> str:
+    """The greedy answer to the first question of a row. Raises BadRow for a broken picture."""
+    ids, labels, names, _ = encode_row(first_turn(data.row(row)), tokenizer, data.placeholders, data.max_length)
+    prompt = torch.tensor([ids[: next(i for i, label in enumerate(labels) if label != IGNORE)]], device=run.device)
+    pictures = [data.load_picture(row, name) for name in names]
+    run.model.eval()
+    with autocast(run.device, run.dtype):
+        out = run.model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=LONGEST,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            **({"pixel_values": torch.stack(pictures).to(run.device)} if pictures else {}),
+        )
+    run.model.train()
+    return tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
+
+
+def show_answer(run, tokenizer) -> None:
+    """The model's answer to the first held-out row, beside the expected one."""
+
+    def shown(title, text):
+        text = " ".join(text.split())
+        room = WIDTH - 12
+        say(f"  {title:10}{text if len(text) <= room else text[: room - 3] + '...'}")
+
+    data = run.val_loader.dataset
+    with contextlib.suppress(BadRow):  # told by the validation
+        given, row = answer(run, tokenizer, data, 0), data.row(0)
+        say(f"One answer, to {data.where(0)}:")
+        shown("question", asked(row))
+        shown("expected", first_turn(row).conversations[-1]["content"])
+        shown("answer", given)
+
+
+# ---------------------------------------------------------------------------- what to type next
+
+
+def next_step(run) -> tuple[str, list[str]]:
+    """(what it does, the command)."""
+    weights = str(run.checkpoint.path)
+    if not hasattr(run.args, "vision_model_path"):
+        command = ["python", "train_pretrain_vlm.py", "--from_weight", weights, "--trainable", "all"]
+        command += ["--data_path", "rows.jsonl", "--images_path", "pictures"]
+        return "Next it learns to see, from rows with pictures (stage 1):", command
+    command = ["python", "eval_vlm.py", "--weights", weights, "--image"]
+    data = run.val_loader.dataset if run.val_loader is not None else run.feed.data
+    for row in range(min(len(data or []), 100)):
+        source = data.sources[data.place(row)[0]]
+        if isinstance(getattr(source, "pictures", None), Folder):  # rather than a zip or Parquet
+            found = data.row(row)
+            if len(found.images) == 1 and 0 < len(asked(found)) <= WIDTH and "\n" not in asked(found):
+                picture = source.where(found.images[0])
+                return "To ask it:", [*command, picture, "--prompt", asked(found), "--greedy"]
+    return "To ask it:", [*command, "dataset/eval_images/scene_1.png", "--greedy"]
