@@ -1,7 +1,7 @@
 """Look at a data set before training on it: figures for the terminal, and a page for the browser with pictures,
-conversations and exactly which tokens carry loss.
+conversations and exactly which tokens carry loss. It ends with the command that trains on it.
 
-    python -m scripts.inspect_data dataset/sft_data.jsonl
+    python -m scripts.inspect_data rows.jsonl --images_path pictures
     python -m scripts.inspect_data 'data/*.parquet' --samples 40
 
 Rows are read, checked, mended and shortened by the code that training uses, which finds them checked afterwards.
@@ -26,8 +26,12 @@ from model.model_vlm import DEFAULT_VISION_MODEL, VLMConfig
 from model.processing import IGNORE, ImageProcessor, load_tokenizer
 from scripts.report import document, rows_table, tile
 from scripts.steps import write_text
-from trainer.cli import Parser, not_negative, positive, run_main
+from trainer.advice import sizes
+from trainer.asking import list_models
+from trainer.cli import Parser, add_parts_arguments, not_negative, positive, run_main
+from trainer.optimizer import fitting_batch
 from trainer.shown import WIDTH, typed
+from trainer.weights import find_weights, folders_of, read_sidecar
 
 LANGUAGES = ["other", "English", "Chinese", "mixed"]  # by script: neither, Latin letters, Han characters, both
 LATIN, HAN = re.compile("[A-Za-z]"), re.compile("[\u3400-\u9fff]")
@@ -282,35 +286,52 @@ def parse_args(argv=None):
     add("--samples", type=positive(int), default=12, help="rows on the page")
     add = parser.group("as training will read them").add_argument
     add("--max_seq_len", type=positive(int), default=1536, help="tokens per row, placeholders included")
-    add("--tokenizer_path", default="./model", metavar="DIR", help="folder with tokenizer.json")
-    counts = "CLIP folder, which says how many tokens a picture is"
-    add("--vision_model_path", default=DEFAULT_VISION_MODEL, metavar="DIR", help=counts)
+    newest = "weights to train from, or none; default: the newest in out/ and the folders in it"
+    add("--from_weight", metavar="FILE", help=newest)
     add("--seed", type=not_negative, default=0, help="which samples")
+    add_parts_arguments(parser)
     return parser.parse_args(argv)
 
 
-def next_command(args, skip: bool) -> list[str]:
-    """The training that reads what was looked at. skip: bad rows would stop it."""
-    command = ["python", "train_sft_vlm.py", "--data_path", *args.data_path]
+def choose_weights(args) -> Path | None:
+    """--from_weight or the newest. None if there is none, or if its tokenizer and encoder are not those asked for."""
+    if args.from_weight:
+        return find_weights(args.from_weight, "./out", None, False)
+    if args.tokenizer_path or args.vision_model_path:
+        return None
+    return next(iter(list_models("./out")), None)
+
+
+def next_command(args, weights: Path | None, rows: int, skip: bool) -> list[str]:
+    """The training that reads what was looked at, in epochs and batches that fit the number of rows. skip: bad rows
+    would stop it."""
+    command = ["python", "train_sft_vlm.py", "--from_weight", str(weights or "none"), "--data_path", *args.data_path]
     if args.images_path:
         command += ["--images_path", *args.images_path]
-    defaults = parse_args(["PATH"])  # which are those of training
-    for flag in ("tokenizer_path", "vision_model_path", "max_seq_len"):
-        if getattr(args, flag) != getattr(defaults, flag):
-            command += [f"--{flag}", str(getattr(args, flag))]
+    for flag in ("tokenizer_path", "vision_model_path"):
+        if getattr(args, flag):
+            command += [f"--{flag}", getattr(args, flag)]
+    if args.max_seq_len != parse_args(["PATH"]).max_seq_len:  # which is that of training
+        command += ["--max_seq_len", str(args.max_seq_len)]
+    width = read_sidecar(weights)["config"].get("hidden_size") if weights else None
+    epochs, batch_size = sizes(rows, fitting_batch(width or 512))
+    command += ["--epochs", str(epochs), "--batch_size", str(batch_size), "--out_dir", "out/mine"]
     return command + ["--on_bad_row", "skip"] * skip
 
 
 def main(argv=None):
     args = parse_args(argv)
     notes = ["Pictures were looked for in all rows, but opened in the samples only."]
-    if (Path(args.vision_model_path) / "config.json").exists():
-        placeholders = VLMConfig.for_encoder(args.vision_model_path).image_special_token
-        processor = ImageProcessor.from_pretrained(args.vision_model_path)
+    weights = choose_weights(args)
+    words, eyes = folders_of(weights, read_sidecar(weights)) if weights else (None, None)
+    eyes = args.vision_model_path or eyes or DEFAULT_VISION_MODEL
+    if (Path(eyes) / "config.json").exists():
+        placeholders = VLMConfig.for_encoder(eyes).image_special_token
+        processor = ImageProcessor.from_pretrained(eyes)
     else:
         placeholders, processor = VLMConfig().image_special_token, ImageProcessor()
-        notes.append(f"No encoder in {args.vision_model_path}: 196 tokens per picture are assumed, the public CLIP's.")
-    tokenizer = load_tokenizer(args.tokenizer_path, placeholders)
+        notes.append(f"No encoder in {eyes}: 196 tokens per picture are assumed, the public CLIP's.")
+    tokenizer = load_tokenizer(args.tokenizer_path or words or "./model", placeholders)
     print(wrap(f"checking {', '.join(args.data_path)} ..."), flush=True)
     data = VLMDataset(
         args.data_path, args.images_path, tokenizer, processor, args.max_seq_len, placeholders, on_bad_row="skip"
@@ -324,7 +345,10 @@ def main(argv=None):
     broken = [example["broken"] for example in examples if "broken" in example]
     if broken:
         notes.append(f"{len(broken)} of {len(chosen)} samples have a picture that cannot be read: {broken[0]}")
-    command = next_command(args, skip=bool(data.bad or broken))
+    if not weights and args.from_weight != "none":
+        small, public = "python -m scripts.quickstart", "python -m scripts.download --what clip vlm"
+        notes.append(f"No weights to start from: make small ones ({small}) or fetch the public ones ({public}).")
+    command = next_command(args, weights, len(data), skip=bool(data.bad or broken))
     cards = [sample(data, row, example, LANGUAGES[found[row, 0]]) for row, example in zip(chosen, examples)]
     write_text(args.html, page(data, figures, cards, notes, command))
     print(*map(wrap, notes), f"\nwritten: {args.html}", f"To train on it:\n$ {typed(command)}", sep="\n")

@@ -106,12 +106,12 @@ def find_llm(bundle: Path) -> tuple[Path, int]:
 
 
 def next_commands(out: Path, weights: Path, args) -> list[tuple[str, list[str]]]:
-    """Three things to try: (what for, command)."""
+    """Things to try: (what for, command)."""
     picture = out / "data/images/val_00000.jpg"
     ask = ["python", "eval_vlm.py", "--weights", weights, "--image", picture]
     ask += ["--prompt", "What is in the picture?", "--greedy"]
-    train = ["python", "train_sft_vlm.py", "--from_weight", weights, "--out_dir", "out/mine"]
-    train += ["--data_path", "rows.jsonl", "--images_path", "pictures"]
+    own = ["python", "-m", "scripts.inspect_data", "rows.jsonl", "--images_path", "pictures", "--from_weight", weights]
+    public = ["python", "-m", "scripts.download", "--what", "clip", "vlm"]
     if not args.from_zero:
         more = "train tokenizer, encoder and language model too, from nothing", ["--from_zero", "--out_dir", "out/zero"]
     elif not args.use_moe:
@@ -120,8 +120,9 @@ def next_commands(out: Path, weights: Path, args) -> list[tuple[str, list[str]]]
         more = "the same without experts", ["--from_zero", "--out_dir", "out/zero"]
     commands = [
         ("ask about a picture", ask),
-        ("go on with your own rows and pictures", train),
+        ("look at your own rows and pictures: it ends with the command to train on them", own),
         (more[0], ["python", "-m", "scripts.quickstart", *more[1]]),
+        ("this model can learn shapes and their words; photos need the 26M weights", public),
     ]
     return [(what, [str(part) for part in command]) for what, command in commands]
 

@@ -4,17 +4,21 @@ import base64
 import html
 import io
 import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import train_sft_vlm
 from dataset import lm_dataset
 from dataset.lm_dataset import IGNORE, VLMDataset
 from model.processing import ImageProcessor
 from scripts import inspect_data
 from tests.conftest import turn, write_rows
 from tests.test_sources import BLACK, chat, picture, row, write_parquet
+from trainer.advice import answer
 from trainer.cli import run_main
 
 EVIL = '<script>alert("&")</script></mark>'
@@ -127,10 +131,56 @@ def test_what_max_seq_len_costs_is_said_in_rows_and_tokens(look, mixed):
 def test_lines_fit_80_columns_and_end_with_what_to_type_next(look, mixed):
     out, _ = look(*mixed, "--images_path", "images", "--max_seq_len", "640")
     assert max(map(len, out.replace(out[out.index("To train") :], "").splitlines())) <= 80
-    command = out.split("$ ")[1].replace("\\\n", "").split()
-    expected = "python train_sft_vlm.py --data_path rows.jsonl '*.parquet' --images_path images --tokenizer_path"
-    assert command[: len(expected.split())] == expected.split()
-    assert command[-4:] == ["--max_seq_len", "640", "--on_bad_row", "skip"]
+    command = " ".join(out.split("$ ")[1].replace("\\\n", "").split())
+    expected = "--data_path rows.jsonl '*.parquet' --images_path images --tokenizer_path "
+    assert command.startswith(f"python train_sft_vlm.py --from_weight none {expected}")
+    sizes = "--epochs 250 --batch_size 8 --out_dir out/mine"  # for 7 rows
+    assert command.endswith(f" --max_seq_len 640 {sizes} --on_bad_row skip")
+    assert "No weights to start from: make small ones (python -m scripts.quickstart)" in " ".join(out.split())
+
+
+def printed(out: str) -> list[str]:
+    """The training that it prints, as a shell takes it, without the `python` before."""
+    command = shlex.split(out.split("To train on it:\n$ ")[1].replace("\\\n", ""))
+    assert command[:2] == ["python", "train_sft_vlm.py"]
+    return command[2:]
+
+
+def test_the_training_that_it_prints_learns_from_the_weights_that_it_is_given(trained, tmp_path, monkeypatch, capsys):
+    """Tokenizer, encoder, epochs and batch follow: nothing needs to be added to what is typed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    jewels = {"red": "ruby", "green": "emerald", "blue": "sapphire", "yellow": "topaz", "black": "onyx"}
+    for colour in jewels:
+        (tmp_path / f"pictures/{colour}.png").write_bytes(picture(colour))
+    rows = [row("Which jewel is it?", f"a fine {jewel}", image=f"{colour}.png") for colour, jewel in jewels.items()]
+    write_rows(tmp_path / "rows.jsonl", rows * 4)
+    weights = str(Path(trained[trained.index("--out_dir") + 1]) / "sft_vlm_64.pth")
+    inspect_data.main(["rows.jsonl", "--images_path", "pictures", "--from_weight", weights])
+    out = capsys.readouterr().out
+    assert "20  rows had pictures and no <image>" in out and "@×" not in out and "are assumed" not in out
+    run = train_sft_vlm.main([*printed(out), "--device", "cpu", "--num_workers", "0"])
+    told = capsys.readouterr().out
+    assert "too few" not in told and "diverged" not in told and run.total_steps == 252
+    given = [answer(run, run.feed.data.tokenizer, run.feed.data, i) for i in range(5)]
+    assert given == [f"a fine {jewel}" for jewel in jewels.values()]
+    assert run.checkpoint.path == Path("out/mine/sft_vlm_64.pth")
+
+    inspect_data.main(["rows.jsonl", "--images_path", "pictures"])  # the newest in out/: those just made
+    assert printed(capsys.readouterr().out)[:2] == ["--from_weight", "out/mine/sft_vlm_64.pth"]
+
+
+def test_epochs_and_batch_follow_from_the_rows_and_the_width(trained, tmp_path):
+    args = inspect_data.parse_args(["rows.jsonl"])
+    weights = Path(trained[trained.index("--out_dir") + 1]) / "sft_vlm_64.pth"
+    for path, rows, expected in (
+        (weights, 100, ["--epochs", "20", "--batch_size", "8"]),
+        (weights, 1000, ["--epochs", "4", "--batch_size", "16"]),
+        (None, 1000, ["--epochs", "8", "--batch_size", "32"]),
+        (None, 10**6, ["--epochs", "1", "--batch_size", "32"]),
+    ):
+        command = inspect_data.next_command(args, path, rows, False)
+        assert command[command.index("--epochs") :][:4] == expected
 
 
 def test_lengths_fall_into_at_most_10_round_ranges():

@@ -230,6 +230,16 @@ def test_an_interruption_lets_the_step_save_and_the_next_start_resumes_it(tmp_pa
 # ---------------------------------------------------------------------------- the quickstart, in small
 
 
+class Parsed(Exception):
+    pass
+
+
+def parse_and_stop(parser, argv=None, parse=argparse.ArgumentParser.parse_args):
+    """In place of ArgumentParser.parse_args."""
+    parse(parser, argv)
+    raise Parsed
+
+
 SMALL = {"--scenes": "40", "--val_scenes": "20", "--max_new_tokens": "12", "--batch_size": "32", "--epochs": "1"}
 
 
@@ -306,20 +316,33 @@ def test_the_quickstart_goes_from_a_bundle_to_a_report(finished):
     assert result["parameters"]["projector"] == 32 * 64 + 64
     answers = json.loads((folder / "val.json").read_text())["answers"]
     assert result["val"]["all"] == pytest.approx(sum(a["right"] for a in answers) / len(answers), abs=1e-4)
-    assert len(result["next"]) == 3
+    assert len(result["next"]) == 4
 
 
-def test_what_it_suggests_next_can_be_typed(finished, capfd):
+def test_what_it_suggests_next_can_be_typed(finished, capfd, tmp_path, monkeypatch):
     import eval_vlm
+    import train_sft_vlm
+    from scripts import download, inspect_data
 
     folder, result = finished
-    (_, ask), (_, train), _ = result["next"]
+    (_, ask), (_, look), _, (photos, fetch) = result["next"]
     assert ask[:2] == ["python", "eval_vlm.py"]
     eval_vlm.main([*ask[2:], "--device", "cpu", "--max_new_tokens", "3"])
     assert "[val_00000.jpg] What is in the picture?" in capfd.readouterr().out
-    assert (
-        Path(train[train.index("--from_weight") + 1]).is_file() and str(folder) != train[train.index("--out_dir") + 1]
-    )
+    assert look[:3] == ["python", "-m", "scripts.inspect_data"]
+    monkeypatch.chdir(tmp_path)  # where a visitor has rows.jsonl and pictures
+    shutil.copytree(folder / "data/images", "pictures")
+    rows = (folder / "data/val.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    Path("rows.jsonl").write_text("".join(rows[:20]), encoding="utf-8")
+    inspect_data.main(look[3:])
+    train = shlex.split(capfd.readouterr().out.split("To train on it:\n$ ")[1].replace("\\\n", ""))
+    assert train[:2] == ["python", "train_sft_vlm.py"]
+    run = train_sft_vlm.main([*train[2:], "--device", "cpu", "--num_workers", "0", "--epochs", "1"])
+    assert run.state.rows == 20 and not run.checkpoint.path.is_relative_to(folder)
+    assert "shapes" in photos and "photos" in photos and fetch[:3] == ["python", "-m", "scripts.download"]
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    with pytest.raises(Parsed):
+        download.main(fetch[3:])
 
 
 def test_a_second_start_runs_nothing_and_shows_the_report_again(finished, bundle, monkeypatch, capfd):
@@ -511,17 +534,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_drawn(machine,
         assert not list((tmp_path / "out").glob("*"))
 
 
-class Parsed(Exception):
-    pass
-
-
 def test_every_script_of_the_recipes_takes_the_flags_that_it_is_given(tmp_path, monkeypatch):
-    parse = argparse.ArgumentParser.parse_args
-
-    def parse_and_stop(parser, argv=None):
-        parse(parser, argv)
-        raise Parsed
-
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
     recipes = make_bundle.recipe(tmp_path)
     recipes += quickstart.recipe(tmp_path, tmp_path / "llm_8.pth", ["--hidden_size", 8, "--use_moe"])

@@ -129,6 +129,11 @@ RATES = {
 SETTINGS = ("optimizer", "learning_rate", "projector_learning_rate", "batch_size")
 
 
+def fitting_batch(width: int) -> int:
+    """Rows per batch for a model of this width."""
+    return 16 if width < 512 else 32
+
+
 def follow_width(args, model, stage: str) -> None:
     """Sets those of SETTINGS that were not given, as fits the model's width, and prints them. stage: a key of RATES.
 
@@ -142,7 +147,7 @@ def follow_width(args, model, stage: str) -> None:
     fitting = {"optimizer": "muon" if narrow and blocks_learn else "adamw"}
     if narrow and (args.optimizer or fitting["optimizer"]) == "adamw":
         rate /= 3  # on the scenes AdamW's best was 1e-3 where Muon's is 3e-3 (results/learning.md)
-    fitting |= {"learning_rate": rate * share, "batch_size": 16 if narrow else 32}
+    fitting |= {"learning_rate": rate * share, "batch_size": fitting_batch(width)}
     if projector_rate:
         fitting["projector_learning_rate"] = projector_rate * share
     chosen = []
