@@ -50,16 +50,18 @@ def pasted(out: str) -> list[str]:
 # ---------------------------------------------------------------------------- before
 
 
-def test_epochs_and_batch_make_enough_steps_and_no_more_than_needed():
+def test_epochs_and_batch_make_enough_steps_and_no_more_than_plenty():
     for rows, batch_size, ranks in itertools.product((1, 7, 30, 101, 999, 10_000, 10**6), (4, 16, 32, 100), (1, 2, 8)):
         epochs, size = sizes(rows, batch_size, ranks)
-        steps = epochs * -(-rows // (size * ranks))
-        assert steps >= 250 and (epochs == 1 or steps - steps // epochs < 250)  # with an epoch less it were too few
+        steps = -(-rows // (size * ranks))  # of an epoch
+        assert epochs * steps >= 250 and (epochs == 1 or epochs * steps <= 5000)
+        assert epochs <= 20 or (epochs - 1) * steps < 250  # more passes only where it takes them
         assert size == batch_size or 6 <= size < batch_size and 20 * rows < 250 * 2 * (size + 1) * ranks
 
 
-def test_a_hundred_rows_want_the_settings_that_were_measured():
+def test_a_hundred_rows_want_the_settings_that_were_measured_and_many_rows_fewer_passes():
     assert sizes(100, 16) == sizes(100, 32) == (20, 8)
+    assert [sizes(rows, 16) for rows in (1000, 10_000, 40_000, 200_000)] == [(20, 16), (8, 16), (2, 16), (1, 16)]
 
 
 @ALL
@@ -69,7 +71,7 @@ def test_a_run_of_few_steps_says_so_with_flags_that_make_enough(script, flags_of
     out = capsys.readouterr().out
     assert "only 4 steps, too few to learn much: 14 rows, 4 a batch.\n" in out
     assert out.index("only 4 steps") < out.index("steps done")
-    (suggested,) = re.findall(r"For about 250: (.+)\n", out)
+    (suggested,) = re.findall(r"What suits so many: (.+)\n", out)
     monkeypatch.setattr(script, "train_epoch", lambda run, epoch: None)
     run = script.main([*given, *suggested.split()])
     assert 240 <= run.total_steps <= 260 and "too few" not in capsys.readouterr().out
@@ -80,7 +82,7 @@ def test_the_flags_count_rows_as_often_as_an_epoch_passes_over_them(flags, monke
     train_sft_vlm.main([*flags, "--data_weights", "3.5", "--accumulation_steps", "2"])
     out = capsys.readouterr().out
     assert "only 7 steps, too few to learn much: 49 rows, 4 a batch.\n" in out
-    assert "For about 250: --epochs 20 --batch_size 4 --accumulation_steps 1\n" in out
+    assert "What suits so many: --epochs 20 --batch_size 4 --accumulation_steps 1\n" in out
     train_sft_vlm.main([*flags, "--epochs", "13"])  # 52 steps
     assert "too few" not in capsys.readouterr().out
 

@@ -175,8 +175,8 @@ def test_epochs_and_batch_follow_from_the_rows_and_the_width(trained, tmp_path):
     weights = Path(trained[trained.index("--out_dir") + 1]) / "sft_vlm_64.pth"
     for path, rows, expected in (
         (weights, 100, ["--epochs", "20", "--batch_size", "8"]),
-        (weights, 1000, ["--epochs", "4", "--batch_size", "16"]),
-        (None, 1000, ["--epochs", "8", "--batch_size", "32"]),
+        (weights, 10_000, ["--epochs", "8", "--batch_size", "16"]),
+        (None, 1000, ["--epochs", "20", "--batch_size", "32"]),
         (None, 10**6, ["--epochs", "1", "--batch_size", "32"]),
     ):
         command = inspect_data.next_command(args, path, rows, False)

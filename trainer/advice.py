@@ -16,18 +16,20 @@ from trainer.devices import autocast
 from trainer.distributed import gather, is_main, say, world_size
 from trainer.shown import WIDTH, duration, gigabytes, typed
 
-FEW, ENOUGH = 50, 250  # steps: fewer teach next to nothing, so many taught a model what 100 drawn pictures show
-SMALLEST = 8  # rows a batch, where there are few
+FEW, ENOUGH, PLENTY = 50, 250, 5000  # steps: what is too short to learn from, what suits 100 rows, what suits 10,000
+PASSES, SMALLEST = 20, 8  # epochs, and rows a batch, where there are few rows
 UNTAUGHT = 0.2  # nats by which untrained weights, whose logits are small but not 0, may be worse than guessing
 LEARNING_RATES = ("learning_rate", "projector_learning_rate", "embedding_learning_rate")
 LONGEST = 64  # tokens of the answer that is shown
 
 
 def sizes(rows: int, batch_size: int, ranks: int = 1) -> tuple[int, int]:
-    """(epochs, batch size) that make ENOUGH steps of so many rows. batch_size: the largest that is wanted."""
-    while batch_size > SMALLEST and 20 * rows < ENOUGH * batch_size * ranks:  # rather smaller batches than 20 epochs
+    """(epochs, batch size) that suit so many rows: PASSES of them, but ENOUGH steps at least, and no more than PLENTY
+    if an epoch has fewer. batch_size: the largest that is wanted."""
+    while batch_size > SMALLEST and PASSES * rows < ENOUGH * batch_size * ranks:
         batch_size //= 2
-    return math.ceil(ENOUGH / math.ceil(rows / (batch_size * ranks))), batch_size
+    steps = math.ceil(rows / (batch_size * ranks))  # of an epoch
+    return max(math.ceil(ENOUGH / steps), min(PASSES, PLENTY // steps), 1), batch_size
 
 
 def tell_start(run) -> None:
@@ -40,7 +42,7 @@ def tell_start(run) -> None:
         epochs, batch_size = sizes(run.feed.rows_per_epoch, args.batch_size, world_size())
         single = " --accumulation_steps 1" * (args.accumulation_steps > 1)
         say(f"only {steps} steps, too few to learn much: {run.feed.rows_per_epoch:,} rows, {args.batch_size} a batch.")
-        say(f"For about {ENOUGH}: --epochs {epochs} --batch_size {batch_size}{single}")
+        say(f"What suits so many: --epochs {epochs} --batch_size {batch_size}{single}")
 
 
 def tell_end(run, tokenizer, seconds: float) -> None:
