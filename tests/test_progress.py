@@ -39,7 +39,8 @@ def train(flags, tmp_path, world):
 
 
 def test_a_line_holds_the_mean_loss_of_its_steps_and_a_picture_shows_the_curve(train, world, tmp_path):
-    single = train("--log_interval", "1")
+    rates = ["--optimizer", "adamw", "--learning_rate", "2e-4"]
+    single = train("--log_interval", "1", *rates)
     assert [line["step"] for line in single] == list(range(1, 9))
     assert [line["epoch"] for line in single] == [0] * 4 + [1] * 4
     assert single[0]["lr"] == 2e-4 and 2e-5 < single[-1]["lr"] < 4e-5
@@ -47,7 +48,7 @@ def test_a_line_holds_the_mean_loss_of_its_steps_and_a_picture_shows_the_curve(t
     rows = [line["samples_per_s"] * (end - start) for line, start, end in zip(single, [0, *ends], ends)]
     assert sum(rows) == pytest.approx(28, rel=0.01)  # 14 in each epoch
 
-    lines = train("--log_interval", "3", "--val_path", str(world / "val.jsonl"))
+    lines = train("--log_interval", "3", "--val_path", str(world / "val.jsonl"), *rates)
     means, validations = ([line for line in lines if key in line] for key in ("loss", "val_loss"))
     assert [line["step"] for line in lines] == [3, 4, 6, 8, 8]
     assert [line["step"] for line in validations] == [4, 8]  # the end of each epoch

@@ -70,19 +70,21 @@ class Checkpoint:
             say(f"nothing to resume at {self.resume_path}: starting at step 0")
             return State()
         saved = read_weights(self.resume_path)
-        changed = [
-            f"{key} was {saved['flags'].get(key)}, is {value}"
+        changed = {
+            key: f"{key} was {saved['flags'].get(key)}, is {value}"
             for key, value in self.flags.items()
             if saved["flags"].get(key) != value
-        ]
+        }
         state = State(**saved["state"])
-        if changed and 0 < state.total_steps <= state.step:
+        if [*changed] == ["epochs"] and 0 < state.total_steps <= state.step:
             raise ValueError(
                 f"--from_resume: {self.resume_path} is of a run that is finished. To train on from its\n"
                 f"weights, instead of --from_resume: --from_weight {self.path} --epochs {self.flags['epochs']}"
             )
         if changed:
-            raise ValueError(f"--from_resume: {self.resume_path} was made with other flags: {'; '.join(changed)}")
+            raise ValueError(
+                f"--from_resume: {self.resume_path} was made with other flags: {'; '.join(changed.values())}"
+            )
         load_weights(model, saved["weights"], self.resume_path)
         optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"]:  # empty unless the run was in fp16
