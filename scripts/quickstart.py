@@ -9,7 +9,7 @@ It draws scenes (dataset/scenes.py), teaches the language model of the bundle to
 train_sft_vlm.py), and scores it (eval_vlm.py). Every command is shown before it runs, so that you can do the same with
 your own pictures. Ctrl-C and a second start go on where it was. In out/quickstart/ you find, at the end,
 
-    report.html, report.json          what it can and cannot do
+    report.html, report_zh.html       what it can and cannot do, in English and Chinese; report.json
     sft_vlm_{hidden}{_moe}.pth        the model
     steps.json                        each command with its time and memory
 """
@@ -33,7 +33,6 @@ from scripts.steps import (
     run_steps,
     typed,
     write_json,
-    write_text,
 )
 from trainer.cli import SWITCH, Parser
 
@@ -109,7 +108,7 @@ def next_commands(out: Path, weights: Path, args) -> list[tuple[str, list[str]]]
     """Things to try: (what for, command)."""
     picture = out / "data/images/val_00000.jpg"
     ask = ["python", "eval_vlm.py", "--weights", weights, "--image", picture]
-    ask += ["--prompt", "What is in the picture?", "--greedy"]
+    ask += ["--prompt", report.first_prompts(weights)["en"], "--greedy"]
     own = ["python", "-m", "scripts.inspect_data", "rows.jsonl", "--images_path", "pictures", "--from_weight", weights]
     public = ["python", "-m", "scripts.download", "--what", "clip", "vlm"]
     if not args.from_zero:
@@ -164,11 +163,11 @@ def quickstart(args, again: str) -> dict:
     result = report.summary(out, records, next_commands(out, weights, args))
     result["wall_s"] = round(earlier + time.perf_counter() - started, 1)
     write_json(out / "report.json", result)
-    write_text(out / "report.html", report.page(out))
+    english, chinese = report.write_pages(out)
     print("\n" + report.table(out))
     print("\n" + report.examples(out))
     print(f"\n{duration(result['wall_s'])} in all, {gigabytes(result['peak_gb'])} of memory at most")
-    print(f"the report, with pictures and curves: {out / 'report.html'}\n\nWhat to try next:")
+    print(f"the report, with pictures and curves: {english}\n中文报告（含图片和曲线）：{chinese}\n\nWhat to try next:")
     for what, command in result["next"]:
         print(f"\n# {what}\n{typed(command)}")
     return result

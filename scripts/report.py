@@ -1,9 +1,10 @@
 """What a run of the quickstart tells: report.json, a table for the terminal, and a page for the browser.
 
-    python -m scripts.report --out_dir out/quickstart      # writes report.html anew
+    python -m scripts.report --out_dir out/quickstart      # writes report.html and report_zh.html anew
 
-The page is one file: pictures, curves and style are in it, nothing is fetched and no script runs. Its examples are
-drawn by chance, the same on every call, and not for being right; those that are wrong come again by themselves.
+The page is one file for each language: pictures, curves and style are in it, nothing is fetched and no script runs. Its
+examples are drawn by chance, the same on every call, and not for being right; those that are wrong come again by
+themselves. Its sentences are in scripts/report_words.py.
 """
 
 import base64
@@ -15,15 +16,18 @@ import random
 import re
 import shlex
 import subprocess
+import textwrap
 from html import escape
 from importlib import metadata
 from pathlib import Path
 
-from scripts.steps import duration, gigabytes, typed, write_text
+from scripts.report_words import WORDS
+from scripts.steps import write_text
 from trainer.cli import Parser
+from trainer.shown import WIDTH, duration, gigabytes, typed
 
-SPLITS = {"val": "new scenes", "val_new": "new combinations"}
-LANGUAGES = {"en": "English", "zh": "Chinese"}
+PAGES = {"en": "report.html", "zh": "report_zh.html"}
+LANGUAGES = tuple(PAGES)
 WRONG = 12  # wrong answers shown, at most
 SWAPPED = 6  # questions shown with another picture, at most
 
@@ -32,6 +36,14 @@ SWAPPED = 6  # questions shown with another picture, at most
 
 def read_json(path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_scores(folder: Path) -> dict[str, dict]:
+    """{split: what eval_vlm.py wrote about it}: val.json first, then the others that are there."""
+    found = {path.stem: read_json(path) for path in folder.glob("val*.json")}
+    order = list(WORDS["en"]["splits"])
+    known = [split for split in order if split in found]
+    return {split: found[split] for split in [*known, *sorted(found.keys() - known)]}
 
 
 def share(answers: list[dict], key: str) -> float | None:
@@ -74,15 +86,13 @@ def machine() -> dict:
 
 def summary(folder: Path, records: list[dict], next_commands: list) -> dict:
     """What stands in report.json but for "wall_s": shares from 0 to 1, seconds, GB. folder: of a finished run."""
-    scores = {split: read_json(folder / f"{split}.json") for split in SPLITS}
+    scores = read_scores(folder)
     answers = {split: found["answers"] for split, found in scores.items()}
     return {
         "wall_s": None,
         "peak_gb": max(record["peak_gb"] for record in records),
-        "val": shares(answers["val"], "right"),
-        "val_new": shares(answers["val_new"], "right"),
-        "shuffled": shares(answers["val"], "right_shuffled"),
-        "shuffled_new": shares(answers["val_new"], "right_shuffled"),
+        **{split: shares(found, "right") for split, found in answers.items()},
+        **{split.replace("val", "shuffled"): shares(found, "right_shuffled") for split, found in answers.items()},
         "questions": {split: len(found) for split, found in answers.items()},
         "steps": [
             {
@@ -96,8 +106,16 @@ def summary(folder: Path, records: list[dict], next_commands: list) -> dict:
         "machine": machine() | {"device": scores["val"]["device"]},
         "weights": scores["val"]["weights"],
         "parameters": scores["val"]["parameters"],
+        "prompts": first_prompts(Path(scores["val"]["weights"])),
         "next": next_commands,
     }
+
+
+def first_prompts(weights: Path) -> dict[str, str]:
+    """{"en": a question that the weights know, "zh": ...}, of their JSON."""
+    path = weights.with_suffix(".json")
+    known = read_json(path).get("prompts", {}) if path.is_file() else {}
+    return {"en": "What is in the picture?", "zh": "图片里有什么？"} | {key: found[0] for key, found in known.items()}
 
 
 def percent(value: float | None) -> str:
@@ -106,12 +124,12 @@ def percent(value: float | None) -> str:
 
 def cells(folder: Path) -> dict:
     """{kind: {split: {language: (share, share with shuffled pictures)}}}, and "all" for all kinds, at the end."""
-    answers = {split: read_json(folder / f"{split}.json")["answers"] for split in SPLITS}
+    answers = {split: scores["answers"] for split, scores in read_scores(folder).items()}
     kinds = sorted({answer["kind"] for found in answers.values() for answer in found})
     found = {}
     for kind in [*kinds, "all"]:
-        found[kind] = {split: {} for split in SPLITS}
-        for split in SPLITS:
+        found[kind] = {split: {} for split in answers}
+        for split in answers:
             for language in LANGUAGES:
                 own = [answer for answer in answers[split] if answer["language"] == language]
                 own = [answer for answer in own if kind in ("all", answer["kind"])]
@@ -120,19 +138,22 @@ def cells(folder: Path) -> dict:
 
 
 def table(folder: Path) -> str:
-    """Exact match by kind and language on both splits, beside shuffled pictures, for a terminal of 80 columns."""
+    """Exact match by kind and language on all splits, beside shuffled pictures; three fit a terminal of 80 columns."""
+    found, titles = cells(folder), WORDS["en"]["splits"]
+    splits = list(found["all"])
     lines = [
-        f"{'right answers':14}{'val: new scenes':^32}{'val_new: new combinations':^32}".rstrip(),
-        f"{'':14}" + f"{'true pictures':>16}{'shuffled':>16}" * 2,
-        f"{'':14}" + "".join(f"{language:>8}" for language in LANGUAGES) * 4,
+        "right answers ".ljust(14) + "".join(f"{split:^22}" for split in splits),
+        " " * 14 + "".join(f"{titles.get(split, ''):^22}" for split in splits),
+        " " * 14 + f"{'true':>11}{'shuffled':>11}" * len(splits),
+        " " * 14 + (" " + "".join(f"{language:>5}" for language in LANGUAGES)) * 2 * len(splits),
     ]
-    for kind, splits in cells(folder).items():
+    for kind in found:
         line = f"{kind:14}"
-        for split in SPLITS:
+        for split in splits:
             for which in (0, 1):
-                line += "".join(f"{percent(splits[split][language][which]):>8}" for language in LANGUAGES)
+                line += " " + "".join(f"{percent(found[kind][split][language][which]):>5}" for language in LANGUAGES)
         lines.append(line)
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 # ---------------------------------------------------------------------------- examples
@@ -162,14 +183,15 @@ def plain(question: str) -> str:
 
 
 def examples(folder: Path, count: int = 5) -> str:
-    """A few questions and answers of both splits for a terminal."""
-    lines = []
-    for split, many in (("val", count - 2), ("val_new", 2)):
-        for answer in some(read_json(folder / f"{split}.json")["answers"], many, split):
+    """A few questions and answers of all splits for a terminal."""
+    lines, scores = [], read_scores(folder)
+    for i, (split, found) in enumerate(scores.items()):
+        many = (count - len(lines)) // (len(scores) - i)
+        for answer in some(found["answers"], many, split):
             verdict = "right" if answer["right"] else f"wrong, it is: {answer['references'][0]}"
-            lines.append(
-                f"[{', '.join(answer['images'])}] {plain(answer['question'])}\n  {answer['answer']}  ({verdict})"
-            )
+            asked = textwrap.fill(f"[{', '.join(answer['images'])}] {plain(answer['question'])}", WIDTH)
+            answered = textwrap.fill(f"{answer['answer']}  ({verdict})", WIDTH - 2)
+            lines.append(f"{asked}\n{textwrap.indent(answered, '  ')}")
     return "\n".join(lines)
 
 
@@ -195,8 +217,8 @@ def ticks(most: float) -> list[float]:
     return [i * step for i in range(int(most / step) + 1)]
 
 
-def curve(metrics: dict, title: str) -> str:
-    """The losses of a stage as inline SVG; "" without any."""
+def curve(metrics: dict, title: str, words: dict) -> str:
+    """The losses of a stage as inline SVG; "" without any. words: of a language."""
     points = metrics["loss"] + metrics["val_loss"]
     if not points:
         return ""
@@ -214,17 +236,17 @@ def curve(metrics: dict, title: str) -> str:
     for tick in ticks(steps):
         x, y = place(tick, 0).split(",")
         parts.append(f'<text x="{x}" y="{lower + 18}" text-anchor="middle">{tick:g}</text>')
-    parts.append(f'<text x="{(left + right) / 2}" y="274" text-anchor="middle">step</text>')
+    parts.append(f'<text x="{(left + right) / 2}" y="274" text-anchor="middle">{words["step"]}</text>')
     last = []
     if metrics["loss"]:
         parts.append(f'<polyline class="loss" points="{" ".join(place(*point) for point in metrics["loss"])}"/>')
-        last.append(f"training {metrics['loss'][-1][1]:.3f}")
+        last.append(f"{words['training']} {metrics['loss'][-1][1]:.3f}")
     if metrics["val_loss"]:
         dots = [place(*point) for point in metrics["val_loss"]]
         parts.append(f'<polyline class="val" points="{" ".join(dots)}"/>')
         parts += ['<circle class="val" cx="{}" cy="{}" r="4"/>'.format(*dot.split(",")) for dot in dots]
-        last.append(f"validation {metrics['val_loss'][-1][1]:.3f}")
-    label = f"{title}: loss against step, at the end {', '.join(last)}"
+        last.append(f"{words['validation']} {metrics['val_loss'][-1][1]:.3f}")
+    label = words["curve"].format(title=title, last=", ".join(last))
     return (
         f'<figure class="card curve"><figcaption><b>{escape(title)}</b><span>{escape(", ".join(last))}</span>'
         f'</figcaption><svg viewBox="0 0 520 280" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
@@ -257,21 +279,23 @@ p { margin: 0 0 16px; color: var(--soft); max-width: 68ch; }
 .grid-3 { grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); margin: 28px 0 0; }
 .tile { padding: 14px 16px; }
-.tile b { display: block; font-size: 1.55rem; line-height: 1.4; white-space: nowrap; letter-spacing: -.02em;
+.tile b { display: block; font-size: 1.45rem; line-height: 1.4; white-space: nowrap; letter-spacing: -.02em;
   font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .875rem; }
 .tile.accent b { color: var(--accent); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .9375rem; }
 caption { text-align: left; padding: 14px 16px 6px; font-weight: 600; }
-caption span { color: var(--soft); font-weight: 400; }
+caption span { color: var(--soft); font-weight: 400; display: block; }
 th, td { padding: 7px 10px; text-align: right; border-top: 1px solid var(--line); white-space: nowrap; }
 thead th, thead td { color: var(--soft); font-weight: 500; font-size: .8125rem; border-top: 0; }
 th:first-child, td:first-child { text-align: left; padding-left: 16px; font-weight: 500; }
 th:last-child, td:last-child { padding-right: 16px; }
 .kinds { table-layout: fixed; min-width: 340px; }
+.kinds th, .kinds td { padding-left: 5px; padding-right: 5px; }
+.kinds th:last-child, .kinds td:last-child { padding-right: 14px; }
 .kinds thead th { padding-bottom: 2px; }
-.kinds th:first-child { width: 24%; }
+.kinds tr > :first-child { width: 27%; padding-left: 14px; }
 .kinds th[colspan] { text-align: center; }
 .kinds .pale { color: var(--soft); }
 .bar::after { content: ""; display: block; height: 4px; margin-top: 3px; border-radius: 2px; background:
@@ -302,6 +326,9 @@ img { display: block; width: 128px; height: 128px; border-radius: 8px; backgroun
 .answer { display: inline-block; border-radius: 8px; padding: 3px 9px; line-height: 1.4; }
 .right { color: var(--good); background: var(--good-bg); }
 .wrong { color: var(--bad); background: var(--bad-bg); }
+.neutral { background: var(--pale); }
+nav { text-align: right; margin-top: -16px; }
+a { color: var(--accent); }
 .expected { color: var(--soft); font-size: .9375rem; margin-top: 6px; }
 .swap { padding: 14px; }
 .swap .sides { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; }
@@ -329,62 +356,66 @@ def bar(value: float | None, pale: bool) -> str:
     return f"<td{style}>{percent(value)}</td>"
 
 
-def kinds_table(folder: Path, split: str, questions: int) -> str:
-    names = "".join(f'<th scope="col">{name}</th>' for name in LANGUAGES.values())
-    head = '<tr><td></td><th colspan="2" scope="colgroup">true pictures</th>'
-    head += f'<th colspan="2" scope="colgroup">shuffled</th></tr><tr><th scope="col">kind</th>{names * 2}</tr>'
+def kinds_table(folder: Path, split: str, questions: int, words: dict) -> str:
+    names = "".join(f'<th scope="col">{words["languages"][language]}</th>' for language in LANGUAGES)
+    head = f'<tr><td></td><th colspan="2" scope="colgroup">{words["true"]}</th>'
+    head += f'<th colspan="2" scope="colgroup">{words["shuffled"]}</th></tr>'
+    head += f'<tr><th scope="col">{words["kind"]}</th>{names * 2}</tr>'
     rows = []
     for kind, splits in cells(folder).items():
+        name = words["kinds"].get(kind, kind)
         row = "".join(bar(splits[split][language][0], False) for language in LANGUAGES)
         row += "".join(bar(splits[split][language][1], True) for language in LANGUAGES)
-        rows.append(f'<tr{" class=all" if kind == "all" else ""}><th scope="row">{escape(kind)}</th>{row}</tr>')
-    caption = f"{split}: {SPLITS[split]} <span>{questions:,} questions</span>"
+        rows.append(f'<tr{" class=all" if kind == "all" else ""}><th scope="row">{escape(name)}</th>{row}</tr>')
+    caption = f"{split}: {words['splits'].get(split, split)} <span>{words['questions'].format(n=questions)}</span>"
     return (
         f'<div class="card scroll"><table class="kinds"><caption>{caption}</caption>'
         f"<thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
-def picture(folder: Path, name: str) -> str:
+def picture(folder: Path, name: str, words: dict) -> str:
     path = folder / "data/images" / name
     data = base64.b64encode(path.read_bytes()).decode()
-    kind = "png" if path.suffix == ".png" else "jpeg"
-    return f'<img src="data:image/{kind};base64,{data}" alt="drawn scene {escape(name)}" width="128" height="128">'
+    kind, about = "png" if path.suffix == ".png" else "jpeg", escape(words["scene"].format(name=name))
+    return f'<img src="data:image/{kind};base64,{data}" alt="{about}" width="128" height="128">'
 
 
-def said(answer: str, right: bool, language: str) -> str:
+def said(answer: str, right: bool | None, language: str, words: dict) -> str:
+    """right: None where that is not judged."""
+    text = f'<span lang="{language}">{escape(answer) or words["nothing"]}</span>'
+    if right is None:
+        return f'<span class="answer neutral">{text}</span>'
     mark, verdict = ("✓", "right") if right else ("✗", "wrong")
-    text = escape(answer) or "(nothing)"
-    mark = f'<span role="img" aria-label="{verdict}">{mark}</span>'
-    return f'<span class="answer {verdict}">{mark} <span lang="{language}">{text}</span></span>'
+    mark = f'<span role="img" aria-label="{words["verdicts"][verdict]}">{mark}</span>'
+    return f'<span class="answer {verdict}">{mark} {text}</span>'
 
 
-def example(folder: Path, answer: dict, split: str) -> str:
-    pictures = "".join(picture(folder, name) for name in answer["images"])
+def example(folder: Path, answer: dict, split: str, words: dict) -> str:
+    pictures = "".join(picture(folder, name, words) for name in answer["images"])
     language, two = answer["language"], " two" if len(answer["images"]) > 1 else ""
-    expected = ""
+    kind, expected = words["kinds"].get(answer["kind"], answer["kind"]), ""
     if not answer["right"]:
-        expected = (
-            f'<div class="expected">expected: <span lang="{language}">{escape(answer["references"][0])}</span></div>'
-        )
+        reference = f'<span lang="{language}">{escape(answer["references"][0])}</span>'
+        expected = f'<div class="expected">{words["expected"]} {reference}</div>'
     return (
         f'<div class="card example"><div class="pictures{two}">{pictures}</div><div>'
-        f'<div class="tags">{escape(answer["kind"])} · {LANGUAGES[language]} · <span>{split}</span></div>'
+        f'<div class="tags">{escape(kind)} · {words["languages"][language]} · <span>{split}</span></div>'
         f'<div class="question" lang="{language}">{escape(plain(answer["question"]))}</div>'
-        f"{said(answer['answer'], answer['right'], language)}{expected}</div></div>"
+        f"{said(answer['answer'], answer['right'], language, words)}{expected}</div></div>"
     )
 
 
-def swapped(folder: Path, answer: dict) -> str:
-    """A question with its own picture and with another one."""
+def swapped(folder: Path, answer: dict, words: dict) -> str:
+    """A question with its own picture and with another one, about which nobody said what is right: no mark there."""
     sides = []
     for title, images, key, right in (
-        ("its own picture", "images", "answer", "right"),
-        ("another picture", "images_shuffled", "answer_shuffled", "right_shuffled"),
+        ("own picture", "images", "answer", answer["right"]),
+        ("other picture", "images_shuffled", "answer_shuffled", None),
     ):
-        shown = "".join(picture(folder, name) for name in answer[images])
-        verdict = said(answer[key], answer[right], answer["language"])
-        sides.append(f'<div><div class="pictures">{shown}</div><div class="tags">{title}</div>{verdict}</div>')
+        shown = "".join(picture(folder, name, words) for name in answer[images])
+        verdict = said(answer[key], right, answer["language"], words)
+        sides.append(f'<div><div class="pictures">{shown}</div><div class="tags">{words[title]}</div>{verdict}</div>')
     question = f'<div class="question" lang="{answer["language"]}">{escape(plain(answer["question"]))}</div>'
     return f'<div class="card swap">{question}<div class="sides">{"".join(sides)}</div></div>'
 
@@ -401,10 +432,10 @@ def rows_table(title: str, head: list[str], rows: list[list[str]], below: str = 
     )
 
 
-def document(title: str, main: str, style: str = "") -> str:
+def document(title: str, main: str, style: str = "", language: str = "en") -> str:
     """A page that is one file. main: HTML, all its text escaped; style: CSS beside the common one."""
     return f"""<!doctype html>
-<html lang="en">
+<html lang="{language}">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -419,94 +450,103 @@ def document(title: str, main: str, style: str = "") -> str:
 """
 
 
-def page(folder: Path) -> str:
-    """The whole page, of the files of a finished run: report.json, {val,val_new}.json, metrics and pictures."""
-    report = read_json(folder / "report.json")
-    answers = {split: read_json(folder / f"{split}.json")["answers"] for split in SPLITS}
+def page(folder: Path, language: str = "en") -> str:
+    """The whole page, of the files of a finished run: report.json, val.json and the other splits, metrics, pictures."""
+    report, words = read_json(folder / "report.json"), WORDS[language]
+    answers = {split: scores["answers"] for split, scores in read_scores(folder).items()}
     model, parameters = Path(report["weights"]), report["parameters"]
-    about = report["machine"]
-    where = f"{about['cores']} cores of {about['cpu']}, {about['device']}, {about['system']}"
+    whole, memory = duration(report["wall_s"]), gigabytes(report["peak_gb"])
+    other = next(each for each in LANGUAGES if each != language)
 
-    tiles = [
-        tile(percent(report["val"]["en"]), "right in English", True),
-        tile(percent(report["val"]["zh"]), "right in Chinese", True),
-        tile(percent(report["val_new"]["all"]), "right about new combinations", True),
-        tile(percent(report["shuffled"]["all"]), "right with shuffled pictures"),
-        tile(duration(report["wall_s"]), "the whole quickstart"),
-        tile(gigabytes(report["peak_gb"]), "memory at most"),
+    tiles = [tile(percent(report["val"][each]), words["right"][each], True) for each in LANGUAGES]
+    for split in list(answers)[1:]:
+        tiles.append(tile(percent(report[split]["all"]), words["right"].get(split, split), True))
+    tiles += [
+        tile(percent(report["shuffled"]["all"]), words["right shuffled"]),
+        tile(whole, words["whole"].format(memory=memory)),
     ]
     suffix = model.stem.removeprefix("sft_vlm")
     curves = [
-        curve(read_metrics(folder / f"{stage}{suffix}.metrics.jsonl"), title)
-        for stage, title in (("pretrain_vlm", "Stage 1: learn to see"), ("sft_vlm", "Stage 2: learn to answer"))
+        curve(read_metrics(folder / f"{stage}{suffix}.metrics.jsonl"), title, words)
+        for stage, title in words["stages"].items()
     ]
-    gallery = [(answer, "val") for answer in choose(answers["val"], 1, "val")]
-    gallery += [(answer, "val_new") for answer in choose(answers["val_new"], 1, "val_new", ("kind",))]
     wrong = {split: [answer for answer in found if not answer["right"]] for split, found in answers.items()}
-    total = sum(map(len, answers.values()))
-    errors = [(answer, "val") for answer in some(wrong["val"], WRONG // 2, "wrong")]
-    errors += [(answer, "val_new") for answer in some(wrong["val_new"], WRONG - len(errors), "wrong")]
+    gallery, errors = [], []
+    for i, split in enumerate(answers):
+        groups = ("kind", "language") if split == "val" else ("kind",)
+        gallery += [(answer, split) for answer in choose(answers[split], 1, split, groups)]
+        many = (WRONG - len(errors)) // (len(answers) - i)
+        errors += [(answer, split) for answer in some(wrong[split], many, "wrong")]
     swaps = some([answer for answer in answers["val"] if answer["images"]], SWAPPED, "swapped")
+    counts = {"n": sum(map(len, wrong.values())), "total": sum(map(len, answers.values()))}
 
-    sizes = [[name, f"{count:,}"] for name, count in parameters.items()]
-    sizes.append(["in all", f"{sum(parameters.values()):,}"])
+    sizes = [[words["parts"].get(name, name), f"{count:,}"] for name, count in parameters.items()]
+    sizes.append([words["in all"], f"{sum(parameters.values()):,}"])
     times = [[step["name"], duration(step["seconds"]), gigabytes(step["peak_gb"])] for step in report["steps"]]
-    times.append(["in all", duration(report["wall_s"]), gigabytes(report["peak_gb"])])
+    times.append([words["in all"], whole, memory])
     commands = "".join(f"<pre>$ {escape(typed(shlex.split(step['command'])))}</pre>" for step in report["steps"])
-    following = "".join(
-        f"<h3>{escape(what)}</h3><pre>{escape(typed(command))}</pre>" for what, command in report["next"]
-    )
-    size = f"{model.stat().st_size / 1e6:.1f} MB" if model.is_file() else "not there"
+    commands = f"<details><summary>{words['commands']}</summary>{commands}</details>"
+    size = f"{model.stat().st_size / 1e6:.1f} MB" if model.is_file() else words["gone"]
+    prompts = report.get("prompts", {})
+    following = ""
+    for what, command in report["next"]:
+        asked = [prompts[language] if part == prompts.get("en") else part for part in command]
+        following += f"<h3>{escape(words['tries'].get(what, what))}</h3><pre>{escape(typed(asked))}</pre>"
+
+    def cards(draw, found):
+        return f'<div class="grid-3">{"".join(draw(*each) for each in found)}</div>'
+
+    splits = "".join(kinds_table(folder, split, len(found), words) for split, found in answers.items())
     return document(
-        "MiniMind-V quickstart",
+        words["title"],
         f"""<header>
-<h1>MiniMind-V quickstart</h1>
-<p>A vision-language model of {sum(parameters.values()) / 1e6:.1f} million parameters, taught to see on this computer
-in {escape(duration(report["wall_s"]))}. Here is what it can do, and what it cannot.</p>
+<nav><a href="{PAGES[other]}" hreflang="{other}" lang="{other}">{words["other"]}</a></nav>
+<h1>{words["title"]}</h1>
+<p>{words["intro"].format(size=sum(parameters.values()) / 1e6, time=whole)}</p>
 <div class="tiles">{"".join(tiles)}</div>
 </header>
 
-<h2>Does it look?</h2>
-<p>An answer is right when it is exactly the expected one. With shuffled pictures the same model gets the same questions
-about somebody else's picture: what it then gets right is guessing. New combinations of colour, shape and place never
-occurred in training.</p>
-<div class="grid-2">{"".join(kinds_table(folder, split, report["questions"][split]) for split in SPLITS)}</div>
+<h2>{words["look"]}</h2>
+<p>{words["look about"]}</p>
+<div class="grid-{2 if len(answers) == 2 else 3}">{splits}</div>
 
-<h2>How it learned</h2>
-<p>Loss per answer token, in nats: <span class="key">training</span>, <span class="key second">validation</span>.</p>
+<h2>{words["learned"]}</h2>
+<p>{words["loss"]} <span class="key">{words["training"]}</span>,
+<span class="key second">{words["validation"]}</span></p>
 <div class="grid-2">{"".join(curves)}</div>
 
-<h2>Questions and answers</h2>
-<p>Drawn by chance from each kind and language, not for being right.</p>
-<div class="grid-3">{"".join(example(folder, answer, split) for answer, split in gallery)}</div>
+<h2>{words["gallery"]}</h2>
+<p>{words["gallery about"]}</p>
+{cards(lambda *each: example(folder, *each, words), gallery)}
 
-<h2>What it gets wrong</h2>
-<p>{sum(map(len, wrong.values())):,} of {total:,} answers are wrong{"; some of them:" if errors else "."}</p>
-<div class="grid-3">{"".join(example(folder, answer, split) for answer, split in errors)}</div>
+<h2>{words["wrong"]}</h2>
+<p>{words["some wrong" if errors else "none wrong"].format(**counts)}</p>
+{cards(lambda *each: example(folder, *each, words), errors)}
 
-<h2>The same question, another picture</h2>
-<p>Drawn by chance. Right is what is right about the question's own picture.</p>
-<div class="grid-3">{"".join(swapped(folder, answer) for answer in swaps)}</div>
+<h2>{words["swap"]}</h2>
+<p>{words["swap about"]}</p>
+{cards(lambda answer: swapped(folder, answer, words), [[answer] for answer in swaps])}
 
-<h2>Sizes and times</h2>
-<p>{escape(where)}; Python {escape(about["python"])}, PyTorch {escape(about["torch"])}.</p>
+<h2>{words["sizes"]}</h2>
+<p>{escape(words["where"].format(**report["machine"]))}</p>
 <div class="grid-2">
-{
-            rows_table(
-                "Time and memory",
-                ["step", "time", "memory at most"],
-                times,
-                f"<details><summary>the commands</summary>{commands}</details>",
-            )
-        }
-{rows_table(f"Parameters; {model.name} takes {size}", ["part", "parameters"], sizes)}
+{rows_table(words["time and memory"], [words["step"], words["time"], words["memory"]], times, commands)}
+{rows_table(words["parameters of"].format(name=model.name, size=size), [words["part"], words["parameters"]], sizes)}
 </div>
 
-<h2>What to try next</h2>
+<h2>{words["next"]}</h2>
 {following}
-<footer>Made by <code>python -m scripts.quickstart</code>. This page is one file and loads nothing.</footer>
+<footer>{words["footer"]}</footer>
 """,
+        language=language,
     )
+
+
+def write_pages(folder: Path) -> list[Path]:
+    """The page in each language, as files beside report.json."""
+    for language, name in PAGES.items():
+        write_text(folder / name, page(folder, language))
+    return [folder / name for name in PAGES.values()]
 
 
 def main(argv=None):
@@ -517,9 +557,9 @@ def main(argv=None):
     folder = parser.parse_args(argv).out_dir
     if not (folder / "report.json").is_file():
         raise SystemExit(f"error: --out_dir {folder}: no report.json there. To make one: python -m scripts.quickstart")
-    write_text(folder / "report.html", page(folder))
+    written = write_pages(folder)
     print(table(folder))
-    print(f"\nwritten: {folder / 'report.html'}")
+    print(f"\nwritten: {' and '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

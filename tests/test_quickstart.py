@@ -298,15 +298,22 @@ def finished(tmp_path_factory, bundle):
 def test_the_quickstart_goes_from_a_bundle_to_a_report(finished):
     folder, result = finished
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(result))
-    assert {"report.html", "sft_vlm_64.pth", "pretrain_vlm_64.pth", "val.json", "val_new.json", "data"} <= {
-        path.name for path in folder.iterdir()
-    }
+    assert {
+        "report.html",
+        "report_zh.html",
+        "val_wording.json",
+        "sft_vlm_64.pth",
+        "pretrain_vlm_64.pth",
+        "val.json",
+        "val_new.json",
+        "data",
+    } <= {path.name for path in folder.iterdir()}
     assert [step["name"] for step in result["steps"]] == [
         *("data 1", "data 2", "stage 1", "stage 2", "score val", "score val_wording", "score val_new")
     ]
     assert result["wall_s"] >= sum(step["seconds"] for step in result["steps"]) - 1
     assert result["peak_gb"] == 0.5
-    for split in ("val", "val_new", "shuffled", "shuffled_new"):
+    for split in ("val", "val_wording", "val_new", "shuffled", "shuffled_wording", "shuffled_new"):
         shares = result[split]
         assert set(shares) == {"en", "zh", "all", "by_kind"} and {"relation", "count"} <= set(shares["by_kind"])
         assert all(
@@ -328,7 +335,9 @@ def test_what_it_suggests_next_can_be_typed(finished, capfd, tmp_path, monkeypat
     (_, ask), (_, look), _, (photos, fetch) = result["next"]
     assert ask[:2] == ["python", "eval_vlm.py"]
     eval_vlm.main([*ask[2:], "--device", "cpu", "--max_new_tokens", "3"])
-    assert "[val_00000.jpg] What is in the picture?" in capfd.readouterr().out
+    prompt = json.loads((folder / "sft_vlm_64.json").read_text(encoding="utf-8"))["prompts"]["en"][0]
+    assert ask[ask.index("--prompt") + 1] == prompt == result["prompts"]["en"]
+    assert f"[val_00000.jpg] {prompt}" in capfd.readouterr().out
     assert look[:3] == ["python", "-m", "scripts.inspect_data"]
     monkeypatch.chdir(tmp_path)  # where a visitor has rows.jsonl and pictures
     shutil.copytree(folder / "data/images", "pictures")
@@ -352,7 +361,7 @@ def test_a_second_start_runs_nothing_and_shows_the_report_again(finished, bundle
     monkeypatch.setattr(steps, "run", None)  # would be called
     again = quickstart.main(["--out_dir", str(folder), "--bundle", str(bundle)])
     printed = capfd.readouterr().out
-    assert printed.count("done already") == 6 and "What to try next" in printed
+    assert printed.count("done already") == 7 and "What to try next" in printed
     assert max(map(len, printed.splitlines())) <= 80 + len(str(folder))
     assert again["steps"] == first["steps"]
 

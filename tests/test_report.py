@@ -3,11 +3,15 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from scripts import report
+from dataset.scenes import KINDS
+from model.processing import language as language_of
+from scripts import quickstart, report
+from scripts.report_words import WORDS
 from scripts.steps import read_records, write_json
 
 EVIL = '<script>alert("&")</script>'
@@ -44,6 +48,7 @@ def folder(tmp_path):
     new = [answer("colour", "en", 30, False, question=EVIL, answer=EVIL, references=[EVIL])]
     weights, about = tmp_path / "sft_vlm_64.pth", {"device": "cpu"}
     weights.write_bytes(bytes(1_500_000))
+    write_json(tmp_path / "sft_vlm_64.json", {"prompts": {"en": ["Asked?", "Or?"], "zh": ["问？"]}})
     about |= {"weights": str(weights), "parameters": {"llm": 2_000_000, "projector": 1000, "encoder": 500_000}}
     for split, answers in (("val", val), ("val_new", new)):
         write_json(tmp_path / f"{split}.json", about | {"answers": answers})
@@ -56,6 +61,7 @@ def folder(tmp_path):
     records = [{"name": name, "command": ["python", f"{i}.py", EVIL], "status": "done"} for i, name in enumerate(names)]
     write_json(tmp_path / "steps.json", [record | {"seconds": 60.5, "peak_gb": 0.75} for record in records])
     commands = [("try this", ["python", "eval_vlm.py", "--prompt", EVIL])]
+    commands += [("ask about a picture", ["python", "eval_vlm.py", "--prompt", "Asked?"])]
     result = report.summary(tmp_path, read_records(tmp_path), commands)
     write_json(tmp_path / "report.json", result | {"wall_s": 121.0})
     return tmp_path
@@ -103,22 +109,122 @@ def test_shares_are_those_of_the_answers(folder):
     assert result["steps"][1]["name"] == "stage 1" and set(result["machine"]) >= {"cpu", "cores", "python", "torch"}
 
 
+@pytest.fixture
+def with_wordings(folder):
+    """The same with a third split."""
+    scores = json.loads((folder / "val.json").read_text())
+    scores["answers"] = [answer("colour", "zh", 40 + i, right=i < 1, question="怎么问？") for i in range(4)]
+    write_json(folder / "val_wording.json", scores)
+    earlier = json.loads((folder / "report.json").read_text())
+    result = report.summary(folder, read_records(folder), earlier["next"])
+    write_json(folder / "report.json", result | {"wall_s": 121.0})
+    return folder
+
+
 def test_the_table_fits_a_terminal(folder):
     lines = report.table(folder).splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[3].split() == ["colour", "75%", "50%", "25%", "0%", "0%", "–", "0%", "–"]
-    assert lines[4].split() == ["compare", "100%", "–", "0%", "–", "–", "–", "–", "–"]
-    assert lines[5].split() == ["all", "80%", "50%", "20%", "0%", "0%", "–", "0%", "–"]
+    assert lines[0].split() == ["right", "answers", "val", "val_new"]
+    assert lines[1].split() == ["new", "scenes", "new", "combinations"]
+    assert lines[4].split() == ["colour", "75%", "50%", "25%", "0%", "0%", "–", "0%", "–"]
+    assert lines[5].split() == ["compare", "100%", "–", "0%", "–", "–", "–", "–", "–"]
+    assert lines[6].split() == ["all", "80%", "50%", "20%", "0%", "0%", "–", "0%", "–"]
 
 
-def test_the_page_is_one_file_that_loads_nothing(folder):
-    html = report.page(folder)
+def test_a_third_split_is_in_the_table_the_examples_the_figures_and_the_page(with_wordings):
+    lines = report.table(with_wordings).splitlines()
+    assert max(map(len, lines)) <= 80 and lines[0].split()[2:] == ["val", "val_wording", "val_new"]
+    assert lines[4].split()[1:] == ["75%", "50%", "25%", "0%", "–", "25%", "–", "0%", "0%", "–", "0%", "–"]
+    assert re.search(r"true {2,}shuffled {2,}true", lines[2]) and lines[3].split() == ["en", "zh"] * 6
+    assert "怎么问？" in report.examples(with_wordings)
+    result = json.loads((with_wordings / "report.json").read_text())
+    assert result["val_wording"]["all"] == 0.25 and result["shuffled_wording"]["zh"] == 0.0
+    assert result["questions"] == {"val": 7, "val_wording": 4, "val_new": 1}
+    for language, caption, tile in (
+        ("en", "val_wording: new wordings", "right in new wordings"),
+        ("zh", "val_wording: 新的问法", "新问法答对"),
+    ):
+        text = Page(report.page(with_wordings, language)).text
+        assert caption in text and text[text.index(tile) - 1] == "25%" and "怎么问？" in text
+
+
+def test_long_examples_are_broken_into_lines_of_a_terminal(folder):
+    scores = json.loads((folder / "val.json").read_text())
+    long = {"question": "<image>\nWhy?\n" * 20, "answer": "since " * 30, "references": ["because " * 30]}
+    write_json(folder / "val.json", scores | {"answers": [answer | long for answer in scores["answers"]]})
+    assert 70 < max(map(len, report.examples(folder).splitlines())) <= 80
+
+
+def test_a_split_of_a_name_of_its_own_is_shown_by_that(with_wordings):
+    (with_wordings / "val_wording.json").rename(with_wordings / "val_mine.json")
+    assert report.table(with_wordings).splitlines()[0].split()[2:] == ["val", "val_new", "val_mine"]
+
+
+@pytest.mark.parametrize(("language", "other"), [("en", "zh"), ("zh", "en")])
+def test_the_page_is_one_file_that_loads_nothing_and_leads_to_the_other_language(folder, language, other):
+    html = report.page(folder, language)
     page = Page(html)
     assert not page.find("script") and not page.find("link") and "@import" not in html and "url(" not in html
-    loads = [attributes[key] for _, attributes in page.tags for key in ("src", "href", "srcset") if key in attributes]
+    assert [link["href"] for link in page.find("a")] == [report.PAGES[other]]
+    loads = [
+        attributes[key]
+        for name, attributes in page.tags
+        for key in ("src", "href", "srcset")
+        if key in attributes and name != "a"
+    ]
     assert loads and all(load.startswith("data:image/jpeg;base64,") for load in loads)
-    assert page.find("html") == [{"lang": "en"}] and any("viewport" in found.values() for found in page.find("meta"))
+    assert page.find("html") == [{"lang": language}] and any(
+        "viewport" in found.values() for found in page.find("meta")
+    )
     assert "prefers-color-scheme: dark" in html
+
+
+def test_both_languages_say_the_same_things():
+    english, chinese = WORDS["en"], WORDS["zh"]
+
+    def gaps(text):
+        return sorted(re.findall(r"{(\w+)", text))
+
+    assert english.keys() == chinese.keys()
+    for key, text in english.items():
+        if isinstance(text, str):
+            assert gaps(text) == gaps(chinese[key]), key
+            assert key in ("other", "title", "memory") or language_of(chinese[key]) == "zh", key
+            assert key == "other" or language_of(text) == "en", key
+        elif text:
+            assert text.keys() == chinese[key].keys(), key
+    assert chinese["kinds"].keys() >= {*KINDS} - {"multi", "each"}
+    for flags in ([], ["--from_zero"], ["--from_zero", "--use_moe"]):
+        args = quickstart.parse_args(flags)
+        for what, _ in quickstart.next_commands(args.out_dir, Path("out/sft_vlm_8.pth"), args):
+            assert what in chinese["tries"], f"scripts/report_words.py has no Chinese for {what!r}"
+
+
+def test_the_chinese_page_speaks_chinese_but_for_names_and_commands(folder):
+    page = Page(report.page(folder, "zh"))
+    for text in ("它真的在看图吗？", "颜色", "比较", "同一个问题，换一张图片", "语言模型", "就一张图片提问"):
+        assert text in page.text
+    for text in ("Does it look?", "colour", "wrong", "in all", "training", "ask about a picture"):
+        assert text not in page.text
+    assert "8 个回答中有 3 个答错，其中一些：" in page.text
+    labels = [found["aria-label"] for found in page.find("svg")]
+    assert labels == [
+        f"{stage}：损失随步数的变化，最后训练 2.000, 验证 2.125" for stage in ("阶段一：学会看", "阶段二：学会回答")
+    ]
+    assert all(image["alt"].startswith("绘制的场景 ") for image in page.find("img"))
+
+
+def test_what_to_try_next_asks_in_the_language_of_the_page(folder):
+    result = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert result["prompts"] == {"en": "Asked?", "zh": "问？"}
+    assert "eval_vlm.py --prompt &#x27;Asked?&#x27;" in report.page(folder)
+    chinese = report.page(folder, "zh")
+    assert "--prompt &#x27;问？&#x27;" in chinese and "Asked?" not in chinese
+    (folder / "sft_vlm_64.json").unlink()
+    assert report.first_prompts(folder / "sft_vlm_64.pth") == {"en": "What is in the picture?", "zh": "图片里有什么？"}
+    del result["prompts"]  # of an earlier version
+    write_json(folder / "report.json", result)
+    assert "Asked?" in report.page(folder, "zh")
 
 
 def test_text_of_rows_and_answers_is_never_markup(folder):
@@ -145,6 +251,15 @@ def test_two_pictures_are_shown_with_their_question_and_another_one_beside(folde
     (swap,) = [card for card in cards if "question 20?" in card and card.startswith("swap")]
     assert re.findall(r'alt="drawn scene (\d)\.jpg"', swap) == ["0", "1", "1", "2"]
     assert swap.index("green 20") < swap.index("another picture") < swap.index("blind 20")
+
+
+def test_an_answer_about_another_picture_is_neither_right_nor_wrong(folder):
+    cards = [card for card in report.page(folder).split('class="card ') if card.startswith("swap")]
+    assert len(cards) == 6
+    for card in cards:
+        own, other = card.split("another picture")
+        assert re.search(r'class="answer (right|wrong)"', own) and "neutral" not in own
+        assert 'class="answer neutral"><span lang=' in other and not re.search(r"answer (right|wrong)|[✓✗]", other)
 
 
 def test_both_curves_are_drawn_with_training_and_validation(folder):
@@ -191,7 +306,8 @@ def test_examples_are_always_the_same_and_of_many_kinds():
 
 def test_the_page_can_be_made_anew_from_the_files(folder, tmp_path, capsys):
     report.main(["--out_dir", str(folder)])
-    assert (folder / "report.html").read_text(encoding="utf-8") == report.page(folder)
+    for language, name in (("en", "report.html"), ("zh", "report_zh.html")):
+        assert (folder / name).read_text(encoding="utf-8") == report.page(folder, language)
     assert "colour" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no report.json there. To make one: python -m scripts.quickstart"):
         report.main(["--out_dir", str(tmp_path / "nowhere")])
