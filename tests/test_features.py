@@ -60,8 +60,9 @@ def weights(run):
 def test_training_learns_the_same_and_never_opens_a_picture(cached, flags, pictures, tmp_path, dtype, tolerance):
     folder, seen = pictures
     flags, cached = data_flags(flags, folder), data_flags(cached, folder)
-    cached += ["--val_path", str(folder / "val.jsonl"), "--cache_dtype", dtype]
-    plain = weights(train_sft_vlm.main([*flags, "--epochs", "2"]))
+    same = ["--optimizer", "adamw", "--learning_rate", "2e-4", "--projector_learning_rate", "2e-4"]
+    cached += ["--val_path", str(folder / "val.jsonl"), "--cache_dtype", dtype, *same]
+    plain = weights(train_sft_vlm.main([*flags, "--epochs", "2", *same]))
     seen.clear()
     own = weights(train_sft_vlm.main([*cached, "--out_dir", str(tmp_path / "a")]))
     assert sum(seen) == 6  # each picture once, though 14 rows and 4 of validation show them, twice over
@@ -71,7 +72,8 @@ def test_training_learns_the_same_and_never_opens_a_picture(cached, flags, pictu
     assert sum(seen) == 6 and all(torch.equal(again[name], own[name]) for name in own)
 
 
-RATES = ["--learning_rate", "3e-3", "--projector_learning_rate", "3e-3", "--log_interval", "1"]
+# AdamW: steps of Muon are of one length, so where there is hardly a gradient it follows the rounding.
+RATES = ["--optimizer", "adamw", "--learning_rate", "3e-3", "--projector_learning_rate", "3e-3", "--log_interval", "1"]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-4), ("int8", 1e-2)])
