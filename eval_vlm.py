@@ -18,6 +18,7 @@ import sys
 from contextlib import nullcontext, redirect_stdout
 
 from trainer.cli import Parser, add_model_arguments, not_negative, positive, run_main, share
+from trainer.start import begin
 
 
 def parse_args(argv=None):
@@ -113,4 +114,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    begin()  # Ctrl-C or a missing package is one sentence from here on
     run_main(main)

@@ -8,6 +8,11 @@ What learns: the projector, which starts at random, and the decoder's last layer
 it is: the gradients of an untrained projector would only spoil it. Writes out/pretrain_vlm_{hidden}{_moe}.pth.
 """
 
+from trainer.start import begin
+
+if __name__ == "__main__":
+    begin()  # Ctrl-C or a missing package is one sentence from here on
+
 from trainer import distributed
 from trainer.caching import cache_features
 from trainer.cli import Parser, add_training_arguments, parse_training, run_main

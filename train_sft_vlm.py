@@ -8,6 +8,11 @@ What learns: everything but CLIP. On a small card `--trainable attention` (proje
 fifth of the optimizer state. Writes out/sft_vlm_{hidden}{_moe}.pth.
 """
 
+from trainer.start import begin
+
+if __name__ == "__main__":
+    begin()  # Ctrl-C or a missing package is one sentence from here on
+
 from trainer import distributed
 from trainer.caching import cache_features
 from trainer.cli import Parser, add_training_arguments, parse_training, run_main

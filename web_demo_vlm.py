@@ -13,13 +13,13 @@ folder that only this process reads and that goes with it.
 
 import os
 import re
-import signal
 import socket
 import tempfile
 from contextlib import suppress
 from ipaddress import ip_address
 
 from trainer.cli import Parser, add_model_arguments, positive, run_main, share
+from trainer.start import begin, unwind
 
 
 def parse_args(argv=None):
@@ -81,7 +81,7 @@ def main(argv=None):
     # Only now, so that --help and a mistyped flag need not wait for PyTorch and Gradio.
     from trainer.page import serve
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the visitors' pictures go with the process
+    unwind()  # so that the visitors' pictures go with the process
     with tempfile.TemporaryDirectory(prefix="minimind-v-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         with serve(args) as (page, address):
@@ -92,4 +92,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    begin()  # Ctrl-C or a missing package is one sentence from here on
     run_main(main)

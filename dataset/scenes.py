@@ -24,6 +24,14 @@ scene in words in place of the picture, for training on text. With the same seed
 in `dataset.scene_pictures`.
 """
 
+if __spec__ is None:  # started by its path, from where Python finds no other folder
+    raise SystemExit("type: python -m dataset.scenes")
+
+if __name__ == "__main__":
+    from trainer.start import begin
+
+    begin()  # Ctrl-C or a missing package is one sentence from here on
+
 import json
 import random
 import re
@@ -618,8 +626,6 @@ def main(argv=None):
         write_world(**vars(args))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:  # no .jsonl stands there yet, so the same command draws all anew
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -12,6 +12,14 @@ the same round. Weights are random, of the shapes of the 26M model and CLIP ViT-
 Writes results/benchmark_{device}.md and .json.
 """
 
+if __spec__ is None:  # started by its path, from where Python finds no other folder
+    raise SystemExit("type: python -m scripts.benchmark")
+
+from trainer.start import begin, unwind
+
+if __name__ == "__main__":
+    begin()  # Ctrl-C or a missing package is one sentence from here on
+
 import argparse
 import copy
 import json
@@ -688,6 +696,7 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
+    unwind()  # there are temporary files
     device = pick_device(args.device)
     gpu = device.type == "cuda"
     args.rows, args.batch_size = args.rows or (2048 if gpu else 16), args.batch_size or (32 if gpu else 8)

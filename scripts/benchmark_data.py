@@ -8,6 +8,14 @@ the first one converts and checks all rows, the second finds that done. Then bat
 while the memory of all processes is watched.
 """
 
+if __spec__ is None:  # started by its path, from where Python finds no other folder
+    raise SystemExit("type: python -m scripts.benchmark_data")
+
+from trainer.start import begin
+
+if __name__ == "__main__":
+    begin()  # Ctrl-C or a missing package is one sentence from here on
+
 import argparse
 import io
 import json

@@ -11,6 +11,14 @@ its last validation loss is not above that of the same seed; one that has not, o
 smaller share. Runs that are done are not done again.
 """
 
+if __spec__ is None:  # started by its path, from where Python finds no other folder
+    raise SystemExit("type: python -m scripts.benchmark_learning")
+
+from trainer.start import begin
+
+if __name__ == "__main__":
+    begin()  # Ctrl-C or a missing package is one sentence from here on
+
 import json
 import os
 import random

@@ -11,6 +11,14 @@ needed to run it. What it is comes from the weights and their JSON; tokenizer, e
 the end the folder is loaded by a process that cannot see this repo, and must say what our model says.
 """
 
+if __spec__ is None:  # started by its path, from where Python finds no other folder
+    raise SystemExit("type: python -m scripts.convert_vlm")
+
+from trainer.start import begin, unwind
+
+if __name__ == "__main__":
+    begin()  # Ctrl-C or a missing package is one sentence from here on
+
 import json
 import os
 import re
@@ -236,6 +244,7 @@ def convert(args, weights: Path, output: Path, temporary: Path) -> None:
 
 def main(argv=None):
     args = parse_args(argv)
+    unwind()  # there are temporary files
     weights = choose_model(args)
     output = Path(args.output or weights.with_name(f"{bare_name(weights)}_{args.to}"))
     if output.exists():

@@ -15,13 +15,20 @@ What was begun goes on with the same command. Every file is verified by its chec
 .download.json remembers which were, so that a second run fetches nothing. Nothing of yours is overwritten.
 """
 
+if __spec__ is None:  # started by its path, from where Python finds no other folder
+    raise SystemExit("type: python -m scripts.download")
+
+from trainer.start import begin
+
+if __name__ == "__main__":
+    begin()  # Ctrl-C or a missing package is one sentence from here on
+
 import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -568,9 +575,6 @@ def main(argv=None):
         return download(args)
     except (Failed, OSError) as error:
         raise SystemExit(f"\nerror: {error}") from None
-    except KeyboardInterrupt:
-        print("\nstopped: the same command goes on where it was", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

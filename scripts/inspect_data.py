@@ -8,6 +8,14 @@ Rows are read, checked, mended and shortened by the code that training uses, whi
 Pictures are looked for in all rows, but opened in the samples only. The page is one file that loads nothing.
 """
 
+if __spec__ is None:  # started by its path, from where Python finds no other folder
+    raise SystemExit("type: python -m scripts.inspect_data")
+
+from trainer.start import begin
+
+if __name__ == "__main__":
+    begin()  # Ctrl-C or a missing package is one sentence from here on
+
 import base64
 import io
 import re

@@ -12,6 +12,14 @@ of which is shown before it runs. Ctrl-C and a second start go on where it was. 
     llm_{hidden}.pth, .json    scripts.train_llm in seven lessons, fp16
 """
 
+if __spec__ is None:  # started by its path, from where Python finds no other folder
+    raise SystemExit("type: python -m scripts.make_bundle")
+
+from trainer.start import begin
+
+if __name__ == "__main__":
+    begin()  # Ctrl-C or a missing package is one sentence from here on
+
 import json
 import math
 import shlex

@@ -14,6 +14,14 @@ your own pictures. Ctrl-C and a second start go on where it was. In out/quicksta
     steps.json                        each command with its time and memory
 """
 
+if __spec__ is None:  # started by its path, from where Python finds no other folder
+    raise SystemExit("type: python -m scripts.quickstart")
+
+from trainer.start import begin
+
+if __name__ == "__main__":
+    begin()  # Ctrl-C or a missing package is one sentence from here on
+
 import re
 import shlex
 import sys

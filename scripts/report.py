@@ -7,6 +7,14 @@ examples are drawn by chance, the same on every call, and not for being right; t
 themselves. Its sentences are in scripts/report_words.py.
 """
 
+if __spec__ is None:  # started by its path, from where Python finds no other folder
+    raise SystemExit("type: python -m scripts.report")
+
+from trainer.start import begin
+
+if __name__ == "__main__":
+    begin()  # Ctrl-C or a missing package is one sentence from here on
+
 import base64
 import json
 import math

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from trainer.shown import duration, gigabytes, typed
+from trainer.start import STEP
 
 PROCESSES = 2  # that train together on a CPU, each with its own batch of a step
 MAX_THREADS = 8  # of each: a large machine should not spend its time on dividing the work of a small model
@@ -145,8 +146,9 @@ def run(command: list[str]) -> tuple[int, bool, float, float]:
     Ctrl-C reaches the command too, which is given the time to finish and save.
     """
     started, peak, interrupted = time.perf_counter(), 0, False
-    python = [sys.executable, *(["-m", "torch.distributed.run"] if command[0] == "torchrun" else [])]
-    process = subprocess.Popen([*python, *command[1:]], env=os.environ | variables(command))
+    python = [sys.executable, *(["-m", "scripts.torchrun"] if command[0] == "torchrun" else [])]
+    environment = os.environ | variables(command) | {STEP: "1"}  # how to go on is for us to say
+    process = subprocess.Popen([*python, *command[1:]], env=environment)
     ended = threading.Event()
 
     def watch():
@@ -159,22 +161,20 @@ def run(command: list[str]) -> tuple[int, bool, float, float]:
         except psutil.Error:  # it has ended before us
             pass
 
-    def stop(*_):  # `kill` reaches this process alone, so it is passed on
+    def stop(number, frame):
         nonlocal interrupted
         interrupted = True
-        process.terminate()
+        if number == signal.SIGTERM:  # `kill` reaches this process alone, so it is passed on
+            process.terminate()
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        while process.returncode is None:
-            try:
-                process.wait()
-            except KeyboardInterrupt:
-                interrupted = True
+        process.wait()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         ended.set()
         watcher.join()
     return process.returncode, interrupted, time.perf_counter() - started, peak / 1e9
@@ -228,7 +228,7 @@ def run_steps(steps: list[Step], folder: Path, again: str) -> list[dict]:
         record["status"] = "done" if status == 0 else "begun" if interrupted else "failed"
         write_json(folder / "steps.json", records)
         if interrupted:
-            print(f"\nstopped. To go on, type:\n$ {again}", flush=True)
+            print(f"\nstopped. To go on, type:\n  {again}", file=sys.stderr, flush=True)
             raise SystemExit(130)
         if status:
             how = f"ended with status {status}" if status > 0 else f"was killed by {signal.Signals(-status).name}"

@@ -23,6 +23,14 @@ and is what retrieval measures.
 Shapes: B batch, T tokens, P patches, V width of the ViT, E of the shared space.
 """
 
+if __spec__ is None:  # started by its path, from where Python finds no other folder
+    raise SystemExit("type: python -m scripts.train_clip")
+
+from trainer.start import begin
+
+if __name__ == "__main__":
+    begin()  # Ctrl-C or a missing package is one sentence from here on
+
 import itertools
 import math
 import os

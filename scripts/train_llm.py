@@ -11,6 +11,14 @@ answer questions about a scene in words has little left to learn when the words 
 out/llm_{hidden}{_moe}.pth; the figure at the end is the perplexity per token of the answers in --val_path.
 """
 
+if __spec__ is None:  # started by its path, from where Python finds no other folder
+    raise SystemExit("type: python -m scripts.train_llm")
+
+from trainer.start import begin
+
+if __name__ == "__main__":
+    begin()  # Ctrl-C or a missing package is one sentence from here on
+
 import math
 from pathlib import Path
 

@@ -10,6 +10,14 @@ bytes, so no text is ever unknown, and adds the most frequent pair of neighbours
 full. The ids: 0 <|endoftext|>, 1 <|im_start|>, 2 <|im_end|>, 3 to 258 the bytes (`!` = 3, `@` = 34), then the merges.
 """
 
+if __spec__ is None:  # started by its path, from where Python finds no other folder
+    raise SystemExit("type: python -m scripts.train_tokenizer")
+
+from trainer.start import begin
+
+if __name__ == "__main__":
+    begin()  # Ctrl-C or a missing package is one sentence from here on
+
 import json
 import re
 from pathlib import Path

@@ -60,7 +60,7 @@ def test_every_picture_has_a_line_in_order_and_the_broken_ones_say_why(caption, 
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_what_was_interrupted_goes_on_and_gives_the_same_file(caption, monkeypatch, capsys, workers):
+def test_what_was_interrupted_goes_on_and_gives_the_same_file(caption, monkeypatch, workers):
     whole = caption(*ASK)
     caption.path.unlink()
     answered = captions.answer_batches
@@ -74,7 +74,6 @@ def test_what_was_interrupted_goes_on_and_gives_the_same_file(caption, monkeypat
     monkeypatch.setattr(captions, "answer_batches", stopped)
     with pytest.raises(KeyboardInterrupt):
         caption(*ASK, "--num_workers", workers)
-    assert "the same command goes on" in capsys.readouterr().out
     assert caption.path.read_bytes().count(b"\n") == 4
     monkeypatch.undo()
     half = caption.path.read_bytes()[:-20]  # as if the power had gone

@@ -459,16 +459,6 @@ def test_when_the_network_goes_away_the_other_hub_is_offered(hubs, get, capsys, 
     assert "the cable" in told and "goes on where it was" in told and "--source modelscope" in told
 
 
-def test_ctrl_c_says_that_nothing_is_lost(hubs, get, capsys, monkeypatch):
-    def interrupted(self, file, target):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(download.ModelScope, "fetch", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        get("modelscope", "--what", "llm")
-    assert stop.value.code == 130 and "goes on where it was" in capsys.readouterr().err
-
-
 # ---------------------------------------------------------------------------- what is already there
 
 

@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -363,11 +362,12 @@ def test_a_run_that_is_stopped_and_resumed_ends_as_one_that_never_stopped(
             main(stopped)
     assert stop.value.code == 130
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert f"stopped at step {step} of 8. To go on, type:\n  python train_sft_vlm.py " in printed
     assert [line[0] for line in losses(tmp_path / "stopped")] == list(range(1, step + 1))
 
-    command = shlex.split(printed.split("To go on, type:\n")[1].splitlines()[0])
+    (last,) = printed.split("To go on, type:\n")[1].splitlines()
+    command = shlex.split(last)
     resumed = main(command[2:])
     same(whole, resumed)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
@@ -383,7 +383,41 @@ def test_a_stop_in_the_very_last_step_just_ends_the_run(flags, tmp_path, monkeyp
     assert again.state.step == 4 and again.val_loss is None
 
 
+@pytest.mark.parametrize("at", [2, 4], ids=["between steps", "after the last"])
+def test_a_validation_stops_when_asked_and_the_steps_before_it_are_kept(
+    flags, world, tmp_path, monkeypatch, capsys, at
+):
+    flags = [*flags, "--val_path", str(world / "val.jsonl"), "--val_interval", str(at), "--save_interval", "100"]
+    with monkeypatch.context() as patch:
+        seen, real = [], trainer.loop.count_labels
+
+        def count_labels(batch):  # of two batches of rows to validate on
+            if len(batch["rows"]) == 2 and "validating" in seen:
+                seen.append(batch)
+                os.kill(os.getpid(), signal.SIGINT)
+            return real(batch)
+
+        def validate(*args):
+            seen.append("validating")
+            return real_validate(*args)
+
+        real_validate = trainer.loop.validate
+        patch.setattr(trainer.loop, "count_labels", count_labels)
+        patch.setattr(trainer.loop, "validate", validate)
+        with pytest.raises(SystemExit) as stop:
+            main([*flags, "--batch_size", "2"])
+    assert stop.value.code == 130 and len(seen) == 2  # the second batch was not looked at
+    assert f"stopped at step {at} of 7. To go on" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out/sft_vlm_64.json").read_text())["step"] == at
+    assert all("val_loss" not in line for line in read_metrics(tmp_path / "out/sft_vlm_64.metrics.jsonl"))
+
+
 def test_a_second_ctrl_c_stops_at_once(flags, tmp_path, monkeypatch):
+    def leave(number, frame, *more):
+        assert (number, more) == (signal.SIGINT, ("--from_resume",))
+        raise KeyboardInterrupt  # in place of os._exit, which would end the test too
+
+    monkeypatch.setattr(trainer.loop, "leave", leave)
     interrupt(monkeypatch, 3, signal.SIGINT, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         main([*flags, "--save_interval", "1"])
@@ -472,21 +506,6 @@ def test_a_run_that_stops_before_it_saves_is_not_resumed_from_an_earlier_one(fla
     assert kept.is_file() and f"an earlier run's checkpoint is now {kept}" in capsys.readouterr().out
     run = main([*flags, "--from_resume"])  # other flags than those of the earlier run, and from its first step
     assert "nothing to resume" in capsys.readouterr().out and run.state.step == 4
-
-
-@pytest.mark.parametrize("given", [[], ["--from_resume"], ["--from_resume", "0"], ["--from_resume=1"]])
-def test_the_command_to_go_on_resumes_once_however_that_was_typed(monkeypatch, given):
-    monkeypatch.setattr(sys, "argv", ["train_sft_vlm.py", "--seed", "1", *given, "--epochs", "2"])
-    assert trainer.loop.resume_command() == "python train_sft_vlm.py --seed 1 --epochs 2 --from_resume"
-
-
-def test_on_several_machines_the_command_to_go_on_has_the_processes_of_one(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_sft_vlm.py", "--epochs", "2"])
-    monkeypatch.setattr(trainer.loop, "world_size", lambda: 8)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert trainer.loop.resume_command().startswith("torchrun --nnodes 2 --nproc_per_node 4 ")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert trainer.loop.resume_command().startswith("torchrun --nproc_per_node 8 train_sft_vlm.py --epochs 2")
 
 
 @pytest.mark.parametrize("seed", [202601011200, 2**70])

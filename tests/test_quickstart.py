@@ -206,7 +206,8 @@ run_steps([step], folder, "the command that goes on")
 @pytest.mark.parametrize("how", ["Ctrl-C", "kill"])
 def test_an_interruption_lets_the_step_save_and_the_next_start_resumes_it(tmp_path, how):
     start = [sys.executable, "-c", LIVE, str(tmp_path)]
-    process = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(start, cwd=ROOT, **both, text=True, start_new_session=True)
     for line in process.stdout:
         if line.strip() == "ready":
             break
@@ -216,7 +217,7 @@ def test_an_interruption_lets_the_step_save_and_the_next_start_resumes_it(tmp_pa
         process.terminate()  # to the parent alone
     printed = process.communicate(timeout=20)[0]
     assert process.returncode == 130
-    assert printed.endswith("stopped. To go on, type:\n$ the command that goes on\n") and "Traceback" not in printed
+    assert printed.endswith("stopped. To go on, type:\n  the command that goes on\n") and "Traceback" not in printed
     assert (tmp_path / "log").read_text() == "saved;"
     (record,) = read_records(tmp_path)
     assert record["status"] == "begun" and record["seconds"] > 0

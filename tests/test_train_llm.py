@@ -186,7 +186,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_as_one_that_never_stopped(
         with pytest.raises(SystemExit) as stop:
             train_llm.main(stopped)
     assert stop.value.code == 130
-    assert f"stopped at step {step} of 8" in capsys.readouterr().out
+    assert f"stopped at step {step} of 8" in capsys.readouterr().err
     resumed = train_llm.main([*stopped, "--from_resume"])
     same(whole, resumed)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")

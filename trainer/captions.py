@@ -117,23 +117,18 @@ def write_captions(model, tokenizer, args, weights: Path, device) -> Path:
     progress = tqdm(total=len(wanted), initial=len(wanted) - len(asked), unit="picture", dynamic_ncols=True)
     # A file name may hold bytes that are no UTF-8: backslashreplace writes them as JSON does.
     with path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file, progress as bar:
-        try:
-            for texts, failed in answer_batches(model, tokenizer, loader, args, device, pick_dtype(args.dtype, device)):
-                for number in sorted([*texts, *failed]):
-                    image, prompt = asked[number]
-                    if number in failed and image in broken:
-                        continue  # told at its first prompt
-                    if number in failed:
-                        broken.add(image)
-                        line = {"image": image, "error": failed[number]}
-                    else:
-                        line = {"image": image, "prompt": prompt, "answer": texts[number]}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    file.flush()
-                bar.update(len(texts) + len(failed))
-        except KeyboardInterrupt:
-            bar.close()
-            print(f"stopped; what was answered is in {path}, and the same command goes on from there")
-            raise
+        for texts, failed in answer_batches(model, tokenizer, loader, args, device, pick_dtype(args.dtype, device)):
+            for number in sorted([*texts, *failed]):
+                image, prompt = asked[number]
+                if number in failed and image in broken:
+                    continue  # told at its first prompt
+                if number in failed:
+                    broken.add(image)
+                    line = {"image": image, "error": failed[number]}
+                else:
+                    line = {"image": image, "prompt": prompt, "answer": texts[number]}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()  # the same command goes on after this one
+            bar.update(len(texts) + len(failed))
     print(f"{path}: {len(names):,} pictures, {sum(name in broken for name in names):,} of them broken")
     return path

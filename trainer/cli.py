@@ -11,9 +11,11 @@ import re
 import shutil
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 from model import DEFAULT_VISION_MODEL
+from trainer.start import missing, tell_stopped
 
 
 class Stopped(SystemExit):
@@ -24,9 +26,11 @@ class Stopped(SystemExit):
 
 
 def can_be_mended(error: Exception) -> bool:
-    """By the user: a flag, a file, the size of a batch. Anything else is our mistake."""
-    torch = sys.modules.get("torch")
-    return isinstance(error, (ValueError, OSError)) or bool(torch) and isinstance(error, torch.OutOfMemoryError)
+    """By the user: a flag, a file, a package, the size of a batch. Anything else is our mistake."""
+    kinds = (ValueError, OSError, ImportError)
+    if torch := sys.modules.get("torch"):
+        kinds += (torch.OutOfMemoryError,)
+    return isinstance(error, kinds)
 
 
 def run_main(main) -> None:
@@ -35,12 +39,17 @@ def run_main(main) -> None:
     try:
         main()
     except KeyboardInterrupt:
+        tell_stopped("stopped")
         sys.exit(130)
     except Exception as error:
         if os.environ.get("MINIMIND_TRACEBACK") or not can_be_mended(error):
             raise
-        print(f"\nerror: {error}\n(MINIMIND_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        if several and os.environ["RANK"] != "0":
+            time.sleep(2)  # what all ranks found, the first says: torchrun then ends the others
+        about = missing(error) if isinstance(error, ImportError) else error
+        print(f"\nerror: {about}\n(MINIMIND_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
+        if several:
             os._exit(2)  # at once, so that torchrun ends the others: leaving the group would wait for them
         sys.exit(2)
     if distributed := sys.modules.get("trainer.distributed"):

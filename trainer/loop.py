@@ -8,9 +8,7 @@ import argparse
 import contextlib
 import math
 import os
-import shlex
 import signal
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -34,7 +32,8 @@ from trainer.distributed import all_sum, gather, rank, say, world_size
 from trainer.feed import Feed, StreamFeed, check_data, make_loader
 from trainer.optimizer import SETTINGS, schedule, set_learning_rate
 from trainer.progress import Progress
-from trainer.weights import describe, find_weights, read_sidecar, refuse_other_architecture, script, weights_name
+from trainer.start import leave, tell_stopped
+from trainer.weights import describe, find_weights, read_sidecar, refuse_other_architecture, weights_name
 
 MAX_BROKEN = 0.01  # share of rows with broken pictures that --on_bad_row skip puts up with while training
 
@@ -72,7 +71,7 @@ class StopSignal:
 
     def note(self, number, frame) -> None:
         if self.asked:
-            raise KeyboardInterrupt
+            leave(number, frame, "--from_resume")
         self.asked = True
         say("\nstopping after this step ...")
 
@@ -170,24 +169,29 @@ def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: V
     model.train()
     state.total_steps, first_step, started = args.epochs * feed.steps_per_epoch, state.step, time.perf_counter()
     metrics = checkpoint.path.with_suffix(".metrics.jsonl")
-    with contextlib.closing(Progress(metrics, args, state.total_steps, first_step)) as progress, StopSignal() as stop:
-        run = Run(
-            args=args,
-            model=model,
-            forward=forward,
-            optimizer=optimizer,
-            scaler=scaler,
-            feed=feed,
-            val_loader=val_loader,
-            checkpoint=checkpoint,
-            state=state,
-            progress=progress,
-            stop=stop,
-            device=device,
-            dtype=dtype,
-        )
-        tell_start(run)
-        yield run
+    try:
+        progress = Progress(metrics, args, state.total_steps, first_step)
+        with contextlib.closing(progress), StopSignal() as stop:
+            run = Run(
+                args=args,
+                model=model,
+                forward=forward,
+                optimizer=optimizer,
+                scaler=scaler,
+                feed=feed,
+                val_loader=val_loader,
+                checkpoint=checkpoint,
+                state=state,
+                progress=progress,
+                stop=stop,
+                device=device,
+                dtype=dtype,
+            )
+            tell_start(run)
+            yield run
+    except Stopped:
+        tell_stopped(f"stopped at step {state.step} of {state.total_steps}", "--from_resume")
+        raise
     if state.step > first_step:
         say(f"{checkpoint.path}: {state.step} steps done. Beside it: its JSON, metrics and loss curve")
         tell_end(run, tokenizer, time.perf_counter() - started)
@@ -195,19 +199,26 @@ def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: V
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # compiling for it would take longer than most validations do
-def validate(model: MiniMindVLM, loader: DataLoader, device, dtype) -> float:
-    """Loss per answer token (nats) over all rows of the loader, over all ranks. NaN if there is none."""
+def validate(model: MiniMindVLM, loader: DataLoader, device, dtype, stop: StopSignal | None = None) -> float | None:
+    """Loss per answer token (nats) over all rows of the loader, over all ranks. NaN if there is none.
+
+    None, on all ranks, if `stop` was asked for on one before the last row.
+    """
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
     for batch in loader:
+        if stop is not None and stop.asked:
+            break
         for message in batch["broken"]:
             print(f"left out of the validation: {message}", flush=True)
         with autocast(device, dtype):
             out = model(**to_device(batch, model), num_items_in_batch=1, return_logits=False)
         total, tokens = total + out.loss.item(), tokens + count_labels(batch)
     model.train(was_training)
-    total, tokens = all_sum(total, tokens)
+    total, tokens, stopped = all_sum(total, tokens, stop is not None and stop.asked)
+    if stopped:
+        return None
     return total / tokens if tokens else math.nan
 
 
@@ -231,7 +242,6 @@ def train_epoch(run: Run, epoch: int) -> None:
         )
         if stop:
             run.save()
-            say(f"\nstopped at step {state.step} of {run.total_steps}. To go on, type:\n  {resume_command()}")
             raise Stopped
         check_broken(run, step, int(rows), int(broken))
         loss, aux_loss, grad_norm = train_step(run, step, labels, rows)
@@ -245,7 +255,10 @@ def train_epoch(run: Run, epoch: int) -> None:
         due = end_of_epoch if args.val_interval is None else state.step % args.val_interval == 0
         if run.val_loader is not None and (due or state.step == run.total_steps):
             started = time.perf_counter()
-            run.val_loss = validate(run.model, run.val_loader, run.device, run.dtype)
+            run.val_loss = validate(run.model, run.val_loader, run.device, run.dtype, run.stop)
+            if run.val_loss is None:
+                run.save()
+                raise Stopped
             run.progress.validation(state.step, run.val_loss, time.perf_counter() - started)
     next(batches, None)  # none is left; a stream now removes what it had on the disk
 
@@ -329,18 +342,3 @@ def fit_accumulation(args, state: State) -> int:
         say(f"resumed with --accumulation_steps {batches // world_size()}, to keep {batches} batches per step")
     state.batches_per_step = batches
     return batches // world_size()
-
-
-def resume_command() -> str:
-    typed = sys.argv[1:]
-    flags = [  # without --from_resume, --from_resume 1 and --from_resume=1
-        flag
-        for before, flag in zip(["", *typed], typed)
-        if not flag.startswith("--from_resume") and (before != "--from_resume" or flag.startswith("-"))
-    ]
-    launcher, here = "python", int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    if world_size() > here:  # on each machine, with the same --master_addr or --rdzv_endpoint as before
-        launcher = f"torchrun --nnodes {world_size() // here} --nproc_per_node {here} --master_addr ..."
-    elif world_size() > 1:
-        launcher = f"torchrun --nproc_per_node {here}"
-    return f"{launcher} {shlex.join([*script(), *flags, '--from_resume'])}"

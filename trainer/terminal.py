@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import signal
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -68,6 +69,7 @@ def line_editing(history: Path):
 def chat(model, tokenizer, args, weights: Path) -> None:
     """Talks until the input ends. A mistake is told, and the conversation goes on."""
     torch.manual_seed(args.seed)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends an answer, not the program
     blind, first = needs_picture(weights), pictures_first(weights)
     turns, shown = [], []  # the conversation and its pictures
     waiting = [open_image(path) for path in args.image or []]  # pictures for the next question

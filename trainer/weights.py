@@ -24,6 +24,7 @@ from model import DEFAULT_VISION_MODEL
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig, why_unreadable
 from model.processing import load_tokenizer, read_json
+from trainer.start import script
 
 # sha256 of tokenizer.json: of the public weights that this code reads, and of the generation after them
 PUBLIC_TOKENIZER = "d98595c6aef70d95f72748582fb9b4f53d76dd58c1ae1dd702ad7c84e1caf5e4"
@@ -478,13 +479,6 @@ def build_model(args, weights: Path | None, dropout: float = 0.0):
             "one with --vision_model_path"
         )
     return model, tokenizer, warning + line
-
-
-def script() -> list[str]:
-    """What was typed between `python` and the flags: train_sft_vlm.py, or -m scripts.train_llm."""
-    spec = sys.modules["__main__"].__spec__
-    as_module = spec is not None and spec.origin == sys.argv[0]
-    return ["-m", spec.name] if as_module else [Path(sys.argv[0]).name]
 
 
 def describe(model, args, **facts) -> dict:

@@ -1,0 +1,238 @@
+"""How scripts end when they are stopped, or when a package is missing: with one message, whatever they were doing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.steps import read_records
+from trainer import start
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = [
+    path.relative_to(ROOT)
+    for folder in (".", "scripts", "dataset")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8") and path.stem != "check_export"
+]  # check_export.py is started by its path, where nothing of this repository can be seen
+
+
+def as_typed(path, *flags):
+    """python eval_vlm.py or python -m scripts.quickstart"""
+    return [str(path)] if path.parent == Path() else ["-m", ".".join(path.with_suffix("").parts)]
+
+
+def run(*command, **options):
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+
+
+# ---------------------------------------------------------------------------- how they start
+
+
+def test_the_scripts_that_users_start_are_found():
+    names = set(map(str, SCRIPTS))
+    assert {"train_sft_vlm.py", "eval_vlm.py", "scripts/quickstart.py", "dataset/scenes.py"} <= names
+    assert len(names) >= 17
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=str)
+def test_without_its_packages_every_script_says_in_one_sentence_what_to_type(path):
+    done = run("-S", *as_typed(path))  # -S: no site-packages
+    (line,) = (line for line in done.stderr.splitlines() if line and "MINIMIND_TRACEBACK" not in line)
+    assert done.returncode == 2 and done.stdout == ""
+    assert line.startswith("error: No module named '") and line.endswith("'. Type: pip install -r requirements.txt")
+
+
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if path.parent != Path()], ids=str)
+def test_a_script_that_is_started_by_its_path_says_how_to_start_it(path):
+    done = run(str(path), "--help")
+    assert (done.returncode, done.stderr) == (1, f"type: python {' '.join(as_typed(path))}\n")
+
+
+def test_a_package_of_another_version_is_told_like_one_that_is_missing(tmp_path):
+    (tmp_path / "tokenizers.py").touch()  # it comes before the installed one
+    script, old = ["-m", "scripts.train_tokenizer"], os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = run(*script, env=old)
+    assert done.returncode == 2 and done.stderr.startswith("error: cannot import name ")
+    assert done.stderr.count("\n") == 1 and done.stderr.endswith("Type: pip install -r requirements.txt\n")
+    assert "Traceback" in run(*script, env=old | {"MINIMIND_TRACEBACK": "1"}).stderr
+
+
+def test_an_environment_that_is_there_but_not_active_is_named(tmp_path, monkeypatch):
+    (tmp_path / ".venv").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for prefix, what in (("/usr", ". .venv/bin/activate"), ("/usr/venv", "pip install -r requirements.txt")):
+        monkeypatch.setattr(sys, "prefix", prefix)
+        monkeypatch.setattr(sys, "base_prefix", "/usr")
+        assert start.missing(ImportError("No module named 'torch'")) == f"No module named 'torch'. Type: {what}"
+
+
+# ---------------------------------------------------------------------------- what to type to go on
+
+
+def test_the_command_to_go_on_is_the_one_that_was_typed(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/some/where/train_sft_vlm.py", "--epochs", "2", "--from_resume"])
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert start.command() == "python train_sft_vlm.py --epochs 2 --from_resume"
+    for given in ([], ["--from_resume"], ["--from_resume", "0"], ["--from_resume=1"]):
+        monkeypatch.setattr(sys, "argv", ["train_sft_vlm.py", *given, "--epochs", "2"])
+        assert start.command("--from_resume") == "python train_sft_vlm.py --epochs 2 --from_resume"
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--restart", "--out_dir", "my out"])
+    assert start.command() == "python quickstart.py --out_dir 'my out'"  # goes on, rather than to remove what is there
+
+
+def test_on_several_machines_the_command_to_go_on_has_the_processes_of_one(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_sft_vlm.py", "--epochs", "2"])
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert start.command().startswith("torchrun --nnodes 2 --nproc_per_node 4 --master_addr ... train_sft_vlm.py")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert start.command("--from_resume") == "torchrun --nproc_per_node 8 train_sft_vlm.py --epochs 2 --from_resume"
+
+
+# ---------------------------------------------------------------------------- how they are stopped
+
+# Trains, but says "ready" and holds at one place, so that the signal comes there.
+HELD = """
+import os, sys, time
+from trainer.start import begin
+
+begin()
+import torch
+import train_sft_vlm as script, trainer.caching, trainer.feed, trainer.loop
+from trainer import cli
+
+where, first = sys.argv.pop(1), os.environ.get("RANK", "0") == "0"
+
+def hold(real, seconds):
+    def held(*args, **kwargs):
+        print("ready", flush=True)
+        time.sleep(seconds)
+        return real(*args, **kwargs)
+    return held
+
+if where == "data" or where == "rank 0" and first:
+    trainer.feed.VLMDataset = hold(trainer.feed.VLMDataset, 60)
+if where == "features":
+    trainer.caching.encode = hold(trainer.caching.encode, 60)
+if where == "step":
+    trainer.loop.train_step = hold(trainer.loop.train_step, 0.3)
+if where == "validation":
+    trainer.loop.validate = hold(trainer.loop.validate, 0.3)
+cli.run_main(lambda: script.main(sys.argv[1:]))
+"""
+# The same as the step of a recipe.
+RECIPE = """
+import sys
+from pathlib import Path
+from trainer.start import begin
+
+begin()
+from scripts.steps import Step, run_steps
+
+step = Step("training", "of two ranks", ["torchrun", "--nproc_per_node", "2", *sys.argv[2:]], resumable=True)
+run_steps([step], Path(sys.argv[1]), "the command that goes on")
+"""
+
+
+def stop(command, number, marker="ready", ranks=1, whole_group=True, again=False):
+    """Starts it, sends the signal when all ranks have said the marker, and returns (status, all that it printed)."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, start_new_session=True, **pipes)
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if printed.count(marker) == ranks:
+            break
+    for _ in range(1 + again):
+        os.killpg(process.pid, number) if whole_group else process.send_signal(number)
+        if again:
+            printed += process.stdout.readline() + process.stdout.readline()  # "stopping after this step ..."
+    return process.wait(timeout=300), printed + process.stdout.read()
+
+
+def last_words(printed, what="stopped"):
+    """The command that stands at the very end, below what was left; nothing else may be told."""
+    assert "Traceback" not in printed and "Error" not in printed and "death signal" not in printed, printed
+    before, words, after = printed.partition(f"\n{what}. To go on, type:\n  ")
+    assert words and after.count("\n") == 1 and "To go on" not in before, printed
+    return after.strip()
+
+
+def test_ctrl_c_while_packages_are_imported_is_one_message(tmp_path):
+    """Also where the package turns KeyboardInterrupt into an error of its own, or into nothing."""
+    code = "import time\ntry:\n    print('ready', flush=True)\n    time.sleep(60)\nexcept BaseException:\n    pass\n"
+    (tmp_path / "psutil.py").write_text(code)
+    run = "import os, runpy, sys; sys.path.insert(0, sys.argv.pop(1)); sys.argv[0] = 'scripts/quickstart.py'; "
+    run += "runpy.run_module('scripts.quickstart', run_name='__main__', alter_sys=True)"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        status, printed = stop(["-c", run, str(tmp_path), "--out_dir", str(tmp_path / "out")], number)
+        assert status == 130 and last_words(printed).endswith(f"--out_dir {tmp_path}/out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "kill"])
+@pytest.mark.parametrize("where", ["data", "features", "step", "validation"])
+def test_a_training_that_is_stopped_anywhere_ends_with_one_message(flags, world, tmp_path, where, number):
+    (tmp_path / "held.py").write_text(HELD)
+    flags = [*flags, "--val_path", str(world / "val.jsonl"), "--num_workers", "1"]
+    flags += ["--cache_features", str(tmp_path / "features")] if where == "features" else []
+    command = [str(tmp_path / "held.py"), where, *flags]
+    status, printed = stop(command, number, whole_group=number == signal.SIGINT)
+    assert status == 130
+    if where in ("step", "validation"):
+        step = json.loads((tmp_path / "out/sft_vlm_64.json").read_text())["step"]
+        assert step == {"step": 1, "validation": 4}[where]
+        assert last_words(printed, f"stopped at step {step} of 4").endswith("--num_workers 1 --from_resume")
+    else:
+        assert last_words(printed).endswith(flags[-1])
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_a_training_at_once_and_says_how_to_go_on(flags, tmp_path):
+    (tmp_path / "held.py").write_text(HELD.replace("0.3", "60"))
+    status, printed = stop([str(tmp_path / "held.py"), "step", *flags], signal.SIGINT, again=True)
+    assert status == 130 and last_words(printed).endswith("--from_resume")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "where, number", [("rank 0", signal.SIGINT), ("step", signal.SIGINT), ("step", signal.SIGTERM)]
+)
+def test_two_ranks_of_a_recipe_that_are_stopped_go_on(flags, tmp_path, where, number):
+    (tmp_path / "held.py").write_text(HELD)
+    flags = [*flags, "--save_interval", "100"]
+    command = ["-c", RECIPE, str(tmp_path / "run"), str(tmp_path / "held.py"), where, *flags]
+    ranks = 1 if where == "rank 0" else 2  # the other waits for it, in C++
+    status, printed = stop(command, number, ranks=ranks, whole_group=number == signal.SIGINT)
+    assert status == 130 and last_words(printed) == "the command that goes on"
+    (record,) = read_records(tmp_path / "run")
+    assert record["status"] == "begun"
+    if where == "step":
+        assert json.loads((tmp_path / "out/sft_vlm_64.json").read_text())["step"] == 1  # of 2, each held for a moment
+        assert run(*command, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
+        assert json.loads((tmp_path / "out/sft_vlm_64.json").read_text())["step"] == 2
+
+
+@pytest.mark.slow
+def test_what_all_ranks_find_wrong_is_told_once(flags, tmp_path):
+    torchrun = ["-m", "scripts.torchrun", "--nproc_per_node", "2", "train_sft_vlm.py"]
+    done = run(*torchrun, *flags, "--device", "cuda", env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        "\nerror: --device cuda: PyTorch sees no CUDA device; try --device auto\n(MINIMIND_TRACEBACK=1 shows where)\n"
+    )
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_others_and_shows_as_killed(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text("import os, time\nos.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else time.sleep(60)\n")
+    done = run("-m", "scripts.torchrun", "--nproc_per_node", "2", str(script))
+    assert (done.returncode, done.stderr) == (-signal.SIGKILL, "")
