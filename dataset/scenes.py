@@ -25,7 +25,7 @@ in `dataset.scene_pictures`.
 """
 
 if __spec__ is None:  # started by its path, from where Python finds no other folder
-    raise SystemExit("type: python -m dataset.scenes")
+    raise SystemExit("type -m dataset.scenes instead of dataset/scenes.py")
 
 if __name__ == "__main__":
     from trainer.start import begin

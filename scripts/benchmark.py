@@ -13,7 +13,7 @@ Writes results/benchmark_{device}.md and .json.
 """
 
 if __spec__ is None:  # started by its path, from where Python finds no other folder
-    raise SystemExit("type: python -m scripts.benchmark")
+    raise SystemExit("type -m scripts.benchmark instead of scripts/benchmark.py")
 
 from trainer.start import begin, unwind
 

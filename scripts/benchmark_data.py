@@ -9,7 +9,7 @@ while the memory of all processes is watched.
 """
 
 if __spec__ is None:  # started by its path, from where Python finds no other folder
-    raise SystemExit("type: python -m scripts.benchmark_data")
+    raise SystemExit("type -m scripts.benchmark_data instead of scripts/benchmark_data.py")
 
 from trainer.start import begin
 

@@ -12,7 +12,7 @@ smaller share. Runs that are done are not done again.
 """
 
 if __spec__ is None:  # started by its path, from where Python finds no other folder
-    raise SystemExit("type: python -m scripts.benchmark_learning")
+    raise SystemExit("type -m scripts.benchmark_learning instead of scripts/benchmark_learning.py")
 
 from trainer.start import begin
 

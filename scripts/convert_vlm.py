@@ -12,7 +12,7 @@ the end the folder is loaded by a process that cannot see this repo, and must sa
 """
 
 if __spec__ is None:  # started by its path, from where Python finds no other folder
-    raise SystemExit("type: python -m scripts.convert_vlm")
+    raise SystemExit("type -m scripts.convert_vlm instead of scripts/convert_vlm.py")
 
 from trainer.start import begin, unwind
 

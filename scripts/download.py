@@ -16,7 +16,7 @@ What was begun goes on with the same command. Every file is verified by its chec
 """
 
 if __spec__ is None:  # started by its path, from where Python finds no other folder
-    raise SystemExit("type: python -m scripts.download")
+    raise SystemExit("type -m scripts.download instead of scripts/download.py")
 
 from trainer.start import begin
 

@@ -9,7 +9,7 @@ Pictures are looked for in all rows, but opened in the samples only. The page is
 """
 
 if __spec__ is None:  # started by its path, from where Python finds no other folder
-    raise SystemExit("type: python -m scripts.inspect_data")
+    raise SystemExit("type -m scripts.inspect_data instead of scripts/inspect_data.py")
 
 from trainer.start import begin
 

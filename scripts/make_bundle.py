@@ -13,7 +13,7 @@ of which is shown before it runs. Ctrl-C and a second start go on where it was. 
 """
 
 if __spec__ is None:  # started by its path, from where Python finds no other folder
-    raise SystemExit("type: python -m scripts.make_bundle")
+    raise SystemExit("type -m scripts.make_bundle instead of scripts/make_bundle.py")
 
 from trainer.start import begin
 

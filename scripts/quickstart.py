@@ -15,7 +15,7 @@ your own pictures. Ctrl-C and a second start go on where it was. In out/quicksta
 """
 
 if __spec__ is None:  # started by its path, from where Python finds no other folder
-    raise SystemExit("type: python -m scripts.quickstart")
+    raise SystemExit("type -m scripts.quickstart instead of scripts/quickstart.py")
 
 from trainer.start import begin
 

@@ -8,7 +8,7 @@ themselves. Its sentences are in scripts/report_words.py.
 """
 
 if __spec__ is None:  # started by its path, from where Python finds no other folder
-    raise SystemExit("type: python -m scripts.report")
+    raise SystemExit("type -m scripts.report instead of scripts/report.py")
 
 from trainer.start import begin
 

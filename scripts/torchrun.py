@@ -7,7 +7,7 @@ rank that failed. And it gives the ranks 30 seconds, here 10 minutes, to finish 
 """
 
 if __spec__ is None:  # started by its path, from where Python finds no other folder
-    raise SystemExit("type: python -m scripts.torchrun")
+    raise SystemExit("type -m scripts.torchrun instead of scripts/torchrun.py")
 
 from trainer.start import begin
 

@@ -24,7 +24,7 @@ Shapes: B batch, T tokens, P patches, V width of the ViT, E of the shared space.
 """
 
 if __spec__ is None:  # started by its path, from where Python finds no other folder
-    raise SystemExit("type: python -m scripts.train_clip")
+    raise SystemExit("type -m scripts.train_clip instead of scripts/train_clip.py")
 
 from trainer.start import begin
 

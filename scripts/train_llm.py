@@ -12,7 +12,7 @@ out/llm_{hidden}{_moe}.pth; the figure at the end is the perplexity per token of
 """
 
 if __spec__ is None:  # started by its path, from where Python finds no other folder
-    raise SystemExit("type: python -m scripts.train_llm")
+    raise SystemExit("type -m scripts.train_llm instead of scripts/train_llm.py")
 
 from trainer.start import begin
 

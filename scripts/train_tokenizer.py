@@ -11,7 +11,7 @@ full. The ids: 0 <|endoftext|>, 1 <|im_start|>, 2 <|im_end|>, 3 to 258 the bytes
 """
 
 if __spec__ is None:  # started by its path, from where Python finds no other folder
-    raise SystemExit("type: python -m scripts.train_tokenizer")
+    raise SystemExit("type -m scripts.train_tokenizer instead of scripts/train_tokenizer.py")
 
 from trainer.start import begin
 

@@ -19,7 +19,7 @@ FLAG = r"(?<![\w-])--[a-z]\w*(?:-\w+)*"
 COMMAND = re.compile(
     r"(?<![\w/.])(?:python3?|torchrun) ([^\n`;<…，。；（）]*?)(?= \||[`;<…，。；（）]|[.,:)]+(?:\s|$)|$)", re.M
 )
-OTHERS = ("venv", "pytest", "vllm.", "lmms_eval", "-P scripts/check_export.py")
+OTHERS = ("venv", "pytest", "scripts.torchrun", "vllm.", "lmms_eval", "-P scripts/check_export.py")
 TORCHRUN = {"--nproc_per_node", "--nnodes", "--master_addr", "--rdzv_endpoint", "--max-restarts"}
 ELSEWHERE = {"--short", "--target"}  # of git and pip, which we call
 SOMETHING = "SOMETHING"  # in place of what a message fills in

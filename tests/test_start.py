@@ -50,7 +50,7 @@ def test_without_its_packages_every_script_says_in_one_sentence_what_to_type(pat
 @pytest.mark.parametrize("path", [path for path in SCRIPTS if path.parent != Path()], ids=str)
 def test_a_script_that_is_started_by_its_path_says_how_to_start_it(path):
     done = run(str(path), "--help")
-    assert (done.returncode, done.stderr) == (1, f"type: python {' '.join(as_typed(path))}\n")
+    assert (done.returncode, done.stderr) == (1, f"type {' '.join(as_typed(path))} instead of {path.as_posix()}\n")
 
 
 def test_a_package_of_another_version_is_told_like_one_that_is_missing(tmp_path):
