@@ -15,6 +15,14 @@ Every question has one right answer in one form. Of those that can be asked, the
 so far is asked, so that guessing without a look brings little (tests/test_toys.py measures it).
 """
 
+if __spec__ is None:  # started by its path, from where Python finds no other folder
+    raise SystemExit("type -m dataset.toys instead of dataset/toys.py")
+
+if __name__ == "__main__":
+    from trainer.start import begin
+
+    begin()  # Ctrl-C or a missing package is one sentence from here on
+
 import json
 import random
 from collections import Counter
@@ -265,8 +273,6 @@ def main(argv=None):
         write_toys(**vars(args))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:  # no .jsonl stands there yet, so the same command draws all anew
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
