@@ -9,9 +9,9 @@ It draws scenes (dataset/scenes.py), teaches the language model of the bundle to
 train_sft_vlm.py), and scores it (eval_vlm.py). Every command is shown before it runs, so that you can do the same with
 your own pictures. Ctrl-C and a second start go on where it was. In out/quickstart/ you find, at the end,
 
-    report.html, report_zh.html       what it can and cannot do, in English and Chinese; report.json
-    sft_vlm_{hidden}{_moe}.pth        the model
-    steps.json                        each command with its time and memory
+    report.html, report_zh.html    what it can and cannot do; report.json
+    sft_vlm_{hidden}{_moe}.pth     the model
+    steps.json                     each command with its time and memory
 """
 
 if __spec__ is None:  # started by its path, from where Python finds no other folder

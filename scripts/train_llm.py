@@ -22,15 +22,7 @@ if __name__ == "__main__":
 import math
 from pathlib import Path
 
-from dataset.sources import row_files
-from dataset.streaming import is_remote
-from trainer import distributed
 from trainer.cli import Parser, add_training_arguments, parse_training, run_main
-from trainer.devices import check_compiler, make_deterministic, pick_device
-from trainer.feed import load_data
-from trainer.loop import train_epoch, training
-from trainer.optimizer import follow_width, optimizer_of
-from trainer.weights import build_model, find_weights
 
 STAGE = "llm"
 
@@ -48,6 +40,9 @@ def parse_args(argv=None):
 
 def check_data(args) -> None:
     """FileNotFoundError that says how to come by data, before anything is loaded."""
+    from dataset.sources import row_files
+    from dataset.streaming import is_remote
+
     for flag, paths in (("--data_path", args.data_path), ("--val_path", args.val_path or [])):
         for path in paths:
             if not is_remote(path) and not row_files(Path(path)):
@@ -59,6 +54,14 @@ def check_data(args) -> None:
 
 def main(argv=None):
     args = parse_args(argv)
+    # Only now, so that --help and a mistyped flag need not wait for PyTorch.
+    from trainer import distributed
+    from trainer.devices import check_compiler, make_deterministic, pick_device
+    from trainer.feed import load_data
+    from trainer.loop import train_epoch, training
+    from trainer.optimizer import follow_width, optimizer_of
+    from trainer.weights import build_model, find_weights
+
     check_data(args)
     make_deterministic(args.seed)
     device = pick_device(args.device)

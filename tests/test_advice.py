@@ -72,13 +72,13 @@ def test_a_run_of_few_steps_says_so_with_flags_that_make_enough(script, flags_of
     assert "only 4 steps, too few to learn much: 14 rows, 4 a batch.\n" in out
     assert out.index("only 4 steps") < out.index("steps done")
     (suggested,) = re.findall(r"What suits so many: (.+)\n", out)
-    monkeypatch.setattr(script, "train_epoch", lambda run, epoch: None)
+    monkeypatch.setattr("trainer.loop.train_epoch", lambda run, epoch: None)
     run = script.main([*given, *suggested.split()])
     assert 240 <= run.total_steps <= 260 and "too few" not in capsys.readouterr().out
 
 
 def test_the_flags_count_rows_as_often_as_an_epoch_passes_over_them(flags, monkeypatch, capsys):
-    monkeypatch.setattr(train_sft_vlm, "train_epoch", lambda run, epoch: None)
+    monkeypatch.setattr("trainer.loop.train_epoch", lambda run, epoch: None)
     train_sft_vlm.main([*flags, "--data_weights", "3.5", "--accumulation_steps", "2"])
     out = capsys.readouterr().out
     assert "only 7 steps, too few to learn much: 49 rows, 4 a batch.\n" in out

@@ -34,7 +34,7 @@ def make_run(flags, monkeypatch):
 
     def make(*extra):
         with monkeypatch.context() as patch:
-            patch.setattr(train_sft_vlm, "train_epoch", lambda run, epoch: None)
+            patch.setattr("trainer.loop.train_epoch", lambda run, epoch: None)
             return main([*flags, *extra])
 
     return make
