@@ -302,8 +302,8 @@ def train_step(run: Run, step: list[dict], labels: float, rows: float) -> tuple[
         named = [row for rank_rows in gather(named) for row in rank_rows]
         raise ValueError(
             f"step {run.state.step + 1}: loss {loss}, gradient norm {grad_norm}. The step was not taken; the last "
-            f"checkpoint is good.\nIts rows: {', '.join(named[:64])}{', ...' if len(named) > 64 else ''}. Look at them, "
-            "or try a lower --learning_rate or --dtype float32"
+            f"checkpoint is good.\nIts rows: {', '.join(named[:64])}{', ...' if len(named) > 64 else ''}. Look at "
+            "them, or try a lower --learning_rate or --dtype float32"
         )
     scaler.step(optimizer)
     scaler.update()
