@@ -188,9 +188,9 @@ def test_an_empty_question_about_a_picture_asks_what_is_in_it(visitor, world, ex
 
 
 @contextmanager
-def about(out, **facts):
-    """The JSON of the first weights says this too, meanwhile."""
-    path = out / "sft_vlm_64.json"
+def about(out, name="sft_vlm_64.json", **facts):
+    """The JSON of weights says this too, meanwhile."""
+    path = out / name
     before = path.read_text(encoding="utf-8")
     path.write_text(json.dumps(json.loads(before) | facts), encoding="utf-8")
     yield
@@ -638,6 +638,19 @@ def test_the_page_streams_stops_retries_undoes_and_clears(address, stops, world,
         type_and_send(page, "Hello?")
         wait_for_answer(page, 1)
         assert page.get_by_text(re.compile("Pictures seen: 1 ·")).is_visible()
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_the_questions_are_those_of_the_model_that_is_chosen(address, out):
+    below = {"en": ["What is below?", "And beside it?"], "zh": ["下面是什么？"]}
+    with about(out, "below/sft_vlm_64.json", prompts=below), browser_at(address, **LAPTOP) as page:
+        shown = page.locator("#questions button").all_inner_texts
+        wait_until(lambda: shown() == ["Describe this picture."])
+        page.get_by_text("Settings").click()
+        page.get_by_label("Model").click()
+        page.get_by_role("option", name="below/sft_vlm_64.pth").click()
+        wait_until(lambda: shown() == below["en"])
 
 
 @pytest.mark.slow
