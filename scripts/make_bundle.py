@@ -102,7 +102,7 @@ def recipe(folder: Path, device: str = "cpu") -> list[Step]:
             "--batch_size", 32, "--optimizer", "adamw", "--learning_rate", 1e-3, "--embedding_learning_rate", 1e-2,
         ], resumable=True),
         Step("second lesson", "it learns to find one object among several, and to say how it looks",
-             lesson(2, colour=0.6, size=0.6, shape=0.3), resumable=True),
+             lesson(2, colour=0.9, size=0.9, shape=0.45), resumable=True),
         Step("third lesson", "to say where it is",
              lesson(3, place=1, colour=0.2, size=0.3, shape=0.1), resumable=True),
         Step("fourth lesson", "to find it by its place",

@@ -107,7 +107,12 @@ def answer(run, tokenizer, data: VLMDataset, row: int) -> str:
     """The greedy answer to the first question of a row. Raises BadRow for a broken picture."""
     ids, labels, names, _ = encode_row(first_turn(data.row(row)), tokenizer, data.placeholders, data.max_length)
     prompt = torch.tensor([ids[: next(i for i, label in enumerate(labels) if label != IGNORE)]], device=run.device)
-    pictures = [data.load_picture(row, name) for name in names]
+    if not names:
+        shown = {}
+    elif data.features:  # of all turns; this one's come first
+        shown = {"image_features": data.features.of_row(row)[: len(names)].to(run.device)}
+    else:
+        shown = {"pixel_values": torch.stack([data.load_picture(row, name) for name in names]).to(run.device)}
     run.model.eval()
     with autocast(run.device, run.dtype):
         out = run.model.generate(
@@ -116,7 +121,7 @@ def answer(run, tokenizer, data: VLMDataset, row: int) -> str:
             max_new_tokens=LONGEST,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
-            **({"pixel_values": torch.stack(pictures).to(run.device)} if pictures else {}),
+            **shown,
         )
     run.model.train()
     return tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
