@@ -65,7 +65,7 @@ def recipe(out: Path, llm: Path, model: list, device: str = "cpu") -> list[Step]
             "--image_size", 72, "--kinds", "describe", "--rows", 2, "--seed", 3,
         ], makes=captions),
         Step("data 2", "draw scenes with conversations about them, for stage 2", [
-            "python", "-m", "dataset.scenes", "--out_dir", data, "--scenes", 6500, "--val_scenes", 75,
+            "python", "-m", "dataset.scenes", "--out_dir", data, "--scenes", 7500, "--val_scenes", 75,
             "--image_size", 72,
         ], makes=data),
         Step("stage 1", "the projector learns to put pictures into the language model's words", [
