@@ -194,6 +194,44 @@ def test_a_training_that_is_stopped_anywhere_ends_with_one_message(flags, world,
         assert last_words(printed).endswith(flags[-1])
 
 
+# Asks or scores, and holds after a batch. Its worker processes get Ctrl-C first, as where this one is busy in C++.
+ASKED = """
+import signal, sys, time
+import psutil
+from trainer.start import begin
+
+begin()
+import eval_vlm, trainer.asking, trainer.captions, trainer.scoring
+from trainer.cli import run_main
+
+real = trainer.asking.answer_batches
+
+def held(*args):
+    for answers in real(*args):
+        workers = psutil.Process().children()
+        for worker in workers:
+            worker.send_signal(signal.SIGINT)
+        time.sleep(1)
+        print("ready" * len(workers), flush=True)
+        time.sleep(60)
+        yield answers
+
+trainer.captions.answer_batches = trainer.scoring.answer_batches = held
+run_main(lambda: eval_vlm.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["captions", "scores"])
+def test_asking_with_worker_processes_is_stopped_with_one_message(trained, world, tmp_path, what):
+    (tmp_path / "asked.py").write_text(ASKED)
+    rows = ["--data_path", str(world / "rows.jsonl"), "--images_path", str(world / "pictures")]
+    many = ["--captions", str(tmp_path / "captions.jsonl"), "--image_dir", str(world / "pictures"), "--prompt", "What?"]
+    flags = [*trained, *(many if what == "captions" else rows), "--num_workers", "2", "--batch_size", "1"]
+    status, printed = stop([str(tmp_path / "asked.py"), *flags], signal.SIGINT, ranks=2)
+    assert status == 130 and last_words(printed).endswith("--num_workers 2 --batch_size 1")
+
+
 @pytest.mark.slow
 def test_a_second_ctrl_c_ends_a_training_at_once_and_says_how_to_go_on(flags, tmp_path):
     (tmp_path / "held.py").write_text(HELD.replace("0.3", "60"))

@@ -25,6 +25,7 @@ from trainer.asking import (
     question,
 )
 from trainer.devices import pick_dtype
+from trainer.feed import ignore_interrupt
 
 BEGIN = b'{"image": "'  # of every line, by which a half-written one is known
 
@@ -112,6 +113,7 @@ def write_captions(model, tokenizer, args, weights: Path, device) -> Path:
         batch_size=args.batch_size,
         collate_fn=partial(collate_prompts, pad_token_id=tokenizer.pad_token_id),
         num_workers=args.num_workers,
+        worker_init_fn=ignore_interrupt,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     progress = tqdm(total=len(wanted), initial=len(wanted) - len(asked), unit="picture", dynamic_ncols=True)

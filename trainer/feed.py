@@ -78,8 +78,8 @@ def tell(data: VLMDataset, args) -> None:
 
 
 def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C and torchrun's SIGTERM go to the whole process group, which worker processes therefore leave; the
-    training process ends them when its step is done."""
+    """Ctrl-C and torchrun's SIGTERM go to the whole process group, which worker processes therefore leave; the main
+    process ends them when its step is done, and must not take them for broken before."""
     if hasattr(os, "setsid"):
         os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -17,6 +17,7 @@ from dataset.lm_dataset import StepSampler, VLMDataset, collate
 from dataset.sources import BadRow, Row
 from model.processing import encode_chat, language
 from trainer.asking import answer_batches, collate_prompts
+from trainer.feed import ignore_interrupt
 from trainer.loop import validate
 
 CAPTION = 5  # references of as many words (characters in Chinese), on average, are captions: BLEU and CIDEr
@@ -165,6 +166,7 @@ def answer_all(model, tokenizer, prompts: Prompts, args, device, dtype, title: s
         batch_sampler=StepSampler(lengths, args.batch_size, shuffle=False),
         collate_fn=partial(collate_prompts, pad_token_id=tokenizer.pad_token_id),
         num_workers=args.num_workers,
+        worker_init_fn=ignore_interrupt,
     )
     answers = [""] * len(questions)
     with tqdm(total=len(questions), desc=title, unit="answer", dynamic_ncols=True) as bar:
@@ -232,6 +234,7 @@ def score(model, tokenizer, data: VLMDataset, captions, args, device, dtype) -> 
                 batch_sampler=StepSampler(data.lengths[chosen], args.batch_size, shuffle=False),
                 collate_fn=partial(collate, pad_token_id=tokenizer.pad_token_id),
                 num_workers=args.num_workers,
+                worker_init_fn=ignore_interrupt,
             )
             result[which][key]["loss"] = validate(model, loader, device, dtype)
     answers = [
