@@ -699,9 +699,9 @@ def test_on_a_phone_in_chinese_and_dark_samples_are_picked_and_nothing_sticks_ou
         (
             LAPTOP,
             "laptop_en_light",
-            {"What is in the picture?": "a yellow circle", "What colour is the circle?": "yellow"},
+            {"What is in the picture?": "a yellow circle", "what color is the circle": "yellow"},
         ),
-        (PHONE, "phone_zh_dark", {"图片里有什么？": "一个黄圆点", "圆点是什么颜色？": "黄色"}),
+        (PHONE, "phone_zh_dark", {"图片里有什么？": "一个黄圆形", "圆圈是什么颜色的": "黄色"}),
     ],
 )
 def test_the_quickstarts_model_says_what_it_sees(device, name, questions):
