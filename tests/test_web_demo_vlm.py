@@ -460,7 +460,7 @@ def test_an_open_door_is_warned_of(out, monkeypatch, capsys):
         yield argparse.Namespace(block_thread=lambda: None), "http://0.0.0.0:7860"
 
     monkeypatch.setattr(trainer.page, "serve", closed)
-    monkeypatch.setattr(web_demo_vlm.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(web_demo_vlm, "unwind", lambda: None)
     for more, warned in (([], True), (["--auth", "ann:x"], False)):
         monkeypatch.setenv("GRADIO_TEMP_DIR", "")
         web_demo_vlm.main(["--host", "0.0.0.0", *more])
