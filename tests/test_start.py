@@ -42,7 +42,7 @@ def test_the_scripts_that_users_start_are_found():
 @pytest.mark.parametrize("path", SCRIPTS, ids=str)
 def test_without_its_packages_every_script_says_in_one_sentence_what_to_type(path):
     done = run("-S", *as_typed(path))  # -S: no site-packages
-    (line,) = (line for line in done.stderr.splitlines() if line and "MINIMIND_TRACEBACK" not in line)
+    (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and done.stdout == ""
     assert line.startswith("error: No module named '") and line.endswith("'. Type: pip install -r requirements.txt")
 

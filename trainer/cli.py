@@ -47,8 +47,9 @@ def run_main(main) -> None:
         several = int(os.environ.get("WORLD_SIZE", 1)) > 1
         if several and os.environ["RANK"] != "0":
             time.sleep(2)  # what all ranks found, the first says: torchrun then ends the others
-        about = missing(error) if isinstance(error, ImportError) else error
-        print(f"\nerror: {about}\n(MINIMIND_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
+        about = f"\nerror: {error}\n(MINIMIND_TRACEBACK=1 shows where)"
+        about = f"error: {missing(error)}" if isinstance(error, ImportError) else about
+        print(about, file=sys.stderr, flush=True)
         if several:
             os._exit(2)  # at once, so that torchrun ends the others: leaving the group would wait for them
         sys.exit(2)
