@@ -397,6 +397,10 @@ def stops(monkeypatch):
             super().__init__(seconds)
             made.append(self)
 
+        def __call__(self, *args, **kwargs):
+            time.sleep(0.005)  # so that a browser on a busy machine is in time to stop 3,000 tokens
+            return super().__call__(*args, **kwargs)
+
     monkeypatch.setattr(trainer.page, "Stop", Kept)
     return made
 
