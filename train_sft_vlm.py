@@ -64,7 +64,7 @@ def main(argv=None):
     cache_features(args, model, device, data, val_data)  # with --cache_features
 
     # ---- train, from where the last run stopped if --from_resume
-    with training(args, STAGE, model, tokenizer, optimizer, data, val_data, device) as run:
+    with training(args, STAGE, weights, model, tokenizer, optimizer, data, val_data, device) as run:
         for epoch in run.epochs_left():
             train_epoch(run, epoch)  # validates and saves on the way
     return run

@@ -7,6 +7,8 @@ import math
 import random
 from dataclasses import dataclass
 from functools import cache
+from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
@@ -203,3 +205,10 @@ def draw(scene: Scene, image_size: int) -> Image.Image:
     left, top = divmod(scene.noise, 32)
     noise = grain(image_size).crop((left, top, left + image_size, top + image_size))
     return ImageChops.add(image, noise, offset=-128)
+
+
+def save_jpeg(image: Image.Image, path: Path) -> None:
+    """Colours are kept sharp: without subsampling."""
+    jpeg = BytesIO()
+    image.save(jpeg, "JPEG", quality=92, subsampling=0)
+    path.write_bytes(jpeg.getvalue())

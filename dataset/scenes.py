@@ -40,7 +40,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
-from io import BytesIO
 from itertools import permutations
 from pathlib import Path
 
@@ -55,6 +54,7 @@ from dataset.scene_pictures import (
     draw,
     is_new,
     random_scene,
+    save_jpeg,
 )
 from dataset.scene_wordings import Words, plural, wordings
 
@@ -426,43 +426,38 @@ def rows_of(
     for _ in range(8 * rows if kinds else 0):
         lang = LANGS[(first + len(found)) % 2]
         kind = rng.choices(kinds, weights)[0]
-        shown = [(scene, image)]  # in the first turn
+        pictures, turns = [(scene, image)], [(kind, "")]
         if kind == "compare":
-            shown.insert(rng.randrange(2), other)
-        elif kind == "blind" or kind == "greet" and rng.random() < 0.5:
-            shown = []
-        turns = [(kind, "", scene)]
-        if kind == "multi":
-            turns = [(turn, "", scene) for turn in rng.choices(TURNS, k=rng.randint(*LENGTH))]
-            if other and rng.random() < 0.2:  # the second half is about another picture, shown in the middle
-                turns = [
-                    (turn, form, other[0] if i >= len(turns) // 2 else scene) for i, (turn, form, _) in enumerate(turns)
-                ]
+            pictures.insert(rng.randrange(2), other)
+        elif kind == "greet" and rng.random() < 0.5:
+            pictures = []
+        elif kind == "multi":
+            turns = [(turn, "") for turn in rng.choices(TURNS, k=rng.randint(*LENGTH))]
         elif kind == "each":
-            turns = [(kind, form, scene) for form in rng.sample(lists, min(3, len(lists)))]
+            turns = [(kind, form) for form in rng.sample(lists, min(3, len(lists)))]
         elif kind == "blind":
-            turns = [(rng.choice((*TURNS, "describe")), "", scene)]
-        asked = {}  # what a question means: kind, question, answer, scene
-        for turn, form, about in turns:
-            about_these = [one for one, _ in shown] if kind == "compare" else [about]
-            if asking := ask(about_these, turn, lang, rng, used, new, words, form):
+            turns = [(rng.choice((*TURNS, "describe")), "")]
+        switch = len(turns)  # where the other picture comes, which the turns from there on are about
+        if kind == "multi" and other and rng.random() < 0.2:
+            switch = len(turns) // 2
+        asked = {}  # what a question means: kind, question, answer, pictures
+        for i, (turn, form) in enumerate(turns):
+            shown = pictures if i < switch else [other]
+            scenes = [one for one, _ in shown] or [scene]
+            if asking := ask(scenes, turn, lang, rng, used, new, words, form):
                 meaning, question, answer = asking
-                asked.setdefault((*meaning, about is scene, answer), (turn, question, answer, about))
+                asked.setdefault((*meaning, i < switch, answer), (turn, question, answer, shown))
         if len(asked) < (2 if kind == "multi" else 1) or not meanings.isdisjoint(asked):
             continue
         meanings.update(asked)
         # Lists too, which are easier to learn so; they draw all the same, so that the rows after them stay as are.
-        picture_first, chat, names, chat_about = rng.random() < 0.5 or kind == "each", [], [], None
-        for _, question, answer, about in asked.values():
-            if kind == "multi":
-                shown = [(scene, image) if about is scene else other]
-            if chat and about is chat_about:
-                shown = []
-            if shown:
+        picture_first, chat, names, seen = rng.random() < 0.5 or kind == "each", [], [], []
+        for _, question, answer, shown in asked.values():
+            if shown != seen and kind != "blind":
                 tags = words.between().join(["<image>"] * len(shown))
                 names += [picture for _, picture in shown]
                 question = words.between().join([tags, question] if picture_first else [question, tags])
-            answer, chat_about = ANSWERS[kind][lang] if kind == "blind" else answer, about
+            answer, seen = ANSWERS[kind][lang] if kind == "blind" else answer, shown
             chat += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         kinds_asked = [turn for turn, *_ in asked.values()] if kind == "multi" else kind
         image_of_row = {"image": ", ".join(names)} if names else {}
@@ -525,6 +520,15 @@ def scenes_of(split: str, count: int, seed: int, objects=(1, 4)) -> Iterator[Sce
         yield random_scene(random.Random(f"{seed} {split} {i}"), split == "val_new", objects)
 
 
+def refuse_to_overwrite(out_dir: Path, splits) -> None:
+    """ValueError if rows of one of these splits stand there already."""
+    for split in splits:
+        if (out_dir / f"{split}.jsonl").exists():
+            raise ValueError(
+                f"--out_dir {out_dir}: {split}.jsonl is there already. Choose another folder, or remove it"
+            )
+
+
 def write_world(
     out_dir,
     scenes=12000,
@@ -545,17 +549,11 @@ def write_world(
     form: "chat", conversations; "text", with scenes in words and without images/; "captions", see `captions_of`.
     plain: each question in its first wording alone; then there is no val_wording, nor is there with captions.
     """
-    out_dir, splits = (
-        Path(out_dir),
-        {"train": scenes, "val": val_scenes, "val_wording": val_scenes, "val_new": val_scenes},
-    )
+    out_dir = Path(out_dir)
+    splits = {"train": scenes, "val": val_scenes, "val_wording": val_scenes, "val_new": val_scenes}
     if plain or form == "captions":
         del splits["val_wording"]
-    for split in splits:
-        if (out_dir / f"{split}.jsonl").exists():
-            raise ValueError(
-                f"--out_dir {out_dir}: {split}.jsonl is there already. Choose another folder, or remove it"
-            )
+    refuse_to_overwrite(out_dir, splits)
     (out_dir if form == "text" else out_dir / "images").mkdir(parents=True, exist_ok=True)
     written = {}
     for split, count in splits.items():
@@ -572,9 +570,7 @@ def write_world(
                 else:
                     image = f"{of_scenes}_{i:05}.jpg"
                     if split == of_scenes:
-                        jpeg = BytesIO()
-                        draw(scene, image_size).save(jpeg, "JPEG", quality=92, subsampling=0)
-                        (out_dir / "images" / image).write_bytes(jpeg.getvalue())
+                        save_jpeg(draw(scene, image_size), out_dir / "images" / image)
                     if form == "captions":
                         found = captions_of(scene, image)
                     else:
@@ -591,6 +587,14 @@ def write_world(
 
 
 # ---------------------------------------------------------------------------- the run
+
+
+def check_numbers(args) -> None:
+    """ValueError for a flag of a drawn world that is out of bounds."""
+    limits = {"scenes": (1, 10**6), "val_scenes": (1, 10**6), "image_size": (32, 1024), "rows": (1, 20)}
+    for flag, (least, most) in limits.items():
+        if not least <= getattr(args, flag) <= most:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: expected {least} to {most}")
 
 
 def main(argv=None):
@@ -617,10 +621,7 @@ def main(argv=None):
     add("--plain", action="store_true", help=plain)
     args = parser.parse_args(argv)
     try:
-        limits = {"scenes": (1, 10**6), "val_scenes": (1, 10**6), "image_size": (32, 1024), "rows": (1, 20)}
-        for flag, (least, most) in limits.items():
-            if not least <= getattr(args, flag) <= most:
-                raise ValueError(f"--{flag} {getattr(args, flag)}: expected {least} to {most}")
+        check_numbers(args)
         if not 1 <= args.objects[0] <= args.objects[1] <= 4:
             raise ValueError(f"--objects {args.objects[0]} {args.objects[1]}: expected two numbers from 1 to 4, rising")
         write_world(**vars(args))

@@ -28,12 +28,12 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, ImageChops, ImageDraw
 
-from dataset.scene_pictures import PATTERNS, grain, ground
+from dataset.scene_pictures import PATTERNS, grain, ground, save_jpeg
+from dataset.scenes import check_numbers, refuse_to_overwrite
 
 COLOURS = {
     "pink": (244, 140, 178),
@@ -226,11 +226,7 @@ def write_toys(out_dir, scenes=4000, val_scenes=400, rows=10, kinds=tuple(KINDS)
     """Writes train.jsonl, val.jsonl and images/ into out_dir; returns {split: number of rows}. Same arguments, same
     bytes. The .jsonl stand there only when complete; ValueError if one stands there already."""
     out_dir, splits = Path(out_dir), {"train": scenes, "val": val_scenes}
-    for split in splits:
-        if (out_dir / f"{split}.jsonl").exists():
-            raise ValueError(
-                f"--out_dir {out_dir}: {split}.jsonl is there already. Choose another folder, or remove it"
-            )
+    refuse_to_overwrite(out_dir, splits)
     (out_dir / "images").mkdir(parents=True, exist_ok=True)
     written = {}
     for split, count in splits.items():
@@ -238,9 +234,7 @@ def write_toys(out_dir, scenes=4000, val_scenes=400, rows=10, kinds=tuple(KINDS)
         for i in range(count):
             rng = random.Random(f"{seed} {split} {i}")
             toy, image = random_toy(rng), f"{split}_{i:05}.jpg"
-            jpeg = BytesIO()
-            draw(toy, rng, image_size).save(jpeg, "JPEG", quality=92, subsampling=0)
-            (out_dir / "images" / image).write_bytes(jpeg.getvalue())
+            save_jpeg(draw(toy, rng, image_size), out_dir / "images" / image)
             lines += [json.dumps(row, ensure_ascii=False) for row in rows_of(toy, image, rng, used, rows, kinds)]
         text = "".join(f"{line}\n" for line in lines)
         (out_dir / f"{split}.jsonl.tmp").write_text(text, encoding="utf-8", newline="\n")
@@ -266,10 +260,7 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="another number, other pictures")
     args = parser.parse_args(argv)
     try:
-        limits = {"scenes": (1, 10**6), "val_scenes": (1, 10**6), "rows": (1, 20), "image_size": (32, 1024)}
-        for flag, (least, most) in limits.items():
-            if not least <= getattr(args, flag) <= most:
-                raise ValueError(f"--{flag} {getattr(args, flag)}: expected {least} to {most}")
+        check_numbers(args)
         write_toys(**vars(args))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

@@ -82,7 +82,7 @@ def main(argv=None):
     val_data = load_data(args, model, tokenizer, args.val_path) if args.val_path else None
 
     # ---- train, from where the last run stopped if --from_resume
-    with training(args, STAGE, model, tokenizer, optimizer, data, val_data, device) as run:
+    with training(args, STAGE, weights, model, tokenizer, optimizer, data, val_data, device) as run:
         for epoch in run.epochs_left():
             train_epoch(run, epoch)  # validates and saves on the way
     if run.val_loss is not None:

@@ -54,15 +54,14 @@ def tell_end(run, tokenizer, seconds: float) -> None:
     loss, guessing = sum(run.progress.last) / len(run.progress.last), math.log(run.model.config.vocab_size)
     if loss > guessing + UNTAUGHT:
         rates = {key: getattr(run.args, key, None) for key in LEARNING_RATES}
+        lower = " ".join(f"--{key} {value / 5:.2g}" for key, value in rates.items() if value)
         say(f"It diverged: a loss of {loss:.2f} is worse than guessing, {guessing:.2f}. Start again from")
-        say(
-            "the weights of before with "
-            + " ".join(f"--{key} {value / 5:.2g}" for key, value in rates.items() if value)
-        )
+        say(f"the weights of before with {lower}")
         return
     if run.val_loader is not None:
         show_answer(run, tokenizer)
-    say(f"{next_step(run)[0]}\n$ {typed(next_step(run)[1])}")
+    what, command = next_step(run)
+    say(f"{what}\n$ {typed(command)}")
 
 
 # ---------------------------------------------------------------------------- what it took

@@ -33,7 +33,7 @@ from trainer.feed import Feed, StreamFeed, check_data, make_loader
 from trainer.optimizer import SETTINGS, schedule, set_learning_rate
 from trainer.progress import Progress
 from trainer.start import leave, tell_stopped
-from trainer.weights import describe, find_weights, read_sidecar, refuse_other_architecture, weights_name
+from trainer.weights import describe, read_sidecar, refuse_other_architecture, weights_name
 
 MAX_BROKEN = 0.01  # share of rows with broken pictures that --on_bad_row skip puts up with while training
 
@@ -118,10 +118,20 @@ class Run:
 
 
 @contextlib.contextmanager
-def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: VLMDataset | Stream, val_data, device):
+def training(
+    args,
+    stage: str,
+    weights: Path | None,
+    model: MiniMindVLM,
+    tokenizer,
+    optimizer,
+    data: VLMDataset | Stream,
+    val_data,
+    device,
+):
     """Sets a `Run` up, where --from_resume says so at the point where it stopped, and closes it.
 
-    The model is on `device`, its trainable parameters are chosen and in the optimizer.
+    The model, made of `weights`, is on `device`, its trainable parameters are chosen and in the optimizer.
     """
     dtype = pick_dtype(args.dtype, device)
     large = device.type == "cpu" and model.config.hidden_size >= 256
@@ -133,7 +143,6 @@ def training(args, stage: str, model: MiniMindVLM, tokenizer, optimizer, data: V
     refuse_other_architecture(path, model.config)
     settings = {key: getattr(args, key) for key in SETTINGS if hasattr(args, key)}
     about = describe(model, args, stage=stage, data=list(map(str, args.data_path)), seed=args.seed, settings=settings)
-    weights = find_weights(args.from_weight, args.out_dir, args.hidden_size, args.use_moe)
     about["prompts"] = read_sidecar(weights)["prompts"] if weights else {}  # until rows have better ones
     checkpoint = Checkpoint(path, args, about, data.rows if isinstance(data, Stream) else len(data))
     if getattr(model, "vision_encoder", None) is not None:
