@@ -195,6 +195,15 @@ each size
 each object
   What is in {them}?
   {them}各是什么？
+each exists
+  Do you see {them}?
+  有没有{them}？
+each count
+  How many {them} are there?
+  {them}各有几个？
+each check
+  Is {them}?
+  {them}，对不对？
 """
 
 ALIASES = {  # words of the world → other words for the same that a question may have; answers keep to the first

@@ -76,16 +76,22 @@ ANSWERS = {  # that are the same for every scene
     },
     "blind": {"en": "there is no picture, please show me one", "zh": "没有图片，请先给我一张"},
 }
+NO_YES = {"en": ("no", "yes"), "zh": ("没有", "有")}  # is it there?
+IS_SO = {"en": ("no", "yes"), "zh": ("不是", "是")}
 NUMBERS = ("one", "two", "three", "four")
 SIDES = {"left": "left of", "right": "right of"}  # in English, before a noun
 AXES = {"left or right of": ("left", "right"), "above or below": ("above", "below")}
-EACH = {  # what "each" asks of one object
-    "colour": ("colour", "of"),
-    "shape": ("what", "shape"),
-    "place": ("where", "of"),
-    "size": ("size", "of"),
-    "object": ("what", "at"),
+EACH = {  # what "each" asks of one object, and how it calls it in English
+    "colour": ("colour", "of", "the {x}"),
+    "shape": ("what", "shape", "the {x}"),
+    "place": ("where", "of", "the {x}"),
+    "size": ("size", "of", "the {x}"),
+    "object": ("what", "at", "the {p}"),
+    "exists": ("exists", "", "{ax}"),
+    "count": ("count", "part", "{xs}"),
+    "check": ("check", "", "the {x} {v}"),
 }
+LOOK_UPS = ("colour", "shape", "place", "size", "object")  # the lists that say what things are like
 KINDS = {  # share of rows, as far as scenes allow; "multi" is a conversation of several questions, "each" of lists
     "describe": 6,
     "what": 3,
@@ -147,8 +153,9 @@ def join(parts: list[str], comma: str, last: str) -> str:
 # combination that is new).
 
 
-def find(scene: Scene, colour: str = "", shape: str = "") -> list[Thing]:
-    return [thing for thing in scene.things if colour in ("", thing.colour) and shape in ("", thing.shape)]
+def find(scene: Scene, colour: str = "", shape: str = "", size: str = "") -> list[Thing]:
+    look = {"colour": colour, "shape": shape, "size": size}
+    return [thing for thing in scene.things if all(look[of] in ("", getattr(thing, of)) for of in look)]
 
 
 def named(scene: Scene, lang: str) -> list[tuple[Thing, str]]:
@@ -201,6 +208,11 @@ def conclude(known: list[str], answer: str, lang: str) -> str:
     return ", ".join(known) + f": {answer}" if lang == "en" else "，".join(known) + f"：{answer}"
 
 
+def conclusion(answer: str) -> str:
+    """The last part of an answer that ends so, "the star"; else all of it."""
+    return answer.replace("：", ": ").rsplit(": ", 1)[-1]
+
+
 def describe(scene, form, lang):
     if form == "list":
         yield {}, listing(scene, lang), True
@@ -232,13 +244,31 @@ def colour(scene, form, lang):
             yield {"x": x}, state(lang, x, "the {x} is {y}", "{x}是{y}", say(thing.colour, lang)), thing.new
 
 
-def each(scene, form, lang, rng):
-    """One question about all that a question of this form can be asked about, in any order."""
-    kind, of_one = EACH[form]
-    found = list(QUESTIONS[kind](scene, of_one, lang))
+def each(scene, form, lang, rng, new):
+    """One question about all that a question of this form can be asked about, in any order.
+
+    Where most answers would be the same ("no", "one"), about some: as many of those as of the others.
+    """
+    kind, of_one, one = EACH[form]
+    if kind == "exists":
+        found = list(exists(scene, "some", lang, rng, False))
+    elif kind == "check":  # one question of each form about a thing: its answer would tell the answer of another
+        of_one_thing = {}
+        for of_one in wordings()["check"]:
+            for asked in check(scene, of_one, lang, rng, new):
+                of_one_thing.setdefault((of_one, asked[0]["x"]), []).append(asked)
+        found = [rng.choice(asked) for asked in of_one_thing.values()]
+    else:
+        found = list(QUESTIONS[kind](scene, of_one, lang))
     rng.shuffle(found)
+    if kind in ("exists", "count", "check"):
+        usual = {"exists": NO_YES[lang][0], "count": say("one", lang), "check": IS_SO[lang][0]}[kind]
+        rare = [asked for asked in found if conclusion(asked[1]) != usual][:3]
+        found = rare + [asked for asked in found if conclusion(asked[1]) == usual][: max(2, len(rare))]
+        rng.shuffle(found)
     if len(found) > 1:
-        them = [("the " if lang == "en" else "") + next(iter(slots.values())) for slots, _, _ in found]
+        said_of = one if lang == "en" else "{x}{v}" if kind == "check" else "{p}" if form == "object" else "{x}"
+        them = [said_of.format(**slots) for slots, _, _ in found]
         joined = join(them, *((", ", " and ") if lang == "en" else ("、", "和")))
         said = (", " if lang == "en" else "，").join(answer for _, answer, _ in found)
         yield {"them": joined}, said, any(new for _, _, new in found)
@@ -246,12 +276,14 @@ def each(scene, form, lang, rng):
 
 def count(scene, form, lang):
     if form == "all":
-        yield {}, say(NUMBERS[len(scene.things) - 1], lang), False
+        everything = "objects" if lang == "en" else say("object", lang)
+        yield {}, conclude([everything], say(NUMBERS[len(scene.things) - 1], lang), lang), False
         return
     looks = [(thing.colour, "") for thing in scene.things] + [("", thing.shape) for thing in scene.things]
     for look in dict.fromkeys(looks):
         found, noun = find(scene, *look), name(lang, *look)
-        yield {"x": noun, "xs": plural(noun)}, say(NUMBERS[len(found) - 1], lang), is_new(found)
+        answer = conclude([plural(noun) if lang == "en" else noun], say(NUMBERS[len(found) - 1], lang), lang)
+        yield {"x": noun, "xs": plural(noun)}, answer, is_new(found)
 
 
 def where(scene, form, lang):
@@ -260,7 +292,11 @@ def where(scene, form, lang):
 
 
 def exists(scene, form, lang, rng, new):
-    """Of what is not there, half has the colour of one thing and the shape of another."""
+    """Of what is not there, half has the colour of one thing and the shape of another.
+
+    form: "pair" of colour and shape; "part", one of them; "some" for lists, parts and pairs of size and shape. Lists
+    of pairs of colour and shape taught that what they never name, as the pairs of val_new, is not there.
+    """
     if form == "pair":  # what is new is not even denied in train
         pairs = [(one.colour, other.shape) for one in scene.things for other in scene.things]
         pairs.append(rng.choice(sorted(NEW_PAIRS) if new else OLD_PAIRS))
@@ -269,9 +305,12 @@ def exists(scene, form, lang, rng, new):
         colours, shapes = [thing.colour for thing in scene.things], [thing.shape for thing in scene.things]
         pairs = [(colour, "") for colour in (*colours, rng.choice(list(COLOURS)))]
         pairs += [("", shape) for shape in (*shapes, rng.choice(SHAPES))]
+    if form == "some":
+        pairs += [("", thing.shape, size) for thing in scene.things for size in ("big", "small")]
     for pair in dict.fromkeys(pairs):
-        noun, (no, yes) = name(lang, *pair), ("no", "yes") if lang == "en" else ("没有", "有")
-        yield {"x": noun, "ax": a(noun, lang), "xs": plural(noun)}, yes if find(scene, *pair) else no, form == "pair"
+        noun = name(lang, *pair)
+        answer = conclude([a(noun, lang)], NO_YES[lang][bool(find(scene, *pair))], lang)
+        yield {"x": noun, "ax": a(noun, lang), "xs": plural(noun)}, answer, form == "pair"
 
 
 def relation(scene, form, lang):
@@ -324,9 +363,8 @@ def check(scene, form, lang, rng, new):
             if asked_new and not new:  # what is new is not even denied in train
                 continue
             is_so = "the {x} is {y}" if lang == "en" else "{x}{y}"
-            answer = ("no", "yes")[value == true] if lang == "en" else ("不是", "是")[value == true]
-            known = is_so.format(x=x, y=predicate(form, true, lang))
-            yield {"x": x, "v": predicate(form, value, lang)}, conclude([known], answer, lang), thing.new or asked_new
+            answer = conclude([is_so.format(x=x, y=predicate(form, true, lang))], IS_SO[lang][value == true], lang)
+            yield {"x": x, "v": predicate(form, value, lang)}, answer, thing.new or asked_new
 
 
 def predicate(form: str, value: str, lang: str) -> str:
@@ -351,7 +389,7 @@ def compare(scenes, form, lang):
         for thing in scene.things:
             noun = name(lang, thing.colour, thing.shape)
             if not find(scenes[1 - second], thing.colour, thing.shape):
-                answer = conclude(shown, which_picture(second, lang), lang)
+                answer = conclude([*shown, a(noun, lang)], which_picture(second, lang), lang)
                 yield {"x": noun, "ax": a(noun, lang)}, answer, thing.new
 
 
@@ -371,8 +409,8 @@ def ask(scenes, kind: str, lang: str, rng, used: Counter, new: bool, words: Word
     none to ask.
 
     form: of question; drawn without it.
-    used: how often each answer was given so far, by form of question and language; the rarest that is possible now is
-    asked for.
+    used: how often each conclusion was given so far, by form of question and language; the rarest that is possible now
+    is asked for.
     """
     form = form or rng.choice(list(wordings()[kind]))
     if kind == "exists":
@@ -382,7 +420,7 @@ def ask(scenes, kind: str, lang: str, rng, used: Counter, new: bool, words: Word
     elif kind == "compare":
         found = compare(scenes, form, lang)
     elif kind == "each":
-        found = each(scenes[0], form, lang, rng)
+        found = each(scenes[0], form, lang, rng, new)
     elif kind == "greet":
         found = [({}, ANSWERS[kind][lang], True)]
     else:
@@ -391,11 +429,11 @@ def ask(scenes, kind: str, lang: str, rng, used: Counter, new: bool, words: Word
     if not found:
         return None
     key = (kind, form, lang)
-    rarest = min(used[key, answer] for _, answer in found)
-    slots, answer = rng.choice([(slots, answer) for slots, answer in found if used[key, answer] == rarest])
-    if "count" in (kind, form) and rarest > min(used[key, say(each, lang)] for each in NUMBERS) + 2:
+    rarest = min(used[key, conclusion(answer)] for _, answer in found)
+    slots, answer = rng.choice([(slots, answer) for slots, answer in found if used[key, conclusion(answer)] == rarest])
+    if kind == "count" and rarest > min(used[key, say(each, lang)] for each in NUMBERS) + 2:
         return None  # most scenes hold one of most things: "one" waits for the others
-    used[key, answer] += 1
+    used[key, conclusion(answer)] += 1
     return (*key, *slots.values()), words.ask(*key, slots), answer
 
 
@@ -403,7 +441,7 @@ def ask(scenes, kind: str, lang: str, rng, used: Counter, new: bool, words: Word
 
 
 def rows_of(
-    scene, image: str, rng, used: Counter, rows=4, kinds=USUAL, new=False, other=None, lists=tuple(EACH), style="train"
+    scene, image: str, rng, used: Counter, rows=4, kinds=USUAL, new=False, other=None, lists=LOOK_UPS, style="train"
 ) -> list[dict]:
     """Conversations about a scene, half of them Chinese, in the format of the module's docstring; `rows` of them, fewer
     where the scene allows fewer.
@@ -498,7 +536,7 @@ def captions_of(scene: Scene, image: str) -> list[dict]:
 
 
 def text_rows_of(
-    scene, rng, used, rows=4, kinds=USUAL, new=False, other=None, lists=tuple(EACH), style="train"
+    scene, rng, used, rows=4, kinds=USUAL, new=False, other=None, lists=LOOK_UPS, style="train"
 ) -> list[dict]:
     """As `rows_of`, with each picture in words instead, so without "image"; other: a scene to compare with."""
     scenes = {"one": scene, "two": other}
@@ -539,7 +577,7 @@ def write_world(
     kinds=USUAL,
     form="chat",
     objects=(1, 4),
-    lists=tuple(EACH),
+    lists=LOOK_UPS,
     plain=False,
 ) -> dict:
     """Writes {train,val,val_wording,val_new}.jsonl and images/ into out_dir; returns {split: number of rows}.
@@ -616,7 +654,7 @@ def main(argv=None):
     kinds = f"conversations to write, of {', '.join(KINDS)}"
     add("--kinds", nargs="+", choices=KINDS, default=list(USUAL), metavar="KIND", help=kinds)
     lists = f"what conversations of kind each ask of all objects, of {', '.join(EACH)}"
-    add("--lists", nargs="+", choices=EACH, default=list(EACH), metavar="LIST", help=lists)
+    add("--lists", nargs="+", choices=EACH, default=list(LOOK_UPS), metavar="LIST", help=lists)
     plain = "each question in its first wording alone, as for a model's first lessons"
     add("--plain", action="store_true", help=plain)
     args = parser.parse_args(argv)

@@ -268,8 +268,11 @@ def answer(question, lang, shown):
         size = say(the(look).size)
         return f"the {called(look)} is {size}" if english else f"{called(look)}是{size}的"
 
+    def concluded(known, conclusion):
+        return f"{known}: {conclusion}" if english else f"{known}：{conclusion}"
+
     def so(one, other, conclusion):
-        return f"{one}, {other}: {conclusion}" if english else f"{one}，{other}：{conclusion}"
+        return concluded(f"{one}, {other}" if english else f"{one}，{other}", conclusion)
 
     def which_picture(second):
         return {"en": ("the first", "the second"), "zh": ("第一张", "第二张")}[lang][second]
@@ -292,13 +295,15 @@ def answer(question, lang, shown):
             x, colour = called(slots["x"]), say(the(slots["x"]).colour)
             return f"the {x} is {colour}" if english else f"{x}是{colour}", [the(slots["x"])]
         case "count", "all":
-            return number(things), []
+            return concluded("objects" if english else "图形", number(things)), []
         case "count", _:
-            return number(looking_like(slots["x"])), looking_like(slots["x"])
+            counted = plural(called(slots["x"])) if english else called(slots["x"])
+            return concluded(counted, number(looking_like(slots["x"]))), looking_like(slots["x"])
         case "where", _:
             return is_in(slots["x"]), [the(slots["x"])]
         case "exists", _:
-            return yes_no[bool(looking_like(slots["x"]))], [slots["x"]]
+            asked_about = an(called(slots["x"])) if english else called(slots["x"])
+            return concluded(asked_about, yes_no[bool(looking_like(slots["x"]))]), [slots["x"]]
         case "relation", _:
             x, y = the(slots["x"]), the(slots["y"])
             return so(is_in(slots["x"]), is_in(slots["y"]), say(side_of(x, y, slots["d"]))), [x, y]
@@ -317,10 +322,10 @@ def answer(question, lang, shown):
             if english:
                 is_so = f"the {called(slots['x'])} is {an(true) if form == 'shape' else true}"
                 is_so = is_in(slots["x"]) if form == "place" else is_so
-                return f"{is_so}: {'yes' if value == true else 'no'}", [thing, denied]
+                return concluded(is_so, "yes" if value == true else "no"), [thing, denied]
             is_so = f"{called(slots['x'])}是{ZH[true]}" + "的" * (form == "size")
             is_so = is_in(slots["x"]) if form == "place" else is_so
-            return f"{is_so}：{'是' if value == true else '不是'}", [thing, denied]
+            return concluded(is_so, "是" if value == true else "不是"), [thing, denied]
         case "greet", _:
             return world.ANSWERS["greet"][lang], []
         case "compare", "more":
@@ -333,7 +338,9 @@ def answer(question, lang, shown):
         case "compare", "has":
             pairs = [[(thing.colour, thing.shape) for thing in each.things] for each in shown]
             assert (slots["x"] in pairs[0]) != (slots["x"] in pairs[1])
-            return so(*what_they_have(), which_picture(slots["x"] in pairs[1])), [slots["x"]]
+            asked_about = an(called(slots["x"])) if english else called(slots["x"])
+            said = (", " if english else "，").join([*what_they_have(), asked_about])
+            return concluded(said, which_picture(slots["x"] in pairs[1])), [slots["x"]]
         case "compare", "both":
             return (", " if english else "，").join(what_they_have()), [t for each in shown for t in each.things]
     raise AssertionError(question)
@@ -710,6 +717,49 @@ def test_a_question_about_each_is_answered_as_the_questions_about_one(scenes):
                 assert given == between.join(answer(one.format(x), lang, [scene])[0] for x in them)
                 forms[lang, one] += 1
     assert len(forms) == 10 and min(forms.values()) > 10
+
+
+def there_are(noun, scene, lang):
+    """How many things fit a noun that may tell the size too: "big star", "大星星"."""
+    known = {size: size if lang == "en" else ZH[size] for size in ("big", "small")}
+    size = next((size for size, word in known.items() if noun.startswith(word)), "")
+    colour, shape = nouns(lang)[noun.removeprefix(known.get(size, "")).strip()]
+    looks = [(thing.size, thing.colour, thing.shape) for thing in scene.things]
+    return sum(all(word in ("", part) for word, part in zip((size, colour, shape), look)) for look in looks)
+
+
+def test_lists_of_what_is_there_of_counts_and_of_claims_are_answered_as_one_such_question(scenes):
+    verdicts = Counter()
+    for i, scene in enumerate([scenes[f"train_{i:05}.jpg"] for i in range(150)]):
+        for form in ("exists", "count", "check"):
+            for row in world.text_rows_of(scene, random.Random(i), Counter(), 2, ["each"], lists=[form], style="plain"):
+                lang = row["lang"]
+                question, given = (turn["content"].split("\n")[-1] for turn in row["conversations"])
+                many = scene_wordings.wordings()["each"][form][lang][0][0]
+                before, after = map(re.escape, many.split("{them}"))
+                asked = re.split(", | and |、|和", re.fullmatch(f"{before}(.+){after}", question)[1])
+                said = re.split(", |，", given)
+                assert len(asked) == len(said) > 1 and len(set(asked)) == len(asked)
+                for one, its_answer in zip(asked, said):
+                    known, verdict = re.split("[:：] ?", its_answer)
+                    verdicts[form, lang, verdict] += 1
+                    if form == "check":
+                        single = f"Is {one}?" if lang == "en" else f"{one}，对不对？"
+                        assert its_answer == answer(single, lang, [scene])[0]
+                        continue
+                    assert known == one
+                    noun = re.sub("^an? ", "", one) if form == "exists" else re.sub(r"(?<=s)es$|s$", "", one)
+                    found = there_are(noun if lang == "en" else one, scene, lang)
+                    if form == "exists":
+                        assert verdict == {"en": ("no", "yes"), "zh": ("没有", "有")}[lang][found > 0]
+                    else:
+                        number = ("one", "two", "three", "four")[found - 1]
+                        assert verdict == (number if lang == "en" else ZH[number])
+    for form, both in {"exists": ("no", "yes", "没有", "有"), "check": ("no", "yes", "不是", "是")}.items():
+        found = [
+            [verdicts[form, lang, verdict] for verdict in pair] for lang, pair in (("en", both[:2]), ("zh", both[2:]))
+        ]
+        assert all(0.7 < no / yes < 1.4 and yes > 100 for no, yes in found), (form, found)
 
 
 def test_lists_ask_only_what_they_are_told_to(tmp_path):
