@@ -113,9 +113,8 @@ class MiniMindVLM(MiniMindForCausalLM):
         patches = (vision["image_size"] // vision["patch_size"]) ** 2
         if (patches, vision["hidden_size"]) != (len(self.config.image_ids), self.config.ve_hidden_size):
             raise ValueError(
-                f"{path} gives {patches} patches of width {vision['hidden_size']}, the model was made for "
-                f"{len(self.config.image_ids)} of width {self.config.ve_hidden_size}: pass the --vision_model_path "
-                "of its training"
+                f"{path} gives {patches} patches of width {vision['hidden_size']},\nthe model was made for "
+                f"{len(self.config.image_ids)} of width {self.config.ve_hidden_size}: pass its --vision_model_path"
             )
         self.vision_encoder, self.processor = self.get_vision_model(path)
         self.vision_encoder.to(self.vision_proj.vision_proj[0].weight.device)

@@ -190,8 +190,8 @@ def load_tokenizer(path, placeholders: str = "@" * 196):
     path = Path(path)
     if not (path / "tokenizer.json").exists():
         raise FileNotFoundError(
-            f"--tokenizer_path {path}: no tokenizer.json there. Name the folder that belongs to the weights.\n"
-            "For the public one, type: python -m scripts.download --what llm"
+            f"--tokenizer_path {path}: no tokenizer.json there. Name the folder\n"
+            "of the weights' own; for the public one: python -m scripts.download --what llm"
         )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path)  # AutoTokenizer would ask to run the code of an auto_map
     for token in ("<|im_start|>", "<|im_end|>"):

@@ -445,8 +445,8 @@ def fetch(hub: Hub, file: RemoteFile, target: Path) -> None:
         clear(file, target)
     else:
         raise Failed(
-            f"{file.repo}/{file.path} came twice with another size or checksum than {hub.endpoint} lists; "
-            f"nothing was kept.\nA proxy that changes files? Try --source {hub.other}"
+            f"{file.repo}/{file.path} came twice other than {hub.endpoint} lists it;\n"
+            f"nothing was kept. A proxy that changes files? Try --source {hub.other}"
         )
     if target.name == "tokenizer.json" and digest(whole, "sha256") != f"sha256:{TOKENIZER_SHA256}":
         clear(file, target)

@@ -107,7 +107,7 @@ def find_llm(bundle: Path) -> tuple[Path, int]:
     found = [(path, int(match[1])) for path, match in found if match]
     if len(found) != 1:
         raise FileNotFoundError(
-            f"--bundle {bundle} holds {len(found)} files llm_{{hidden}}.pth, expected 1. To train one:\n$ {again}"
+            f"--bundle {bundle}: {len(found)} llm_{{hidden}}.pth, expected 1. To train one:\n$ {again}"
         )
     return found[0]
 

@@ -48,7 +48,7 @@ def check_data(args) -> None:
             if not is_remote(path) and not row_files(Path(path)):
                 raise FileNotFoundError(
                     f"{flag} {path}: no such file. Expected JSONL or Parquet.\n"
-                    "For scenes in words, type: python -m dataset.scenes --form text --out_dir out/text"
+                    "To draw scenes: python -m dataset.scenes --form text --out_dir out/text"
                 )
 
 

@@ -368,7 +368,7 @@ def test_an_encoder_of_another_shape_than_the_models_is_refused(clip_folder, cli
     config = json.loads((clip_copy / "config.json").read_text())
     config["vision_config"] |= wrong
     (clip_copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="the model was made for 16 of width 32: pass the --vision_model_path"):
+    with pytest.raises(ValueError, match="the model was made for 16 of width 32: pass its --vision_model_path"):
         MiniMindVLM(VLMConfig.for_encoder(clip_folder, hidden_size=64, num_hidden_layers=1), clip_copy)
 
 

@@ -115,8 +115,8 @@ class ShuffledPictures(VLMDataset):
             self.other |= {own: names[other] for own, other in zip(alike, alike[1:] + alike[:1]) if own != other}
         if not self.other:
             raise ValueError(
-                "--data_path has no two different pictures to exchange, to tell whether the model looks.\n"
-                "Add a row with another picture, or ask about one with --image"
+                "--data_path has no two different pictures to exchange, which would tell whether\n"
+                "the model looks. Add a row with another picture, or ask about one with --image"
             )
 
     def shown(self, row: int, images: list[str]) -> tuple:

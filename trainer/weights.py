@@ -237,8 +237,8 @@ def config_of(state: dict, path: Path, known: dict) -> dict:
     its JSON. Raises ValueError for weights that are not of this architecture, or not those that `known` describes."""
     if any(".q_norm." in key or ".k_norm." in key for key in state):
         raise ValueError(
-            f"{path} holds q_norm and k_norm: these are weights of a later generation (MiniMind-3), which is another "
-            "architecture.\nFetch those of this one: python -m scripts.download --what llm"
+            f"{path} holds q_norm: weights of a later generation (MiniMind-3),\n"
+            "another architecture. For this one: python -m scripts.download --what llm"
         )
     use_moe = "model.layers.0.mlp.gate.weight" in state
     up = f"model.layers.0.mlp.{'experts.0.' if use_moe else ''}up_proj.weight"
@@ -340,8 +340,8 @@ def check_tokenizer(tokenizer, folder, weights: Path, vocab_size: int, known: di
     told = known.get("sha256")
     if not told and sha256 == LATER_TOKENIZER:
         raise ValueError(
-            f"{folder} holds the tokenizer of a later generation (MiniMind-3), to which {weights} does not belong.\n"
-            "Fetch the right one: python -m scripts.download --what llm"
+            f"{folder} holds the tokenizer of a later generation (MiniMind-3),\n"
+            f"not that of {weights}. For that: python -m scripts.download --what llm"
         )
     if len(tokenizer) != vocab_size:
         raise ValueError(
