@@ -396,9 +396,10 @@ def test_from_zero_trains_what_it_then_starts_from(tmp_path, monkeypatch):
     with pytest.raises(IndexError):  # nothing has run, so there is nothing to report
         quickstart.main(["--out_dir", str(tmp_path / "out"), "--from_zero", "--use_moe"])
     tiny = tmp_path / "out/tiny"
-    lessons = [f"{number} lesson" for number in ("first", "second", "third", "fourth", "fifth", "sixth", "seventh")]
-    texts = ["words", "colour", "shape", "size", "place", "object", "describe", "talk", "text", "practice"]
-    bundle = ["captions", *texts, "tokenizer", "encoder", *lessons]
+    numbers = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+    lessons = [f"{number} lesson" for number in numbers]
+    lists = ["colour", "shape", "size", "place", "object", "describe", "exists", "check", "count"]
+    bundle = ["captions", "words", *lists, "talk", "text", "practice", "tokenizer", "encoder", *lessons]
     steps = {step.name: step.command for step in ran}
     for step in ran:  # what was drawn just before a crash, and not noted yet, is in nobody's way
         if "dataset.scenes" in step.command:
