@@ -445,7 +445,7 @@ def test_the_known_fingerprints_decide_where_the_weights_do_not_tell(args, bare,
     monkeypatch.setattr(weights, "PUBLIC_TOKENIZER", mine)
     assert build_model(bare, path)[2] == f"loaded 23 tensors from {path}"
     monkeypatch.setattr(weights, "LATER_TOKENIZER", mine)
-    with pytest.raises(ValueError, match="(?s)holds the tokenizer of a later generation .*: python -m scripts.download"):
+    with pytest.raises(ValueError, match="(?s)the tokenizer of a later generation .*: python -m scripts.download"):
         build_model(bare, path)
 
 
