@@ -65,7 +65,7 @@ def recipe(out: Path, llm: Path, model: list, device: str = "cpu") -> list[Step]
             "--image_size", 72, "--kinds", "describe", "--rows", 2, "--seed", 3,
         ], makes=captions),
         Step("data 2", "draw scenes with conversations about them, for stage 2", [
-            "python", "-m", "dataset.scenes", "--out_dir", data, "--scenes", 7500, "--val_scenes", 75,
+            "python", "-m", "dataset.scenes", "--out_dir", data, "--scenes", 10000, "--val_scenes", 75,
             "--image_size", 72,
         ], makes=data),
         Step("stage 1", "the projector learns to put pictures into the language model's words", [
@@ -74,7 +74,7 @@ def recipe(out: Path, llm: Path, model: list, device: str = "cpu") -> list[Step]
         ], resumable=True),
         Step("stage 2", "the whole model learns to answer", [
             *train, "train_sft_vlm.py", *model, *rows(data), *training,
-            "--learning_rate", 3e-3, "--projector_learning_rate", 2e-3,
+            "--learning_rate", 3e-3, "--projector_learning_rate", 2e-3, "--weight_decay", 0.5,
         ], resumable=True),
         Step("score val", "questions about other scenes; then with pictures that do not belong to them", [
             "python", "eval_vlm.py", *model, "--data_path", data / "val.jsonl", *scoring,
