@@ -371,7 +371,7 @@ def test_a_folder_that_is_no_bundle_is_refused(bundle, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(bundle, other)
     (other / "llm_64.pth").rename(other / "llm.pth")
-    with pytest.raises(SystemExit, match=r"holds 0 files llm_{hidden}\.pth(.|\n)*quickstart --from_zero"):
+    with pytest.raises(SystemExit, match=r"0 llm_{hidden}\.pth, expected 1(.|\n)*quickstart --from_zero"):
         quickstart.main(["--out_dir", str(tmp_path / "out"), "--bundle", str(other)])
     with pytest.raises(SystemExit, match=r"no tokenizer\.json there(.|\n)*--from_zero"):
         quickstart.main(["--out_dir", str(tmp_path / "out"), "--bundle", str(tmp_path)])

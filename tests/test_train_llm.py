@@ -241,7 +241,7 @@ def test_data_that_is_not_there_is_answered_with_what_to_type(text_flags, tmp_pa
 def test_the_first_thing_to_type_is_told_and_makes_the_data_of_the_defaults(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        FileNotFoundError, match="type: python -m dataset.scenes --form text --out_dir out/text$"
+        FileNotFoundError, match="To draw scenes: python -m dataset.scenes --form text --out_dir out/text$"
     ) as error:
         train_llm.main([])
     command = str(error.value).split("python -m dataset.scenes ")[1].split()
