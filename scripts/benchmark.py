@@ -71,7 +71,7 @@ PUBLIC_ROWS = {"pretrain": 595_000, "sft": 300_000}
 SIZES = {  # of the decoder and of the encoder
     "26m": ({}, {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}),
     "tiny": (
-        {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 500},
+        {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 2500},
         {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
     ),
 }
