@@ -9,6 +9,7 @@ V the encoder's width.
 """
 
 import re
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -93,6 +94,22 @@ def why_unreadable(error: BaseException) -> str:
     return str(error).split("\n")[0]
 
 
+def check_records(path: Path) -> None:
+    """ValueError if a file of PyTorch, a zip of records, is damaged: PyTorch itself ignores the checksums in it.
+
+    Files from before PyTorch 1.6 are no zip, and have none.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as records:
+        size = path.stat().st_size
+        for record in records.infolist():
+            if record.file_size > size:  # PyTorch does not compress: whoever did wants to fill the memory
+                raise ValueError(f"{record.filename} in it says to be larger than the file")
+        if damaged := records.testzip():
+            raise ValueError(f"{damaged} in it is damaged, its checksum is another. Fetch or copy the file again")
+
+
 class MiniMindVLM(MiniMindForCausalLM):
     """The vision-language model. `vision_encoder` is frozen, always in eval mode, and never saved with the weights."""
 
@@ -130,6 +147,8 @@ class MiniMindVLM(MiniMindForCausalLM):
             raise FileNotFoundError(f"--vision_model_path {path}: no model.safetensors or pytorch_model.bin there")
         with quiet_transformers():
             try:
+                for file in Path(path).glob("*.bin"):
+                    check_records(file)
                 model, info = CLIPVisionModel.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
             except Exception as error:  # safetensors, zip files and pickles each break in their own way
                 reason = why_unreadable(error)
@@ -139,6 +158,9 @@ class MiniMindVLM(MiniMindForCausalLM):
             raise ValueError(
                 f"{path}: the weights leave {len(unfilled)} tensors of the vision tower at random, first {unfilled[0]}"
             )
+        for key, value in model.state_dict().items():
+            if not value.isfinite().all():
+                raise ValueError(f"{path}: {key} holds NaN or infinite values. Download the encoder anew")
         return model.requires_grad_(False).eval(), ImageProcessor.from_pretrained(path)
 
     @classmethod

@@ -345,6 +345,22 @@ def test_a_damaged_file_of_weights_is_named(clip_copy, name):
         MiniMindVLM.get_vision_model(clip_copy)
 
 
+def test_an_encoder_with_a_flipped_bit_or_a_nan_is_refused(clip_copy):
+    state = load_file(clip_copy / "model.safetensors")
+    (clip_copy / "model.safetensors").unlink()
+    path = clip_copy / "pytorch_model.bin"
+    torch.save(state, path)
+    content, name = bytearray(path.read_bytes()), "vision_model.post_layernorm.weight"
+    largest = max(state.values(), key=lambda tensor: tensor.numel()).numpy().tobytes()
+    content[content.index(largest) + 2] ^= 64
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="clip: the weights cannot be read, download them anew .*is damaged"):
+        MiniMindVLM.get_vision_model(clip_copy)
+    torch.save(state | {name: state[name] * torch.nan}, path)
+    with pytest.raises(ValueError, match=r"clip: \S*post_layernorm.weight holds NaN or infinite values"):
+        MiniMindVLM.get_vision_model(clip_copy)
+
+
 class Payload:
     def __init__(self, command):
         self.command = command

@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -872,3 +873,52 @@ def test_a_deeper_model_of_the_same_name_is_not_overwritten(args):
             path.with_suffix(".json").unlink()
         with pytest.raises(ValueError, match=r"another model \(num_hidden_layers 2, not 3\).* another --out_dir"):
             refuse_other_architecture(path, model.config)
+
+
+# ---------------------------------------------------------------------------- damaged, and no weights at all
+
+
+def flip(path: Path, at: int) -> None:
+    """One bit of a file, as a disk or a network turns it."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 64
+    path.write_bytes(content)
+
+
+def test_one_bit_of_a_tensor_that_is_not_as_it_was_written_is_refused(args, bare):
+    path, model = save(args)
+    whole = path.read_bytes()
+    for tensor in list(model.text_state_dict().values())[:3]:
+        written = tensor.detach().half().numpy().tobytes()
+        flip(path, whole.index(written) + len(written) // 2)
+        with pytest.raises(ValueError, match="sft_vlm_64.pth is not a file .*data/.* in it is damaged"):
+            build_model(bare, path)
+        path.write_bytes(whole)
+    assert build_model(bare, path)[2].startswith("loaded")
+
+
+def test_a_record_larger_than_its_file_is_not_unpacked(tmp_path):
+    path = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", bytes(10**7))
+    with pytest.raises(ValueError, match="archive/data.pkl in it says to be larger than the file"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda weight: weight.index_fill(0, torch.tensor([1]), torch.nan), "holds NaN or infinite values"),
+        (lambda weight: weight.index_fill(0, torch.tensor([1]), torch.inf), "holds NaN or infinite values"),
+        (lambda weight: weight.to(torch.int32), "is int32, expected floats"),
+        (lambda weight: weight.to(torch.complex64), "is complex64, expected floats"),
+        (lambda weight: weight.to_sparse(), "is sparse_coo, expected floats"),
+    ],
+)
+def test_what_cannot_be_weights_is_refused_by_the_name_of_the_tensor(args, bare, change, message):
+    path, _ = save(args)
+    state = read_weights(path)
+    state["model.norm.weight"] = change(state["model.norm.weight"])
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=f"sft_vlm_64.pth: model.norm.weight {message}"):
+        build_model(bare, path)

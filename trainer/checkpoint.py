@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from trainer.distributed import is_main, say
-from trainer.weights import load_weights, read_weights, save_weights, write_safely
+from trainer.weights import check_values, load_weights, read_weights, save_weights, write_safely
 
 
 @dataclass
@@ -85,6 +85,7 @@ class Checkpoint:
             raise ValueError(
                 f"--from_resume: {self.resume_path} was made with other flags: {'; '.join(changed.values())}"
             )
+        check_values(saved["weights"], self.resume_path)
         load_weights(model, saved["weights"], self.resume_path)
         optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"]:  # empty unless the run was in fp16

@@ -22,7 +22,7 @@ import transformers
 
 from model import DEFAULT_VISION_MODEL
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.model_vlm import MiniMindVLM, VLMConfig, why_unreadable
+from model.model_vlm import MiniMindVLM, VLMConfig, check_records, why_unreadable
 from model.processing import load_tokenizer, read_json
 from trainer.start import script
 
@@ -92,7 +92,7 @@ def files_of(folder: Path) -> list[Path]:
 def read_weights(path) -> dict[str, torch.Tensor]:
     """What a .safetensors file, a pickle of PyTorch or a Transformers folder holds, under the names it has there.
 
-    Only tensors are unpickled: a file that would run code is refused.
+    Only tensors are unpickled: a file that would run code is refused, and so is one that is damaged.
     """
     path = Path(path)
     if path.is_dir():
@@ -102,6 +102,7 @@ def read_weights(path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
+        check_records(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a zip, pickle or value error, by what is wrong with it
         reason = why_unreadable(error)
@@ -109,6 +110,19 @@ def read_weights(path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, expected a state dict: names and tensors")
     return state
+
+
+def check_values(state: dict[str, torch.Tensor], path) -> None:
+    """ValueError names the first tensor of a state dict that cannot be weights: not of floats, sparse, not finite."""
+    for key, value in state.items():
+        if not value.is_floating_point() or value.layout != torch.strided:
+            kind = str(value.layout if value.layout != torch.strided else value.dtype).removeprefix("torch.")
+            raise ValueError(f"{path}: {key} is {kind}, expected floats. Fetch or convert the weights again")
+        if not value.isfinite().all():
+            raise ValueError(
+                f"{path}: {key} holds NaN or infinite values, with which no answer makes sense.\n"
+                "Take an earlier checkpoint, or fetch the weights again"
+            )
 
 
 def bare_name(weights: Path) -> str:
@@ -419,6 +433,7 @@ def build_model(args, weights: Path | None, dropout: float = 0.0):
         architecture = {"hidden_size": 512, "num_hidden_layers": 8} | asked | {"use_moe": args.use_moe}
     else:
         state, older, ignored = known_names(read_weights(weights))
+        check_values(state, weights)
         sidecar = read_sidecar(weights)
         words, encoder = folders_of(weights, sidecar)
         heads = {key: value for key, value in asked.items() if key == "num_attention_heads"}  # no shape tells them
