@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from trainer.shown import duration, gigabytes, typed
-from trainer.start import STEP
+from trainer.start import STEP, STOPS, handle
 
 PROCESSES = 2  # that train together on a CPU, each with its own batch of a step
 MAX_THREADS = 8  # of each: a large machine should not spend its time on dividing the work of a small model
@@ -141,9 +141,9 @@ def memory(process: psutil.Process) -> int:
 
 
 def run(command: list[str]) -> tuple[int, bool, float, float]:
-    """Runs a command. Returns its exit status, whether Ctrl-C or SIGTERM came meanwhile, its seconds, its peak in GB.
+    """Runs a command. Returns its exit status, whether it was to stop meanwhile, its seconds, its peak in GB.
 
-    Ctrl-C reaches the command too, which is given the time to finish and save.
+    Ctrl-C, and the end of a terminal, reach the command too, which is given the time to finish and save.
     """
     started, peak, interrupted = time.perf_counter(), 0, False
     python = [sys.executable, *(["-m", "scripts.torchrun"] if command[0] == "torchrun" else [])]
@@ -167,14 +167,14 @@ def run(command: list[str]) -> tuple[int, bool, float, float]:
         if number == signal.SIGTERM:  # `kill` reaches this process alone, so it is passed on
             process.terminate()
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handle(number, stop) for number in STOPS}
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         process.wait()
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            handle(number, handler)
         ended.set()
         watcher.join()
     return process.returncode, interrupted, time.perf_counter() - started, peak / 1e9

@@ -60,6 +60,14 @@ def test_a_line_holds_the_mean_loss_of_its_steps_and_a_picture_shows_the_curve(t
         assert picture.format == "PNG" and picture.width > 400 and len(picture.convert("L").getcolors(999)) > 9
 
 
+def test_a_line_that_is_no_line_of_ours_is_left_out_and_the_rest_stays(tmp_path):
+    path = tmp_path / "run.metrics.jsonl"
+    path.write_bytes(
+        b'{"step": 1, "loss": 2.0}\n[3]\n{"loss": 1.0}\n\xff\xfe\n{"step": "2"}\n\n{"step": 4, "loss": 1.5}\n'
+    )
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}, {"step": 4, "loss": 1.5}]
+
+
 def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path):
     path = tmp_path / "run.metrics.jsonl"
     assert read_metrics(path) == [] and draw(path) is None

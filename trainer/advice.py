@@ -51,7 +51,8 @@ def tell_end(run, tokenizer, seconds: float) -> None:
     say(f"It took {duration(seconds)} and at most {cost(memory, run.device, world_size())}")
     if not is_main():
         return
-    loss, guessing = sum(run.progress.last) / len(run.progress.last), math.log(run.model.config.vocab_size)
+    guessing = math.log(run.model.config.vocab_size)
+    loss = sum(run.progress.last) / max(len(run.progress.last), 1)
     if loss > guessing + UNTAUGHT:
         rates = {key: getattr(run.args, key, None) for key in LEARNING_RATES}
         lower = " ".join(f"--{key} {value / 5:.2g}" for key, value in rates.items() if value)

@@ -318,10 +318,11 @@ def add_training_arguments(
     add("--dropout", type=float, default=0.0, help="share of activations set to 0 while training")
 
     add = parser.group("the data").add_argument
+    bad = "what to do with rows that cannot be used: skip leaves them out, of broken pictures up to 10 or 1 percent"
     passes = "how often an epoch passes over each --data_path, as in 1 0.5; default: once"
     add("--data_weights", nargs="+", type=positive(float), metavar="X", help=passes)
     add("--max_seq_len", type=positive(int), default=max_seq_len, help="tokens per row, placeholders included")
-    add("--on_bad_row", choices=["error", "skip"], default="error", help="what to do with rows that cannot be used")
+    add("--on_bad_row", choices=["error", "skip"], default="error", help=bad)
     stretch = "rows of a streamed --data_path (hf://...) on the disk at a time; twice as many with those to come"
     add("--stream_rows", type=positive(int), default=20_000, help=stretch)
     if sees:

@@ -32,10 +32,11 @@ from trainer.distributed import all_sum, gather, rank, say, world_size
 from trainer.feed import Feed, StreamFeed, check_data, make_loader
 from trainer.optimizer import SETTINGS, schedule, set_learning_rate
 from trainer.progress import Progress
-from trainer.start import leave, tell_stopped
+from trainer.start import STOPS, command, handle, leave, tell_stopped
 from trainer.weights import describe, read_sidecar, refuse_other_architecture, weights_name
 
-MAX_BROKEN = 0.01  # share of rows with broken pictures that --on_bad_row skip puts up with while training
+# What --on_bad_row skip puts up with while training: of rows with broken pictures so many, or this share if it is more.
+BEARABLE, BEARABLE_SHARE = 10, 0.01
 
 
 # ---------------------------------------------------------------------------- a batch
@@ -61,23 +62,25 @@ def count_labels(batch: dict) -> int:
 
 
 class StopSignal:
-    """Notes Ctrl-C and SIGTERM, so that the step in hand can be finished. A second Ctrl-C stops at once."""
+    """Notes what asks to stop, so that the step in hand can be finished. A second Ctrl-C stops at once; a terminal that
+    is closed may send its signal twice."""
 
     def __enter__(self):
         self.asked, self.old = False, {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self.old = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.old = {number: handle(number, self.note) for number in STOPS}
         return self
 
     def note(self, number, frame) -> None:
-        if self.asked:
+        if self.asked and number != getattr(signal, "SIGHUP", None):
             leave(number, frame, "--from_resume")
         self.asked = True
-        say("\nstopping after this step ...")
+        with contextlib.suppress(RuntimeError, OSError):  # in the middle of a print(); or nobody reads any more
+            say("\nstopping after this step ...")
 
     def __exit__(self, *exception) -> None:
         for number, handler in self.old.items():
-            signal.signal(number, handler)
+            handle(number, handler)
 
 
 # ---------------------------------------------------------------------------- training
@@ -101,6 +104,8 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     val_loss: float | None = None
+    between_steps: bool = True  # weights, optimizer and state are those of the same step
+    saved: int = -1  # the step of the last checkpoint
 
     @property
     def total_steps(self) -> int:
@@ -115,6 +120,15 @@ class Run:
             known, found = self.checkpoint.about, self.feed.data.about
             known |= found | {"prompts": known["prompts"] | found["prompts"]}
         self.checkpoint.save(self.model, self.optimizer, self.scaler, self.state)
+        self.saved = self.state.step
+
+    def rescue(self, first_step: int) -> None:
+        """Saves what an error would lose: the steps done since the last checkpoint, where the weights are good."""
+        if self.between_steps and self.state.step > max(self.saved, first_step):
+            with contextlib.suppress(Exception):  # of a full disk, say, which may be the very error
+                self.save()
+                say(f"\nsaved at step {self.state.step} of {self.total_steps}. Once mended, type:")
+                say(f"  {command('--from_resume')}")
 
 
 @contextlib.contextmanager
@@ -197,7 +211,13 @@ def training(
                 dtype=dtype,
             )
             tell_start(run)
-            yield run
+            try:
+                yield run
+            except Stopped:
+                raise
+            except Exception:
+                run.rescue(first_step)
+                raise
     except Stopped:
         tell_stopped(f"stopped at step {state.step} of {state.total_steps}", "--from_resume")
         raise
@@ -234,7 +254,7 @@ def validate(model: MiniMindVLM, loader: DataLoader, device, dtype, stop: StopSi
 def train_epoch(run: Run, epoch: int) -> None:
     """All steps of an epoch that are not done yet; validates and saves in between and at its end.
 
-    Raises Stopped after Ctrl-C or SIGTERM, ValueError when a loss is not finite or pictures turn out broken; the last
+    Raises Stopped after Ctrl-C and the like, ValueError when a loss is not finite or pictures turn out broken; the last
     good checkpoint stays.
     """
     args, state, steps = run.args, run.state, run.feed.steps_per_epoch
@@ -253,9 +273,11 @@ def train_epoch(run: Run, epoch: int) -> None:
             run.save()
             raise Stopped
         check_broken(run, step, int(rows), int(broken))
-        loss, aux_loss, grad_norm = train_step(run, step, labels, rows)
+        # Without an answer to learn from there is no step: AdamW and Muon would move by momentum alone.
+        loss, aux_loss, grad_norm = train_step(run, step, labels, rows) if labels else (None, None, None)
         state.step += 1
         state.rows += int(rows)
+        run.between_steps = True
         run.progress.step(state.step, epoch, loss, aux_loss, grad_norm, run.optimizer, int(rows), int(tokens))
 
         end_of_epoch = step_of_epoch + 1 == steps
@@ -314,27 +336,28 @@ def train_step(run: Run, step: list[dict], labels: float, rows: float) -> tuple[
             f"checkpoint is good.\nIts rows: {', '.join(named[:64])}{', ...' if len(named) > 64 else ''}. Look at "
             "them, or try a lower --learning_rate or --dtype float32"
         )
+    run.between_steps = False
     scaler.step(optimizer)
     scaler.update()
     return loss, aux_loss, grad_norm
 
 
 def check_broken(run: Run, step: list[dict], rows: int, broken: int) -> None:
-    """Counts pictures that could not be read. Raises ValueError at the first, or under `skip` above 1% of the rows."""
+    """Counts pictures that could not be read. Raises ValueError at the first, or under `skip` when they are too many."""
     if not broken:
         return
     found = [message for batch in step for message in batch["broken"]]
     found = [message for rank_found in gather(found) for message in rank_found]
-    run.state.broken += broken
     if run.args.on_bad_row == "error":
         raise ValueError(f"{found[0]}\nMend it, or leave such rows out with --on_bad_row skip")
+    run.state.broken += broken
     for message in found:
         say(f"left out: {message}")
     seen = run.state.rows + rows + run.state.broken
-    if run.state.broken > MAX_BROKEN * max(seen, run.feed.rows):
+    if run.state.broken > max(BEARABLE, BEARABLE_SHARE * max(seen, run.feed.rows)):
         raise ValueError(
-            f"{run.state.broken} of {seen} rows have broken pictures, more than {MAX_BROKEN:.0%}: the folder itself "
-            f"seems damaged. The last one: {found[-1]}"
+            f"{run.state.broken} of {seen} rows have broken pictures, more than {BEARABLE} and {BEARABLE_SHARE:.0%}: "
+            f"the folder itself\nseems damaged. The last one: {found[-1]}"
         )
 
 

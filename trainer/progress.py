@@ -46,17 +46,18 @@ class Progress:
         )
 
     def step(self, step, epoch, loss, aux_loss, grad_norm, optimizer, samples, tokens) -> None:
-        """After each step. samples and tokens: of the step, over all ranks; loss: per labelled token."""
+        """After each step. samples and tokens: of the step, over all ranks; loss: per labelled token, None without."""
         if self.bar is None:
             return
-        self.recent.append((loss, aux_loss))
-        self.last.append(loss)
+        if loss is not None:
+            self.recent.append((loss, aux_loss))
+            self.last.append(loss)
         self.samples, self.tokens = self.samples + samples, self.tokens + tokens
         self.bar.update()
         if step % self.args.log_interval and step != self.total_steps:
             return
         now = time.perf_counter()
-        seconds, steps = now - self.since, len(self.recent)
+        seconds, steps = now - self.since, len(self.recent) or math.nan
         groups = optimizer.param_groups  # the projector's first, where there is one
         line = {
             "step": step,
@@ -108,14 +109,14 @@ def shorten(value):
 
 
 def read_metrics(path) -> list[dict]:
-    """The lines of a metrics file; a last one that a crash cut short is left out."""
+    """The lines of a metrics file. What is no object with a "step", as a line that a crash cut short, is left out."""
     lines = []
     if Path(path).is_file():
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                found = json.loads(line)
+                if isinstance(found, dict) and isinstance(found.get("step"), int):
+                    lines.append(found)
     return lines
 
 

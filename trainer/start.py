@@ -12,10 +12,12 @@ from pathlib import Path
 
 STEP = "MINIMIND_STEP"  # environment variable of a recipe's step, whose last words are the recipe's (scripts/steps.py)
 PROCESS = os.getpid()
+# Ctrl-C, kill, and a terminal that was closed or an SSH connection that was lost (Windows knows no such signal)
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def begin() -> None:
-    """Called by a script before it imports anything: from here on Ctrl-C, SIGTERM and a missing package are told in
+    """Called by a script before it imports anything: from here on what stops it, and a missing package, are told in
     one message instead of a traceback.
 
     Ctrl-C leaves at once, whatever is half imported, half read or half written: all files of ours stand that, as they
@@ -26,14 +28,22 @@ def begin() -> None:
     silent = STEP in os.environ or not first
     # SIG_DFL also ends a rank that waits for another in C++. Torchrun ends ranks by SIGTERM when one has failed, and
     # that one has said why.
-    signal.signal(signal.SIGINT, signal.SIG_DFL if silent else leave)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL if silent or ranks > 1 else leave)
+    for number in STOPS:
+        handle(number, signal.SIG_DFL if silent or (ranks > 1 and number != signal.SIGINT) else leave)
+
+
+def handle(number, handler):
+    """signal.signal, but what `nohup` made ignored stays so. Returns the handler before."""
+    before = signal.getsignal(number)
+    if before != signal.SIG_IGN:
+        signal.signal(number, handler)
+    return before
 
 
 def unwind() -> None:
-    """From here on Ctrl-C and SIGTERM raise KeyboardInterrupt."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    """From here on what stops the program raises KeyboardInterrupt."""
+    for number in STOPS:
+        handle(number, signal.default_int_handler)
 
 
 def leave(number, frame, *more: str) -> None:
