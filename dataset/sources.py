@@ -31,7 +31,11 @@ MENDED = {
     "untagged": "had pictures and no <image>: it was put before the first question",
     "surplus": "had more <image> than pictures: the last ones were left out",
     "placeholder": "had no <image> and a picture of at most 8×8: read as text",
+    "blank": "have a blank answer, from which a model learns to say nothing",
+    "twice": "have a key twice, of which the last counts",
 }
+# Where other layouts name a row's pictures: were they left out, the model would learn to answer blindly.
+OTHER_PICTURES = re.compile(r"(image|img|picture|photo)s?(_?(path|file|name|url|bytes|base64)s?)?|file_name", re.I)
 
 
 class BadRow(ValueError):
@@ -63,13 +67,14 @@ def checked(conversations, images: list[str], **about) -> Row:
     if not any(turn["role"] == "assistant" for turn in conversations):
         raise BadRow("answer", "no assistant turn, nothing to learn")
     if images and not any(IMAGE_TAG in turn["content"] for turn in conversations):
-        return replace(checked(add_tags(conversations, len(images)), images, **about), mended="untagged")
+        return checked(add_tags(conversations, len(images)), images, **{"mended": "untagged"} | about)
     tags = sum(turn["content"].count(IMAGE_TAG) for turn in conversations if turn["role"] == "user")
     if tags > len(images) > 0:
         return Row(drop_tags(conversations, len(images)), images, **about, mended="surplus")
     if tags != len(images):
         raise BadRow("count", f"{tags} {IMAGE_TAG} in the user's turns, {len(images)} pictures")
-    return Row(conversations, images, **about)
+    blank = any(turn["role"] == "assistant" and not turn["content"].strip() for turn in conversations)
+    return Row(conversations, images, **{"mended": "blank" if blank else ""} | about)
 
 
 def add_tags(conversations: list[dict], count: int) -> list[dict]:
@@ -95,10 +100,10 @@ def drop_tags(conversations: list[dict], keep: int) -> list[dict]:
     ]
 
 
-def from_json(text: str):
-    """What a JSON text holds. Raises BadRow."""
+def from_json(text: str, pairs_hook=None):
+    """What a JSON text holds. Raises BadRow. pairs_hook: makes an object of its pairs, see `json.loads`."""
     try:
-        value = text if isinstance(text, list) else json.loads(text)
+        value = text if isinstance(text, list) else json.loads(text, object_pairs_hook=pairs_hook)
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is valid JSON, but no text
     except (TypeError, ValueError, RecursionError) as error:
         raise BadRow("json", str(error)) from None
@@ -107,10 +112,22 @@ def from_json(text: str):
 
 def parse_line(line: str) -> Row:
     """A line of JSONL → a Row. Raises BadRow."""
-    row = from_json(line)
+    twice = []
+
+    def noting(pairs: list) -> dict:
+        found = dict(pairs)
+        twice.extend(found if len(found) < len(pairs) else ())
+        return found
+
+    row = from_json(line, noting)
     if not isinstance(row, dict):
         raise BadRow("key", 'no "conversations" list')
-    return checked(row.get("conversations"), whole(image_names(row)), kind=row.get("kind") or "")
+    images = whole(image_names(row))
+    for key, value in row.items():
+        if not images and value and OTHER_PICTURES.fullmatch(key):
+            raise BadRow("key", f'"{key}" seems to name pictures, which are read from "image": rename it')
+    mended = {"mended": "twice"} if twice else {}
+    return checked(row.get("conversations"), images, kind=row.get("kind") or "", **mended)
 
 
 def image_names(row: dict) -> list[str]:

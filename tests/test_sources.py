@@ -218,6 +218,28 @@ def test_pictures_without_a_tag_come_before_the_first_question(read, tokenizer, 
     assert data.mended == {"untagged": 1, "placeholder": 1} and colours(data) == [[RED], []]
 
 
+@pytest.mark.parametrize(
+    "key", ["images", "image_path", "img", "image_paths", "picture", "file_name", "image_url", "imageUrl", "photos"]
+)
+def test_pictures_under_a_key_that_is_not_read_are_an_error(key):
+    """Otherwise the run would train blind without a word."""
+    line = json.dumps(row("What?", "red") | {key: ["a.jpg"]})
+    with pytest.raises(BadRow, match=f'"{key}" seems to name pictures, which are read from "image": rename it'):
+        parse_line(line)
+    assert parse_line(json.dumps(row("What?", "red", image="a.jpg") | {key: "b.jpg"})).images == ["a.jpg"]
+    assert parse_line(json.dumps(row("What?", "red") | {key: None, "image_id": 7, "image_width": 9})).images == []
+
+
+def test_blank_answers_and_keys_that_come_twice_are_counted(read, tmp_path):
+    rows = [row("What?", " \n"), row("What?", "red"), row("What?", "red", "And?", "")]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    answer = json.dumps(turn("assistant", "red"))
+    twice = f'{{"conversations": [{{"role": "user", "role": "user", "content": "What?"}}, {answer}]}}\n'
+    path.write_text(path.read_text() + twice)
+    data = read(path)
+    assert data.mended == {"blank": 2, "twice": 1} and not data.bad and len(data) == 4
+
+
 def test_a_tag_in_an_answer_or_pictures_without_a_question_are_not_mended():
     with pytest.raises(BadRow, match="0 <image> in the user's turns, 1 pictures"):
         parse_line(json.dumps(row("a", "<image>", image="a.png")))

@@ -35,7 +35,7 @@ from trainer.progress import Progress
 from trainer.start import STOPS, command, handle, leave, tell_stopped
 from trainer.weights import describe, read_sidecar, refuse_other_architecture, weights_name
 
-# What --on_bad_row skip puts up with while training: of rows with broken pictures so many, or this share if it is more.
+# What --on_bad_row skip puts up with while training: so many rows with broken pictures, or this share, if it is more.
 BEARABLE, BEARABLE_SHARE = 10, 0.01
 
 
@@ -343,7 +343,7 @@ def train_step(run: Run, step: list[dict], labels: float, rows: float) -> tuple[
 
 
 def check_broken(run: Run, step: list[dict], rows: int, broken: int) -> None:
-    """Counts pictures that could not be read. Raises ValueError at the first, or under `skip` when they are too many."""
+    """Counts pictures that could not be read. Raises ValueError at the first, under `skip` when they are too many."""
     if not broken:
         return
     found = [message for batch in step for message in batch["broken"]]
