@@ -28,7 +28,7 @@ from PIL import Image, UnidentifiedImageError
 from dataset.sources import BadRow, Jsonl, Parquet, Row, open_rows
 from model.processing import IGNORE, IMAGE_TAG, encode_chat, language
 
-FORMAT = 6  # raise it when `check_rows` or what it calls finds something else: results are cached on disk
+FORMAT = 7  # raise it when `check_rows` or what it calls finds something else: results are cached on disk
 ASKED, PROMPTS = 2000, 3  # rows in which the commonest questions are looked for, and how many of them are kept
 KINDS = {
     "json": "not valid JSON",
