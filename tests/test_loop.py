@@ -23,7 +23,7 @@ from tests.conftest import turn, write_rows
 from trainer.devices import autocast, cast_frozen, choose_attention
 from trainer.loop import fit_accumulation, train_step
 from trainer.progress import read_metrics
-from trainer.weights import fingerprint
+from trainer.weights import fingerprint, read_weights
 
 main = train_sft_vlm.main
 
@@ -483,6 +483,24 @@ def test_a_second_ctrl_c_stops_at_once(flags, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         main([*flags, "--save_interval", "1"])
     assert json.loads((tmp_path / "out" / "sft_vlm_64.json").read_text())["step"] == 2
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".json"])
+def test_a_whole_checkpoint_resumes_beside_weights_that_are_damaged(flags, tmp_path, monkeypatch, capsys, suffix):
+    flags = [*flags, *LONG]
+    whole = main(into(tmp_path / "whole", flags))
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            main(flags)
+    path = (tmp_path / "out/sft_vlm_64.pth").with_suffix(suffix)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match=path.name):
+        main(flags)
+    capsys.readouterr()
+    same(whole, main([*flags, "--from_resume"]))
+    assert "It will be written anew from the checkpoint, which is whole" in capsys.readouterr().out
+    assert read_weights(tmp_path / "out/sft_vlm_64.pth").keys() == whole.model.text_state_dict().keys()
 
 
 def test_a_terminal_that_is_closed_may_say_so_twice_and_nohup_keeps_it_from_saying_so(flags, tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ import os
 import pickle
 import resource
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -895,6 +897,23 @@ def test_one_bit_of_a_tensor_that_is_not_as_it_was_written_is_refused(args, bare
             build_model(bare, path)
         path.write_bytes(whole)
     assert build_model(bare, path)[2].startswith("loaded")
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    path = tmp_path / "out/sft_vlm_64.pth"
+    path.parent.mkdir()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    names = {pid: path.with_name(f".{path.name}.{pid}.tmp") for pid in (ended.pid, os.getppid(), "mine")}
+    for left in names.values():
+        left.write_bytes(bytes(1000))
+        os.utime(left, (0, 0))
+    write_safely(path, lambda file: file.write(b"whole"))
+    there = {file.name for file in path.parent.iterdir()}
+    assert there == {path.name, names[os.getppid()].name, names["mine"].name}
+    names[ended.pid].write_bytes(bytes(1000))  # just now: perhaps by another machine, where that process lives
+    write_safely(path, lambda file: file.write(b"whole"))
+    assert names[ended.pid].exists()
 
 
 def test_a_record_larger_than_its_file_is_not_unpacked(tmp_path):

@@ -156,7 +156,9 @@ def training(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     model.model.gradient_checkpointing = args.gradient_checkpointing
     path = Path(args.out_dir) / weights_name(stage, model.config)
-    refuse_other_architecture(path, model.config)
+    resumable = args.from_resume and path.with_suffix(".resume.pt").is_file()
+    if damaged := refuse_other_architecture(path, model.config, resumable):
+        say(damaged)
     settings = {key: getattr(args, key) for key in SETTINGS if hasattr(args, key)}
     about = describe(model, args, stage=stage, data=list(map(str, args.data_path)), seed=args.seed, settings=settings)
     about["prompts"] = read_sidecar(weights)["prompts"] if weights else {}  # until rows have better ones

@@ -7,15 +7,19 @@ written beside, flushed and renamed, so that a full disk or a lost power supply 
 JSON, those from before April 2025 under their older names, and Transformers folders; what does not fit is refused.
 """
 
+import glob
 import hashlib
 import json
 import os
 import re
 import shlex
 import sys
+import time
+from contextlib import suppress
 from inspect import signature
 from pathlib import Path
 
+import psutil
 import safetensors.torch
 import torch
 import transformers
@@ -61,6 +65,12 @@ def write_safely(path, write) -> None:
     """Calls write(temporary file) and renames it to `path`, so that there is a whole file at any moment."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # as by `kill -9`
+        pid = left.name.split(".")[-2]
+        with suppress(OSError):  # another process was faster
+            old = time.time() - left.stat().st_mtime > 60  # a younger one may be another machine's
+            if old and pid.isdigit() and not psutil.pid_exists(int(pid)):
+                left.unlink()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -286,13 +296,19 @@ def config_of(state: dict, path: Path, known: dict) -> dict:
     return known | read
 
 
-def refuse_other_architecture(path: Path, config: VLMConfig) -> None:
-    """The name of a file tells the width, not the depth: ValueError if another model would be overwritten."""
+def refuse_other_architecture(path: Path, config: VLMConfig, resumable: bool = False) -> str:
+    """The name of a file tells the width, not the depth: ValueError if another model would be overwritten, or a file
+    that cannot be read. With a checkpoint to resume from, the latter is no loss: then a line that says so."""
     there = {}
     if path.is_file():
-        state, _, _ = known_names(read_weights(path))
-        known = {"num_attention_heads": config.num_attention_heads} | read_sidecar(path)["config"]
-        there = config_of(state, path, known)
+        try:
+            state, _, _ = known_names(read_weights(path))
+            known = {"num_attention_heads": config.num_attention_heads} | read_sidecar(path)["config"]
+            there = config_of(state, path, known)
+        except ValueError as error:
+            if not resumable:
+                raise
+            return f"{error}\nIt will be written anew from the checkpoint, which is whole"
     other = [
         f"{key} {value}, not {getattr(config, key)}"
         for key, value in there.items()
@@ -300,6 +316,7 @@ def refuse_other_architecture(path: Path, config: VLMConfig) -> None:
     ]
     if other:
         raise ValueError(f"{path} holds another model ({', '.join(other)}), keep it: choose another --out_dir")
+    return ""
 
 
 def load_weights(model, state: dict, path) -> str:
