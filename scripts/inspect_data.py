@@ -331,7 +331,7 @@ def main(argv=None):
     args = parse_args(argv)
     notes = ["Pictures were looked for in all rows, but opened in the samples only."]
     weights = choose_weights(args)
-    words, eyes = folders_of(weights, read_sidecar(weights)) if weights else (None, None)
+    words, eyes = folders_of(weights, read_sidecar(weights), args) if weights else (None, None)
     eyes = args.vision_model_path or eyes or DEFAULT_VISION_MODEL
     if (Path(eyes) / "config.json").exists():
         placeholders = VLMConfig.for_encoder(eyes).image_special_token

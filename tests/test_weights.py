@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from transformers import CLIPModel
 
-from model import DEFAULT_VISION_MODEL
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig
 from scripts import train_llm, train_tokenizer
@@ -381,8 +380,26 @@ def test_tokenizer_and_encoder_are_those_that_the_json_names(args, bare, tmp_pat
     about["vision_model"]["path"] = str(tmp_path / "gone")
     path.with_suffix(".json").write_text(json.dumps(about))
     bare.vision_model_path = None
-    with pytest.raises(FileNotFoundError, match=DEFAULT_VISION_MODEL):
+    message = r"sft_vlm_64.json names the vision_model .*gone, and there is none\n\(looked in .*Pass it with --vision_m"
+    with pytest.raises(FileNotFoundError, match=message):
         build_model(bare, path)
+
+
+def test_tokenizer_and_encoder_are_found_from_elsewhere_and_where_they_were_moved(args, bare, tmp_path, monkeypatch):
+    """Named relative to where training was started, or beside the weights in a folder that was renamed."""
+    path, _ = save(args)
+    about = json.loads(path.with_suffix(".json").read_text())
+    shutil.copytree(about["vision_model"]["path"], path.parent / "run/clip")
+    shutil.copytree(about["tokenizer"]["path"], path.parent / "words")
+    about["vision_model"]["path"], about["tokenizer"]["path"] = "run/clip", "an/older/place/words"
+    path.with_suffix(".json").write_text(json.dumps(about))
+    renamed = path.parent.rename(tmp_path / "renamed") / path.name
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    bare.tokenizer_path = bare.vision_model_path = None
+    build_model(bare, renamed)
+    assert bare.vision_model_path == str(renamed.parent / "run/clip")
+    assert bare.tokenizer_path == str(renamed.parent / "words")
 
 
 def test_heads_that_no_public_file_has_are_asked_for(args, bare):

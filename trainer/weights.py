@@ -34,6 +34,7 @@ from trainer.start import script
 PUBLIC_TOKENIZER = "d98595c6aef70d95f72748582fb9b4f53d76dd58c1ae1dd702ad7c84e1caf5e4"
 LATER_TOKENIZER = "71f32c68cf63a15355a8fc171b7594b3d41870fe0ddb54fc6aefa55f73a4a668"
 
+ROOT = Path(__file__).parent.parent  # of the repository
 ABOUT = "minimind.json"  # in a Transformers folder: the JSON of the weights it was made of
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
@@ -422,15 +423,30 @@ def upcycle(state: dict[str, torch.Tensor], config: MiniMindConfig) -> dict[str,
     return found
 
 
-def folders_of(weights: Path, sidecar: dict) -> tuple[str | None, str | None]:
-    """The folders of tokenizer and encoder in a Transformers folder, else those that the JSON of the weights names;
-    None for what is not there. Whether they still hold the same is checked later."""
+def folders_of(weights: Path, sidecar: dict, args) -> tuple[str | None, str | None]:
+    """The folders of tokenizer and encoder in a Transformers folder, else those that the JSON of the weights names: as
+    it is named there, in the repository, or beside the weights. Whether they still hold the same is checked later.
+
+    None where nothing is named, or a flag in `args` does. FileNotFoundError says where was looked, unless the usual
+    place has one: that is tried.
+    """
     words = [weights] if (weights / "tokenizer.json").is_file() else []
     eyes = [path.parent for path in weights.glob("*/config.json") if "clip" in str(read_json(path).get("model_type"))]
     found = []
-    for own, key in ((words, "tokenizer"), (eyes, "vision_model")):
-        named = sidecar[key].get("path")
-        own += [named] if named and Path(named).is_dir() else []
+    for own, key, usual in (
+        (words, "tokenizer", Path("model/tokenizer.json")),
+        (eyes, "vision_model", Path(DEFAULT_VISION_MODEL, "config.json")),
+    ):
+        named, flag = sidecar[key].get("path"), f"{key}_path"
+        if named and not own and getattr(args, flag, "") is None:
+            places = dict.fromkeys(base / named for base in (Path(), ROOT, weights.parent))
+            places |= dict.fromkeys([weights.parent / Path(named).name])
+            own = [place for place in places if (place / usual.name).is_file()]
+            if not own and not usual.is_file():
+                raise FileNotFoundError(
+                    f"{sidecar_path(weights)} names the {key} {named}, and there is none\n"
+                    f"(looked in {', '.join(map(str, places))}). Pass it with --{flag}"
+                )
         found.append(str(own[0]) if own else None)
     return tuple(found)
 
@@ -452,7 +468,7 @@ def build_model(args, weights: Path | None, dropout: float = 0.0):
         state, older, ignored = known_names(read_weights(weights))
         check_values(state, weights)
         sidecar = read_sidecar(weights)
-        words, encoder = folders_of(weights, sidecar)
+        words, encoder = folders_of(weights, sidecar, args)
         heads = {key: value for key, value in asked.items() if key == "num_attention_heads"}  # no shape tells them
         architecture = config_of(state, weights, heads | sidecar["config"])
         for key, value in asked.items():
