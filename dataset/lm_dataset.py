@@ -26,7 +26,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from dataset.sources import BadRow, Jsonl, Parquet, Row, open_rows
-from model.processing import IGNORE, IMAGE_TAG, encode_chat, language
+from model.processing import IGNORE, IMAGE_TAG, encode_chat, impostor, language
 
 FORMAT = 7  # raise it when `check_rows` or what it calls finds something else: results are cached on disk
 ASKED, PROMPTS = 2000, 3  # rows in which the commonest questions are looked for, and how many of them are kept
@@ -334,13 +334,15 @@ class VLMDataset(torch.utils.data.Dataset):
 
     def use_picture(self, row: int, name: str, use):
         """use(the bytes of a picture's file). Whatever goes wrong becomes a BadRow that names the file."""
-        source = self.sources[self.place(row)[0]]
+        source, content = self.sources[self.place(row)[0]], b"unread"
         try:
             file = source.open(name)
-            return use(file.read_bytes() if isinstance(file, Path) else file.getvalue())
+            content = file.read_bytes() if isinstance(file, Path) else file.getvalue()
+            return use(content)
         except Exception as error:  # Pillow's decoders raise whatever their format makes them stumble over
             reason = "no kind of picture that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-            raise BadRow("broken", f"{source.where(name)} cannot be read: {reason}") from None
+            what = impostor(content) or f"cannot be read: {reason}"
+            raise BadRow("broken", f"{source.where(name)} {what}") from None
 
     def pictures(self) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
         """All pictures that the rows show, each once: (a row that shows it, its name, which of them the rows show one

@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow.parquet
 from PIL import Image
 
-from model.processing import IMAGE_TAG
+from model.processing import IMAGE_TAG, impostor
 
 MENDED = {
     "untagged": "had pictures and no <image>: it was put before the first question",
@@ -213,7 +213,8 @@ class Zip:
                     if not entry.is_dir() and not entry.filename.startswith("__MACOSX/")
                 ]
         except zipfile.BadZipFile as error:
-            raise ValueError(f"--images_path {path} cannot be read: {error}. Fetch it again") from None
+            what = impostor(path) or f"cannot be read: {error}. Fetch it again"
+            raise ValueError(f"--images_path {path} {what}") from None
         if any(entry.flag_bits & 1 for entry in entries):
             raise ValueError(f"--images_path {path} is encrypted: unpack it, and give the folder")
         packed = {entry.compress_type for entry in entries} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
@@ -433,7 +434,7 @@ def open_rows(path, images_path=None) -> list[Jsonl | Parquet]:
             "For the public rows, type: python -m scripts.download --what data"
         )
     for file in files:
-        if file.stat().st_size == 0:
-            raise ValueError(f"--data_path {file} is empty")
+        if what := impostor(file):
+            raise ValueError(f"--data_path {file} {what}")
     datasets.disable_progress_bars()
     return [(Parquet if file.suffix.lower() == ".parquet" else Jsonl)(file, images_path) for file in files]

@@ -22,7 +22,7 @@ from transformers.utils import cached_file, logging
 # Relative, as these files also go into exported folders, where no package `model` is.
 from .defaults import DEFAULT_VISION_MODEL
 from .model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindOutput, as_cache
-from .processing import ImageProcessor, vision_config
+from .processing import ImageProcessor, impostor, vision_config
 
 ENCODER_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 
@@ -91,7 +91,8 @@ def why_unreadable(error: BaseException) -> str:
     for cause in causes:
         if found := re.search(r"GLOBAL (\S+)", str(cause)):
             return f"it would call {found[1]}, where only tensors are read. Do not use a file that runs code"
-    return str(error).split("\n")[0]
+    reason = (str(error) or type(error).__name__).split("\n")[0]
+    return "it is no file of tensors that PyTorch wrote, or a damaged one" if "weights_only" in reason else reason
 
 
 def check_records(path: Path) -> None:
@@ -143,11 +144,14 @@ class MiniMindVLM(MiniMindForCausalLM):
         Raises FileNotFoundError if the folder is no CLIP folder, ValueError if its weights do not fill the tower.
         """
         vision_config(path)
-        if not [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]:
+        files = [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]
+        if not files:
             raise FileNotFoundError(f"--vision_model_path {path}: no model.safetensors or pytorch_model.bin there")
         with quiet_transformers():
             try:
-                for file in Path(path).glob("*.bin"):
+                for file in files:
+                    if what := impostor(file):
+                        raise ValueError(f"{file.name} {what}")
                     check_records(file)
                 model, info = CLIPVisionModel.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
             except Exception as error:  # safetensors, zip files and pickles each break in their own way

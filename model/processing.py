@@ -21,12 +21,29 @@ IGNORE = -100  # label of a token without loss
 MAY_FOLLOW = {"system": (None,), "user": ("system", "assistant"), "assistant": ("user",)}  # roles in a chat
 
 
+def impostor(file) -> str:
+    """What is there in place of the file that was to be read, "is empty" and the like; "" where nothing strikes.
+
+    file: its path, or its content as bytes.
+    """
+    if not isinstance(file, bytes):
+        with Path(file).open("rb") as opened:
+            file = opened.read(200)
+    if len(file) < 200 and not file.strip():
+        return "is empty"
+    if file.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself; type: git lfs pull"
+    if re.match(rb"\s*<(!doctype\s+html|html|head)\b", file, re.I):
+        return "is a web page, as of an error or a login, not the file itself: fetch it again"
+    return ""
+
+
 def read_json(path) -> dict:
     """The object in a JSON file; ValueError names the file if it is not one."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        raise ValueError(f"{path} {impostor(path) or f'is not valid JSON: {error}'}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected an object {{...}}")
     return value
@@ -193,7 +210,14 @@ def load_tokenizer(path, placeholders: str = "@" * 196):
             f"--tokenizer_path {path}: no tokenizer.json there. Name the folder\n"
             "of the weights' own; for the public one: python -m scripts.download --what llm"
         )
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)  # AutoTokenizer would ask to run the code of an auto_map
+    try:  # AutoTokenizer would ask to run the code of an auto_map
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    except Exception as error:  # its parser knows only plain exceptions
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (path / name).is_file():
+                read_json(path / name)
+        what = impostor(path / "tokenizer.json") or f"cannot be read: {str(error).splitlines()[0]}"
+        raise ValueError(f"{path / 'tokenizer.json'} {what}") from None
     for token in ("<|im_start|>", "<|im_end|>"):
         if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
             raise ValueError(f"{path / 'tokenizer.json'} has no {token} token, which marks the turns of a chat")

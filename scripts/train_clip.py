@@ -48,7 +48,7 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel
 
 from dataset.sources import BadRow, image_names
-from model.processing import ImageProcessor, load_tokenizer
+from model.processing import ImageProcessor, impostor, load_tokenizer
 from scripts.train_tokenizer import read_rows
 from trainer.cli import Parser, not_negative, positive, run_main
 from trainer.devices import make_deterministic, pick_device
@@ -112,7 +112,8 @@ class Pictures:
             with Image.open(self.paths[index]) as image:
                 return self.processor.resize(image)
         except Exception as error:  # Pillow's decoders raise whatever their format makes them stumble over
-            raise ValueError(f"--images_path: {self.paths[index]} cannot be read: {error}") from None
+            what = impostor(self.paths[index]) or f"cannot be read: {error}"
+            raise ValueError(f"--images_path: {self.paths[index]} {what}") from None
 
     def __getitem__(self, indices) -> torch.Tensor:
         if self.cache is not None:

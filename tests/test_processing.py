@@ -1,7 +1,9 @@
 """model/processing.py: pictures as CLIP's own processor makes them, conversations as the public weights know them."""
 
 import json
+import pickle
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -9,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from model.processing import ImageProcessor, encode_chat, load_tokenizer, vision_config
+from dataset import sources
+from model.model_vlm import MiniMindVLM
+from model.processing import ImageProcessor, encode_chat, load_tokenizer, read_json, vision_config
+from trainer import weights
 
 try:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as ReferenceProcessor
@@ -461,3 +466,52 @@ def test_a_tokenizer_without_padding_is_refused(tokenizer_folder, tmp_path):
     drop_settings(folder, lambda key, value: key == "pad_token")
     with pytest.raises(ValueError, match="has no pad_token; name one in tokenizer_config.json"):
         load_tokenizer(folder, PLACEHOLDERS)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2\nsize 12345\n"
+IMPOSTORS = [
+    (POINTER, "is a Git LFS pointer, not the file itself; type: git lfs pull"),
+    (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", "is a web page, as of an error or a login"),
+    (b" \n", "is empty"),
+]
+
+
+@pytest.mark.parametrize("content, message", IMPOSTORS)
+@pytest.mark.parametrize("what", ["weights", "safetensors", "encoder", "tokenizer", "json", "rows", "parquet", "zip"])
+def test_what_stands_in_place_of_a_file_is_called_what_it_is(
+    tmp_path, tokenizer_folder, clip_folder, what, content, message
+):
+    names = {
+        "weights": "w.pth", "safetensors": "w.safetensors", "json": "w.json", "rows": "r.jsonl", "parquet": "r.parquet",
+        "zip": "i.zip", "encoder": "model.safetensors", "tokenizer": "tokenizer.json",
+    }  # fmt: skip
+    if what in ("encoder", "tokenizer"):
+        shutil.copytree(clip_folder if what == "encoder" else tokenizer_folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / names[what]
+    path.write_bytes(content)
+    read = {
+        "weights": weights.read_weights, "safetensors": weights.read_weights, "json": read_json,
+        "rows": sources.open_rows, "parquet": sources.open_rows, "zip": sources.Zip,
+        "encoder": lambda path: MiniMindVLM.get_vision_model(path.parent),
+        "tokenizer": lambda path: load_tokenizer(path.parent),
+    }[what]  # fmt: skip
+    with pytest.raises(ValueError, match=f"{path.name}.* {message}"):
+        read(path)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 3, 4, 5])
+def test_a_plain_pickle_is_refused_without_the_advice_to_switch_the_protection_off(tmp_path, protocol):
+    path = tmp_path / "plain.pth"
+    path.write_bytes(pickle.dumps({"a": [1, 2], "b": torch.ones(2)}, protocol))
+    with pytest.raises(ValueError, match="plain.pth is not a file of weights") as refused, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        weights.read_weights(path)
+    assert "weights_only" not in str(refused.value)
+
+
+def test_a_damaged_tokenizer_is_named(tokenizer_folder, tmp_path):
+    shutil.copytree(tokenizer_folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match="tokenizer.json cannot be read: "):
+        load_tokenizer(tmp_path)

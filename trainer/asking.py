@@ -13,7 +13,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from transformers import TextStreamer
 
-from model.processing import IMAGE_TAG, encode_chat, read_json
+from model.processing import IMAGE_TAG, encode_chat, impostor, read_json
 from trainer.devices import autocast, pick_dtype
 from trainer.weights import bare_name, build_model, read_sidecar, write_json
 
@@ -190,7 +190,8 @@ def open_image(path, flag: str = "--image") -> Image.Image:
             image.load()
             return image
     except UnidentifiedImageError:
-        reason = "it is in no format that Pillow knows"
+        reason = impostor(path) if not address else ""
+        reason = f"it {reason}" if reason else "it is in no format that Pillow knows"
     except Exception as error:  # Pillow's decoders raise whatever their format makes them stumble over
         reason = error
     raise ValueError(f"{flag} {path} is not a picture that can be read: {reason}")

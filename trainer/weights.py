@@ -27,7 +27,7 @@ import transformers
 from model import DEFAULT_VISION_MODEL
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig, check_records, why_unreadable
-from model.processing import load_tokenizer, read_json
+from model.processing import impostor, load_tokenizer, read_json
 from trainer.start import script
 
 # sha256 of tokenizer.json: of the public weights that this code reads, and of the generation after them
@@ -116,6 +116,8 @@ def read_weights(path) -> dict[str, torch.Tensor]:
         check_records(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a zip, pickle or value error, by what is wrong with it
+        if what := impostor(path):
+            raise ValueError(f"{path} {what}") from None
         reason = why_unreadable(error)
         raise ValueError(f"{path} is not a file of weights that can be read safely: {reason}") from None
     if not isinstance(state, dict):
