@@ -8,6 +8,7 @@ them, and a table may be larger than the memory. A row is checked when it is par
 to get wrong is mended there, and counted: see MENDED.
 """
 
+import codecs
 import glob
 import hashlib
 import json
@@ -36,6 +37,11 @@ MENDED = {
 }
 # Where other layouts name a row's pictures: were they left out, the model would learn to answer blindly.
 OTHER_PICTURES = re.compile(r"(image|img|picture|photo)s?(_?(path|file|name|url|bytes|base64)s?)?|file_name", re.I)
+
+
+# A byte that is no UTF-8 is read as this, which no text may hold (a "noncharacter" of Unicode), and found by row.
+NO_TEXT = "\ufdd0"
+codecs.register_error("mark", lambda error: (NO_TEXT, error.start + 1))
 
 
 class BadRow(ValueError):
@@ -102,6 +108,8 @@ def drop_tags(conversations: list[dict], keep: int) -> list[dict]:
 
 def from_json(text: str, pairs_hook=None):
     """What a JSON text holds. Raises BadRow. pairs_hook: makes an object of its pairs, see `json.loads`."""
+    if isinstance(text, str) and NO_TEXT in text:
+        raise BadRow("json", f"character {text.index(NO_TEXT) + 1} is no UTF-8")
     try:
         value = text if isinstance(text, list) else json.loads(text, object_pairs_hook=pairs_hook)
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is valid JSON, but no text
@@ -292,14 +300,37 @@ def pictures_beside(path: Path) -> Folder | Zip | None:
 # ---------------------------------------------------------------------------- rows
 
 
+def other_encoding(path: Path) -> str:
+    """ "UTF-16" or "GBK", as Windows saves them, if that is what a text file seems to be in; else ""."""
+    with path.open("rb") as file:
+        start = file.read(1 << 16)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or start[:100].count(0) > 20:
+        return "UTF-16"
+    lines = [line for line in start.split(b"\n")[:-1] or [start] if not line.isascii()]
+
+    def read(encoding):
+        return sum(line.decode(encoding, "ignore").encode(encoding) == line for line in lines)
+
+    return "GBK" if read("utf-8") < len(lines) / 2 < read("gb18030") else ""
+
+
 class Jsonl:
     """A file of rows, one per line, and the folder or zip of their pictures."""
 
     def __init__(self, path: Path, images_path=None):
         self.path = path
+        if encoding := other_encoding(path):
+            raise ValueError(
+                f"--data_path {path} is {encoding}, expected UTF-8. "
+                f"Type: iconv -f {encoding} -t UTF-8 {path} > rows.jsonl"
+            )
         try:  # -sig: Windows likes to put a mark at the start. escape: [ and * in a path are no patterns.
             self.table = datasets.load_dataset(
-                "text", data_files=glob.escape(str(path)), split="train", encoding="utf-8-sig"
+                "text",
+                data_files=glob.escape(str(path)),
+                split="train",
+                encoding="utf-8-sig",
+                encoding_errors="mark",
             )
         except datasets.exceptions.DatasetGenerationError as error:
             raise ValueError(f"--data_path {path} cannot be read: {error.__cause__}. Expected JSONL in UTF-8") from None

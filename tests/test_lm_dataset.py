@@ -271,9 +271,20 @@ def test_separators_of_unicode_inside_a_text_do_not_split_the_line(read, tokeniz
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "utf-16"])
-def test_a_file_that_is_not_utf8_is_named(read, encoding):
-    with pytest.raises(ValueError, match=r"--data_path .*rows.jsonl cannot be read: .* Expected JSONL in UTF-8"):
+def test_a_file_that_is_not_utf8_is_named_with_what_it_seems_to_be_in(read, encoding):
+    what = encoding.upper()
+    with pytest.raises(ValueError, match=rf"--data_path .*rows.jsonl is {what}, expected UTF-8. Type: iconv -f {what}"):
         read(json.dumps(row("你好", "您好。"), ensure_ascii=False).encode(encoding))
+
+
+def test_one_byte_that_is_no_utf8_is_one_bad_row(read, tokenizer):
+    lines = [json.dumps(row("你好", "您好。"), ensure_ascii=False).encode() for _ in range(3)]
+    lines[1] = lines[1].replace("好".encode(), "好".encode()[:-1], 1)
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: character \d+ is no UTF-8"):
+        read(b"\n".join(lines))
+    data = read(b"\n".join(lines), on_bad_row="skip")
+    assert [data.where(i)[-2:] for i in range(2)] == [":1", ":3"] and [*data.bad] == ["json"]
+    assert learned(data[1], tokenizer) == ["您好。<|im_end|>"]
 
 
 def test_a_path_may_hold_the_characters_of_a_pattern(read):
