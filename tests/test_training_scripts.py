@@ -329,3 +329,15 @@ def test_a_signal_to_all_processes_of_a_run_stops_it_after_its_step(flags, tmp_p
     assert "Traceback" not in error and "To go on, type:\n  python train_sft_vlm.py --data_path" in error
     step = json.loads((tmp_path / "out" / "sft_vlm_64.json").read_text())["step"]
     assert f"stopped at step {step} of 4000" in error
+
+
+@pytest.mark.parametrize("flag", ["--out_dir", "--cache_features"])
+@pytest.mark.parametrize("under", ["", "below/"])
+def test_a_folder_that_cannot_be_written_is_told_before_anything_else(flags, tmp_path, capsys, flag, under):
+    (tmp_path / "a_file").touch()
+    flags = [*flags, "--data_path", "nowhere.jsonl"]
+    with pytest.raises(SystemExit):
+        train_sft_vlm.main([*flags, flag, str(tmp_path / "a_file" / under)])
+    assert f"{flag} {tmp_path / 'a_file' / under}: {tmp_path / 'a_file'} is a file, expected a folder" in " ".join(
+        capsys.readouterr().err.split()
+    )

@@ -133,7 +133,7 @@ def test_a_write_that_fails_leaves_the_last_good_file_and_nothing_else(tmp_path,
     if failure == "rename":
         monkeypatch.setattr(Path, "replace", lambda *_: full_disk(io.BytesIO()))
     with pytest.raises(
-        OSError, match=r"could not write .*weights.pth .*No space left.*; what stood there is untouched"
+        OSError, match=r"could not write .*weights.pth .the disk is full.; what stood there is untouched"
     ):
         write_safely(path, full_disk if failure == "write" else lambda file: file.write(b"new"))
     assert [file.name for file in tmp_path.iterdir()] == ["weights.pth"]

@@ -266,7 +266,19 @@ def parse_training(parser, argv):
             parser.error(f"--{flag} has no effect without --val_path")
     if getattr(args, "cache_dtype", "float16") != "float16" and not args.cache_features:
         parser.error("--cache_dtype has no effect without --cache_features")
+    for flag in ("out_dir", "cache_features"):
+        if folder := getattr(args, flag, None):
+            check_folder(parser, flag, Path(folder))
     return args
+
+
+def check_folder(parser, flag: str, folder: Path) -> None:
+    """Ends the program, before anything takes its time, where no file can be written into a folder."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        parser.error(f"--{flag} {folder}: {there} is a file, expected a folder; choose another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        parser.error(f"--{flag} {folder}: {there} may not be written to; choose another, or change its rights")
 
 
 FREEZE_LLM = {"0": "all", "1": "first_last_layer", "2": "projector"}  # as the public MiniMind-V has it → --trainable

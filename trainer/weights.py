@@ -7,6 +7,7 @@ written beside, flushed and renamed, so that a full disk or a lost power supply 
 JSON, those from before April 2025 under their older names, and Transformers folders; what does not fit is refused.
 """
 
+import errno
 import glob
 import hashlib
 import json
@@ -79,8 +80,10 @@ def write_safely(path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        raise OSError(f"could not write {path} ({error}); what stood there is untouched") from error
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError, "unexpected pos"
+        full = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "unexpected pos" in str(error)
+        reason = "the disk is full" if full else error
+        raise OSError(f"could not write {path} ({reason}); what stood there is untouched") from error
     finally:
         temporary.unlink(missing_ok=True)
 
