@@ -414,6 +414,8 @@ def main(argv=None):
 
             bar.update()
             if step % 10 == 0 or done == 1:
+                if not loss.isfinite():  # then no later step will be
+                    raise ValueError(f"step {step}: the loss is {loss.item()}. Type a smaller --learning_rate")
                 speed = step * args.batch_size / (time.time() - begun)
                 shown = {"loss": loss, "temperature": 1 / scale, "found_in_batch": found}
                 shown = {key: f"{value.item():.3f}" for key, value in shown.items()}
@@ -423,7 +425,7 @@ def main(argv=None):
 
         if done == 1 or epoch % args.val_interval == 0:
             if not loss.isfinite():
-                raise ValueError(f"step {step}: the loss is {loss.item()}; try a smaller --learning_rate")
+                raise ValueError(f"step {step}: the loss is {loss.item()}. Type a smaller --learning_rate")
             figures = {path: retrieval(model, processor, *split, device) for path, split in vals.items()}
             for path, figure in figures.items():
                 bar.write(f"epoch {epoch}, {path}: " + ", ".join(f"{key} {value}%" for key, value in figure.items()))

@@ -464,3 +464,17 @@ def test_a_caption_is_right_for_every_picture_that_has_it(world, tmp_path):
     assert numbers[1, 1] == numbers[2, 1] == 3  # filled up
     for number, text in zip((numbers[0, 0], numbers[0, 1], numbers[1, 0], numbers[2, 0]), said):
         assert texts[number].equal(text)
+
+
+def test_a_loss_that_is_no_number_stops_the_training_within_ten_steps(world, tmp_path, monkeypatch):
+    real, steps = train_clip.contrastive_loss, []
+
+    def diverged(*args):
+        loss, found = real(*args)
+        steps.append(loss)
+        return (loss * torch.nan if len(steps) > 2 * 12 else loss), found
+
+    monkeypatch.setattr(train_clip, "contrastive_loss", diverged)
+    with pytest.raises(ValueError, match="step 20: the loss is nan. Type a smaller --learning_rate"):
+        train_clip.main(flags(world, tmp_path / "clip", "--epochs", "100", "--val_interval", "50"))
+    assert not (tmp_path / "clip").exists()
