@@ -11,7 +11,6 @@ Shapes: B batch, T tokens, N pictures of a row or batch, H and W pixels; P patch
 """
 
 import hashlib
-import os
 import random
 from collections import Counter, defaultdict
 from functools import cached_property
@@ -27,6 +26,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dataset.sources import BadRow, Jsonl, Parquet, Row, open_rows
 from model.processing import IGNORE, IMAGE_TAG, encode_chat, impostor, language
+from trainer.machine import usable_cores
 
 FORMAT = 7  # raise it when `check_rows` or what it calls finds something else: results are cached on disk
 ASKED, PROMPTS = 2000, 3  # rows in which the commonest questions are looked for, and how many of them are kept
@@ -214,7 +214,7 @@ class VLMDataset(torch.utils.data.Dataset):
             check_rows,
             batched=True,
             with_indices=True,
-            num_proc=os.cpu_count() if many else None,
+            num_proc=usable_cores() if many else None,
             fn_kwargs={
                 "parse": source.parse,
                 "tokenizer": self.tokenizer,

@@ -65,6 +65,7 @@ from trainer.devices import (
 )
 from trainer.feed import make_loader
 from trainer.loop import count_labels, to_device, train_step
+from trainer.machine import usable_cores
 from trainer.optimizer import choose_trainable, make_optimizer
 
 PUBLIC_ROWS = {"pretrain": 595_000, "sft": 300_000}
@@ -659,7 +660,7 @@ def report(found: dict) -> str:
 
 
 def about(args, device) -> dict:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores of {cpu_name()}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{usable_cores()} cores of {cpu_name()}"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "device_name": name,

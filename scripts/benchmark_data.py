@@ -39,6 +39,7 @@ from dataset.scenes import caption, scenes_of
 from model.processing import ImageProcessor, load_tokenizer
 from trainer.cli import Parser
 from trainer.feed import make_loader
+from trainer.machine import usable_cores
 
 ROW_GROUP = 10_000  # rows
 
@@ -133,7 +134,7 @@ def main(argv=None):
     file = args.work_dir / f"{args.rows}.parquet"
     if not file.is_file():
         write_rows(file, args.rows)
-    print(f"{file}: {args.rows:,} rows, {file.stat().st_size / 1e9:.2f} GB; {os.cpu_count()} cores")
+    print(f"{file}: {args.rows:,} rows, {file.stat().st_size / 1e9:.2f} GB; {usable_cores()} cores")
     cache = os.environ | {"HF_DATASETS_CACHE": str(args.work_dir / "cache")}
     for which in ("first", "second"):
         flags = sys.argv[1:] if argv is None else argv

@@ -18,7 +18,6 @@ if __name__ == "__main__":
 import base64
 import json
 import math
-import os
 import platform
 import random
 import re
@@ -32,6 +31,7 @@ from pathlib import Path
 from scripts.report_words import WORDS
 from scripts.steps import write_text
 from trainer.cli import Parser
+from trainer.machine import usable_cores
 from trainer.shown import WIDTH, duration, gigabytes, typed
 
 PAGES = {"en": "report.html", "zh": "report_zh.html"}
@@ -82,10 +82,9 @@ def cpu_name() -> str:
 
 
 def machine() -> dict:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": cpu_name(),
-        "cores": cores,
+        "cores": usable_cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": metadata.version("torch"),

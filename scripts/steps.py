@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from trainer.machine import physical_cores
 from trainer.shown import duration, gigabytes, typed
 from trainer.start import STEP, STOPS, handle
 
@@ -110,12 +111,6 @@ def launcher(device: str) -> tuple[list, list]:
     if device == "cpu":
         return ["torchrun", "--nproc_per_node", PROCESSES], ["--device", device]
     return ["python"], ["--device", device, "--accumulation_steps", PROCESSES]
-
-
-def physical_cores() -> int:
-    """Those that this process may use: not the second threads of a core, which do not make matrices faster."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(allowed, psutil.cpu_count(logical=False) or allowed)
 
 
 def variables(command: list[str]) -> dict[str, str]:
