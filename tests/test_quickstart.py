@@ -18,7 +18,7 @@ import torch
 
 from scripts import make_bundle, quickstart, steps
 from scripts.steps import Step, duration, gigabytes, open_folder, read_records, run, run_steps, typed, variables
-from trainer import distributed
+from trainer import distributed, machine
 
 ROOT = Path(__file__).parent.parent
 
@@ -151,7 +151,8 @@ def test_torchrun_starts_processes_of_this_python(tmp_path, capfd):
 @pytest.mark.parametrize(
     "allowed, physical, threads", [(1, 1, 1), (2, 2, 1), (4, 2, 1), (8, 4, 2), (16, 16, 8), (2, 16, 1), (64, None, 8)]
 )
-def test_two_processes_share_the_physical_cores(monkeypatch, allowed, physical, threads):
+def test_two_processes_share_the_physical_cores(monkeypatch, tmp_path, allowed, physical, threads):
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)  # no container
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(allowed)), raising=False)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: physical)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
