@@ -18,7 +18,7 @@ import torch
 
 from scripts import make_bundle, quickstart, steps
 from scripts.steps import Step, duration, gigabytes, open_folder, read_records, run, run_steps, typed, variables
-from trainer import distributed, machine
+from trainer import distributed
 
 ROOT = Path(__file__).parent.parent
 
@@ -152,7 +152,7 @@ def test_torchrun_starts_processes_of_this_python(tmp_path, capfd):
     "allowed, physical, threads", [(1, 1, 1), (2, 2, 1), (4, 2, 1), (8, 4, 2), (16, 16, 8), (2, 16, 1), (64, None, 8)]
 )
 def test_two_processes_share_the_physical_cores(monkeypatch, tmp_path, allowed, physical, threads):
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)  # no container
+    monkeypatch.setattr("trainer.machine.CGROUP", tmp_path)  # no container
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(allowed)), raising=False)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: physical)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -500,6 +500,7 @@ def begin(command, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.distributed, "init_process_group", lambda backend, **_: backends.append(backend))
+        patch.setattr(torch.distributed, "new_group", lambda **_: None)
         patch.setattr(distributed, "start", start)
         patch.setattr(script, "check_data", lambda args: None, raising=False)  # nothing is drawn
         for rank in range(ranks):

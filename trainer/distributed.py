@@ -8,12 +8,16 @@ import torch
 import torch.distributed as dist
 
 
+patient = None  # the group in which the others wait while the first rank checks or fetches rows, for hours perhaps
+
+
 def start(device: torch.device) -> None:
     """Joins the other ranks if `torchrun` started this process. NCCL carries CUDA tensors, gloo all others."""
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
-        # The others wait while the first rank checks or fetches rows, which may take longer than the usual 30 minutes.
+        global patient
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=3))
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))  # after which a rank that hangs is noticed
+        patient = dist.new_group(backend="gloo", timeout=timedelta(hours=3))
 
 
 def stop() -> None:
@@ -62,9 +66,9 @@ def main_first():
     is the one."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if dist.is_initialized() and not first:
-        dist.barrier()
+        dist.barrier(patient)
     try:
         yield first
     finally:  # the others wait, whatever went wrong here
         if dist.is_initialized() and first:
-            dist.barrier()
+            dist.barrier(patient)
