@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from dataset.sources import BadRow, Jsonl, Parquet, Row, open_rows
+from dataset.sources import BadRow, Jsonl, Parquet, Row, open_rows, printable
 from model.processing import IGNORE, IMAGE_TAG, encode_chat, impostor, language
 from trainer.machine import usable_cores
 
@@ -243,7 +243,7 @@ class VLMDataset(torch.utils.data.Dataset):
         numbers, names = pc.list_parent_indices(images).filter(lost).to_pylist(), names.filter(lost).to_pylist()
         for number, name in sorted(dict(zip(numbers, names)).items()):
             good[number] = False
-            self.bad["missing"].append(f"{source.place(number)}: {name} is not in {source.pictures_path}")
+            self.bad["missing"].append(f"{source.place(number)}: {printable(name)} is not in {source.pictures_path}")
 
         usable = checked.filter(pa.array(good))
         self.shortened += pc.sum(pc.greater(usable["lost"], 0)).as_py() or 0

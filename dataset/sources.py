@@ -44,11 +44,17 @@ NO_TEXT = "\ufdd0"
 codecs.register_error("mark", lambda error: (NO_TEXT, error.start + 1))
 
 
+def printable(text: str) -> str:
+    """Text from data as it may go to a terminal: control characters escaped, what is very long without its middle."""
+    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return text if len(text) <= 500 else f"{text[:350]} ... {text[-130:]}"
+
+
 class BadRow(ValueError):
     """A row that cannot be learned from. `kind` is a key of `dataset.lm_dataset.KINDS`."""
 
     def __init__(self, kind: str, message: str):
-        super().__init__(message)
+        super().__init__(printable(message))
         self.kind = kind
 
 

@@ -240,6 +240,15 @@ def test_blank_answers_and_keys_that_come_twice_are_counted(read, tmp_path):
     assert data.mended == {"blank": 2, "twice": 1} and not data.bad and len(data) == 4
 
 
+def test_what_data_say_cannot_command_the_terminal(read, tmp_path):
+    name = "a\x1b[2J\x07\u202e\nb.png" + 900 * "x"
+    path = write_rows(tmp_path / "rows.jsonl", [row("What?\n<image>", "red", image=name)])
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: ") as told:
+        read(path, tmp_path)
+    (line,) = [line for line in str(told.value).splitlines() if "a\\x1b[2J\\x07\\u202e\\nb.png" in line]
+    assert line.isprintable() and len(line) < 700
+
+
 def test_a_tag_in_an_answer_or_pictures_without_a_question_are_not_mended():
     with pytest.raises(BadRow, match="0 <image> in the user's turns, 1 pictures"):
         parse_line(json.dumps(row("a", "<image>", image="a.png")))

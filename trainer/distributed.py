@@ -7,7 +7,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-
 patient = None  # the group in which the others wait while the first rank checks or fetches rows, for hours perhaps
 
 

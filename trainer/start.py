@@ -49,7 +49,7 @@ def unwind() -> None:
 def leave(number, frame, *more: str) -> None:
     """Handles a signal: says what to type to go on, with these flags more, and ends the program with status 130."""
     if os.getpid() == PROCESS:  # else a helper that was forked
-        with suppress(RuntimeError):  # it came in the middle of a print()
+        with suppress(RuntimeError, OSError):  # it came in the middle of a print(); or nobody reads any more
             sys.stdout.flush()
         tell_stopped("stopped", *more)
     os._exit(130)
@@ -58,7 +58,12 @@ def leave(number, frame, *more: str) -> None:
 def tell_stopped(what: str, *more: str) -> None:
     """The last words: once, on the first rank, and not in a step of a recipe, which has its own."""
     if STEP not in os.environ and os.environ.get("RANK", "0") == "0":
-        print(f"\n{what}. To go on, type:\n  {command(*more)}", file=sys.stderr, flush=True)
+        said = f"\n{what}. To go on, type:\n  {command(*more)}"
+        try:
+            print(said, file=sys.stderr, flush=True)
+        except (RuntimeError, OSError):  # a signal came in the middle of a print(), or nobody reads any more
+            with suppress(OSError):
+                os.write(2, f"{said}\n".encode())
 
 
 def script() -> list[str]:
