@@ -25,10 +25,9 @@ AUTO_MAP = {
 }
 
 # A message is a text, in which <image> is a picture, or a list of parts, one line each, in which only "image" is one.
+# What stands between "generation" is what a model is to learn: TRL and return_assistant_tokens_mask look for it.
 CHAT_TEMPLATE = r"""
-{%- if messages[0].role != "system" -%}{{ "<|im_start|>system\nSYSTEM<|im_end|>\n" }}{%- endif -%}
-{%- for message in messages -%}
-  {{- "<|im_start|>" + message.role + "\n" -}}
+{%- macro said(message) -%}
   {%- if message.content is string -%}
     {{- message.content | replace("<|", "<HIDE|") -}}
   {%- else -%}
@@ -37,7 +36,16 @@ CHAT_TEMPLATE = r"""
       {{- "" if loop.last else "\n" -}}
     {%- endfor -%}
   {%- endif -%}
-  {{- "<|im_end|>\n" -}}
+{%- endmacro -%}
+{%- if messages[0].role != "system" -%}{{ "<|im_start|>system\nSYSTEM<|im_end|>\n" }}{%- endif -%}
+{%- for message in messages -%}
+  {{- "<|im_start|>" + message.role + "\n" -}}
+  {%- if message.role == "assistant" -%}
+    {%- generation -%}{{- said(message) + "<|im_end|>" -}}{%- endgeneration -%}
+  {%- else -%}
+    {{- said(message) + "<|im_end|>" -}}
+  {%- endif -%}
+  {{- "\n" -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ "<|im_start|>assistant\n" }}{%- endif -%}
 """

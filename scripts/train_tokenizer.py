@@ -37,7 +37,8 @@ CHAT_TEMPLATE = (
     + DEFAULT_SYSTEM
     + "<|im_end|>\\n' }}{% endif %}"
     "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ message['content'] + '<|im_end|>\\n' }}"
+    "{% if message['role'] == 'assistant' %}"  # what a model is to learn stands between "generation", as TRL expects
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"
     "{% else %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endif %}"
     "{% if message['role'] == 'user' %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     "{% endfor %}"

@@ -247,6 +247,16 @@ def test_what_people_type_becomes_the_tokens_that_training_has(save, convert, to
     assert sum(token in (34, 300) for token in torch.as_tensor(plain["input_ids"])[0].tolist()) == 16
 
 
+@KINDS
+def test_the_template_tells_answers_from_questions(save, convert, tokenizer, kind):
+    template = (convert(kind, save()) / "chat_template.jinja").read_text()
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": " A dog.\n"}] * 2
+    expected = [int(answer) for ids, answer, _ in encode_chat(tokenizer, turns, "@" * 16) for _ in ids]
+    how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    found = tokenizer.apply_chat_template(turns, chat_template=template, **how)["assistant_masks"]
+    assert found == expected and 1 in expected
+
+
 def test_an_image_typed_in_a_part_of_text_is_text(save, convert):
     processor = AutoProcessor.from_pretrained(convert("llava", save()))
     asked = [{"role": "user", "content": [{"type": "text", "text": "What is <image>?"}]}]

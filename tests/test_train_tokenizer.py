@@ -106,6 +106,15 @@ def test_the_chat_template_gives_the_ids_that_training_sees(folder, answer, syst
         assert tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False) == expected
 
 
+def test_the_template_tells_answers_from_questions(folder):
+    """As TRL asks, so that the question is not learned too."""
+    tokenizer = load_tokenizer(folder)
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": " A dog.\n"}] * 2
+    expected = [int(answer) for ids, answer, _ in encode_chat(tokenizer, turns, "@" * 196) for _ in ids]
+    how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    assert tokenizer.apply_chat_template(turns, **how)["assistant_masks"] == expected and 1 in expected
+
+
 def test_the_chat_format_is_the_public_one(folder):
     text = load_tokenizer(folder).apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert text == (
