@@ -7,13 +7,20 @@ Tokens and pixels are the same. Shapes: B texts, N pictures of all texts, T toke
 import re
 
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_utils import make_flat_list_of_images
+from transformers.image_utils import load_image, make_flat_list_of_images
 
 from .processing import IMAGE_TAG, ImageProcessor
 
 # Chat templates put it into what people typed, so that a <|im_end|> there is no token that ends the turn. Private use:
 # it means nothing in any text, and is gone before the text becomes tokens.
 HIDE = "\ue000"
+
+
+def opened(images):
+    """Pictures, in lists or not, where a text in place of one is its path, its address, or its content in base64."""
+    if isinstance(images, (list, tuple)):
+        return [opened(image) for image in images]
+    return load_image(images) if isinstance(images, str) else images
 
 
 class MiniMindVProcessor(ProcessorMixin):
@@ -29,7 +36,8 @@ class MiniMindVProcessor(ProcessorMixin):
         self.image_processor = ImageProcessor(**self.pixels)
 
     def __call__(self, images=None, text=None, return_tensors="pt", **kwargs) -> BatchFeature:
-        """str or list of B, with IMAGE_TAG for each picture; the pictures in order, flat or a list for each text.
+        """str or list of B, with IMAGE_TAG for each picture; the pictures, see `opened`, in order, flat or a list for
+        each text.
 
         Returns input_ids and attention_mask int64 (B, T), padded as the tokenizer does, pixel_values float32
         (N, 3, H, W) if there are pictures.
@@ -37,7 +45,7 @@ class MiniMindVProcessor(ProcessorMixin):
         ids = [self.encode(one) for one in ([text] if isinstance(text, str) else text)]
         out = dict(self.tokenizer.pad({"input_ids": ids}, return_tensors=return_tensors))
         if images is not None:
-            out |= self.image_processor(make_flat_list_of_images(images))
+            out |= self.image_processor(make_flat_list_of_images(opened(images)))
         return BatchFeature(out)
 
     def encode(self, text: str) -> list[int]:

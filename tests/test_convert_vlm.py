@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -378,6 +379,34 @@ def test_the_folder_says_what_it_is_but_not_whose_machine_made_it(save, convert,
     assert ("trust_remote_code=True" in card) == (kind == "transformers")
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n")
     assert {path.stat().st_mode & 0o044 for path in made.iterdir()} == {0o044}  # others may read it
+
+
+@pytest.mark.slow
+@KINDS
+@pytest.mark.parametrize("other", [None, pytest.param(OTHER, marks=needs_other)])
+def test_what_the_card_says_can_be_run_as_it_stands(save, convert, kind, other, world, tmp_path):
+    """In a folder with photo.jpg, by somebody who has Transformers and nothing of ours."""
+    made = convert(kind, save())
+    (snippet,) = re.findall(r"```python\n(.*?)```", (made / "README.md").read_text(encoding="utf-8"), re.S)
+    shutil.copytree(made, tmp_path / "there" / made.name)
+    Image.open(world / "pictures/red.png").convert("RGB").save(tmp_path / "there/photo.jpg")
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    env |= {"PYTHONPATH": other} if other else {}
+    run = [sys.executable, "-P", "-c", f"import transformers\n{snippet}\nprint(transformers.__version__)"]
+    ran = subprocess.run(run, cwd=tmp_path / "there", env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert len(ran.stdout.splitlines()) >= 2
+
+
+def test_pictures_are_read_from_paths_and_base64_too(save, convert, tokenizer, world):
+    made = convert("transformers", save())
+    settings = json.loads((made / "processor_config.json").read_text())
+    processor = MiniMindVProcessor(tokenizer, None, settings["placeholders"], settings["pixels"])
+    path = world / "pictures" / "red.png"
+    asked = "<|im_start|>user\n<image><|im_end|>"
+    expected = processor(text=asked, images=Image.open(path))["pixel_values"]
+    for image in (str(path), [str(path)], [[str(path)]], base64.b64encode(path.read_bytes()).decode()):
+        assert torch.equal(processor(text=asked, images=image)["pixel_values"], expected)
 
 
 def test_card_and_json_name_questions_that_the_model_knows(save, convert):
