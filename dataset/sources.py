@@ -165,7 +165,15 @@ def parse_record(conversations: str, image_bytes: bytes | list | None, number: i
 
 
 def picture_list(image_bytes) -> list[bytes]:
-    return whole(image_bytes if isinstance(image_bytes, list) else [image_bytes])
+    """Also of a column of Image() of `datasets`: {"bytes", "path"}. Raises BadRow where there is only a path."""
+    found = []
+    for picture in image_bytes if isinstance(image_bytes, list) else [image_bytes]:
+        if isinstance(picture, dict):
+            if not picture.get("bytes") and picture.get("path"):
+                raise BadRow("key", f"image_bytes holds the path {picture['path']} in place of a picture")
+            picture = picture.get("bytes")
+        found.append(picture)
+    return whole(found)
 
 
 def whole(pictures: list) -> list:
@@ -373,6 +381,17 @@ class Jsonl:
         return self.pictures.where(name)
 
 
+def undecoded(table: datasets.Dataset) -> datasets.Dataset:
+    """With image_bytes as they are, where `datasets` would give pictures of Pillow."""
+    kind, several = table.features["image_bytes"], None
+    if isinstance(kind, (list, datasets.Sequence)):
+        kind, several = (kind[0] if isinstance(kind, list) else kind.feature), datasets.Sequence
+    if not isinstance(kind, datasets.Image):
+        return table
+    plain = datasets.Image(decode=False)
+    return table.cast_column("image_bytes", several(plain) if several else plain)
+
+
 class Parquet:
     """A file of rows in the schema of the public Parquet files, pictures included."""
 
@@ -393,7 +412,7 @@ class Parquet:
                 f"--data_path {path} has no column {' and '.join(sorted(missing))}, but "
                 f"{', '.join(self.table.column_names)}. Expected conversations (JSON) and image_bytes"
             )
-        self.table = self.table.select_columns(["conversations", "image_bytes"])
+        self.table = undecoded(self.table.select_columns(["conversations", "image_bytes"]))
 
     @staticmethod
     def parse(batch, first: int) -> Iterator[Row | BadRow]:
@@ -439,7 +458,7 @@ class Stretch(Parquet):
         self.path = path
         table = datasets.Dataset.from_file(str(path))
         self.places = table.select_columns(["origin"])
-        self.table = table.select_columns(["conversations", "image_bytes"])
+        self.table = undecoded(table.select_columns(["conversations", "image_bytes"]))
 
     def __str__(self):
         return "a stretch of the stream"

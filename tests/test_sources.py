@@ -4,6 +4,7 @@ import io
 import json
 import zipfile
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -238,6 +239,21 @@ def test_blank_answers_and_keys_that_come_twice_are_counted(read, tmp_path):
     path.write_text(path.read_text() + twice)
     data = read(path)
     assert data.mended == {"blank": 2, "twice": 1} and not data.bad and len(data) == 4
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_column_of_pictures_as_datasets_writes_it_is_read(read, tmp_path, several):
+    rows = [(chat("What?\n<image>", "red"), ["red"]), (chat("<image>\nWhat?", "blue"), ["blue"])]
+    pictures = [Image.new("RGB", (32, 32), colours[0]) for _, colours in rows]
+    kind = datasets.Sequence(datasets.Image()) if several else datasets.Image()
+    columns = {
+        "conversations": [json.dumps(conversations) for conversations, _ in rows],
+        "image_bytes": [[picture] for picture in pictures] if several else pictures,
+    }
+    features = datasets.Features({"conversations": datasets.Value("string"), "image_bytes": kind})
+    datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "rows.parquet")
+    data = read(tmp_path / "rows.parquet")
+    assert colours(data) == [[RED], [BLUE]]
 
 
 def test_what_data_say_cannot_command_the_terminal(read, tmp_path):
