@@ -29,6 +29,7 @@ from pathlib import Path
 
 from scripts.steps import Step, add_device_argument, duration, gigabytes, launcher, open_folder, resolve, run_steps
 from trainer.cli import Parser
+from trainer.lock import only_one
 
 HIDDEN_SIZE = 128  # of the language model
 LIMIT_MB = 8  # what a repository can carry
@@ -156,12 +157,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     flags = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--restart"]
     try:
-        open_folder(args.work_dir, args.restart, flag="--work_dir")
-        records = run_steps(
-            recipe(args.work_dir, resolve(args.device)),
-            args.work_dir,
-            shlex.join(["python", "-m", "scripts.make_bundle", *flags]),
-        )
+        with only_one(args.work_dir, "--work_dir"):
+            open_folder(args.work_dir, args.restart, flag="--work_dir")
+            steps = recipe(args.work_dir, resolve(args.device))
+            again = shlex.join(["python", "-m", "scripts.make_bundle", *flags])
+            records = run_steps(steps, args.work_dir, again)
         print()
         total = 0
         for name in files():

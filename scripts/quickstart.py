@@ -43,6 +43,7 @@ from scripts.steps import (
     write_json,
 )
 from trainer.cli import SWITCH, Parser
+from trainer.lock import only_one
 
 
 def recipe(out: Path, llm: Path, model: list, device: str = "cpu") -> list[Step]:
@@ -164,9 +165,10 @@ def quickstart(args, again: str) -> dict:
     model += [*(["--use_moe"] if args.use_moe else []), "--out_dir", out]
     steps += recipe(out, llm, model, device)
 
-    open_folder(out, args.restart)
-    earlier = sum(record["seconds"] for record in read_records(out))
-    records = run_steps(steps, out, again)
+    with only_one(out, "--out_dir"):
+        open_folder(out, args.restart)
+        earlier = sum(record["seconds"] for record in read_records(out))
+        records = run_steps(steps, out, again)
     weights = out / f"sft_vlm_{hidden_size}{moe}.pth"
     result = report.summary(out, records, next_commands(out, weights, args))
     result["wall_s"] = round(earlier + time.perf_counter() - started, 1)

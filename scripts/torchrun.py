@@ -3,7 +3,8 @@
     python -m scripts.torchrun --nproc_per_node 2 train_sft_vlm.py      # takes the flags of torchrun
 
 After Ctrl-C torchrun shows a traceback of 40 lines below what the training said, and one of its own below that of a
-rank that failed. And it gives the ranks 30 seconds, here 10 minutes, to finish their step and to save.
+rank that failed. And it gives the ranks 30 seconds, here 10 minutes, to finish their step and to save; and two runs on
+one machine want the same port.
 """
 
 if __spec__ is None:  # started by its path, from where Python finds no other folder
@@ -16,6 +17,7 @@ if __name__ == "__main__":
 
 import logging
 import os
+import re
 import sys
 
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -26,6 +28,8 @@ from torch.distributed.run import main as torchrun
 def main():
     logging.disable(logging.ERROR)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    if not any(re.match("--?(nnodes|node|master|rdzv|standalone)", flag) for flag in sys.argv):
+        sys.argv.insert(1, "--standalone")  # on a port that is free, where another run has the usual one
     try:
         torchrun()
     except SignalException:

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -383,6 +384,28 @@ def test_nothing_heavy_is_imported():
     """It should say what it does at once, and take no memory beside that of its steps."""
     code = "import scripts.quickstart, sys; print({'torch', 'transformers', 'matplotlib'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_a_second_quickstart_in_the_same_folder_is_told_and_restart_removes_nothing(tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / "data").mkdir(parents=True)
+    (out / "steps.json").write_text("[]")
+    told = {"pid": os.getppid(), "started": psutil.Process(os.getppid()).create_time(), "machine": socket.gethostname()}
+    (tmp_path / ".out.lock").write_text(json.dumps(told))
+    with pytest.raises(SystemExit, match=rf"error: --out_dir: process {os.getppid()} is writing {out}"):
+        quickstart.main(["--out_dir", str(out), "--restart"])
+    assert (out / "data").is_dir()
+
+
+@pytest.mark.slow
+def test_two_runs_of_a_recipe_at_once_take_two_ports(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, time, torch.distributed as d; d.init_process_group('gloo'); d.barrier(); time.sleep(3)"
+    )
+    command = [sys.executable, "-m", "scripts.torchrun", "--nproc_per_node", "2", str(script)]
+    both = [subprocess.Popen(command, cwd=ROOT) for _ in range(2)]
+    assert [process.wait(timeout=200) for process in both] == [0, 0]
 
 
 def test_from_zero_with_a_bundle_is_refused(tmp_path, capsys):

@@ -26,6 +26,7 @@ from trainer.asking import (
 )
 from trainer.devices import pick_dtype
 from trainer.feed import ignore_interrupt
+from trainer.lock import only_one
 
 BEGIN = b'{"image": "'  # of every line, by which a half-written one is known
 
@@ -105,6 +106,12 @@ def write_captions(model, tokenizer, args, weights: Path, device) -> Path:
     for prompt in prompts:
         chat = [{"role": "user", "content": question(prompt, 1, pictures_first(weights), flag)}]
         [(ids[prompt], _, _)] = encode_chat(tokenizer, chat, model.config.image_special_token)
+    with only_one(path, "--captions"):
+        return append_captions(model, tokenizer, args, device, folder, path, names, ids)
+
+
+def append_captions(model, tokenizer, args, device, folder: Path, path: Path, names: list[str], ids: dict) -> Path:
+    """names: of the pictures; ids: the tokens of each prompt."""
     answered, broken = read_captions(path)
     wanted = [(name, prompt) for name in names for prompt in ids]
     asked = [pair for pair in wanted if pair not in answered and pair[0] not in broken]
@@ -115,7 +122,6 @@ def write_captions(model, tokenizer, args, weights: Path, device) -> Path:
         num_workers=args.num_workers,
         worker_init_fn=ignore_interrupt,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     progress = tqdm(total=len(wanted), initial=len(wanted) - len(asked), unit="picture", dynamic_ncols=True)
     # A file name may hold bytes that are no UTF-8: backslashreplace writes them as JSON does.
     with path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file, progress as bar:

@@ -28,8 +28,9 @@ from trainer.advice import tell_end, tell_start
 from trainer.checkpoint import Checkpoint, State
 from trainer.cli import Stopped
 from trainer.devices import autocast, cast_frozen, choose_attention, compile_layers, cpu_has, pick_dtype
-from trainer.distributed import all_sum, gather, rank, say, world_size
+from trainer.distributed import all_sum, gather, is_main, rank, say, world_size
 from trainer.feed import Feed, StreamFeed, check_data, make_loader
+from trainer.lock import only_one
 from trainer.optimizer import SETTINGS, schedule, set_learning_rate
 from trainer.progress import Progress
 from trainer.start import STOPS, command, handle, leave, tell_stopped
@@ -134,7 +135,20 @@ class Run:
 
 
 @contextlib.contextmanager
-def training(
+def training(args, stage: str, weights: Path | None, model: MiniMindVLM, *rest):
+    """Sets a `Run` up, where --from_resume says so at the point where it stopped, and closes it. See `set_up`.
+
+    No two runs write the same files: ValueError names the process that does.
+    """
+    path = Path(args.out_dir) / weights_name(stage, model.config)
+    alone = only_one(path, "--out_dir") if is_main() else contextlib.nullcontext()
+    with alone, set_up(path, args, stage, weights, model, *rest) as run:
+        yield run
+
+
+@contextlib.contextmanager
+def set_up(
+    path: Path,
     args,
     stage: str,
     weights: Path | None,
@@ -145,17 +159,14 @@ def training(
     val_data,
     device,
 ):
-    """Sets a `Run` up, where --from_resume says so at the point where it stopped, and closes it.
-
-    The model, made of `weights`, is on `device`, its trainable parameters are chosen and in the optimizer.
-    """
+    """The model, made of `weights`, is on `device`, its trainable parameters are chosen and in the optimizer. path: of
+    the weights that come out."""
     dtype = pick_dtype(args.dtype, device)
     large = device.type == "cpu" and model.config.hidden_size >= 256
     if args.dtype == "auto" and large and cpu_has("avx512_bf16", "amx_bf16"):
         say("this CPU computes in bfloat16: with --dtype bfloat16 a step of this model takes about half the time")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     model.model.gradient_checkpointing = args.gradient_checkpointing
-    path = Path(args.out_dir) / weights_name(stage, model.config)
     resumable = args.from_resume and path.with_suffix(".resume.pt").is_file()
     if damaged := refuse_other_architecture(path, model.config, resumable):
         say(damaged)
