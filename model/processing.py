@@ -54,10 +54,15 @@ def read_json(path) -> dict:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any picture upright (EXIF orientation applied) and in RGB, as people see it: what is transparent on white, 16-bit
-    greys scaled to 8 bits, not clipped."""
+    greys and floats scaled to 8 bits, not clipped."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # convert() would clip everything above 255 to white
-        image = Image.fromarray((np.asarray(image) * (255 / 65535)).clip(0, 255).astype(np.uint8))
+    if image.mode[0] in "IF":  # convert() would clip everything above 255 to white, and floats up to 1 to black
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+        largest = values.max(initial=0)
+        # The mode tells how values are stored, not what white is: floats up to 1, or 8, 10, 12, 14 or 16 bits.
+        whites = [1] * (image.mode == "F") + [255, 1023, 4095, 16383, 65535]
+        white = next((white for white in whites if largest <= white), largest)
+        image = Image.fromarray((values * (255 / white)).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:  # convert() would show what stands below, often black
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dataset import sources
 from model.model_vlm import MiniMindVLM
-from model.processing import ImageProcessor, encode_chat, load_tokenizer, read_json, vision_config
+from model.processing import ImageProcessor, encode_chat, load_tokenizer, read_json, to_rgb, vision_config
 from trainer import weights
 
 try:
@@ -227,6 +227,23 @@ def test_a_photo_taken_sideways_is_seen_upright(orientation, tmp_path):
     upright.transpose(TURNS[orientation]).save(tmp_path / "photo.png", exif=exif)
     with Image.open(tmp_path / "photo.png") as photo:
         assert torch.equal(processor.resize(photo), processor.resize(upright))
+
+
+@pytest.mark.parametrize(
+    "kind, white",
+    [(np.float32, 1), (np.float32, 255), (np.float32, 4e6), (np.int32, 255), (np.uint16, 255), (np.uint16, 4095)],
+)
+def test_values_that_do_not_fill_the_range_of_their_mode_do_not_turn_black(kind, white):
+    """Floats from 0 to 1, say, or the 12 bits of a scanner in a file of 16."""
+    grey = np.array(noise(61, 45, "L"))
+    grey[5, 5] = 255
+    image = Image.fromarray((grey / 255 * white).astype(kind))
+    found = np.asarray(to_rgb(image))[..., 0].astype(int)
+    assert abs(found - grey.astype(int)).max() <= 1
+    if kind == np.float32:
+        values = np.array(image)
+        values[0, 0] = np.nan
+        assert abs(np.asarray(to_rgb(Image.fromarray(values)))[1:, 1:, 0].astype(int) - grey[1:, 1:]).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I"])
