@@ -49,6 +49,14 @@ def read_json(path) -> dict:
     return value
 
 
+def check_number(path, key: str, value, least: float, most: float, kind: type = int) -> None:
+    """ValueError names a file, and a key in it whose value is no number of this kind between these two."""
+    kinds = (int,) if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+        what = "an integer" if kind is int else "a number"
+        raise ValueError(f"{path}: {key} is {value!r}, expected {what} from {least:g} to {most:g}")
+
+
 # ---------------------------------------------------------------------------- pictures
 
 
@@ -103,20 +111,26 @@ class ImageProcessor:
         config = read_json(path)
 
         def pair(value):
-            return (value["height"], value["width"]) if isinstance(value, dict) else (value, value)
+            return (value.get("height"), value.get("width")) if isinstance(value, dict) else (value, value)
 
         size = config.get("size", 224)
         if isinstance(size, dict):
             size = size["shortest_edge"] if "shortest_edge" in size else pair(size)
         whole = size if isinstance(size, tuple) else pair(size)
-        default = cls()
-        return cls(
-            size,
-            pair(config["crop_size"]) if "crop_size" in config and config.get("do_center_crop", True) else whole,
-            config.get("resample", default.resample),
-            config.get("image_mean", default.image_mean),
-            config.get("image_std", default.image_std),
-        )
+        crop = pair(config["crop_size"]) if "crop_size" in config and config.get("do_center_crop", True) else whole
+        found = cls(size, crop)
+        for key, values in (("size", whole), ("crop_size", crop)):
+            for value in values:
+                check_number(path, key, value, 1, 10_000)
+        for key, least, most in (("resample", 0, 5), ("image_mean", -1e3, 1e3), ("image_std", 1e-6, 1e3)):
+            value = config.get(key, getattr(found, key))
+            several = value if isinstance(value, list) else [value]
+            if key != "resample" and len(several) != 3:
+                raise ValueError(f"{path}: {key} is {value!r}, expected three numbers")
+            for number in several:
+                check_number(path, key, number, least, most, int if key == "resample" else float)
+            setattr(found, key, value)
+        return found
 
     def save_pretrained(self, folder) -> None:
         """Writes `preprocessor_config.json`."""
@@ -192,7 +206,10 @@ def vision_config(folder) -> dict:
     config = read_json(path)
     found = config.get("vision_config", config)
     base = {"image_size": 224, "patch_size": 32, "hidden_size": 768}  # what Transformers leaves out as default
-    return base | {key: found[key] for key in base if key in found}
+    found = base | {key: found[key] for key in base if key in found}
+    for key, value in found.items():
+        check_number(path, key, value, 1, 100_000)
+    return found
 
 
 # ---------------------------------------------------------------------------- text

@@ -532,3 +532,22 @@ def test_a_damaged_tokenizer_is_named(tokenizer_folder, tmp_path):
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ValueError, match="tokenizer.json cannot be read: "):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("image_std", [0.2, 0, 0.2], "image_std is 0, expected a number"),
+        ("image_std", [0.2, 0.2], "expected three numbers"),
+        ("image_mean", ["a", 0.5, 0.5], "image_mean is 'a', expected a number"),
+        ("crop_size", -3, "crop_size is -3, expected an integer"),
+        ("size", {"height": 5}, "size is None, expected an integer"),
+        ("resample", "bicubic", "resample is 'bicubic', expected an integer"),
+    ],
+)
+def test_a_preprocessor_that_makes_no_picture_is_refused_by_its_key(clip_folder, tmp_path, key, value, message):
+    shutil.copytree(clip_folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(read_json(path) | {key: value}))
+    with pytest.raises(ValueError, match=f"preprocessor_config.json: .*{message}"):
+        ImageProcessor.from_pretrained(tmp_path)

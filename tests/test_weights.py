@@ -958,3 +958,32 @@ def test_what_cannot_be_weights_is_refused_by_the_name_of_the_tensor(args, bare,
     torch.save(state, path)
     with pytest.raises(ValueError, match=f"sft_vlm_64.pth: model.norm.weight {message}"):
         build_model(bare, path)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("num_attention_heads", -8, "expected an integer from 1"),
+        ("num_hidden_layers", "2", "expected an integer"),
+        ("rope_theta", 0, "expected a number from 1"),
+        ("rms_norm_eps", "small", "expected a number"),
+        ("rms_norm_eps", 0, "expected a number"),
+        ("use_moe", "no", "expected true or false"),
+        ("hidden_act", 3, "expected a text"),
+        ("n_layers", 2, "is nothing that this model knows"),
+    ],
+)
+def test_a_configuration_that_no_model_can_have_is_refused_by_its_key(args, bare, key, value, message):
+    path, _ = save(args)
+    about = json.loads(path.with_suffix(".json").read_text())
+    about["config"][key] = value
+    path.with_suffix(".json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=f"sft_vlm_64.json: .*{key}.* {message}"):
+        build_model(bare, path)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": [1]}, {"weight_map": {"a": "../elsewhere.safetensors"}}])
+def test_an_index_of_shards_that_names_none_is_refused(tmp_path, index):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match='index.json: expected "weight_map"'):
+        read_weights(tmp_path)

@@ -28,7 +28,7 @@ import transformers
 from model import DEFAULT_VISION_MODEL
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig, check_records, why_unreadable
-from model.processing import impostor, load_tokenizer, read_json
+from model.processing import check_number, impostor, load_tokenizer, read_json
 from trainer.start import script
 
 # sha256 of tokenizer.json: of the public weights that this code reads, and of the generation after them
@@ -98,8 +98,11 @@ def files_of(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
         if (folder / f"{name}.index.json").is_file():
-            index = read_json(folder / f"{name}.index.json")
-            return [folder / shard for shard in sorted(set(index.get("weight_map", {}).values()))]
+            shards = read_json(folder / f"{name}.index.json").get("weight_map")
+            names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
+            if not names or any(Path(shard).name != shard for shard in names):
+                raise ValueError(f'{folder / name}.index.json: expected "weight_map": {{tensor: file in this folder}}')
+            return [folder / shard for shard in names]
     raise FileNotFoundError(f"{folder}: neither model.safetensors nor pytorch_model.bin there, nor an index of shards")
 
 
@@ -172,6 +175,7 @@ def read_sidecar(weights: Path) -> dict:
     for key in ("config", "tokenizer", "vision_model", "prompts"):
         if not isinstance(about.setdefault(key, {}), dict):
             raise ValueError(f"{path}: {key!r} must be an object. Without the file, shapes alone tell what they are")
+    check_config(about["config"], path)
     for found in about["prompts"].values():
         if not isinstance(found, list) or not found or not all(isinstance(prompt, str) for prompt in found):
             raise ValueError(
@@ -260,6 +264,36 @@ def find_weights(name: str, out_dir, hidden_size: int | None, use_moe: bool) -> 
         f"--from_weight {name}: no {exact[0]} ({out_dir} holds {', '.join(there) or 'no .pth file'})\n"
         f"Name another, or none, or {how.get(name, 'a stage: ' + ', '.join(how))}"
     )
+
+
+INTEGERS = {  # of a configuration: least, most
+    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), (1, 10**7)),
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), (1, 10**4)),
+    **dict.fromkeys(("n_routed_experts", "num_experts_per_tok"), (1, 10**4)),
+    **dict.fromkeys(("n_shared_experts", "bos_token_id", "eos_token_id"), (0, 10**7)),
+    "ve_hidden_size": (1, 10**6),
+}
+NUMBERS = {"dropout": (0, 0.99), "rms_norm_eps": (1e-12, 0.1), "rope_theta": (1, 1e12), "aux_loss_alpha": (0, 1e3)}
+SWITCHES = ("flash_attn", "use_moe", "seq_aux", "norm_topk_prob")
+TEXTS = ("hidden_act", "scoring_func", "image_special_token")
+
+
+def check_config(config: dict, path: Path) -> None:
+    """ValueError names the first value of a configuration, as it was read from a file, that no model can have."""
+    for key, value in config.items():
+        if key in INTEGERS:
+            public = key == "n_shared_experts" and value is True  # which says so, and means 1
+            check_number(path, key, int(value) if public else value, *INTEGERS[key])
+        elif key in NUMBERS:
+            check_number(path, key, value, *NUMBERS[key], float)
+        elif key in SWITCHES and not isinstance(value, bool):
+            raise ValueError(f"{path}: {key} is {value!r}, expected true or false")
+        elif key in TEXTS and not isinstance(value, str):
+            raise ValueError(f"{path}: {key} is {value!r}, expected a text")
+        elif key == "image_ids" and not (isinstance(value, list) and value and all(type(i) is int for i in value)):
+            raise ValueError(f"{path}: {key} is {str(value)[:50]}, expected a list of token ids")
+        elif key not in (*INTEGERS, *NUMBERS, *SWITCHES, *TEXTS, "image_ids"):
+            raise ValueError(f"{path}: {key!r} is nothing that this model knows. Is the file of a later version?")
 
 
 def config_of(state: dict, path: Path, known: dict) -> dict:
