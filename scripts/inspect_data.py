@@ -26,8 +26,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from dataset.features import Pictures
 from dataset.lm_dataset import KINDS, VLMDataset, encode_row
 from dataset.sources import MENDED
 from model.model_vlm import DEFAULT_VISION_MODEL, VLMConfig
@@ -37,6 +39,8 @@ from scripts.steps import write_text
 from trainer.advice import sizes
 from trainer.asking import list_models
 from trainer.cli import Parser, add_parts_arguments, not_negative, positive, run_main
+from trainer.feed import ignore_interrupt
+from trainer.machine import usable_cores
 from trainer.optimizer import fitting_batch
 from trainer.shown import WIDTH, typed
 from trainer.weights import find_weights, folders_of, read_sidecar
@@ -150,6 +154,25 @@ def terminal(data: VLMDataset, figures: dict) -> str:
 
 
 # ---------------------------------------------------------------------------- samples
+
+
+def open_all(data: VLMDataset) -> tuple[int, list[str]]:
+    """Opens every picture, on all cores: (how many, what is wrong with those that cannot be read, with file:line)."""
+    pictures = Pictures([data])
+    pictures.decode = True
+    how = {"num_workers": usable_cores(), "worker_init_fn": ignore_interrupt} if len(pictures) > 500 else {}
+    loader = DataLoader(pictures, batch_size=32, collate_fn=verdicts, **how)
+    found, bar = [], tqdm(total=len(pictures), unit="picture", dynamic_ncols=True)
+    for batch in loader:
+        found += [(i, why) for i, why in batch if why]
+        bar.update(len(batch))
+    bar.close()
+    return len(pictures), [f"{pictures.where(i)}: {why}" for i, why in found]
+
+
+def verdicts(batch: list[tuple]) -> list[tuple[int, str]]:
+    """Without the pixels, which need not go from one process to another."""
+    return [(i, why) for i, _, _, why in batch]
 
 
 def choose(data: VLMDataset, found: np.ndarray, samples: int, seed: int) -> list[int]:
@@ -292,6 +315,7 @@ def parse_args(argv=None):
     add("--images_path", nargs="+", metavar="PATH", help="folder or zip of pictures, one for all or one each")
     add("--html", default="out/inspect.html", metavar="FILE", help="the page")
     add("--samples", type=positive(int), default=12, help="rows on the page")
+    add("--open_all", action="store_true", help="open every picture, on all cores: does training meet a broken one?")
     add = parser.group("as training will read them").add_argument
     add("--max_seq_len", type=positive(int), default=1536, help="tokens per row, placeholders included")
     newest = "weights to train from, or none; default: the newest in out/ and the folders in it"
@@ -350,9 +374,14 @@ def main(argv=None):
 
     chosen = choose(data, found, args.samples, args.seed)
     examples = [data[row] for row in chosen]
-    broken = [example["broken"] for example in examples if "broken" in example]
-    if broken:
-        notes.append(f"{len(broken)} of {len(chosen)} samples have a picture that cannot be read: {broken[0]}")
+    if args.open_all:
+        count, broken = open_all(data)
+        notes = [f"All {count:,} pictures were opened, {len(broken):,} of them cannot be read{':' * bool(broken)}"]
+        notes += broken[:20] + [f"and {len(broken) - 20:,} more"] * (len(broken) > 20)
+    else:
+        broken = [example["broken"] for example in examples if "broken" in example]
+        if broken:
+            notes.append(f"{len(broken)} of {len(chosen)} samples have a picture that cannot be read: {broken[0]}")
     if not weights and args.from_weight != "none":
         small, public = "python -m scripts.quickstart", "python -m scripts.download --what clip vlm"
         notes.append(f"No weights to start from: make small ones ({small}) or fetch the public ones ({public}).")

@@ -261,6 +261,24 @@ def test_a_sample_with_a_broken_picture_is_named(look, tmp_path):
     assert "--on_bad_row skip" in out.splitlines()[-1]
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_every_picture_is_opened_if_asked_for(look, tmp_path, monkeypatch, many):
+    """With many of them by worker processes."""
+    count = 503 if many else 30
+    names = [f"images/{i}.png" for i in range(count)]
+    for name in names:
+        (tmp_path / name).write_bytes(picture("red"))
+    (tmp_path / names[7]).write_bytes(picture("red")[:60])
+    (tmp_path / names[20]).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
+    write_rows(tmp_path / "rows.jsonl", [row("<image>\nWhat?", "red", image=Path(name).name) for name in names])
+    out, page = look("rows.jsonl", "--samples", "1", "--open_all")
+    said = " ".join(out.split())
+    assert f"All {count} pictures were opened, 2 of them cannot be read" in said
+    assert "rows.jsonl:8: images/7.png cannot be read" in said
+    assert "rows.jsonl:21: images/20.png is a Git LFS pointer" in said
+    assert "--on_bad_row skip" in said and "20.png is a Git LFS pointer" in page
+
+
 def test_samples_are_the_shortest_the_longest_and_some_of_every_kind(look, tmp_path):
     rows = [row(f"Is it {i}?", "It is.") for i in range(300)]
     rows[150] = row("<image>\n<image>", "两个。", image="red.png, blue.png")
