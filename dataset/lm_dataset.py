@@ -243,7 +243,11 @@ class VLMDataset(torch.utils.data.Dataset):
         numbers, names = pc.list_parent_indices(images).filter(lost).to_pylist(), names.filter(lost).to_pylist()
         for number, name in sorted(dict(zip(numbers, names)).items()):
             good[number] = False
-            self.bad["missing"].append(f"{source.place(number)}: {printable(name)} is not in {source.pictures_path}")
+            several = len(checked["images"][number]) > 1 and isinstance(source, Jsonl)
+            comma = '; a name with a comma in it goes into a list: ["a,b.jpg"]' * several
+            self.bad["missing"].append(
+                f"{source.place(number)}: {printable(name)} is not in {source.pictures_path}{comma}"
+            )
 
         usable = checked.filter(pa.array(good))
         self.shortened += pc.sum(pc.greater(usable["lost"], 0)).as_py() or 0

@@ -14,9 +14,11 @@ import hashlib
 import json
 import re
 import struct
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -35,6 +37,7 @@ MENDED = {
     "blank": "have a blank answer, from which a model learns to say nothing",
     "twice": "have a key twice, of which the last counts",
 }
+LARGEST = 1 << 28  # bytes of a file of a picture in a zip, which might unpack to more than the memory holds
 # Where other layouts name a row's pictures: were they left out, the model would learn to answer blindly.
 OTHER_PICTURES = re.compile(r"(image|img|picture|photo)s?(_?(path|file|name|url|bytes|base64)s?)?|file_name", re.I)
 
@@ -198,24 +201,49 @@ def is_placeholder(picture: bytes) -> bool:
 # ---------------------------------------------------------------------------- pictures
 
 
+def spellings(name: str) -> Iterator[str]:
+    """A name as it is, and as another system would write it: with / for \\, letters and accents together or apart."""
+    name = name.removeprefix("./")
+    yield name
+    name = name.replace("\\", "/").removeprefix("./")
+    if not name.isascii() or "/" in name:
+        yield from dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))])
+
+
+def file_name(entry: zipfile.ZipInfo) -> str:
+    """As it was meant: what does not say that it is UTF-8 is taken for CP437 by Python, and is UTF-8 or GBK mostly."""
+    if entry.flag_bits & 0x800 or entry.filename.isascii():
+        return entry.filename
+    for encoding in ("utf-8", "gb18030"):
+        with suppress(UnicodeError):
+            return entry.filename.encode("cp437").decode(encoding)
+    return entry.filename
+
+
 class Folder:
     """Pictures in a folder, by their path in it."""
 
     def __init__(self, path):
         self.path = Path(path)
 
+    def find(self, name: str) -> Path | None:
+        own = f"{self.path.absolute().name}/"  # rows may say images/a.jpg and --images_path images
+        for spelled in spellings(name):
+            for inside in (spelled, spelled.removeprefix(own)):
+                with suppress(OSError, ValueError):  # too long, or with a zero byte: not a name at all
+                    if (self.path / inside).is_file():
+                        return self.path / inside
+        return None
+
     def has(self, name: str) -> bool:
-        try:
-            return (self.path / name).is_file()
-        except (OSError, ValueError):  # too long, or with a zero byte: not a name at all
-            return False
+        return self.find(name) is not None
 
     def open(self, name: str):
         """What `PIL.Image.open` takes."""
-        return self.path / name
+        return self.find(name) or self.path / name
 
     def where(self, name: str) -> str:
-        return str(self.path / name)
+        return str(self.open(name))
 
 
 class Zip:
@@ -232,7 +260,7 @@ class Zip:
                 entries = [
                     entry
                     for entry in archive.infolist()
-                    if not entry.is_dir() and not entry.filename.startswith("__MACOSX/")
+                    if not entry.is_dir() and not re.search(r"(^|/)(__MACOSX/|\._)", entry.filename)
                 ]
         except zipfile.BadZipFile as error:
             what = impostor(path) or f"cannot be read: {error}. Fetch it again"
@@ -243,31 +271,36 @@ class Zip:
         if packed:
             raise ValueError(f"--images_path {path} is packed by method {packed.pop()}: unpack it, and give the folder")
         entries = [entry for entry in entries if len(entry.filename) < 256]  # longer ones would widen the array
-        names = [entry.filename for entry in entries]
+        names = list(map(file_name, entries))
         start = common_folder(names)
         self.folder = names[0][:start].encode() if names else b""
         encoded = np.array([name[start:].encode() for name in names], dtype=bytes)
         order = np.argsort(encoded, kind="stable")
         self.names = encoded[order]
         self.entries = np.array(
-            [(entry.header_offset, entry.compress_size, entry.CRC, entry.compress_type) for entry in entries],
+            [
+                (entry.header_offset, entry.compress_size, entry.file_size, entry.CRC, entry.compress_type)
+                for entry in entries
+            ],
             dtype=np.int64,
-        ).reshape(-1, 4)[order]
+        ).reshape(-1, 5)[order]
 
     def find(self, name: str) -> int | None:
-        wanted = name.removeprefix("./").encode()
-        for inside in (wanted, wanted.removeprefix(self.folder)):
-            at = int(np.searchsorted(self.names, inside, side="right")) - 1  # of several under one name the last
-            if at >= 0 and self.names[at] == inside:
-                return at
+        for wanted in map(str.encode, spellings(name)):
+            for inside in (wanted, wanted.removeprefix(self.folder)):
+                at = int(np.searchsorted(self.names, inside, side="right")) - 1  # of several under one name the last
+                if at >= 0 and self.names[at] == inside:
+                    return at
         return None
 
     def has(self, name: str) -> bool:
         return self.find(name) is not None
 
     def open(self, name: str) -> BytesIO:
-        """The file's bytes. Raises ValueError if they are damaged."""
-        offset, size, crc, method = self.entries[self.find(name)].tolist()
+        """The file's bytes. Raises ValueError if they are damaged, or too many for a picture."""
+        offset, size, unpacked, crc, method = self.entries[self.find(name)].tolist()
+        if max(size, unpacked) > LARGEST:
+            raise ValueError(f"it unpacks to {max(size, unpacked):,} bytes, a picture has at most {LARGEST:,}")
         with self.path.open("rb") as file:
             file.seek(offset)
             # The entry's own header, whose extra field may differ in length from the one in the index.
@@ -275,8 +308,8 @@ class Zip:
             file.seek(name_length + extra_length, 1)
             data = file.read(size)
         if method == zipfile.ZIP_DEFLATED:
-            data = zlib.decompress(data, -15)
-        if zlib.crc32(data) != crc:
+            data = zlib.decompressobj(-15).decompress(data, unpacked + 1)  # one more shows that it says too few
+        if len(data) != unpacked or zlib.crc32(data) != crc:
             raise ValueError("its checksum is wrong, the zip is damaged")
         return BytesIO(data)
 

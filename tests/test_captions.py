@@ -4,6 +4,7 @@ import shutil
 import sys
 
 import pytest
+from PIL import Image
 
 import eval_vlm
 from trainer import captions
@@ -54,7 +55,7 @@ def test_every_picture_has_a_line_in_order_and_the_broken_ones_say_why(caption, 
     assert {line["prompt"] for line in lines if "answer" in line} == {"What colour is this?"}
     errors = {line["image"]: line["error"] for line in lines if "error" in line}
     assert sorted(errors) == ["b/empty.jpg", "cut.PNG", "gone.jpg"]
-    assert "empty.jpg is not a picture that can be read: it is in no format" in errors["b/empty.jpg"]
+    assert "empty.jpg is not a picture that can be read: it is empty" in errors["b/empty.jpg"]
     assert "gone.jpg: no such file" in errors["gone.jpg"]
     assert "10 pictures, 3 of them broken" in capsys.readouterr().out
 
@@ -111,7 +112,7 @@ def test_mistakes_name_the_flag(trained, tmp_path, capsys):
     ask = [*trained, "--captions", str(tmp_path / "captions.jsonl"), "--image_dir"]
     with pytest.raises(FileNotFoundError, match="--image_dir nowhere: no such folder"):
         eval_vlm.main([*ask, "nowhere"])
-    with pytest.raises(FileNotFoundError, match=r"--image_dir .*: no pictures there \(\.bmp"):
+    with pytest.raises(FileNotFoundError, match=r"--image_dir .*: no pictures there, 0 other files"):
         eval_vlm.main([*ask, str(tmp_path)])
     with pytest.raises(ValueError, match=r"--captions .* is a folder. Expected a file of lines of JSON"):
         eval_vlm.main([*trained, "--captions", str(tmp_path), "--image_dir", "dataset/eval_images"])
@@ -119,3 +120,20 @@ def test_mistakes_name_the_flag(trained, tmp_path, capsys):
         with pytest.raises(SystemExit):
             eval_vlm.parse_args(["--captions", "a.jsonl", *flags])
         assert "not allowed" in (error := capsys.readouterr().err) or "give either" in error
+
+
+def test_every_format_that_pillow_opens_is_a_picture_and_the_rest_is_counted(caption, tmp_path, capsys):
+    folder = tmp_path / "all"
+    (folder / "__MACOSX").mkdir(parents=True)
+    image = Image.new("RGB", (32, 32), "red")
+    for name in ("a.jfif", "b.avif", "c.ppm", "d.tga", "E.JPG"):
+        image.save(folder / name, {"a.jfif": "JPEG"}.get(name))
+    for name in ("._a.jfif", "__MACOSX/a.jpg", "notes.txt", "paper.pdf"):
+        (folder / name).write_bytes(b"no picture")
+    (folder / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    lines = caption("--image_dir", str(folder), "--prompt", "What?")
+    assert {line["image"]: "answer" in line for line in lines} == {
+        "a.jfif": True, "b.avif": True, "c.ppm": True, "d.tga": True, "E.JPG": True, "phone.heic": False,
+    }  # fmt: skip
+    assert "a photo in HEIC, which Pillow does not read: convert it to JPEG" in str(lines)
+    assert f"{folder}: 2 files are no pictures and were left out" in capsys.readouterr().out

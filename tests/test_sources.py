@@ -256,6 +256,72 @@ def test_a_column_of_pictures_as_datasets_writes_it_is_read(read, tmp_path, seve
     assert colours(data) == [[RED], [BLUE]]
 
 
+@pytest.mark.parametrize(
+    "stored, named",
+    [
+        ("a.png", "images/a.png"),  # beside the folder
+        ("b/a.png", "b\\a.png"),
+        ("b/a.png", ".\\images\\b\\a.png"),
+        ("cafe\u0301.png", "caf\xe9.png"),  # as macOS stores names
+        ("caf\xe9.png", "cafe\u0301.png"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_folder_and_zip_find_names_by_one_rule(tmp_path, stored, named, kind):
+    folder = tmp_path / "images"
+    (folder / stored).parent.mkdir(parents=True)
+    (folder / stored).write_bytes(picture("red"))
+    (folder / "other.png").write_bytes(picture("blue"))
+    pictures = Folder(folder)
+    if kind == "zip":
+        with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
+            for path in (folder / stored, folder / "other.png"):
+                file.write(path, f"images/{path.relative_to(folder)}")
+        pictures = Zip(tmp_path / "images.zip")
+    assert pictures.has(named) and not pictures.has("b/b.png")
+    found = pictures.open(named)
+    assert (found.read_bytes() if kind == "folder" else found.getvalue()) == picture("red")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "gbk"])
+def test_names_in_a_zip_that_do_not_say_their_encoding_are_read(tmp_path, encoding):
+    """As the archivers of macOS and of Chinese Windows write them."""
+
+    class Unsaid(zipfile.ZipInfo):
+        def _encodeFilenameFlags(self):
+            return "红色.png".encode(encoding), self.flag_bits
+
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
+        file.writestr(Unsaid("x.png"), picture("red"))
+        file.writestr("__MACOSX/._x.png", b"no picture")
+        file.writestr("._x.png", b"no picture")
+    pictures = Zip(tmp_path / "images.zip")
+    assert pictures.has("红色.png") and len(pictures.names) == 1
+
+
+@pytest.mark.parametrize("says", [1 << 29, 100])
+def test_a_picture_that_unpacks_to_more_than_there_is_memory_is_refused(tmp_path, says):
+    """Whatever it says how large it is."""
+    path = tmp_path / "images.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a.png", bytes(10**7))
+        file.writestr("b.png", picture("red"))
+    pictures = Zip(path)
+    pictures.entries[0, 2] = says
+    with pytest.raises(ValueError, match="unpacks to 536,870,912 bytes" if says > 100 else "checksum is wrong"):
+        pictures.open("a.png")
+    assert pictures.open("b.png").getvalue() == picture("red")
+
+
+def test_a_name_with_a_comma_is_told_where_it_belongs(read, tmp_path):
+    (tmp_path / "a,b.png").write_bytes(picture("red"))
+    write_rows(tmp_path / "rows.jsonl", [row("<image>\n<image>\nWhat?", "red", image="a,b.png")])
+    with pytest.raises(ValueError, match=r'a name with a comma in it goes into a list: \["a,b.jpg"\]'):
+        read(tmp_path / "rows.jsonl", tmp_path)
+    write_rows(tmp_path / "listed.jsonl", [row("<image>\nWhat?", "red", image=["a,b.png"])])
+    assert colours(read(tmp_path / "listed.jsonl", tmp_path)) == [[RED]]
+
+
 def test_what_data_say_cannot_command_the_terminal(read, tmp_path):
     name = "a\x1b[2J\x07\u202e\nb.png" + 900 * "x"
     path = write_rows(tmp_path / "rows.jsonl", [row("What?\n<image>", "red", image=name)])

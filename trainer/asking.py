@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from contextlib import suppress
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -24,7 +25,25 @@ PROMPTS = {  # what weights are asked whose JSON names no question
     "en several": "Compare these pictures.",
     "zh several": "比较这些图片。",
 }
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+NO_PICTURES = {".pdf", ".eps", ".ps", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".wmf", ".emf", ".gbr", ".cur"}
+
+
+@cache
+def picture_suffixes() -> set[str]:
+    """Of the files that count as pictures in a folder: of all formats that Pillow opens, and of phones."""
+    Image.init()
+    opened = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return (opened - NO_PICTURES) | {".heic", ".heif"}
+
+
+def pictures_in(folder: Path, pattern: str) -> tuple[list[Path], int]:
+    """The pictures of a folder, sorted, without what macOS puts beside them; how many other files there are."""
+    files = sorted(path for path in folder.glob(pattern) if not path.is_dir() and not path.name.startswith("._"))
+    files = [path for path in files if "__MACOSX" not in path.parts]
+    found = [path for path in files if path.suffix.lower() in picture_suffixes()]
+    return found, len(files) - len(found)
+
+
 # What a picture from the network may take: bytes, seconds, and seconds of silence.
 LARGEST, LONGEST, SILENT = 50 * 10**6, 60, 20
 
@@ -191,7 +210,10 @@ def open_image(path, flag: str = "--image") -> Image.Image:
             return image
     except UnidentifiedImageError:
         reason = impostor(path) if not address else ""
-        reason = f"it {reason}" if reason else "it is in no format that Pillow knows"
+        known = "it is in no format that Pillow knows"
+        if Path(path).suffix.lower() in (".heic", ".heif"):
+            known = "a photo in HEIC, which Pillow does not read: convert it to JPEG"
+        reason = f"it {reason}" if reason else known
     except Exception as error:  # Pillow's decoders raise whatever their format makes them stumble over
         reason = error
     raise ValueError(f"{flag} {path} is not a picture that can be read: {reason}")
@@ -237,7 +259,9 @@ def pictures_to_ask(args) -> list[list]:
         return [args.image]
     default = "dataset/eval_images_multi" if args.use_multi == 2 else "dataset/eval_images"
     folder = Path(args.image_dir or default)
-    found = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURES)
+    found, others = pictures_in(folder, "*")
+    if others:
+        print(f"{folder}: {others} files are no pictures and are left out", file=sys.stderr)
     if not found:
         raise FileNotFoundError(f"no pictures in {folder}. Name one with --image, or another folder with --image_dir")
     return [found] if args.use_multi == 2 else [[path] for path in found]

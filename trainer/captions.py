@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from model.processing import encode_chat
 from trainer.asking import (
-    PICTURES,
     answer_batches,
     collate_prompts,
     open_image,
     pictures_first,
+    pictures_in,
     prompts_to_ask,
     question,
 )
@@ -31,15 +31,15 @@ from trainer.lock import only_one
 BEGIN = b'{"image": "'  # of every line, by which a half-written one is known
 
 
-def find_pictures(folder: Path) -> list[str]:
-    """The pictures of a folder and those below it: names relative to it, with / on every system, sorted."""
+def find_pictures(folder: Path) -> tuple[list[str], int]:
+    """The pictures of a folder and those below it: names relative to it, with / on every system, sorted; how many other
+    files there are."""
     if not folder.is_dir():
         raise FileNotFoundError(f"--image_dir {folder}: no such folder")
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and not path.is_dir())
-    names = sorted(path.relative_to(folder).as_posix() for path in found)
-    if not names:
-        raise FileNotFoundError(f"--image_dir {folder}: no pictures there ({' '.join(sorted(PICTURES))})")
-    return names
+    found, others = pictures_in(folder, "**/*")
+    if not found:
+        raise FileNotFoundError(f"--image_dir {folder}: no pictures there, {others} other files")
+    return sorted(path.relative_to(folder).as_posix() for path in found), others
 
 
 def is_json(line: bytes) -> bool:
@@ -101,16 +101,19 @@ class Pictures(Dataset):
 def write_captions(model, tokenizer, args, weights: Path, device) -> Path:
     """Asks every prompt about every picture of args.image_dir, greedily, and appends the answers to args.captions."""
     folder, path = Path(args.image_dir or "dataset/eval_images"), Path(args.captions)
-    names, (prompts, flag) = find_pictures(folder), prompts_to_ask(args, weights)
+    (names, others), (prompts, flag) = find_pictures(folder), prompts_to_ask(args, weights)
     ids = {}
     for prompt in prompts:
         chat = [{"role": "user", "content": question(prompt, 1, pictures_first(weights), flag)}]
         [(ids[prompt], _, _)] = encode_chat(tokenizer, chat, model.config.image_special_token)
     with only_one(path, "--captions"):
-        return append_captions(model, tokenizer, args, device, folder, path, names, ids)
+        append_captions(model, tokenizer, args, device, folder, path, names, ids)
+    if others:
+        print(f"{folder}: {others:,} files are no pictures and were left out")
+    return path
 
 
-def append_captions(model, tokenizer, args, device, folder: Path, path: Path, names: list[str], ids: dict) -> Path:
+def append_captions(model, tokenizer, args, device, folder: Path, path: Path, names: list[str], ids: dict) -> None:
     """names: of the pictures; ids: the tokens of each prompt."""
     answered, broken = read_captions(path)
     wanted = [(name, prompt) for name in names for prompt in ids]
@@ -139,4 +142,3 @@ def append_captions(model, tokenizer, args, device, folder: Path, path: Path, na
                 file.flush()  # the same command goes on after this one
             bar.update(len(texts) + len(failed))
     print(f"{path}: {len(names):,} pictures, {sum(name in broken for name in names):,} of them broken")
-    return path
