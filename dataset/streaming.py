@@ -8,6 +8,7 @@ alone: the row groups of all files are shuffled, and the rows of a stretch again
 resumed runs agree without talking, and a run that is resumed fetches only the stretch in which it stopped.
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -23,6 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet
 
 COLUMNS = ["conversations", "image_bytes"]
+# Seconds before a stretch that could not be fetched is tried again: an hour in all, as long as a network may be away.
+PAUSES = (1, 2, 4, 8, 15, 30, *[60] * 59)
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,15 @@ class Stream:
         beside.replace(path)
 
 
+def hopeless(error: BaseException) -> bool:
+    """Whether to try again is no use: the file is not there, not for us, or no Parquet. A network comes back."""
+    causes = [error, error.__context__]
+    statuses = {getattr(getattr(cause, "response", None), "status_code", None) for cause in causes}
+    no_use = (FileNotFoundError, PermissionError, pa.ArrowInvalid)
+    full = {getattr(cause, "errno", None) for cause in causes} & {errno.ENOSPC, errno.EDQUOT}
+    return bool(statuses & {401, 403, 404, 410} or full) or any(isinstance(cause, no_use) for cause in causes)
+
+
 class Fetcher:
     """Has the next stretch of a plan fetched while another one is in use, and removes what has been used.
 
@@ -164,13 +176,17 @@ class Fetcher:
             thread.start()
 
     def run(self, number: int) -> None:
-        for pause in (1, 5, 0):  # seconds; a network may be gone for a moment
+        for attempt, pause in enumerate((*PAUSES, 0)):
             try:
                 self.stream.fetch(self.plan[number], self.path(number))
                 self.errors.pop(number, None)
                 return
             except Exception as error:  # told where the stretch is asked for
                 self.errors[number] = error
+                if hopeless(error):
+                    return
+                if attempt == 2:
+                    print(f"{error}\nIt is tried again for an hour; Ctrl-C twice ends the run", flush=True)
                 time.sleep(pause)
 
     def get(self, number: int) -> Path:

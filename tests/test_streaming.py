@@ -5,6 +5,7 @@ import re
 import signal
 import threading
 from collections import Counter
+from dataclasses import replace
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -210,21 +211,32 @@ def test_a_row_group_larger_than_a_stretch_is_read_once(files, tmp_path, monkeyp
     assert "row groups of 40 rows are fetched whole" in capsys.readouterr().out
 
 
-def test_a_network_that_is_gone_for_a_moment_does_not_end_the_run(url, tmp_path, monkeypatch):
-    stream, real, failed = Stream([url]), streaming.open_parquet, []
+def test_a_network_that_is_gone_for_half_an_hour_does_not_end_the_run(url, tmp_path, monkeypatch, capsys):
+    stream, real, waited = Stream([url]), streaming.open_parquet, []
 
-    def once(file):
-        if not failed:
-            failed.append(file)
+    def away(file):
+        if sum(waited) < 1800:
             raise OSError("connection reset")
         return real(file)
 
-    monkeypatch.setattr(streaming, "open_parquet", once)
-    monkeypatch.setattr(streaming.time, "sleep", lambda seconds: None)
-    assert Fetcher(stream, stream.plan(41, 0, 0), tmp_path).get(0).is_file() and failed
+    monkeypatch.setattr(streaming, "open_parquet", away)
+    monkeypatch.setattr(streaming.time, "sleep", waited.append)
+    assert Fetcher(stream, stream.plan(41, 0, 0), tmp_path).get(0).is_file()
+    assert sorted(waited) == waited and max(waited) <= 60
+    assert capsys.readouterr().out.count("connection reset\nIt is tried again for an hour") == 1
     monkeypatch.setattr(streaming, "open_parquet", lambda file: 1 / 0)
     with pytest.raises(ValueError, match="division by zero"):
         Fetcher(stream, stream.plan(41, 1, 0), tmp_path).get(0)
+    assert 3300 < sum(streaming.PAUSES) < 3900
+
+
+def test_a_file_that_is_gone_is_not_waited_for(url, tmp_path, monkeypatch):
+    stream, waited, gone = Stream([url]), [], "file:///nowhere/x.parquet"
+    monkeypatch.setattr(streaming.time, "sleep", waited.append)
+    plan = [[replace(piece, file=gone) for piece in stretch] for stretch in stream.plan(41, 0, 0)]
+    with pytest.raises(ValueError, match="x.parquet cannot be read"):
+        Fetcher(stream, plan, tmp_path).get(0)
+    assert waited == []
 
 
 @pytest.mark.parametrize(
