@@ -22,13 +22,17 @@ from trainer.cli import Parser, add_model_arguments, positive, run_main, share
 from trainer.start import begin, unwind
 
 
+AUTH = "MINIMIND_AUTH"  # environment variable in place of --auth
+
+
 def parse_args(argv=None):
     parser = Parser(__file__, __doc__)
     add = parser.start.add_argument
     add("--weights", metavar="W", help="file or Transformers folder to start with; default: the newest that fits")
     add("--host", default="127.0.0.1", metavar="NAME", help="address to listen on; 0.0.0.0: all of this machine's")
     add("--port", type=positive(int), help="default: the first free one from 7860")
-    add("--auth", nargs="+", metavar="NAME:PASSWORD", help="who may come in; default: everybody")
+    who = f"who may come in; default: {AUTH}, as a command line is seen by all on the machine, else everybody"
+    add("--auth", nargs="+", metavar="NAME:PASSWORD", help=who)
 
     add = parser.group("how it answers").add_argument
     spread = "0: the likeliest word; to 2: more surprising; the page's start"
@@ -56,8 +60,9 @@ def parse_args(argv=None):
         args.model_mode = 2
     if not 0 <= args.temperature <= 2:
         parser.error(f"--temperature {args.temperature}: expected 0 to 2")
+    flag, args.auth = ("--auth" if args.auth else AUTH), args.auth or os.environ.get(AUTH, "").split() or None
     if bad := [pair for pair in args.auth or [] if not re.fullmatch("[^:]+:.+", pair)]:
-        parser.error(f"--auth {bad[0]}: expected NAME:PASSWORD")
+        parser.error(f"{flag} {bad[0].partition(':')[0]}...: expected NAME:PASSWORD")
     return args
 
 

@@ -718,3 +718,13 @@ def test_the_quickstarts_model_says_what_it_sees(device, name, questions):
             pictures = []
         assert page.locator(".bot-row img").count() == 2  # seen for the question, and for the one after it
         screenshot(page, f"quickstart_{name}")
+
+
+def test_who_may_come_in_can_be_told_where_others_do_not_see_it(monkeypatch, capsys):
+    monkeypatch.setenv("MINIMIND_AUTH", "ann:secret bob:x")
+    assert web_demo_vlm.parse_args([]).auth == ["ann:secret", "bob:x"]
+    assert web_demo_vlm.parse_args(["--auth", "eve:y"]).auth == ["eve:y"]
+    monkeypatch.setenv("MINIMIND_AUTH", "secret")
+    with pytest.raises(SystemExit):
+        web_demo_vlm.parse_args([])
+    assert "MINIMIND_AUTH secret...: expected NAME:PASSWORD" in capsys.readouterr().err
