@@ -21,7 +21,6 @@ from ipaddress import ip_address
 from trainer.cli import Parser, add_model_arguments, positive, run_main, share
 from trainer.start import begin, unwind
 
-
 AUTH = "MINIMIND_AUTH"  # environment variable in place of --auth
 
 
