@@ -21,7 +21,7 @@ COMMAND = re.compile(
 )
 OTHERS = ("venv", "pytest", "scripts.torchrun", "vllm.", "lmms_eval", "-P scripts/check_export.py")
 TORCHRUN = {"--nproc_per_node", "--nnodes", "--master_addr", "--rdzv_endpoint", "--max-restarts"}
-ELSEWHERE = {"--short", "--target", "--index-url"}  # of git and pip, which we call
+ELSEWHERE = {"--short", "--target", "--index-url", "--standalone"}  # of git, pip and torchrun, which we call
 SOMETHING = "SOMETHING"  # in place of what a message fills in
 
 

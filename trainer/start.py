@@ -33,9 +33,10 @@ def begin() -> None:
 
 
 def handle(number, handler):
-    """signal.signal, but what `nohup` made ignored stays so. Returns the handler before."""
+    """signal.signal, but the end of a terminal stays ignored where `nohup` made it so. Returns the handler before."""
     before = signal.getsignal(number)
-    if before != signal.SIG_IGN:
+    # Not so SIGINT, which a shell has ignored by what it starts with `&`: `kill -INT` is to stop a training there too.
+    if number in (signal.SIGINT, signal.SIGTERM) or before != signal.SIG_IGN:
         signal.signal(number, handler)
     return before
 
