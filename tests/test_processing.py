@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dataset import sources
-from model.model_vlm import MiniMindVLM
 from model.processing import ImageProcessor, encode_chat, load_tokenizer, read_json, to_rgb, vision_config
 from trainer import weights
 
@@ -483,37 +481,6 @@ def test_a_tokenizer_without_padding_is_refused(tokenizer_folder, tmp_path):
     drop_settings(folder, lambda key, value: key == "pad_token")
     with pytest.raises(ValueError, match="has no pad_token; name one in tokenizer_config.json"):
         load_tokenizer(folder, PLACEHOLDERS)
-
-
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2\nsize 12345\n"
-IMPOSTORS = [
-    (POINTER, "is a Git LFS pointer, not the file itself; type: git lfs pull"),
-    (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", "is a web page, as of an error or a login"),
-    (b" \n", "is empty"),
-]
-
-
-@pytest.mark.parametrize("content, message", IMPOSTORS)
-@pytest.mark.parametrize("what", ["weights", "safetensors", "encoder", "tokenizer", "json", "rows", "parquet", "zip"])
-def test_what_stands_in_place_of_a_file_is_called_what_it_is(
-    tmp_path, tokenizer_folder, clip_folder, what, content, message
-):
-    names = {
-        "weights": "w.pth", "safetensors": "w.safetensors", "json": "w.json", "rows": "r.jsonl", "parquet": "r.parquet",
-        "zip": "i.zip", "encoder": "model.safetensors", "tokenizer": "tokenizer.json",
-    }  # fmt: skip
-    if what in ("encoder", "tokenizer"):
-        shutil.copytree(clip_folder if what == "encoder" else tokenizer_folder, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / names[what]
-    path.write_bytes(content)
-    read = {
-        "weights": weights.read_weights, "safetensors": weights.read_weights, "json": read_json,
-        "rows": sources.open_rows, "parquet": sources.open_rows, "zip": sources.Zip,
-        "encoder": lambda path: MiniMindVLM.get_vision_model(path.parent),
-        "tokenizer": lambda path: load_tokenizer(path.parent),
-    }[what]  # fmt: skip
-    with pytest.raises(ValueError, match=f"{path.name}.* {message}"):
-        read(path)
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 3, 4, 5])

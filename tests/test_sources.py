@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import zipfile
 
 import datasets
@@ -12,10 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
+from dataset import sources
 from dataset.lm_dataset import StepSampler, VLMDataset
 from dataset.sources import BadRow, Folder, Zip, drop_tags, parse_line, parse_record
-from model.processing import ImageProcessor
+from model.model_vlm import MiniMindVLM
+from model.processing import ImageProcessor, load_tokenizer, read_json
 from tests.conftest import turn, write_rows
+from trainer import weights
 from trainer.scoring import ShuffledPictures
 
 P = 16  # placeholders of a picture in the tests' world
@@ -450,3 +454,34 @@ def test_with_weights_ranks_still_share_the_epoch_and_the_order_follows_from_the
 
 def test_a_folder_does_not_have_what_lies_outside_a_file(tmp_path):
     assert not Folder(tmp_path).has(".") and not Folder(tmp_path).has("no.png")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2\nsize 12345\n"
+IMPOSTORS = [
+    (POINTER, "is a Git LFS pointer, not the file itself; type: git lfs pull"),
+    (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", "is a web page, as of an error or a login"),
+    (b" \n", "is empty"),
+]
+
+
+@pytest.mark.parametrize("content, message", IMPOSTORS)
+@pytest.mark.parametrize("what", ["weights", "safetensors", "encoder", "tokenizer", "json", "rows", "parquet", "zip"])
+def test_what_stands_in_place_of_a_file_is_called_what_it_is(
+    tmp_path, tokenizer_folder, clip_folder, what, content, message
+):
+    names = {
+        "weights": "w.pth", "safetensors": "w.safetensors", "json": "w.json", "rows": "r.jsonl", "parquet": "r.parquet",
+        "zip": "i.zip", "encoder": "model.safetensors", "tokenizer": "tokenizer.json",
+    }  # fmt: skip
+    if what in ("encoder", "tokenizer"):
+        shutil.copytree(clip_folder if what == "encoder" else tokenizer_folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / names[what]
+    path.write_bytes(content)
+    read = {
+        "weights": weights.read_weights, "safetensors": weights.read_weights, "json": read_json,
+        "rows": sources.open_rows, "parquet": sources.open_rows, "zip": sources.Zip,
+        "encoder": lambda path: MiniMindVLM.get_vision_model(path.parent),
+        "tokenizer": lambda path: load_tokenizer(path.parent),
+    }[what]  # fmt: skip
+    with pytest.raises(ValueError, match=f"{path.name}.* {message}"):
+        read(path)
