@@ -51,10 +51,9 @@ def to_device(batch: dict, model: MiniMindVLM) -> dict:
     """
     keys = ("input_ids", "pixel_values", "image_features", "labels")
     keys += ("attention_mask",) if model.config.use_moe else ()
-    at_once = model.device.type != "cuda"  # elsewhere a copy that goes on in the background may be read half done
-    return {
-        key: batch[key].to(model.device, non_blocking=not at_once) if batch[key] is not None else None for key in keys
-    }
+    device = model.device
+    behind = device.type == "cuda"  # elsewhere a copy that goes on in the background may be read half done
+    return {key: batch[key].to(device, non_blocking=behind) if batch[key] is not None else None for key in keys}
 
 
 def count_labels(batch: dict) -> int:
