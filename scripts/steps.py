@@ -24,7 +24,7 @@ from trainer.start import STEP, STOPS, handle
 
 PROCESSES = 2  # that train together on a CPU, each with its own batch of a step
 MAX_THREADS = 8  # of each: a large machine should not spend its time on dividing the work of a small model
-SAMPLES = 4  # looks at the memory, per second
+LOOKING = 0.05  # of the time goes at most to looks at the memory, each of which can take a tenth of a second
 
 
 @dataclass
@@ -151,8 +151,9 @@ def run(command: list[str]) -> tuple[int, bool, float, float]:
         try:
             watched = psutil.Process(process.pid)
             while not ended.is_set():
+                before = time.perf_counter()
                 peak = max(peak, memory(watched))
-                ended.wait(1 / SAMPLES)
+                ended.wait(max(0.25, (time.perf_counter() - before) / LOOKING))
         except psutil.Error:  # it has ended before us
             pass
 
