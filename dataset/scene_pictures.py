@@ -5,7 +5,7 @@ A scene is a plain description, drawn at random; `draw` makes its picture, the s
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -35,7 +35,10 @@ PLACES = (
 
 @dataclass(frozen=True)
 class Thing:
-    """An object. column, row: its cell of the 3×3 grid; x, y, radius: in sides of the picture; rgb: 0 to 255."""
+    """An object. column, row: its cell of the 3×3 grid; x, y, radius: in sides of the picture; rgb: 0 to 255.
+
+    colour: of COLOURS, or "" where it has no name, see `without_colour`.
+    """
 
     colour: str
     shape: str
@@ -120,6 +123,21 @@ def random_scene(rng: random.Random, new: bool = False, objects: tuple[int, int]
     things.sort(key=lambda thing: (thing.row, thing.column))
     front = tuple(rng.sample(range(number), number))
     return Scene(tuple(things), front, rng.choice(PATTERNS), (tone, other), rng.randrange(1024))
+
+
+def without_colour(scene: Scene, rng: random.Random, share: float = 0.2) -> Scene:
+    """The scene with a share of its things in shades far from all COLOURS, whose colour is then "".
+
+    An encoder that has seen a shape in any shade knows it in a colour that it never had.
+    """
+
+    def shade(thing):
+        rgb = COLOURS[thing.colour]
+        while min(math.dist(rgb, colour) for colour in COLOURS.values()) <= 100:
+            rgb = tuple(rng.randrange(256) for _ in range(3))
+        return replace(thing, colour="", rgb=rgb)
+
+    return replace(scene, things=tuple(shade(thing) if rng.random() < share else thing for thing in scene.things))
 
 
 # ---------------------------------------------------------------------------- drawing

@@ -19,9 +19,9 @@ Data for a model that starts from nothing, without any download. It writes what 
   colour and shape (NEW_PAIRS) or three of a shape in a corner (`is_new`), and all its questions are about that. Each
   colour and each shape for itself occurs in train.
 
---form captions writes a caption of every object, for contrastive training; --form text writes conversations with the
-scene in words in place of the picture, for training on text. With the same seed the scenes are the same. Pictures are
-in `dataset.scene_pictures`.
+--form captions writes a caption of every object, for contrastive training, where one in five objects of train is in a
+shade that no word is for; --form text writes conversations with the scene in words in place of the picture, for
+training on text. With the same seed the scenes are the same. Pictures are in `dataset.scene_pictures`.
 """
 
 if __spec__ is None:  # started by its path, from where Python finds no other folder
@@ -55,6 +55,7 @@ from dataset.scene_pictures import (
     is_new,
     random_scene,
     save_jpeg,
+    without_colour,
 )
 from dataset.scene_wordings import Words, plural, wordings
 
@@ -521,7 +522,7 @@ def captions_of(scene: Scene, image: str) -> list[dict]:
     said = [
         (lang, caption(replace(scene, things=(thing,)), lang, colour=colour))
         for thing in scene.things
-        for colour in (True, False)
+        for colour in ((True, False) if thing.colour else (False,))
         for lang in LANGS
     ]
     return [
@@ -607,6 +608,8 @@ def write_world(
                     other = scene
                 else:
                     image = f"{of_scenes}_{i:05}.jpg"
+                    if form == "captions" and split == "train":
+                        scene = without_colour(scene, rng)
                     if split == of_scenes:
                         save_jpeg(draw(scene, image_size), out_dir / "images" / image)
                     if form == "captions":

@@ -96,7 +96,7 @@ def recipe(folder: Path, device: str = "cpu") -> list[Step]:
             "--image_size", 72, "--patch_size", 24, "--hidden_size", 128, "--num_hidden_layers", 4,
             "--text_hidden_size", 128, "--text_num_hidden_layers", 1, "--projection_dim", 128,
             "--max_text_len", 16, "--min_scale", 1, "--patch_pool", "max", "--patch_weight", 0.8,
-            "--batch_size", 128, "--epochs", 6, "--muon_learning_rate", 5e-3, "--weight_decay", 0.5,
+            "--batch_size", 128, "--epochs", 8, "--muon_learning_rate", 5e-3, "--weight_decay", 0.5,
             "--val_interval", 2, "--device", device,
         ], makes=clip),
         Step("first lesson", "the decoder learns what the words for an object say of it", [

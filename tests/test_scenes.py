@@ -1,12 +1,14 @@
 """The picture world is as promised: the same every time, balanced, right, and val_new keeps its combinations."""
 
 import json
+import math
 import os
 import random
 import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -16,7 +18,7 @@ from PIL import Image
 from dataset import scene_wordings
 from dataset import scenes as world
 from dataset.lm_dataset import VLMDataset
-from dataset.scene_pictures import COLOURS, NEW_PAIRS, PLACES, SHAPES, Scene, Thing
+from dataset.scene_pictures import COLOURS, NEW_PAIRS, PLACES, SHAPES, Scene, Thing, without_colour
 from model.processing import ImageProcessor, load_tokenizer
 from scripts import train_tokenizer
 
@@ -582,6 +584,35 @@ def test_captions_say_of_every_thing_what_and_where_it_is(scenes):
     assert {(row["image"], row["kind"], row["conversations"][0]["content"]) for row in found} == {
         ("a.jpg", "caption", "<image>")
     }
+
+
+def test_a_shade_without_a_name_is_far_from_all_colours_and_is_not_named(scenes):
+    rng, things = random.Random(0), []
+    for scene in list(scenes.values())[:300]:
+        shaded = without_colour(scene, rng)
+        assert [replace(thing, colour="", rgb=()) for thing in shaded.things] == [
+            replace(thing, colour="", rgb=()) for thing in scene.things
+        ]
+        things += shaded.things
+        said = {row["conversations"][1]["content"] for row in world.captions_of(shaded, "a.jpg")}
+        for thing in shaded.things:
+            named = [text for text in said if re.search(rf"{thing.size} \w+ {thing.shape} in the {thing.place}$", text)]
+            assert bool(named) == bool(thing.colour)
+    nameless = [thing for thing in things if not thing.colour]
+    assert 0.15 < len(nameless) / len(things) < 0.25
+    assert min(math.dist(thing.rgb, rgb) for thing in nameless for rgb in COLOURS.values()) > 100
+
+
+def test_only_the_encoders_training_pictures_have_such_shades(tmp_path):
+    for form in ("chat", "captions"):
+        world.write_world(tmp_path / form, scenes=20, val_scenes=10, seed=0, form=form)
+    same = {
+        path.name
+        for path in (tmp_path / "chat/images").iterdir()
+        if path.read_bytes() == (tmp_path / "captions/images" / path.name).read_bytes()
+    }
+    assert {f"{split}_{i:05}.jpg" for split in ("val", "val_new") for i in range(10)} <= same
+    assert 0 < len(same) - 20 < 20
 
 
 @pytest.mark.parametrize("form, pictures", [("captions", 8), ("text", 0)])
