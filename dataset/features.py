@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from dataset.lm_dataset import VLMDataset
 from dataset.sources import BadRow
 
-FORMAT = 2  # raise it when the files, or what our code makes of a picture before the encoder sees it, change
+FORMAT = 3  # raise it when the files, or what our code makes of a picture before the encoder sees it, change
 SEGMENT = 2**28  # bytes; a rank holds as many in memory until they are written
 ABANDONED = 3600  # seconds after which features without keys are those of a run that was killed
 NO_KEY = bytes(16)  # of a picture that cannot be read

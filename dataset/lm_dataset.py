@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from dataset.sources import BadRow, Jsonl, Parquet, Row, open_rows, printable
 from model.processing import IGNORE, IMAGE_TAG, encode_chat, impostor, language
@@ -333,7 +333,7 @@ class VLMDataset(torch.utils.data.Dataset):
         return self.use_picture(row, name, self.decode)
 
     def decode(self, content: bytes) -> torch.Tensor:
-        with Image.open(BytesIO(content)) as image:
+        with self.preprocess.open(BytesIO(content)) as image:
             return self.preprocess.resize(image)
 
     def use_picture(self, row: int, name: str, use):

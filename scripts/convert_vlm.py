@@ -233,7 +233,7 @@ def convert(args, weights: Path, output: Path, temporary: Path) -> None:
         prompts = dict.fromkeys([*prompts_of(source, "en"), *prompts_of(source, "zh")])
         card = model_card(args.to, args.push or output.name, model, about, [*prompts])
         (made / "README.md").write_text(card, encoding="utf-8")
-        ours = reference(model, tokenizer, [open_image(path, "--images") for path in args.images])
+        ours = reference(model, tokenizer, [open_image(path, model.processor, "--images") for path in args.images])
         print(check_folder(made, ours))
         for version in args.versions:
             with tempfile.TemporaryDirectory() as other:

@@ -43,7 +43,6 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel
 
@@ -109,7 +108,7 @@ class Pictures:
 
     def decode(self, index: int) -> torch.Tensor:
         try:
-            with Image.open(self.paths[index]) as image:
+            with self.processor.open(self.paths[index]) as image:
                 return self.processor.resize(image)
         except Exception as error:  # Pillow's decoders raise whatever their format makes them stumble over
             what = impostor(self.paths[index]) or f"cannot be read: {error}"

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import eval_vlm
+from model.processing import ImageProcessor
 from tests.conftest import turn, write_rows
 from trainer import asking
 
@@ -381,28 +382,28 @@ def test_a_picture_may_have_an_address(trained, server, capsys):
 def test_an_address_without_a_picture_says_why_in_a_line(server, monkeypatch, name, message):
     monkeypatch.setattr(asking, "SILENT", 0.3)
     with pytest.raises(ValueError, match=f"--image http.* is not a picture that can be read: {message}") as error:
-        asking.open_image(f"{server}/{name}")
+        asking.open_image(f"{server}/{name}", ImageProcessor())
     assert "\n" not in str(error.value)
 
 
 def test_a_picture_may_not_be_too_large_too_slow_or_from_elsewhere(server, world, monkeypatch):
     red = f"{server}/red.png"
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # of 40·36; Pillow refuses from twice that
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     for path in (red, world / "pictures/red.png"):
-        with pytest.raises(ValueError, match="1440 pixels.* exceeds limit"):
-            asking.open_image(path)
+        with pytest.raises(ValueError, match="it has 0.00144 million pixels, at most 0.0005 are read: make it smaller"):
+            asking.open_image(path, ImageProcessor())
     monkeypatch.setattr(asking, "LONGEST", -1)
     with pytest.raises(ValueError, match="takes longer than"):
-        asking.open_image(red)
+        asking.open_image(red, ImageProcessor())
     monkeypatch.setattr(asking, "LARGEST", 50)
     with pytest.raises(ValueError, match="it is larger than"):
-        asking.open_image(red)
+        asking.open_image(red, ImageProcessor())
     with pytest.raises(ValueError, match="an address begins with http:// or https://"):
-        asking.open_image("file:///etc/hostname")
+        asking.open_image("file:///etc/hostname", ImageProcessor())
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         with pytest.raises(ValueError, match="cannot be reached"):
-            asking.open_image(f"http://127.0.0.1:{closed.getsockname()[1]}/a.png")
+            asking.open_image(f"http://127.0.0.1:{closed.getsockname()[1]}/a.png", ImageProcessor())
 
 
 def test_a_text_file_is_no_picture(trained, tmp_path):
@@ -448,7 +449,7 @@ def test_a_question_asks_with_the_tokens_of_training(trained, world, tokenizer):
     model, _, _ = asking.load(eval_vlm.parse_args(trained))
     model.generate = lambda input_ids, **kwargs: seen.append(input_ids) or torch.cat([input_ids, input_ids[:, :1]], 1)
     args = eval_vlm.parse_args([*trained, "--greedy"])
-    image = asking.open_image(world / "pictures/red.png")
+    image = asking.open_image(world / "pictures/red.png", ImageProcessor())
     asking.ask(model, tokenizer, [turn("user", "What?\n<image>")], [image], args)
     assert tokenizer.decode(seen[0][0]) == (
         "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n<|im_start|>user\nWhat?\n"

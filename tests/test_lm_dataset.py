@@ -327,6 +327,19 @@ def test_a_broken_picture_gives_an_item_that_says_so(read, world, tmp_path, kind
     assert len(batch["input_ids"]) == len(batch["pixel_values"]) == 1
 
 
+def test_a_picture_of_too_many_pixels_is_a_broken_one_and_not_decoded(read, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    for name, size in (("large", (64, 63)), ("larger", (900, 900)), ("small", (62, 64))):
+        Image.new("L", size).save(tmp_path / f"{name}.png")
+    monkeypatch.setattr(ImageProcessor, "resize", lambda self, image: torch.tensor(image.size))
+    rows = [row("<image>", "b", image=f"{name}.png") for name in ("large", "larger", "small")]
+    data = read(rows, images_path=tmp_path)
+    for at, (name, pixels) in enumerate((("large", "0.004032"), ("larger", "0.81"))):
+        where = f"{data.where(at)}: {tmp_path / name}.png cannot be read"
+        assert data[at]["broken"] == f"{where}: it has {pixels} million pixels, at most 0.004 are read: make it smaller"
+    assert data[2]["pictures"].tolist() == [[62, 64]]
+
+
 # ---------------------------------------------------------------------------- batches
 
 

@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from model.processing import ImageProcessor, encode_chat, load_tokenizer, read_json, to_rgb, vision_config
+from model.processing import (
+    ImageProcessor,
+    TooManyPixels,
+    encode_chat,
+    load_tokenizer,
+    read_json,
+    to_rgb,
+    vision_config,
+)
 from trainer import weights
 
 try:
@@ -270,6 +278,40 @@ def test_a_line_of_pixels_shows_its_middle_without_taking_all_memory(size, monke
     assert areas and max(areas) <= 100 * 224 * 224
     assert pixels.shape == (3, 224, 224)
     assert set(pixels.flatten().tolist()) <= {126, 127, 128}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "1", "I", "F"])
+@pytest.mark.parametrize("size", [(61, 45), (45, 61), (20, 90)])
+def test_a_large_picture_is_done_in_bands_with_the_same_result(mode, size, monkeypatch):
+    image = noise(*size, "L" if mode in "IF" else mode)
+    if mode in "IF":
+        image = Image.fromarray((np.array(image) * 16.0).astype(np.int32 if mode == "I" else np.float32))
+    processors = [ImageProcessor(32, (32, 32)), ImageProcessor((32, 45), (32, 45)), ImageProcessor(32, (32, 32), 1)]
+    whole = [processor.resize(image) for processor in processors]
+    monkeypatch.setattr("model.processing.BAND", 7 * size[0])
+    for processor, expected in zip(processors, whole):
+        assert torch.equal(processor.resize(image), expected)
+
+
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(tmp_path):
+    processor, path = ImageProcessor(32, (32, 32)), tmp_path / "photo.jpg"
+    for size, kept in (((255, 300), (255, 300)), ((300, 256), (150, 128)), ((2000, 1030), (250, 129))):
+        noise(16, 16).resize(size).save(path, quality=95)
+        with processor.open(path) as image, Image.open(path) as whole:
+            assert image.size == kept and min(kept) >= 4 * 32
+            apart = (processor.resize(image).int() - processor.resize(whole).int()).abs()
+        assert apart.float().mean() < 2 and apart.max() <= 11
+
+
+def test_a_picture_of_too_many_pixels_is_never_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    processor = ImageProcessor(32, (32, 32))
+    Image.new("1", (20, 25)).save(tmp_path / "fits.png")
+    processor.resize(processor.open(tmp_path / "fits.png"))
+    for size, most in (((20, 26), None), ((40, 40), None), ((20, 20), 0.0003), ((40, 40), 2)):  # Pillow refuses 1,001
+        Image.new("1", size).save(tmp_path / "large.png")
+        with pytest.raises(TooManyPixels, match="it has 0.00.* million pixels, at most 0.00.* are read: make it sm"):
+            processor.open(tmp_path / "large.png", most)
 
 
 # ---------------------------------------------------------------------------- conversations

@@ -58,7 +58,7 @@ def test_a_conversation_keeps_its_pictures_until_it_is_cleared(talk, turns, worl
         *(f"/image '{pictures / 'red.png'}'", f"/image {pictures / 'blue.png'}", "Which colours are these?"),
     )
     assert "这是红色。\n\n> 是的。\n" in out and "forgotten" in out
-    assert "40×36 pixels, picture 2 of the next question" in out
+    assert "picture 2 of the next question" in out
     assert turns == [
         (["这是什么颜色？\n<image>"], 1),
         (["这是什么颜色？\n<image>", "这是红色。", "确定吗？"], 1),

@@ -22,6 +22,7 @@ import trainer.chat
 import trainer.page
 import web_demo_vlm
 from model.model_vlm import MiniMindVLM
+from model.processing import ImageProcessor
 from tests.conftest import lively, small_config, turn
 from trainer.asking import ask, find_models, list_models
 from trainer.chat import Refusal, Stop, fit, load_model, open_picture, turns_of
@@ -381,7 +382,7 @@ def test_pictures_of_other_formats_than_named_are_not_opened(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "picture.eps")
     (tmp_path / "picture.eps").rename(tmp_path / "picture.png")
     with pytest.raises(Refusal, match="broken"):
-        open_picture(str(tmp_path / "picture.png"), 1)
+        open_picture(str(tmp_path / "picture.png"), ImageProcessor(), 1)
 
 
 # ---------------------------------------------------------------------------- stopping

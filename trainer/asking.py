@@ -14,7 +14,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from transformers import TextStreamer
 
-from model.processing import IMAGE_TAG, encode_chat, impostor, read_json
+from model.processing import IMAGE_TAG, ImageProcessor, encode_chat, impostor, read_json
 from trainer.devices import autocast, pick_dtype
 from trainer.weights import bare_name, build_model, read_sidecar, write_json
 
@@ -197,15 +197,16 @@ def fetch(url: str) -> BytesIO:
         raise ValueError(str(error)) from None
 
 
-def open_image(path, flag: str = "--image") -> Image.Image:
-    """A picture, wholly read, from a file or an address. Raises FileNotFoundError or ValueError, which name `flag`."""
+def open_image(path, processor: ImageProcessor, flag: str = "--image") -> Image.Image:
+    """A picture for `processor.resize`, wholly read, from a file or an address. Raises FileNotFoundError or ValueError,
+    which name `flag`."""
     address = re.match(r"(\w+)://", str(path))
     if address and address[1].lower() not in ("http", "https"):
         raise ValueError(f"{flag} {path}: an address begins with http:// or https://")
     if not address and not Path(path).is_file():
         raise FileNotFoundError(f"{flag} {path}: no such file")
     try:
-        with Image.open(fetch(path) if address else path) as image:
+        with processor.open(fetch(path) if address else path) as image:
             image.load()
             return image
     except UnidentifiedImageError:
@@ -276,7 +277,7 @@ def ask_about_pictures(model, tokenizer, args, weights: Path) -> None:
         names = [str(path) for path in paths]
         about = {"picture": names[0] if len(names) == 1 else names}
         try:
-            images = [open_image(path, "--image" if args.image else "--image_dir") for path in paths]
+            images = [open_image(path, model.processor, "--image" if args.image else "--image_dir") for path in paths]
         except (OSError, ValueError) as error:
             if args.image or args.use_multi == 2:
                 raise

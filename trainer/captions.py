@@ -92,7 +92,7 @@ class Pictures(Dataset):
     def __getitem__(self, i: int) -> dict:
         image, prompt = self.asked[i]
         try:
-            pixels = self.processor.resize(open_image(self.folder / image, "--image_dir"))
+            pixels = self.processor.resize(open_image(self.folder / image, self.processor, "--image_dir"))
         except Exception as error:  # one picture, whatever is wrong with it, is no reason to stop
             return {"number": i, "broken": str(error)}
         return {"number": i, "ids": self.ids[prompt], "pictures": pixels[None]}

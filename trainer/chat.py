@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteria, TextIteratorStreamer
 
-from model.processing import IMAGE_TAG, encode_chat
+from model.processing import IMAGE_TAG, ImageProcessor, TooManyPixels, encode_chat
 from trainer.asking import ask, load, question
 from trainer.devices import pick_device
 
@@ -74,18 +74,16 @@ def turns_of(history: list[dict]) -> list[tuple[str, list[str], str]]:
     return turns
 
 
-def open_picture(path: str, max_pixels: float) -> Image.Image:
-    """A picture, wholly read. Its size is known before its pixels are. max_pixels: in millions."""
+def open_picture(path: str, processor: ImageProcessor, max_pixels: float) -> Image.Image:
+    """A picture for `processor.resize`, wholly read. max_pixels: in millions."""
     name = Path(path).name
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > max_pixels * 1e6:
-                raise Refusal("pixels", name=name, limit=max_pixels)
+        with processor.open(path, max_pixels, FORMATS) as image:
             image.load()
             return image
-    except (Refusal, MemoryError):
+    except MemoryError:
         raise
-    except Image.DecompressionBombError:
+    except TooManyPixels:
         raise Refusal("pixels", name=name, limit=max_pixels) from None
     except Exception:  # Pillow's decoders raise whatever their format makes them stumble over
         raise Refusal("broken", name=name) from None

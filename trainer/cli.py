@@ -12,6 +12,7 @@ import shutil
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
 from model import DEFAULT_VISION_MODEL
@@ -36,6 +37,7 @@ def can_be_mended(error: Exception) -> bool:
 def run_main(main) -> None:
     """Calls `main()` and turns what the user can mend into one message instead of a traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a file name that is no Unicode must not end the run
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # `ImageProcessor.open` says it in a sentence
     try:
         main()
     except KeyboardInterrupt:

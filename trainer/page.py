@@ -165,7 +165,7 @@ def build_page(args, models: list[Path]) -> gr.Blocks:
         kept = fit(turns, tokenizer, model.config.image_special_token, args, first)
         stop = Stop(args.max_seconds)
         paths = [file for _, files, _ in kept for file in files]
-        pictures = [model.processor.resize(open_picture(file, args.max_pixels)) for file in paths]
+        pictures = [model.processor.resize(open_picture(file, model.processor, args.max_pixels)) for file in paths]
         shown = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
         shown = [{"path": save_pil_to_cache(picture, get_upload_folder(), format="png")} for picture in shown]
         earlier = len(paths) - len(kept[-1][1])

@@ -72,7 +72,7 @@ def chat(model, tokenizer, args, weights: Path) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends an answer, not the program
     blind, first = needs_picture(weights), pictures_first(weights)
     turns, shown = [], []  # the conversation and its pictures
-    waiting = [open_image(path) for path in args.image or []]  # pictures for the next question
+    waiting = [open_image(path, model.processor) for path in args.image or []]  # pictures for the next question
     print(HELP)
     with line_editing(Path(args.out_dir) / ".chat_history"):
         while True:
@@ -80,9 +80,8 @@ def chat(model, tokenizer, args, weights: Path) -> None:
                 line = input("\n> ").strip()
                 command, _, rest = line.partition(" ")
                 if command == "/image":
-                    waiting.append(open_image(dropped(rest), "/image"))
-                    width, height = waiting[-1].size
-                    print(f"{width}×{height} pixels, picture {len(waiting)} of the next question")
+                    waiting.append(open_image(dropped(rest), model.processor, "/image"))
+                    print(f"picture {len(waiting)} of the next question")
                 elif command == "/clear":
                     turns, shown, waiting = [], [], []
                     print("forgotten")
