@@ -7,7 +7,8 @@ import re
 import shutil
 import threading
 import time
-from contextlib import contextmanager
+import weakref
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import gradio as gr
@@ -293,6 +294,34 @@ def test_weights_that_broke_since_give_a_sentence(out, world, capsys):
     finally:
         path.unlink()
     assert "is not a file of weights" in capsys.readouterr().err
+
+
+def test_the_page_and_the_api_together_ask_one_question_at_a_time_and_keep_two_models(out, monkeypatch):
+    models, before, met, meet = [], [], [], threading.Barrier(2)
+
+    def load(path, args):
+        before.append(sum(model() is not None for model in models))
+        model, tokenizer = load_model(path, args)
+        models.append(weakref.ref(model))
+        return model, tokenizer
+
+    def watched(*args):
+        with suppress(threading.BrokenBarrierError):
+            meet.wait(1)  # for another question that is at work too
+            met.append(args)
+        yield from trainer.chat.stream(*args)
+
+    monkeypatch.setattr(trainer.page, "load_model", load)
+    monkeypatch.setattr(trainer.page, "stream", watched)
+    with serve(flags(out)) as (_, address):
+        weights = [str(out / name) for name in ("sft_vlm_64.pth", "below/sft_vlm_64.pth", "export")]
+        through_api, on_page = Visitor(address), Visitor(address).client
+        for one, other in (weights[:2], weights[1:], weights[::2]):
+            on_page.predict({"text": "What?", "files": []}, api_name="/_clear_and_save_textbox")
+            asked = on_page.submit(one, 0, 0.85, 5, api_name="/_submit_fn")
+            through_api.ask("What?", weights=other, length=5)
+            asked.result(60)
+    assert not met and len(before) > 3 and max(before) < 2
 
 
 # ---------------------------------------------------------------------------- limits

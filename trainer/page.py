@@ -9,7 +9,7 @@ import html
 import threading
 import traceback
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import gradio as gr
@@ -21,6 +21,7 @@ from PIL import Image
 from trainer.asking import find_models, list_models, needs_picture, pictures_first, prompts_of
 from trainer.chat import Refusal, Stop, chat_of, fit, load_model, open_picture, paths_of, stream, turns_of
 
+MOST_LOADED = 2  # models in memory
 SAMPLES = sorted(Path("dataset/eval_images").glob("*.png"))
 
 TEXT = {
@@ -145,12 +146,18 @@ def language_of(request: gr.Request) -> str:
 
 
 def build_page(args, models: list[Path]) -> gr.Blocks:
-    lock = threading.Lock()
-    load_once = lru_cache(maxsize=2)(lambda path: load_model(Path(path), args))
+    # Gradio lets in one question at a time from the page, and one through the API. The lock makes that one in all: one
+    # at work on the models, which loads them and reads its pictures.
+    lock, loaded = threading.Lock(), {}  # {path: (model, tokenizer)}, the one used last at the end
 
     def get_model(path):
-        with lock:  # two visitors who want the same do not load it twice
-            return load_once(path)
+        found = loaded.pop(path, None)
+        if not found:
+            while len(loaded) >= MOST_LOADED:  # let go before the next one takes as much
+                del loaded[next(iter(loaded))]
+            found = load_model(Path(path), args)
+        loaded[path] = found
+        return found
 
     get_model(str(models[0]))  # a mistake is told before the page is there
 
@@ -193,7 +200,8 @@ def build_page(args, models: list[Path]) -> gr.Blocks:
             return TEXT[language][key].format(**values)
 
         try:
-            yield from answer(message, history, weights, temperature, top_p, max_new_tokens, language, say)
+            with lock:
+                yield from answer(message, history, weights, temperature, top_p, max_new_tokens, language, say)
         except Refusal as refusal:
             yield reply("⚠️ " + say(refusal.key, **refusal.values), "notice")
         except Exception as error:
