@@ -114,7 +114,7 @@ def check_rows(batch, numbers: list[int], parse, tokenizer, placeholders: str, m
             if row is None:
                 kind = "blank"
             elif isinstance(row, BadRow):
-                raise row
+                kind, problem = row.kind, str(row)  # not raised: the traceback would keep the table open
             else:
                 ids, labels, images, answers = encode_row(row, tokenizer, placeholders, max_length)
                 length, mended = len(ids), row.mended

@@ -190,15 +190,19 @@ class Fetcher:
                 time.sleep(pause)
 
     def get(self, number: int) -> Path:
-        """The file of a stretch, when it is there. The one before is removed, the one after begun."""
+        """The file of a stretch, when it is there. The one before is removed: nobody may have it open any more."""
         self.begin(number)
         self.threads[number].join()
         if number in self.errors:
             raise ValueError(str(self.errors[number]))
         if number:
             shutil.rmtree(self.path(number - 1).parent, ignore_errors=True)
-        self.begin(number + 1)
         return self.path(number)
+
+    def ahead(self) -> None:
+        """Begins the stretch after the last one that was asked for; by a thread, so when workers have been forked."""
+        if self.threads:  # else another rank fetches
+            self.begin(max(self.threads) + 1)
 
     def remove(self) -> None:
         """Everything that is still there."""

@@ -1,9 +1,11 @@
 """Rows that are streamed: which come when, what is on the disk, resuming, ranks, and a hub that is not there."""
 
 import json
+import os
 import re
 import signal
 import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from email.utils import formatdate
@@ -11,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -126,6 +129,7 @@ def test_two_stretches_are_on_the_disk_at_a_time_and_none_in_the_end(url, tmp_pa
     fetcher = Fetcher(stream, plan, tmp_path / "stream")
     for number in range(len(plan)):
         assert fetcher.get(number).is_file()
+        fetcher.ahead()
         for thread in fetcher.threads.values():
             thread.join()
         assert len(list((tmp_path / "stream").iterdir())) == min(2, len(plan) - number)
@@ -155,7 +159,52 @@ def test_a_stretch_that_was_left_behind_is_not_fetched_again(url, tmp_path, monk
     assert Fetcher(stream, stream.plan(41, 1, 0), tmp_path).path(0) != path  # while another order is another stretch
 
 
+@pytest.fixture
+def windows(monkeypatch):
+    """No file is removed while a process of ours has it mapped; gives those for which it was tried."""
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("what is mapped is looked up as on Linux")
+    real, refused = os.unlink, []
+
+    def unlink(path, *, dir_fd=None):
+        path = Path("" if dir_fd is None else Path(f"/proc/self/fd/{dir_fd}").readlink(), path)
+        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        if any(area.path == str(path) for process in processes for area in process.memory_maps()):
+            refused.append(path)
+            raise PermissionError(13, "used by another process", str(path))
+        real(path)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    return refused
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_stretch_is_closed_before_it_is_removed(streamed, files, tmp_path, windows, workers):
+    good, bad = (chat("<image>", "b"), [picture("red")]), ("no chat", [])
+    write_parquet(files / "sft_0.parquet", [good] * 11 + [bad], row_group_size=12)
+    write_parquet(files / "sft_1.parquet", [bad] * 12 + [good] * 12, row_group_size=12)
+    main([*streamed, "--num_workers", workers, "--on_bad_row", "skip"])
+    assert windows == [] and not (tmp_path / "out/stream").exists()
+
+
 # ---------------------------------------------------------------------------- training
+
+
+def test_no_thread_of_ours_is_there_when_worker_processes_are_forked(streamed, world, monkeypatch):
+    """What it holds at that moment, a lock of the allocator or of a library, the workers would wait for in vain."""
+    before, found, fork, fetch = {*threading.enumerate()}, [], os.fork, Stream.fetch
+
+    def note():
+        found.append({thread.name for thread in {*threading.enumerate()} - before})
+        return fork()
+
+    monkeypatch.setattr(os, "fork", note)
+    monkeypatch.setattr(Stream, "fetch", lambda *args: time.sleep(0.5) or fetch(*args))  # so it is seen under way
+    rows = ["--val_path", str(world / "val.jsonl"), "--val_images_path", str(world / "pictures")]
+    rows += ["--val_interval", "1", "--batch_size", "6", "--stream_rows", "24"]
+    main([*streamed, *rows, "--num_workers", "1"])
+    assert len(found) == 3  # for the validation and two stretches
+    assert set.union(*found) <= {"QueueFeederThread"}  # PyTorch's own, which hands out work to other workers
 
 
 def test_a_streamed_run_that_is_stopped_and_resumed_ends_as_one_that_never_stopped(

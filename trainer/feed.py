@@ -9,11 +9,15 @@ from functools import partial
 from pathlib import Path
 
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from dataset.lm_dataset import NoUsableRow, StepSampler, VLMDataset, collate
 from dataset.sources import MENDED, Stretch
 from dataset.streaming import Fetcher, Stream, is_remote
 from trainer.distributed import main_first, rank, say, world_size
+
+# A bar's own thread would be there when worker processes are forked: what it holds then, they wait for in vain.
+tqdm.monitor_interval = 0
 
 
 def check_data(args, model, tokenizer, paths, images_path=None, weights=None) -> VLMDataset:
@@ -149,17 +153,22 @@ class StreamFeed:
             steps = math.ceil(sum(piece.end - piece.first for piece in plan[number]) / self.step_rows)
             done = max(first_step - number * self.stretch_steps, 0)
             left = (steps - done) * self.accumulation  # batches of this rank
-            self.data = self.stretch(fetcher, number)
+            self.data = None  # the stretch before: Windows removes no file that is still mapped
+            self.data, batches = self.stretch(fetcher, number), ()
             if self.data:
                 sampler = StepSampler(
                     self.data.lengths, self.args.batch_size, self.accumulation, self.args.seed, rank(), world_size()
                 )
                 sampler.set_epoch(0, done)
-                for batch in make_loader(self.data, sampler, self.args, self.device, self.tokenizer):
-                    left -= 1
-                    yield batch
+                batches = iter(make_loader(self.data, sampler, self.args, self.device, self.tokenizer))
+            fetcher.ahead()  # workers are forked by now, and no thread was there to be forked with them
+            for batch in batches:
+                left -= 1
+                yield batch
+            batches = ()  # the workers of an iterator have the stretch mapped too
             for _ in range(left):
                 yield collate([], self.tokenizer.pad_token_id)
+        self.data = None
         with main_first() as leads:  # a run that stops before leaves its stretch for the one that goes on
             if leads:
                 fetcher.remove()

@@ -196,6 +196,8 @@ def set_up(
     if val_data is not None:
         val_sampler = StepSampler(val_data.lengths, args.batch_size, 1, 0, rank(), world_size(), shuffle=False)
         val_loader = make_loader(val_data, val_sampler, args, device, tokenizer)
+        if isinstance(data, Stream):
+            iter(val_loader)  # forks its workers, before there is a thread that fetches
 
     choose_attention(model, device, dtype)
     if args.compile:
