@@ -71,6 +71,51 @@ def test_an_environment_that_is_there_but_not_active_is_named(tmp_path, monkeypa
         assert start.missing(ImportError("No module named 'torch'")) == f"No module named 'torch'. Type: {what}"
 
 
+# ---------------------------------------------------------------------------- when nobody reads any more
+
+
+def head(last: str, *command, **options):
+    """(status, stderr) of a script of whose output the lines up to this one are read before the pipe is closed."""
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with subprocess.Popen([sys.executable, *command], **options) as process:
+        while last and process.stdout.readline().strip() != last:
+            assert process.poll() is None
+        process.stdout.close()
+        return process.wait(timeout=300), process.stderr.read()
+
+
+def test_help_that_nobody_reads_ends_without_a_word():
+    for path in ("train_sft_vlm.py", "scripts/quickstart.py", "dataset/toys.py"):
+        status, told = head("", *as_typed(Path(path)), "--help")
+        assert status in (0, start.UNREAD) and told == "", path
+
+
+@pytest.mark.parametrize("rest", ["print('last')", "[print(i) for i in range(10**5)]"])
+def test_a_pipe_that_is_closed_ends_a_script_without_a_word(rest):
+    """One line is written by Python itself at the very end; many fill the pipe before."""
+    code = f"from trainer.start import begin\nbegin()\nprint('first', flush=True)\ninput()\n{rest}"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdin=-1, stdout=-1, stderr=-1) as process:
+        assert process.stdout.readline() == "first\n"
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+        assert process.wait() in (0, start.UNREAD) and process.stderr.read() == ""
+
+
+def test_another_pipe_that_breaks_is_told():
+    done = run("-c", "from trainer.start import begin\nbegin()\nraise BrokenPipeError(32, 'of a worker')")
+    assert done.returncode == 1 and "of a worker" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_training_that_nobody_reads_any_more_has_saved(flags, tmp_path):
+    (tmp_path / "held.py").write_text(HELD)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    status, told = head("ready", str(tmp_path / "held.py"), "step", *flags, env=env)
+    assert status == start.UNREAD and "Traceback" not in told and "Broken" not in told
+    assert (tmp_path / "out/sft_vlm_64.json").is_file()
+
+
 # ---------------------------------------------------------------------------- what to type to go on
 
 

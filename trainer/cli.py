@@ -16,7 +16,7 @@ import warnings
 from pathlib import Path
 
 from model import DEFAULT_VISION_MODEL
-from trainer.start import missing, tell_stopped
+from trainer.start import UNREAD, missing, tell_stopped, unread
 
 
 class Stopped(SystemExit):
@@ -44,9 +44,11 @@ def run_main(main) -> None:
         tell_stopped("stopped")
         sys.exit(130)
     except Exception as error:
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        if unread(error):
+            os._exit(UNREAD) if several else sys.exit(UNREAD)  # as below
         if os.environ.get("MINIMIND_TRACEBACK") or not can_be_mended(error):
             raise
-        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
         if several and os.environ["RANK"] != "0":
             time.sleep(2)  # what all ranks found, the first says: torchrun then ends the others
         about = f"\nerror: {error}\n(MINIMIND_TRACEBACK=1 shows where)"

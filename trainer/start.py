@@ -3,6 +3,8 @@
 Nothing here imports what is not in Python itself, so that `begin` comes before all that takes seconds to import.
 """
 
+import atexit
+import errno
 import os
 import shlex
 import signal
@@ -12,18 +14,20 @@ from pathlib import Path
 
 STEP = "MINIMIND_STEP"  # environment variable of a recipe's step, whose last words are the recipe's (scripts/steps.py)
 PROCESS = os.getpid()
+UNREAD = 141  # the status that a shell gives to what wrote into a pipe that nobody reads any more
 # Ctrl-C, kill, and a terminal that was closed or an SSH connection that was lost (Windows knows no such signal)
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def begin() -> None:
     """Called by a script before it imports anything: from here on what stops it, and a missing package, are told in
-    one message instead of a traceback.
+    one message instead of a traceback; and where nobody reads what it prints (`| head`) it ends without a word.
 
     Ctrl-C leaves at once, whatever is half imported, half read or half written: all files of ours stand that, as they
     stand `kill -9`. Who has something to finish or to remove asks for an exception, see `unwind`, or sets a handler.
     """
     sys.excepthook = told
+    atexit.register(flush)
     ranks, first = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0") == "0"
     silent = STEP in os.environ or not first
     # SIG_DFL also ends a rank that waits for another in C++. Torchrun ends ranks by SIGTERM when one has failed, and
@@ -99,8 +103,31 @@ def missing(error: ImportError) -> str:
     return f"{error}. Type: {activate if outside else 'pip install -r requirements.txt'}"
 
 
+def unread(error: BaseException) -> bool:
+    """Whether printing failed because nobody reads any more; whatever is printed then goes nowhere."""
+    if getattr(error, "errno", None) != (errno.EINVAL if os.name == "nt" else errno.EPIPE):
+        return False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            print(file=stream, flush=True)  # it may have been another pipe that broke
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            return True
+    return False
+
+
+def flush() -> None:
+    """At the end, where Python itself would complain."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        unread(error)
+
+
 def told(kind, error, traceback) -> None:
     """sys.excepthook: a package that is missing, while modules are imported, is the user's to mend."""
+    if unread(error):
+        sys.exit(UNREAD)
     if not isinstance(error, ImportError) or os.environ.get("MINIMIND_TRACEBACK"):
         sys.__excepthook__(kind, error, traceback)
     else:
