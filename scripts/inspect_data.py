@@ -3,6 +3,7 @@ conversations and exactly which tokens carry loss. It ends with the command that
 
     python -m scripts.inspect_data rows.jsonl --images_path pictures
     python -m scripts.inspect_data 'data/*.parquet' --samples 40
+    python -m scripts.inspect_data "hf://datasets/owner/name/sft_*.parquet"     # a stretch of it
 
 Rows are read, checked, mended and shortened by the code that training uses, which finds them checked afterwards.
 Pictures are looked for in all rows, but opened in the samples only. The page is one file that loads nothing.
@@ -11,7 +12,7 @@ Pictures are looked for in all rows, but opened in the samples only. The page is
 if __spec__ is None:  # started by its path, from where Python finds no other folder
     raise SystemExit("type -m scripts.inspect_data instead of scripts/inspect_data.py")
 
-from trainer.start import begin
+from trainer.start import begin, unwind
 
 if __name__ == "__main__":
     begin()  # Ctrl-C or a missing package is one sentence from here on
@@ -19,6 +20,7 @@ if __name__ == "__main__":
 import base64
 import io
 import re
+import tempfile
 import textwrap
 from html import escape
 from itertools import compress
@@ -31,7 +33,8 @@ from tqdm import tqdm
 
 from dataset.features import Pictures
 from dataset.lm_dataset import KINDS, VLMDataset, encode_row
-from dataset.sources import MENDED
+from dataset.sources import MENDED, Stretch
+from dataset.streaming import is_remote
 from model.model_vlm import DEFAULT_VISION_MODEL, VLMConfig
 from model.processing import IGNORE, ImageProcessor, load_tokenizer
 from scripts.report import document, rows_table, tile
@@ -39,7 +42,7 @@ from scripts.steps import write_text
 from trainer.advice import sizes
 from trainer.asking import list_models
 from trainer.cli import Parser, add_parts_arguments, not_negative, positive, run_main
-from trainer.feed import ignore_interrupt
+from trainer.feed import ignore_interrupt, load_data
 from trainer.machine import usable_cores
 from trainer.optimizer import fitting_batch
 from trainer.shown import WIDTH, typed
@@ -124,7 +127,8 @@ def facts(data: VLMDataset) -> list[tuple[str, str]]:
 def files(data: VLMDataset) -> list[tuple[str, int, int]]:
     """(path, rows, usable rows)"""
     usable = np.diff(np.searchsorted(data.rows, data.starts)).tolist()
-    return [(str(source.path), len(source.table), good) for source, good in zip(data.sources, usable)]
+    names = [str(source if isinstance(source, Stretch) else source.path) for source in data.sources]
+    return [(name, len(source.table), good) for name, source, good in zip(names, data.sources, usable)]
 
 
 def wrap(text: str) -> str:
@@ -311,8 +315,10 @@ carry loss: the model learns to predict each of them from all that stands before
 def parse_args(argv=None):
     parser = Parser(__file__, __doc__)
     add = parser.start.add_argument
-    add("data_path", nargs="+", metavar="PATH", help="rows as training takes them: JSONL or Parquet, files or patterns")
+    rows = "rows as training takes them: JSONL or Parquet, files or patterns, hf://..."
+    add("data_path", nargs="+", metavar="PATH", help=rows)
     add("--images_path", nargs="+", metavar="PATH", help="folder or zip of pictures, one for all or one each")
+    add("--stream_rows", type=positive(int), default=1000, help="how many of hf://... are fetched and looked at")
     add("--html", default="out/inspect.html", metavar="FILE", help="the page")
     add("--samples", type=positive(int), default=12, help="rows on the page")
     add("--open_all", action="store_true", help="open every picture, on all cores: does training meet a broken one?")
@@ -353,6 +359,18 @@ def next_command(args, weights: Path | None, rows: int, skip: bool) -> list[str]
 
 def main(argv=None):
     args = parse_args(argv)
+    if not any(map(is_remote, args.data_path)):
+        return look(args, args.data_path)
+    stream = load_data(args, None, None, args.data_path, args.images_path)
+    unwind()  # there is a temporary file
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        stretch = stream.plan(args.stream_rows, args.seed, epoch=0)[0]
+        stream.fetch(stretch, Path(folder) / "rows.arrow")
+        return look(args, Stretch(Path(folder) / "rows.arrow"), stream.rows)
+
+
+def look(args, rows: list[str] | Stretch, total: int | None = None) -> None:
+    """Prints and writes what there is to see. rows: of `VLMDataset`; total: how many the whole stream has."""
     notes = ["Pictures were looked for in all rows, but opened in the samples only."]
     weights = choose_weights(args)
     words, eyes = folders_of(weights, read_sidecar(weights), args) if weights else (None, None)
@@ -365,9 +383,7 @@ def main(argv=None):
         notes.append(f"No encoder in {eyes}: 196 tokens per picture are assumed, the public CLIP's.")
     tokenizer = load_tokenizer(args.tokenizer_path or words or "./model", placeholders)
     print(wrap(f"checking {', '.join(args.data_path)} ..."), flush=True)
-    data = VLMDataset(
-        args.data_path, args.images_path, tokenizer, processor, args.max_seq_len, placeholders, on_bad_row="skip"
-    )
+    data = VLMDataset(rows, args.images_path, tokenizer, processor, args.max_seq_len, placeholders, on_bad_row="skip")
     found = survey(data)
     figures = charts(data, found)
     print(f"\n{terminal(data, figures)}\n")
@@ -382,10 +398,14 @@ def main(argv=None):
         broken = [example["broken"] for example in examples if "broken" in example]
         if broken:
             notes.append(f"{len(broken)} of {len(chosen)} samples have a picture that cannot be read: {broken[0]}")
+    if total:
+        notes.append(
+            f"It was a stretch of {data.starts[-1]:,} rows, of row groups drawn by --seed, of {total:,} streamed."
+        )
     if not weights and args.from_weight != "none":
         small, public = "python -m scripts.quickstart", "python -m scripts.download --what clip vlm"
         notes.append(f"No weights to start from: make small ones ({small}) or fetch the public ones ({public}).")
-    command = next_command(args, weights, len(data), skip=bool(data.bad or broken))
+    command = next_command(args, weights, total or len(data), skip=bool(data.bad or broken))
     cards = [sample(data, row, example, LANGUAGES[found[row, 0]]) for row, example in zip(chosen, examples)]
     write_text(args.html, page(data, figures, cards, notes, command))
     print(*map(wrap, notes), f"\nwritten: {args.html}", f"To train on it:\n$ {typed(command)}", sep="\n")

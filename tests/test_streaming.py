@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -24,6 +25,7 @@ from dataset import streaming
 from dataset.lm_dataset import VLMDataset
 from dataset.streaming import Fetcher, Stream
 from model.processing import ImageProcessor
+from scripts import inspect_data
 from tests.test_loop import interrupt, losses
 from tests.test_sources import chat, picture, write_parquet
 from train_sft_vlm import main, parse_args
@@ -407,6 +409,29 @@ def test_a_data_set_on_a_hub_is_learned_from_without_being_downloaded(streamed, 
     assert not (tmp_path / "far_run/stream").exists()
     with pytest.raises(FileNotFoundError, match="no such file. There is: sft_0.parquet, sft_1.parquet"):
         main([*far, "--data_path", "hf://datasets/owner/name/none_*.parquet"])
+
+
+def test_inspect_data_looks_at_a_stretch_of_a_hub_and_says_so(
+    hub, tmp_path, tokenizer_folder, clip_folder, monkeypatch, capsys
+):
+    far = "hf://datasets/owner/name/sft_*.parquet"
+    flags = ["--tokenizer_path", str(tokenizer_folder), "--vision_model_path", str(clip_folder), "--max_seq_len", "120"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    inspect_data.main([far, *flags, "--stream_rows", "10", "--open_all"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "41 rows in 8 row groups" in out and "10 10 a stretch of the stream" in out and "10 usable rows" in out
+    assert "All 10 pictures were opened, 0 of them cannot be read" in out
+    assert "It was a stretch of 10 rows, of row groups drawn by --seed, of 41 streamed." in out
+    assert f"--data_path '{far}'" in out.split("To train on it:")[1]
+    assert "hf://datasets/owner/name/sft_" in (tmp_path / "out/inspect.html").read_text(encoding="utf-8")
+    assert not list((tmp_path / "temporary").iterdir())
+    with pytest.raises(ValueError, match="streamed rows hold their pictures and go alone"):
+        inspect_data.main([far, "rows.jsonl", *flags])
+    hub.status = 404
+    with pytest.raises(OSError, match="(no such file|cannot be read: )"):
+        inspect_data.main(["hf://datasets/owner/fourth/sft_*.parquet", *flags])
 
 
 def test_a_hub_without_the_repository_or_the_network_is_told_in_one_sentence(streamed, hub):
