@@ -1,5 +1,6 @@
 """What the frozen encoder makes of pictures, kept on the disk: no epoch and no later run computes it again.
 
+    DIR/hashes.npy                      uint8 (n, 32): stamps of pictures, see `Pictures.stamp`, and their hashes
     DIR/<key>/about.json                what these are features of; the key is its hash
     DIR/<key>/<segment>.keys.npy        uint8 (n, 16): hash of each picture's file
     DIR/<key>/<segment>.features.npy    float16 (n, P, V); or (n, P) records of a float16 scale and V int8 values
@@ -29,11 +30,22 @@ from dataset.sources import BadRow
 FORMAT = 3  # raise it when the files, or what our code makes of a picture before the encoder sees it, change
 SEGMENT = 2**28  # bytes; a rank holds as many in memory until they are written
 ABANDONED = 3600  # seconds after which features without keys are those of a run that was killed
-NO_KEY = bytes(16)  # of a picture that cannot be read
+NO_KEY = bytes(16)  # of a picture that cannot be read, or whose file's times tell nothing
+SETTLED = 2 * 10**9  # nanoseconds; a file that changed since may do so again without another time to show for it
 
 
 def hash_of(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def places(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Where keys stand first, uint8 (n, 16) and (N, 16) → int64 (N,); -1: nowhere."""
+    wanted = np.ascontiguousarray(wanted).view("S16").ravel()
+    if not len(keys):
+        return np.full(len(wanted), -1)
+    there, first = np.unique(np.ascontiguousarray(keys).view("S16"), return_index=True)
+    at = np.searchsorted(there, wanted).clip(max=len(there) - 1)
+    return np.where(there[at] == wanted, first[at], -1)
 
 
 class FeatureCache:
@@ -89,12 +101,7 @@ class FeatureCache:
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """uint8 (N, 16) → the numbers of their features, int64 (N,); -1: not there."""
-        wanted = np.ascontiguousarray(keys).view("S16").ravel()
-        if not self.pictures:
-            return np.full(len(wanted), -1)
-        there, first = np.unique(np.concatenate([own for _, own in self.segments]).view("S16"), return_index=True)
-        at = np.searchsorted(there, wanted).clip(max=len(there) - 1)
-        return np.where(there[at] == wanted, first[at], -1)
+        return places(np.concatenate([np.empty((0, 16), np.uint8), *(own for _, own in self.segments)]), keys)
 
     def read(self, numbers) -> torch.Tensor:
         """Features by their numbers → float16 (N, P, V)."""
@@ -197,24 +204,42 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def __getitem__(self, i: int) -> tuple:
+    def at(self, i: int) -> tuple[VLMDataset, int, str]:
+        """Where a picture is: in which data set, a row that shows it, its name."""
         which = int(np.searchsorted(self.ends, i, side="right"))
-        data, (rows, names, *_) = self.sets[which], self.found[which]
+        rows, names, *_ = self.found[which]
         at = i - int(self.ends[which]) + len(rows)
+        return self.sets[which], int(rows[at]), names[at]
+
+    def stamp(self, i: int) -> bytes:
+        """Of the file that a picture lies in and its name there, the same as long as size and times of the file are;
+        NO_KEY where these do not tell whether it has changed."""
+        data, row, name = self.at(i)
+        path = data.sources[data.place(row)[0]].file(name)
+        try:
+            about = path.stat()
+        except OSError:
+            return NO_KEY
+        times = about.st_mtime_ns, about.st_ctime_ns  # the second also shows what `cp -p` put there
+        if time.time_ns() - max(times) < SETTLED:
+            return NO_KEY
+        return hash_of(repr((str(path.absolute()), name, about.st_size, times)).encode())
+
+    def __getitem__(self, i: int) -> tuple:
+        data, row, name = self.at(i)
 
         def look(content):
             return hash_of(content), data.decode(content) if self.decode else None
 
         try:
-            return i, *data.use_picture(int(rows[at]), names[at], look), ""
+            return i, *data.use_picture(row, name, look), ""
         except BadRow as error:
             return i, NO_KEY, None, str(error)
 
     def where(self, i: int) -> str:
         """file:line of a row that shows a picture."""
-        which = int(np.searchsorted(self.ends, i, side="right"))
-        rows = self.found[which][0]
-        return self.sets[which].where(int(rows[i - int(self.ends[which]) + len(rows)]))
+        data, row, _ = self.at(i)
+        return data.where(row)
 
     def attach(self, cache: FeatureCache, numbers: np.ndarray, broken: dict[int, str]) -> None:
         """From now on the rows come with features. numbers: int64 (len(self),), of each picture; broken: {i: why}."""

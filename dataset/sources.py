@@ -242,6 +242,8 @@ class Folder:
         """What `PIL.Image.open` takes."""
         return self.find(name) or self.path / name
 
+    file = open  # that a picture lies in
+
     def where(self, name: str) -> str:
         return str(self.open(name))
 
@@ -312,6 +314,9 @@ class Zip:
         if len(data) != unpacked or zlib.crc32(data) != crc:
             raise ValueError("its checksum is wrong, the zip is damaged")
         return BytesIO(data)
+
+    def file(self, name: str) -> Path:
+        return self.path
 
     def where(self, name: str) -> str:
         return f"{self.path}:{name}"
@@ -406,6 +411,9 @@ class Jsonl:
     def open(self, name: str):
         return self.pictures.open(name)
 
+    def file(self, name: str) -> Path:
+        return self.pictures.file(name)
+
     def identity(self, name: str):
         """Equal for equal pictures."""
         return name
@@ -472,6 +480,9 @@ class Parquet:
     def open(self, name: str) -> BytesIO:
         number, which = map(int, name.split("."))
         return BytesIO(picture_list(self.record(number)["image_bytes"])[which])
+
+    def file(self, name: str) -> Path:
+        return self.path
 
     def place(self, number: int) -> str:
         return f"{self.path}:{number + 1}"

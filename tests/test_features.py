@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import namedtuple
 
 import numpy as np
@@ -18,6 +19,7 @@ import train_pretrain_vlm
 import train_sft_vlm
 import trainer.loop
 from dataset.features import FeatureCache, hash_of
+from dataset.lm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM
 from tests.conftest import turn, write_rows
 from tests.test_distributed import assert_same_weights
@@ -206,6 +208,43 @@ def test_a_picture_that_changes_while_features_are_computed_is_not_taken_for_wha
     assert own == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_start_reads_only_pictures_whose_files_have_changed(cached, pictures, tmp_path, monkeypatch, zipped):
+    folder, seen = pictures
+    red, flags = folder / "pictures/red.png", data_flags(cached, folder)
+    archive = str(tmp_path / "pictures")
+
+    def draw(colour):
+        Image.new("RGB", (40, 36), colour).save(red, compress_level=0)  # so that all colours take as many bytes
+
+    draw("red")
+    if zipped:
+        flags += ["--images_path", shutil.make_archive(archive, "zip", folder / "pictures")]
+    read, use = [], VLMDataset.use_picture
+    monkeypatch.setattr(VLMDataset, "use_picture", lambda self, row, *more: read.append(row) or use(self, row, *more))
+
+    def reads_and_encodes():
+        read.clear()
+        seen.clear()
+        train_sft_vlm.main([*flags, "--epochs", "1", "--out_dir", str(tmp_path / str(time.time_ns()))])
+        return len(read), sum(seen)
+
+    assert reads_and_encodes() == (12, 6)
+    assert reads_and_encodes() == (6, 0)  # files that came a moment ago may change again unseen
+    monkeypatch.setattr("dataset.features.SETTLED", 0)
+    assert reads_and_encodes() == (6, 0) and reads_and_encodes() == (0, 0)
+
+    before = red.stat()
+    draw("pink")
+    assert red.stat().st_size == before.st_size
+    os.utime(red, ns=(before.st_atime_ns, before.st_mtime_ns))  # as `cp -p` leaves it
+    if zipped:
+        shutil.make_archive(archive, "zip", folder / "pictures")
+    assert reads_and_encodes() == (7 if zipped else 2, 1) and reads_and_encodes() == (0, 0)
+    (tmp_path / "cache/hashes.npy").write_bytes(b"damaged")
+    assert reads_and_encodes() == (6, 0) and reads_and_encodes() == (0, 0)
+
+
 def test_parquet_and_jsonl_together(cached, pictures, tmp_path):
     """Several sources: a picture is found by its row's own file, and the same content is one picture."""
     folder, seen = pictures
@@ -241,7 +280,7 @@ def test_without_room_nothing_is_computed(cached, pictures, tmp_path, monkeypatc
     folder, seen = pictures
     with pytest.raises(ValueError, match=r"(?s)--cache_features .* do not fit .* --cache_dtype int8"):
         train_sft_vlm.main(data_flags(cached, folder))
-    assert not seen and not (tmp_path / "cache").exists()
+    assert not seen and not list((tmp_path / "cache").glob("*/*"))
 
 
 def test_what_cannot_have_a_cache_is_refused_by_the_name_of_the_flag(cached):
@@ -373,7 +412,7 @@ def test_two_ranks_share_the_work_and_a_killed_run_leaves_a_cache_that_works(cac
     process.wait()
     out = subprocess.run([*launch, *flags], capture_output=True, text=True, timeout=120)
     assert out.returncode == 0, out.stderr
-    cache = next(path for path in (tmp_path / "cache").iterdir())
+    cache = next(path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     keys = [key.tobytes() for path in cache.glob("*.keys.npy") for key in np.load(path)]
     assert len(set(keys)) == 40
     assert json.loads((cache / "about.json").read_text())["kept as"] == "float16"

@@ -1,17 +1,19 @@
 """--cache_features: the pictures of a run are encoded once, before its first step, or never if they were before."""
 
 import shutil
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from dataset.features import NO_KEY, FeatureCache, Pictures
+from dataset.features import NO_KEY, FeatureCache, Pictures, places
 from trainer.devices import autocast, pick_dtype
 from trainer.distributed import gather, is_main, rank, say, world_size
 from trainer.feed import ignore_interrupt
-from trainer.weights import fingerprint
+from trainer.weights import fingerprint, write_safely
 
 ARCHITECTURE = ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")  # no weight tells
 
@@ -19,9 +21,9 @@ ARCHITECTURE = ("image_size", "patch_size", "num_attention_heads", "hidden_act",
 def cache_features(args, model, device, *sets) -> None:
     """Gives the rows of all data sets (None among them is none) their picture features, in place of pixels.
 
-    Features are computed in the precision of the run and kept as --cache_dtype. Every picture is read and hashed anew
-    at each start, so that one that has changed is computed again. Ranks share the work. A folder that lacks nothing is
-    only read.
+    Features are computed in the precision of the run and kept as --cache_dtype. A picture is read and hashed where its
+    file is new or has another size or time than at an earlier start, and computed again if it has changed. Ranks share
+    the work. A folder that lacks nothing is only read.
 
     sets: the training rows first; under --on_bad_row error their broken pictures end the run now, not at their step.
     Raises ValueError if the disk has no room, or for a broken picture.
@@ -98,19 +100,39 @@ def progress(batches, name: str, pictures: int):
 
 def hash_all(pictures: Pictures, args) -> tuple[np.ndarray, dict[int, str]]:
     """uint8 (pictures, 16), the hash of each, and {picture: why} of those that cannot be read; on all ranks."""
-    own = range(rank(), len(pictures), world_size())
-    hashes, broken = {}, {}
-    for batch in progress(loader(pictures, own, args, 256), "reading pictures", len(pictures)):
+    path = Path(args.cache_features) / "hashes.npy"
+    own, known = range(rank(), len(pictures), world_size()), read_hashes(path)
+    stamps = [pictures.stamp(i) for i in own]
+    at = places(known[:, :16], np.frombuffer(b"".join(stamps), np.uint8).reshape(-1, 16))
+    hashes, broken = {i: known[place, 16:].tobytes() for i, place in zip(own, at) if place >= 0}, {}
+    unread = [i for i in own if i not in hashes]
+    for batch in progress(loader(pictures, unread, args, 256), "reading pictures", len(unread)):
         for i, key, _, why in batch:
             hashes[i] = key
             if why:
                 broken[i] = why
-    keys = np.zeros((len(pictures), 16), np.uint8)
-    for found, why in gather((hashes, broken)):
+    fresh = [(stamp, hashes[i]) for i, stamp, place in zip(own, stamps, at) if place < 0]
+    new = [stamp + key for stamp, key in fresh if NO_KEY not in (stamp, key)]
+    keys, learned = np.zeros((len(pictures), 16), np.uint8), []
+    for found, why, more in gather((hashes, broken, new)):
         broken |= why
+        learned += more
         if found:
             keys[list(found)] = np.frombuffer(b"".join(found.values()), np.uint8).reshape(-1, 16)
+    if learned and is_main():
+        table = np.concatenate([known, np.frombuffer(b"".join(learned), np.uint8).reshape(-1, 32)])
+        with suppress(OSError):  # all that is lost is time at the next start
+            write_safely(path, lambda file: np.save(file, table))
     return keys, broken
+
+
+def read_hashes(path: Path) -> np.ndarray:
+    """What `hash_all` wrote at earlier starts, uint8 (n, 32); none where it is not there or damaged."""
+    with suppress(OSError, ValueError, EOFError):
+        known = np.load(path)
+        if known.dtype == np.uint8 and known.shape[1:] == (32,):
+            return known
+    return np.empty((0, 32), np.uint8)
 
 
 @torch.no_grad()
