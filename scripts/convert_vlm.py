@@ -33,7 +33,7 @@ import torch
 from model.processing import IMAGE_TAG, encode_chat, read_json, to_rgb
 from scripts.check_export import QUESTIONS
 from scripts.folder import write_pth, write_transformers
-from scripts.llava import unpack_llava, write_llava
+from scripts.llava import unpacked, write_llava
 from trainer.asking import choose_model, count_parameters, open_image, prompts_of
 from trainer.cli import SWITCH, Parser, add_parts_arguments, positive, run_main
 from trainer.weights import ABOUT, bare_name, build_model, describe, write_json
@@ -215,22 +215,18 @@ def push(repo: str, folder: Path | None = None) -> str | None:
 
 def convert(args, weights: Path, output: Path, temporary: Path) -> None:
     """Makes the folder in `temporary`, checks it, and moves it to `output`."""
-    made, source = temporary / "made", weights
+    made = temporary / "made"
     made.mkdir()
-    config = weights / "config.json"
-    if config.is_file() and read_json(config).get("model_type") == "llava":
-        source = temporary / "unpacked"
-        source.mkdir()
-        unpack_llava(weights, source)
-    model, tokenizer, line = build_model(args, source)
-    print(line.replace(str(source), str(weights)))
-    if "new: projector" in line:
-        raise ValueError(f"--weights {weights} is a language model that has not seen a picture: train it first")
-    about = about_of(source, model.eval(), args, output)
-    WRITE[args.to](made, model, tokenizer, args.tokenizer_path, about)
+    with unpacked(weights) as source:
+        model, tokenizer, line = build_model(args, source)
+        print(line.replace(str(source), str(weights)))
+        if "new: projector" in line:
+            raise ValueError(f"--weights {weights} is a language model that has not seen a picture: train it first")
+        about = about_of(weights, model.eval(), args, output)
+        WRITE[args.to](made, model, tokenizer, args.tokenizer_path, about)
     if args.to != "pth":
         write_json(made / ABOUT, about)
-        prompts = dict.fromkeys([*prompts_of(source, "en"), *prompts_of(source, "zh")])
+        prompts = dict.fromkeys([*prompts_of(weights, "en"), *prompts_of(weights, "zh")])
         card = model_card(args.to, args.push or output.name, model, about, [*prompts])
         (made / "README.md").write_text(card, encoding="utf-8")
         ours = reference(model, tokenizer, [open_image(path, model.processor, "--images") for path in args.images])

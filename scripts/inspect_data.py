@@ -40,7 +40,7 @@ from model.processing import IGNORE, ImageProcessor, load_tokenizer
 from scripts.report import document, rows_table, tile
 from scripts.steps import write_text
 from trainer.advice import sizes
-from trainer.asking import list_models
+from trainer.asking import export_of, list_models
 from trainer.cli import Parser, add_parts_arguments, not_negative, positive, run_main
 from trainer.feed import ignore_interrupt, load_data
 from trainer.machine import usable_cores
@@ -337,7 +337,7 @@ def choose_weights(args) -> Path | None:
         return find_weights(args.from_weight, "./out", None, False)
     if args.tokenizer_path or args.vision_model_path:
         return None
-    return next(iter(list_models("./out")), None)
+    return next((path for path in list_models("./out") if export_of(path) != "llava"), None)  # none trains from one
 
 
 def next_command(args, weights: Path | None, rows: int, skip: bool) -> list[str]:

@@ -8,6 +8,8 @@ Shapes: D hidden_size, I intermediate_size, E experts, S shared experts.
 
 import json
 import re
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -205,6 +207,10 @@ def unpack_llava(folder: Path, to: Path) -> None:
         added = [token for token in theirs["added_tokens"] if token["content"] != IMAGE_TAG]
         return theirs | {"added_tokens": added, "normalizer": None}
 
+    if not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(
+            f"--weights {folder}: no tokenizer.json there\nSave it too: processor.save_pretrained(FOLDER)"
+        )
     edit_tokenizer(folder, to, change)
     write_tokenizer_config(to, read_json(folder / "tokenizer_config.json")["pad_token"])
     at = read_json(to / "tokenizer.json")["model"]["vocab"]["@"]
@@ -219,3 +225,15 @@ def unpack_llava(folder: Path, to: Path) -> None:
     write_encoder(to / "vision_encoder", eyes, llava["vision_config"], pixels)
     if (folder / ABOUT).is_file():
         write_json(to / ABOUT, read_json(folder / ABOUT) | {"tokenizer": {"sha256": tokenizer_hash(to)}})
+
+
+@contextmanager
+def unpacked(weights: Path):
+    """A path that `build_model` takes: of a LLaVA a temporary folder of our architecture, of all else itself."""
+    config = weights / "config.json"
+    if not config.is_file() or read_json(config).get("model_type") != "llava":
+        yield weights
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        unpack_llava(weights, Path(temporary))
+        yield Path(temporary)

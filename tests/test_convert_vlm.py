@@ -28,6 +28,7 @@ from scripts import check_export, convert_vlm, llava
 from tests.conftest import lively
 from tests.test_model_minimind import OTHER, needs_other
 from train_sft_vlm import parse_args
+from trainer.asking import list_models
 from trainer.weights import build_model, describe, read_sidecar, save_weights, tokenizer_hash, weights_name
 
 DENSE, MOE = {}, {"use_moe": True}
@@ -159,6 +160,41 @@ def test_our_architecture_comes_back_to_the_bit_and_brings_its_own_encoder(save,
     own = ["--tokenizer_path", str(back), "--vision_model_path", str(back / "vision_encoder")]
     eval_vlm.main(["--weights", str(back / weights.name), *own, *ask])
     assert capsys.readouterr().out.splitlines()[-1] == one
+
+
+@CONFIGS
+def test_a_llava_is_asked_as_it_stands(save, convert, tokenizer_folder, clip_folder, config, world, tmp_path, capsys):
+    """With --load 1, which finds it, and for the page, which offers it: it says what the weights say, and what
+    Transformers says that loads it without us."""
+    weights, green = save(**config), world / "pictures/green.png"
+    path = weights.with_suffix(".json")
+    known = {"prompts": {"en": ["What colour is this?"]}, "pictures_first": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | known))
+    made = convert("llava", weights)
+    ask = ["--image", str(green), "--greedy", "--max_new_tokens", "12", "--device", "cpu", "--json"]
+
+    def said(*which):
+        capsys.readouterr()
+        eval_vlm.main([*which, *ask])
+        told = json.loads(capsys.readouterr().out)
+        return told["prompt"], told["answer"]
+
+    parts = ["--tokenizer_path", str(tokenizer_folder), "--vision_model_path", str(clip_folder)]
+    prompt, answer = said("--weights", str(weights), *parts)
+    assert said("--load", "1", "--out_dir", str(tmp_path)) == said("--weights", str(made)) == (prompt, answer)
+
+    asked = check_export.messages([0, prompt], [Image.open(green)])
+    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    processor = AutoProcessor.from_pretrained(made)
+    inputs = processor.apply_chat_template(asked, **how)
+    theirs = LlavaForConditionalGeneration.from_pretrained(made).generate(**inputs, max_new_tokens=12, do_sample=False)
+    ids = theirs[0, inputs["input_ids"].shape[1] :]
+    assert processor.decode(ids, skip_special_tokens=True).strip() == answer and answer
+
+    assert list_models(tmp_path)[0] == made  # what the page offers
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | {"projector_hidden_act": "gelu"}))
+    assert made not in list_models(tmp_path)  # other people's
 
 
 def test_a_stage_that_a_folder_invents_names_no_file(save, convert):
@@ -345,7 +381,11 @@ def test_mistakes_are_told_with_what_to_do(save, convert, tmp_path, flags, capsy
     with pytest.raises(FileNotFoundError, match="--images nowhere.png: no such file"):
         convert("llava", weights, "--images", "nowhere.png", "nowhere.png", name="other")
     with pytest.raises(ValueError, match=f"got llava. Make one of it: .* --to pth --weights {made}"):
+        train_sft_vlm.main([*flags, "--from_weight", str(made)])
+    (made / "tokenizer.json").rename(made / "gone")
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer.json there\nSave it too: processor.save_pretrained"):
         eval_vlm.main(["--load", "1", "--weights", str(made)])
+    (made / "gone").rename(made / "tokenizer.json")
     with pytest.raises(SystemExit):
         convert_vlm.main(["--to", "pth", "--push", "me/mine"])
     assert "--versions and --push are for folders" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import os
 import re
 import shlex
 from pathlib import Path
@@ -19,6 +20,7 @@ from scripts import inspect_data
 from tests.conftest import turn, write_rows
 from tests.test_sources import BLACK, chat, picture, row, write_parquet
 from trainer.advice import answer
+from trainer.asking import list_models
 from trainer.cli import run_main
 
 EVIL = '<script>alert("&")</script></mark>'
@@ -168,6 +170,21 @@ def test_the_training_that_it_prints_learns_from_the_weights_that_it_is_given(tr
 
     inspect_data.main(["rows.jsonl", "--images_path", "pictures"])  # the newest in out/: those just made
     assert printed(capsys.readouterr().out)[:2] == ["--from_weight", "out/mine/sft_vlm_64.pth"]
+
+
+def test_a_newer_llava_is_not_what_the_next_training_starts_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = Path("out/sft_vlm_64_llava")
+    made.mkdir(parents=True)
+    Path("out/sft_vlm_64.pth").touch()
+    for name, text in (
+        ("config.json", '{"model_type": "llava", "projector_hidden_act": "linear"}'),
+        ("tokenizer.json", ""),
+    ):
+        (made / name).write_text(text)
+    os.utime("out/sft_vlm_64.pth", (1e9, 1e9))
+    assert list_models("out") == [made, Path("out/sft_vlm_64.pth")]
+    assert inspect_data.choose_weights(inspect_data.parse_args(["rows.jsonl"])) == Path("out/sft_vlm_64.pth")
 
 
 def test_epochs_and_batch_follow_from_the_rows_and_the_width(trained, tmp_path):

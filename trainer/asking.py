@@ -16,7 +16,7 @@ from transformers import TextStreamer
 
 from model.processing import IMAGE_TAG, ImageProcessor, encode_chat, impostor, read_json
 from trainer.devices import autocast, pick_dtype
-from trainer.weights import bare_name, build_model, read_sidecar, write_json
+from trainer.weights import ABOUT, bare_name, build_model, read_sidecar, write_json
 
 STAGES = {0: "pretrain_vlm", 1: "sft_vlm", 2: "sft_vlm_multi"}
 PROMPTS = {  # what weights are asked whose JSON names no question
@@ -51,17 +51,23 @@ LARGEST, LONGEST, SILENT = 50 * 10**6, 60, 20
 # ---------------------------------------------------------------------------- models
 
 
-def is_export(path: Path) -> bool:
+def export_of(path: Path) -> str:
+    """What an exported folder is, "minimind-v" or "llava", also if Transformers saved it again; "" of all else."""
     with suppress(OSError, ValueError):
-        return read_json(path / "config.json").get("model_type") == "minimind-v"
-    return False
+        config = read_json(path / "config.json")
+        kind = config.get("model_type")
+        # Other people's LLaVAs are no MiniMind, and a checkpoint of training without its tokenizer cannot be asked.
+        ours = config.get("projector_hidden_act") == "linear" and (path / "tokenizer.json").is_file()
+        if kind == "minimind-v" or kind == "llava" and ours:
+            return kind
+    return ""
 
 
 def list_models(out_dir) -> list[Path]:
     """Weights that can be asked and exported folders, in `out_dir` and the folders in it, the newest first."""
     below = [path for pattern in ("*", "*/*") for path in Path(out_dir).glob(pattern)]
     name = re.compile(rf"({'|'.join(STAGES.values())})_\d+(_moe)?\.pth")
-    found = [path for path in below if name.fullmatch(path.name) or is_export(path)]
+    found = [path for path in below if name.fullmatch(path.name) or export_of(path)]
     return sorted(found, key=lambda path: (-path.stat().st_mtime, path))
 
 
@@ -82,7 +88,7 @@ def find_models(args) -> list[Path]:
     there = list_models(args.out_dir)
     if args.load == 1:
         wanted = "Transformers folder"
-        found = [path] if is_export(path) else [path for path in there if path.is_dir()]
+        found = [path] if export_of(path) else [path for path in there if path.is_dir()]
     else:
         width, moe = args.hidden_size or r"\d+", "_moe" if args.use_moe else "(_moe)?"
         wanted = f"{name}_{args.hidden_size or '*'}{'_moe' * args.use_moe}.pth"
@@ -106,10 +112,18 @@ def choose_model(args) -> Path:
 
 def load(args):
     """Model on its device in eval mode, tokenizer, path of the weights."""
+    from scripts.llava import unpacked  # which imports this file
+
     path = choose_model(args)
-    model, tokenizer, line = build_model(args, path)
-    print(line)
+    with unpacked(path) as source:
+        model, tokenizer, line = build_model(args, source)
+    print(line.replace(str(source), str(path)))
     return model.eval(), tokenizer, path
+
+
+def known_of(weights: Path) -> dict:
+    """What the JSON of the weights tells, also where they are a folder, as `read_sidecar` has it."""
+    return read_sidecar(weights / ABOUT if weights.is_dir() else weights)
 
 
 def prompts_of(weights: Path, language: str = "en", several: bool = False) -> list[str]:
@@ -117,19 +131,19 @@ def prompts_of(weights: Path, language: str = "en", several: bool = False) -> li
 
     several: about several pictures.
     """
-    known = read_sidecar(weights)["prompts"]
+    known = known_of(weights)["prompts"]
     key, other = (each + " several" * several for each in (language, {"en": "zh", "zh": "en"}[language]))
     return known.get(key) or known.get(other) or [PROMPTS[key]]
 
 
 def needs_picture(weights: Path) -> bool:
     """Was it never trained without one? What their JSON does not tell is not claimed."""
-    return read_sidecar(weights).get("rows_without_picture") == 0
+    return known_of(weights).get("rows_without_picture") == 0
 
 
 def pictures_first(weights: Path) -> bool:
     """Did the pictures of its training stand before the questions, one to each?"""
-    return bool(read_sidecar(weights).get("pictures_first"))
+    return bool(known_of(weights).get("pictures_first"))
 
 
 # ---------------------------------------------------------------------------- asking
