@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 
 from dataset.lm_dataset import VLMDataset
 from dataset.sources import BadRow
+from trainer.cli import reason
 
 FORMAT = 3  # raise it when the files, or what our code makes of a picture before the encoder sees it, change
 SEGMENT = 2**28  # bytes; a rank holds as many in memory until they are written
@@ -135,7 +136,7 @@ class FeatureCache:
                     path.unlink(missing_ok=True)
             self.replace("about.json", lambda file: file.write(json.dumps(self.about, indent=1).encode()))
         except OSError as error:
-            raise OSError(f"--cache_features {self.path.parent}: {error}") from None
+            raise OSError(f"--cache_features {self.path.parent}: {reason(error)}") from None
 
     def add(self, keys: list[bytes], features: torch.Tensor) -> None:
         """The hashes of pictures and their features, float (N, P, V); written when they make up a segment."""
@@ -175,7 +176,7 @@ class FeatureCache:
             self.replace(f"{segment}.keys.npy", lambda file: np.save(file, keys))
         except OSError as error:
             (self.path / f"{segment}.features.npy").unlink(missing_ok=True)
-            raise OSError(f"--cache_features {self.path}: {error}. What was written before stays") from None
+            raise OSError(f"--cache_features {self.path}: {reason(error)}. What was written before stays") from None
 
     def replace(self, name: str, write) -> None:
         """Writes a file beside, and renames it when all of it is on the disk."""

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import torch
 from PIL import UnidentifiedImageError
 
-from dataset.sources import BadRow, Jsonl, Parquet, Row, open_rows, printable
+from dataset.sources import BadRow, Jsonl, Parquet, Row, blame_cache, open_rows, printable
 from model.processing import IGNORE, IMAGE_TAG, encode_chat, impostor, language
 from trainer.machine import usable_cores
 
@@ -210,22 +210,26 @@ class VLMDataset(torch.utils.data.Dataset):
         fingerprint = hashlib.sha256(repr((source.table._fingerprint, settings)).encode()).hexdigest()[:32]
         many = len(source.table) > 50_000  # rows: below, neither more processes nor a progress bar are worth it
         (datasets.enable_progress_bars if many else datasets.disable_progress_bars)()
-        return source.table.with_format("arrow").map(
-            check_rows,
-            batched=True,
-            with_indices=True,
-            num_proc=usable_cores() if many else None,
-            fn_kwargs={
-                "parse": source.parse,
-                "tokenizer": self.tokenizer,
-                "placeholders": self.placeholders,
-                "max_length": self.max_length,
-            },
-            remove_columns=source.table.column_names,
-            features=CHECKED,
-            new_fingerprint=fingerprint,
-            desc=source.path.name,
-        )
+        try:
+            return source.table.with_format("arrow").map(
+                check_rows,
+                batched=True,
+                with_indices=True,
+                num_proc=usable_cores() if many else None,
+                fn_kwargs={
+                    "parse": source.parse,
+                    "tokenizer": self.tokenizer,
+                    "placeholders": self.placeholders,
+                    "max_length": self.max_length,
+                },
+                remove_columns=source.table.column_names,
+                features=CHECKED,
+                new_fingerprint=fingerprint,
+                desc=source.path.name,
+            )
+        except OSError as error:
+            blame_cache(error)
+            raise
 
     def _usable(self, source: Jsonl | Parquet) -> tuple[np.ndarray, np.ndarray]:
         """Numbers and lengths of the rows of a source that can be learned from; notes what is wrong with the others."""

@@ -639,7 +639,7 @@ def check_numbers(args) -> None:
 
 
 def main(argv=None):
-    from trainer.cli import Parser  # here, as a world without a command line needs none
+    from trainer.cli import Parser, reason  # here, as a world without a command line needs none
 
     parser = Parser(__file__, "\n\n".join(__doc__.split("\n\n")[:2]))  # the rest is for those who read the code
     add = parser.start.add_argument
@@ -667,7 +667,7 @@ def main(argv=None):
             raise ValueError(f"--objects {args.objects[0]} {args.objects[1]}: expected two numbers from 1 to 4, rising")
         write_world(**vars(args))
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {reason(error)}") from None
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import pyarrow.parquet
 from PIL import Image
 
 from model.processing import IMAGE_TAG, impostor
+from trainer.cli import DISK_FULL, reason
 
 MENDED = {
     "untagged": "had pictures and no <image>: it was put before the first question",
@@ -366,6 +367,15 @@ def other_encoding(path: Path) -> str:
     return "GBK" if read("utf-8") < len(lines) / 2 < read("gb18030") else ""
 
 
+def blame_cache(error: Exception) -> None:
+    """OSError if what `datasets` stumbled over is the disk or the folder on which it keeps its tables."""
+    error, folder = error.__cause__ or error, Path(datasets.config.HF_DATASETS_CACHE)
+    full, name = getattr(error, "errno", None) in DISK_FULL, getattr(error, "filename", None)
+    if full or name and (folder in (Path(name), *Path(name).parents) or Path(name) in folder.parents):
+        what = reason(error) if full else f"it cannot be written: {error.strerror}"
+        raise OSError(f"rows are cached in {folder}, and {what}.\nMend that, or name another: HF_DATASETS_CACHE=DIR")
+
+
 class Jsonl:
     """A file of rows, one per line, and the folder or zip of their pictures."""
 
@@ -384,8 +394,10 @@ class Jsonl:
                 encoding="utf-8-sig",
                 encoding_errors="mark",
             )
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise ValueError(f"--data_path {path} cannot be read: {error.__cause__}. Expected JSONL in UTF-8") from None
+        except (datasets.exceptions.DatasetGenerationError, OSError) as error:
+            blame_cache(error)
+            why = error.__cause__ or error
+            raise ValueError(f"--data_path {path} cannot be read: {why}. Expected JSONL in UTF-8") from None
         self.pictures = open_pictures(images_path) if images_path is not None else pictures_beside(path)
         self.pictures_path = self.pictures.path if self.pictures else "--images_path, not given"
 
@@ -445,8 +457,9 @@ class Parquet:
                 raise ValueError("it has no rows")
             self.table = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
         except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
-            reason = str(error.__cause__ or error).splitlines()[0]
-            raise ValueError(f"--data_path {path} cannot be read: {reason}. Expected Parquet") from None
+            blame_cache(error)
+            why = str(error.__cause__ or error).splitlines()[0]
+            raise ValueError(f"--data_path {path} cannot be read: {why}. Expected Parquet") from None
         missing = {"conversations", "image_bytes"} - set(self.table.column_names)
         if missing:
             raise ValueError(

@@ -8,7 +8,6 @@ alone: the row groups of all files are shuffled, and the rows of a stretch again
 resumed runs agree without talking, and a run that is resumed fetches only the stretch in which it stopped.
 """
 
-import errno
 import hashlib
 import os
 import shutil
@@ -22,6 +21,8 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+
+from trainer.cli import DISK_FULL, reason
 
 COLUMNS = ["conversations", "image_bytes"]
 # Seconds before a stretch that could not be fetched is tried again: an hour in all, as long as a network may be away.
@@ -151,7 +152,7 @@ def hopeless(error: BaseException) -> bool:
     causes = [error, error.__context__]
     statuses = {getattr(getattr(cause, "response", None), "status_code", None) for cause in causes}
     no_use = (FileNotFoundError, PermissionError, pa.ArrowInvalid)
-    full = {getattr(cause, "errno", None) for cause in causes} & {errno.ENOSPC, errno.EDQUOT}
+    full = {getattr(cause, "errno", None) for cause in causes} & set(DISK_FULL)
     return bool(statuses & {401, 403, 404, 410} or full) or any(isinstance(cause, no_use) for cause in causes)
 
 
@@ -194,7 +195,7 @@ class Fetcher:
         self.begin(number)
         self.threads[number].join()
         if number in self.errors:
-            raise ValueError(str(self.errors[number]))
+            raise ValueError(reason(self.errors[number]))
         if number:
             shutil.rmtree(self.path(number - 1).parent, ignore_errors=True)
         return self.path(number)

@@ -246,7 +246,7 @@ def write_toys(out_dir, scenes=4000, val_scenes=400, rows=10, kinds=tuple(KINDS)
 
 
 def main(argv=None):
-    from trainer.cli import Parser  # here, as a world without a command line needs none
+    from trainer.cli import Parser, reason  # here, as a world without a command line needs none
 
     parser = Parser(__file__, "\n\n".join(__doc__.split("\n\n")[:2]))  # the rest is for those who read the code
     add = parser.start.add_argument
@@ -263,7 +263,7 @@ def main(argv=None):
         check_numbers(args)
         write_toys(**vars(args))
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {reason(error)}") from None
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import sys
 from pathlib import Path
 
 from scripts.steps import Step, add_device_argument, duration, gigabytes, launcher, open_folder, resolve, run_steps
-from trainer.cli import Parser
+from trainer.cli import Parser, reason
 from trainer.lock import only_one
 
 HIDDEN_SIZE = 128  # of the language model
@@ -179,7 +179,7 @@ def main(argv=None):
         print(f"{'in all':20}{duration(sum(record['seconds'] for record in records)):>14}\n")
         print("\n".join(figures(args.work_dir)))
     except (ValueError, OSError) as error:
-        raise SystemExit(f"\nerror: {error}") from None
+        raise SystemExit(f"\nerror: {reason(error)}") from None
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from scripts.steps import (
     typed,
     write_json,
 )
-from trainer.cli import SWITCH, Parser
+from trainer.cli import SWITCH, Parser, reason
 from trainer.lock import only_one
 
 
@@ -189,7 +189,7 @@ def main(argv=None):
     try:
         return quickstart(args, shlex.join(["python", "-m", "scripts.quickstart", *flags]))
     except (ValueError, OSError) as error:
-        raise SystemExit(f"\nerror: {error}") from None
+        raise SystemExit(f"\nerror: {reason(error)}") from None
 
 
 if __name__ == "__main__":

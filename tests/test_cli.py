@@ -7,6 +7,8 @@ import train_pretrain_vlm
 import train_sft_vlm
 import web_demo_vlm
 from scripts import convert_vlm, download, inspect_data, quickstart
+from tests.conftest import no_space
+from trainer.cli import run_main
 
 MISTAKES = """
 train_sft_vlm --lr 3          → --lr is no flag of train_sft_vlm.py; did you mean --learning_rate? (--help lists all)
@@ -114,3 +116,10 @@ def test_public_flags_without_an_equal_are_told_in_one_line_with_what_to_do(scri
     error = capsys.readouterr().err
     assert error.startswith(f"error: {typed.split()[0]} is no flag of ") and instead in error
     assert len(error) <= 2 * 80 and error.count("\n") == 1
+
+
+def test_a_full_disk_is_called_so_whatever_the_system_says(capsys):
+    with pytest.raises(SystemExit):
+        run_main(no_space)
+    told = capsys.readouterr().err
+    assert told.startswith("\nerror: the disk is full; what stood there is untouched\n") and "Errno" not in told

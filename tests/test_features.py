@@ -21,7 +21,7 @@ import trainer.loop
 from dataset.features import FeatureCache, hash_of
 from dataset.lm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM
-from tests.conftest import turn, write_rows
+from tests.conftest import no_space, turn, write_rows
 from tests.test_distributed import assert_same_weights
 from tests.test_loop import LONG, interrupt, into, losses, same
 from tests.test_sources import chat, picture, write_parquet
@@ -320,6 +320,16 @@ def add(cache, *names, value=1.0):
     for name in names:
         cache.add([hash_of(name.encode())], torch.full((1, 4, 8), value))
     cache.flush()
+
+
+def test_a_disk_that_fills_up_is_called_full_and_leaves_what_was_written(tmp_path, monkeypatch):
+    cache = cache_at(tmp_path)
+    add(cache, "a")
+    before = sorted(path.name for path in cache.path.iterdir())
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="--cache_features .*: the disk is full; what stood there is untouched"):
+        add(cache, "b")
+    assert sorted(path.name for path in cache.path.iterdir()) == before
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])

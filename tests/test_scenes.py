@@ -21,6 +21,7 @@ from dataset.lm_dataset import VLMDataset
 from dataset.scene_pictures import COLOURS, NEW_PAIRS, PLACES, SHAPES, Scene, Thing, without_colour
 from model.processing import ImageProcessor, load_tokenizer
 from scripts import train_tokenizer
+from tests.conftest import no_space
 
 SCENES, VAL = 2000, 400
 ZH = world.CHINESE
@@ -838,3 +839,10 @@ def test_wrong_flags_are_named(flags, tmp_path, capsys):
         world.main(["--out_dir", str(tmp_path / "out"), *flags])
     assert flags[0] in f"{error.value} {capsys.readouterr().err}"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fills_up_while_scenes_are_drawn_is_called_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(world, "save_jpeg", no_space)
+    with pytest.raises(SystemExit, match="error: the disk is full; what stood there is untouched"):
+        world.main(["--out_dir", str(tmp_path), "--scenes", "1", "--val_scenes", "1"])
+    assert not list(tmp_path.glob("*.jsonl"))

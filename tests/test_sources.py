@@ -18,7 +18,7 @@ from dataset.lm_dataset import StepSampler, VLMDataset
 from dataset.sources import BadRow, Folder, Zip, drop_tags, parse_line, parse_record
 from model.model_vlm import MiniMindVLM
 from model.processing import ImageProcessor, load_tokenizer, read_json
-from tests.conftest import turn, write_rows
+from tests.conftest import no_space, turn, write_rows
 from trainer import weights
 from trainer.scoring import ShuffledPictures
 
@@ -485,3 +485,27 @@ def test_what_stands_in_place_of_a_file_is_called_what_it_is(
     }[what]  # fmt: skip
     with pytest.raises(ValueError, match=f"{path.name}.* {message}"):
         read(path)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_cache_of_rows_that_cannot_be_written_is_told_by_the_setting_that_names_it(
+    read, tmp_path, monkeypatch, suffix
+):
+    (tmp_path / "file").touch()
+    rows = [row("What?", "A cat.")]
+    if suffix == "jsonl":
+        path = write_rows(tmp_path / "rows.jsonl", rows)
+    else:
+        path = write_parquet(tmp_path / "rows.parquet", [(rows[0]["conversations"], [BLACK])])
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file/cache")
+        with pytest.raises(OSError, match="file/cache, and it cannot be written: Not a .*\n.*HF_DATASETS_CACHE=DIR"):
+            read(path)
+    full = r"rows are cached in \S+, and the disk is full; what stood there is untouched.\n.*HF_DATASETS_CACHE=DIR"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=full):
+        patch.setattr(datasets.arrow_writer.ArrowWriter, "write_table", no_space)
+        read(path)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=full):
+        patch.setattr(datasets.Dataset, "map", no_space)
+        read(path)
+    assert len(read(path)) == 1

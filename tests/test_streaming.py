@@ -26,6 +26,7 @@ from dataset.lm_dataset import VLMDataset
 from dataset.streaming import Fetcher, Stream
 from model.processing import ImageProcessor
 from scripts import inspect_data
+from tests.conftest import no_space
 from tests.test_loop import interrupt, losses
 from tests.test_sources import chat, picture, write_parquet
 from train_sft_vlm import main, parse_args
@@ -278,6 +279,9 @@ def test_a_network_that_is_gone_for_half_an_hour_does_not_end_the_run(url, tmp_p
     monkeypatch.setattr(streaming, "open_parquet", lambda file: 1 / 0)
     with pytest.raises(ValueError, match="division by zero"):
         Fetcher(stream, stream.plan(41, 1, 0), tmp_path).get(0)
+    monkeypatch.setattr(stream, "fetch", no_space)
+    with pytest.raises(ValueError, match="the disk is full; what stood there is untouched"):
+        Fetcher(stream, stream.plan(41, 2, 0), tmp_path).get(0)
     assert 3300 < sum(streaming.PAUSES) < 3900
 
 

@@ -5,6 +5,7 @@ Nothing here imports PyTorch, so that --help and a mistyped flag are answered at
 
 import argparse
 import difflib
+import errno
 import math
 import os
 import re
@@ -17,6 +18,9 @@ from pathlib import Path
 
 from model import DEFAULT_VISION_MODEL
 from trainer.start import UNREAD, missing, tell_stopped, unread
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError, whose own words differ from system to system
+FULL = "the disk is full; what stood there is untouched"
 
 
 class Stopped(SystemExit):
@@ -32,6 +36,11 @@ def can_be_mended(error: Exception) -> bool:
     if torch := sys.modules.get("torch"):
         kinds += (torch.OutOfMemoryError,)
     return isinstance(error, kinds)
+
+
+def reason(error: Exception) -> str:
+    """What an error says; a full disk in the same words everywhere."""
+    return FULL if getattr(error, "errno", None) in DISK_FULL else str(error)
 
 
 def run_main(main) -> None:
@@ -51,7 +60,7 @@ def run_main(main) -> None:
             raise
         if several and os.environ["RANK"] != "0":
             time.sleep(2)  # what all ranks found, the first says: torchrun then ends the others
-        about = f"\nerror: {error}\n(MINIMIND_TRACEBACK=1 shows where)"
+        about = f"\nerror: {reason(error)}\n(MINIMIND_TRACEBACK=1 shows where)"
         about = f"error: {missing(error)}" if isinstance(error, ImportError) else about
         print(about, file=sys.stderr, flush=True)
         if several:
