@@ -93,6 +93,8 @@ class MiniMindOutput(ModelOutput):
     past_key_values: object | None = None
     last_hidden_state: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
+    hidden_states: tuple | None = None
+    attentions: tuple | None = None
 
 
 class RMSNorm(nn.Module):
@@ -159,8 +161,11 @@ class Attention(nn.Module):
         self.flash_attn = config.flash_attn
         self.in_blocks = False  # True: while training, attention as in `attention_in_blocks`
 
-    def forward(self, x, position_embeddings, past_key_values=None, attention_mask=None, past=0):
-        """x (B, T, D) → (B, T, D). `attention_mask`: None, (B, S) with 1 = real token, or bool (B, 1, T, S)."""
+    def forward(self, x, position_embeddings, past_key_values=None, attention_mask=None, past=0, attentions=None):
+        """x (B, T, D) → (B, T, D). `attention_mask`: None, (B, S) with 1 = real token, or bool (B, 1, T, S).
+
+        attentions: a list that gets the weights (B, H, T, S), which only the slower way in the open has.
+        """
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
         k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
@@ -184,27 +189,30 @@ class Attention(nn.Module):
             mask = visible_keys(attention_mask, T, S, past, x.device)
 
         dropout = self.dropout if self.training else 0.0
-        if self.flash_attn and T == 1:
+        if attentions is not None or not self.flash_attn:
+            out = plain_attention(q, k, v, mask, dropout, is_causal, attentions)
+        elif T == 1:
             # All heads that share a key see the same: as queries of one head they need no copies of it.
             q = q.view(B, self.num_kv_heads, -1, self.head_dim)  # (B, K, H/K, d)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
             out = out.view(B, self.num_heads, 1, self.head_dim)
-        elif self.in_blocks and self.flash_attn and self.training and is_causal and T <= 1024:
+        elif self.in_blocks and self.training and is_causal and T <= 1024:
             # Not for longer rows, whose (B, H, T, T) weights, kept for the backward pass, would take too much memory.
             out = attention_in_blocks(q, k, v, dropout)
-        elif self.flash_attn:
+        else:
             if mask is not None:  # most CUDA kernels take a mask only with as many key heads as query heads
                 k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for x in (k, v))
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=mask is None
             )
-        else:
-            out = plain_attention(q, k, v, mask, dropout, is_causal)
         return self.resid_dropout(self.o_proj(out.transpose(1, 2).reshape(B, T, -1)))
 
 
-def plain_attention(q, k, v, mask, dropout: float, is_causal: bool):
-    """The same as `scaled_dot_product_attention`, in the open: softmax(q·kᵀ/√d)·v, (B, H, T, d) → (B, H, T, d)."""
+def plain_attention(q, k, v, mask, dropout: float, is_causal: bool, attentions: list | None = None):
+    """The same as `scaled_dot_product_attention`, in the open: softmax(q·kᵀ/√d)·v, (B, H, T, d) → (B, H, T, d).
+
+    attentions: gets the softmax, (B, H, T, S).
+    """
     T, S = q.shape[2], k.shape[2]
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -215,7 +223,10 @@ def plain_attention(q, k, v, mask, dropout: float, is_causal: bool):
         scores = scores.masked_fill(~mask, float("-inf"))
     elif mask is not None:
         scores = scores + mask
-    return F.dropout(scores.float().softmax(dim=-1).type_as(q), dropout) @ v
+    weights = scores.float().softmax(dim=-1).type_as(q)
+    if attentions is not None:
+        attentions.append(weights)
+    return F.dropout(weights, dropout) @ v
 
 
 @torch.compiler.disable  # what it makes of this for rows of any length is slower
@@ -330,13 +341,22 @@ class MiniMindBlock(nn.Module):
         self.mlp = MOEFeedForward(config) if config.use_moe else FeedForward(config)
 
     def forward(
-        self, x, position_embeddings, past_key_values=None, attention_mask=None, past=0, valid=None, needed=None
+        self,
+        x,
+        position_embeddings,
+        past_key_values=None,
+        attention_mask=None,
+        past=0,
+        valid=None,
+        needed=None,
+        attentions=None,
     ):
         """x (B, T, D) → (B, T, D) and the auxiliary loss (), 0 when dense.
 
         needed: int64 (n,), which of the B·T tokens the result is wanted for; it is then (n, D).
         """
-        x = x + self.self_attn(self.input_layernorm(x), position_embeddings, past_key_values, attention_mask, past)
+        normed = self.input_layernorm(x)
+        x = x + self.self_attn(normed, position_embeddings, past_key_values, attention_mask, past, attentions)
         if needed is not None:
             x = x.flatten(0, 1)[needed]
         normed = self.post_attention_layernorm(x)
@@ -367,11 +387,20 @@ class MiniMindModel(nn.Module):
         )
         return {"freqs_cos": cos, "freqs_sin": sin}
 
-    def forward(self, inputs_embeds, attention_mask=None, past_key_values=None, needed=None):
+    def forward(
+        self,
+        inputs_embeds,
+        attention_mask=None,
+        past_key_values=None,
+        needed=None,
+        hidden_states=None,
+        attentions=None,
+    ):
         """inputs_embeds (B, T, D) → hidden states after the final norm (B, T, D), and the auxiliary loss ().
 
         needed: int64 (n,), which of the B·T tokens' hidden states are wanted; they are then (n, D). Attention has to
         know all tokens, the last feed-forward need not. Not with experts, whose balance counts all tokens.
+        hidden_states, attentions: lists to fill, what goes into each layer and comes out of the norm, and the weights.
         """
         T = inputs_embeds.shape[1]
         # + 0 copies: a static cache hands out the very tensor in which its first layer will count on.
@@ -388,13 +417,18 @@ class MiniMindModel(nn.Module):
         aux_loss = h.new_zeros((), dtype=torch.float32)
         for layer in self.layers:
             last = needed if layer is self.layers[-1] else None
-            args = (h, position_embeddings, past_key_values, attention_mask, past, valid, last)
+            args = (h, position_embeddings, past_key_values, attention_mask, past, valid, last, attentions)
+            if hidden_states is not None:
+                hidden_states.append(h)
             if self.gradient_checkpointing and self.training:
                 h, layer_aux_loss = checkpoint(layer, *args, use_reentrant=False)
             else:
                 h, layer_aux_loss = layer(*args)
             aux_loss = aux_loss + layer_aux_loss
-        return self.norm(h), aux_loss
+        h = self.norm(h)
+        if hidden_states is not None:
+            hidden_states.append(h)
+        return h, aux_loss
 
 
 def as_cache(past_key_values):
@@ -411,7 +445,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
     """The language model. `lm_head` and `embed_tokens` are one matrix."""
 
     config_class = MiniMindConfig
-    base_model_prefix = "model"
+    base_model_prefix = ""  # trainers call what it names with input_ids and pictures, which `model` does not know
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -484,6 +518,8 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         labels=None,
         num_items_in_batch=None,
         return_logits=True,
+        output_hidden_states=None,
+        output_attentions=None,
         **args,
     ) -> MiniMindOutput:
         """From embeddings to logits and loss.
@@ -499,6 +535,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
                 as when one optimizer step is made of several calls.
             return_logits: False computes the loss, and what only the loss needs, at labelled positions, and returns
                 no logits; `last_hidden_state` is then that of these positions, unless there are experts.
+            output_hidden_states, output_attentions: return also those of each layer, (B, T, D) and (B, H, T, S).
         """
         past_key_values = as_cache(past_key_values)
         if use_cache and past_key_values is None:
@@ -509,7 +546,9 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             # Before the layers: the host must know how many there are, and waits for what is computed so far.
             learn = (targets != -100).nonzero().squeeze(1)  # (labels): where it is one to be learned
             needed = None if return_logits or self.config.use_moe else learn
-        h, aux_loss = self.model(h, attention_mask, past_key_values, needed)  # (B, T, D), or (labels, D)
+        hidden_states = [] if output_hidden_states else None
+        attentions = [] if output_attentions else None
+        h, aux_loss = self.model(h, attention_mask, past_key_values, needed, hidden_states, attentions)
 
         logits = loss = None
         if return_logits:
@@ -520,5 +559,11 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             count = max(len(learn), 1) if num_items_in_batch is None else num_items_in_batch
             loss = F.cross_entropy(scored.float(), targets[learn], reduction="sum") / count  # no label: 0, not 0/0
         return MiniMindOutput(
-            loss=loss, logits=logits, past_key_values=past_key_values, last_hidden_state=h, aux_loss=aux_loss
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values,
+            last_hidden_state=h,
+            aux_loss=aux_loss,
+            hidden_states=hidden_states and tuple(hidden_states),
+            attentions=attentions and tuple(attentions),
         )

@@ -26,6 +26,15 @@ def decoder(seed=0, **kwargs):
     return lively(MiniMindForCausalLM(MiniMindConfig(**(small | kwargs))), seed).eval()
 
 
+def llama_of(model, **more):
+    same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    same += ("vocab_size", "rms_norm_eps", "rope_theta", "max_position_embeddings", "hidden_act")
+    config = {name: getattr(model.config, name) for name in same} | {"tie_word_embeddings": True}
+    llama = LlamaForCausalLM(LlamaConfig(**config, **more)).eval()
+    llama.load_state_dict(model.state_dict())
+    return llama
+
+
 def tokens(*shape, seed=0, vocab_size=100):
     return torch.randint(3, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
@@ -158,14 +167,30 @@ def test_the_26m_model_has_26_224m_parameters():
 )
 def test_the_dense_decoder_equals_llama_with_the_same_weights(seed, shape):
     model = decoder(seed, **shape)
-    config = model.config
-    same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    same += ("vocab_size", "rms_norm_eps", "rope_theta", "max_position_embeddings", "hidden_act")
-    llama = LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in same}, tie_word_embeddings=True))
-    llama.load_state_dict(model.state_dict())
+    llama = llama_of(model)
     ids = tokens(2, 100, seed=seed)
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, llama.eval()(ids).logits, **CLOSE)
+        torch.testing.assert_close(model(ids).logits, llama(ids).logits, **CLOSE)
+
+
+def test_attentions_and_hidden_states_are_returned_as_llama_returns_them():
+    model, ids = decoder(num_hidden_layers=3), tokens(2, 9)
+    llama = llama_of(model, attn_implementation="eager")
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    asked = {"output_attentions": True, "output_hidden_states": True}
+    ours, theirs = (one(ids, attention_mask=mask, **asked) for one in (model, llama))
+    for kind, count in (("attentions", 3), ("hidden_states", 4)):
+        found, expected = getattr(ours, kind), getattr(theirs, kind)
+        assert len(found) == len(expected) == count
+        for one, other in zip(found, expected):
+            torch.testing.assert_close(one[0], other[0], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(one[1][..., 4:, :], other[1][..., 4:, :], atol=1e-5, rtol=1e-4)  # no padding
+    assert model(ids).attentions is None and model(ids).hidden_states is None
+
+    how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    out = model.generate(ids, **how, **asked, return_dict_in_generate=True)
+    assert [step[0].shape[-2:] for step in out.attentions] == [(9, 9), (1, 10), (1, 11)]
 
 
 def test_rms_norm_divides_in_fp32_and_scales_in_the_dtype_of_its_input():

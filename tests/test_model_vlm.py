@@ -82,6 +82,16 @@ def test_features_land_on_their_placeholders_in_reading_order_and_nowhere_else(v
     assert torch.equal(vlm.count_vision_proj(ids, h, features, 9), merged[:, :9])
 
 
+def test_what_trainers_take_for_the_base_model_sees_too(make_vlm):
+    """As TRL asks it, which computes logits and loss itself."""
+    model = lively(make_vlm())
+    ids = torch.tensor([[5, *model.config.image_ids, 6, 7]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 32, 32)}
+    with torch.no_grad():
+        found = model.lm_head(model.base_model(**inputs, use_cache=False).last_hidden_state)
+        assert torch.equal(found, model(**inputs).logits)
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_features_land_right_whatever_the_runs(vlm, seed):
     random = torch.Generator().manual_seed(seed)

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model.model_minimind import apply_rotary_pos_emb
 from model.processing import ImageProcessor
 
 # Where a word begins: at a Chinese character, after a space, and where Chinese goes over into letters.
@@ -23,36 +22,14 @@ EDGE = 224  # pixels of a panel, at least
 COLUMNS = 6
 
 
-def attention_weights(module, x, position_embeddings):
-    """The weights of an `Attention` on its input x (B, T, D): float (B, H, T, T)."""
-    B, T, _ = x.shape
-    q = module.q_proj(x).view(B, T, module.num_heads, module.head_dim).transpose(1, 2)  # (B, H, T, d)
-    k = module.k_proj(x).view(B, T, module.num_kv_heads, module.head_dim).transpose(1, 2)  # (B, K, T, d)
-    q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-    k = k.repeat_interleave(module.num_heads // module.num_kv_heads, dim=1)
-    scores = (q @ k.transpose(-2, -1)).float() / module.head_dim**0.5
-    future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-    return scores.masked_fill(future, float("-inf")).softmax(dim=-1)
-
-
 @torch.no_grad()
 def looked(model, ids, start: int, pixels):
     """How much each token of the answer looked at each patch: float (A, N, P), mean over layers and heads.
 
     ids: int64 (1, T), question and answer; start: where in them the answer begins; pixels: uint8 (N, 3, H, W).
     """
-    layers = []
-
-    def keep(module, inputs):
-        weights = attention_weights(module, *inputs[:2])[0]  # (H, T, T)
-        layers.append(weights[:, start - 1 : -1].mean(dim=0))  # (A, T)
-
-    hooks = [layer.self_attn.register_forward_pre_hook(keep) for layer in model.model.layers]
-    try:
-        model(ids, pixel_values=pixels, logits_to_keep=1)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    out = model(ids, pixel_values=pixels, logits_to_keep=1, output_attentions=True)
+    layers = [weights[0, :, start - 1 : -1].mean(dim=0) for weights in out.attentions]  # (A, T) each
     on_pictures = torch.stack(layers).mean(dim=0)[:, model.find_pictures(ids)[0]]  # (A, N·P)
     return on_pictures.view(len(on_pictures), len(pixels), -1).cpu()
 
