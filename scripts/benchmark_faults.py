@@ -333,7 +333,7 @@ def rows(bench: Bench) -> tuple[str, str]:
                 bench.fault(f"rows: a message without file and line: {message}")
     for picture in sorted(pictures.glob("damaged_*")):
         try:
-            open_picture(str(picture), 50).convert("RGB")
+            open_picture(str(picture), processor, 50).convert("RGB")
             found["opened"] += 1
         except Refusal:
             found["unopened"] += 1
