@@ -35,15 +35,15 @@ class MiniMindVProcessor(ProcessorMixin):
         self.placeholders, self.pixels = placeholders, pixels or {}
         self.image_processor = ImageProcessor(**self.pixels)
 
-    def __call__(self, images=None, text=None, return_tensors="pt", **kwargs) -> BatchFeature:
+    def __call__(self, images=None, text=None, return_tensors="pt", padding_side=None, **kwargs) -> BatchFeature:
         """str or list of B, with IMAGE_TAG for each picture; the pictures, see `opened`, in order, flat or a list for
         each text.
 
-        Returns input_ids and attention_mask int64 (B, T), padded as the tokenizer does, pixel_values float32
-        (N, 3, H, W) if there are pictures.
+        Returns input_ids and attention_mask int64 (B, T), padded on that side, by default the tokenizer's,
+        pixel_values float32 (N, 3, H, W) if there are pictures.
         """
         ids = [self.encode(one) for one in ([text] if isinstance(text, str) else text)]
-        out = dict(self.tokenizer.pad({"input_ids": ids}, return_tensors=return_tensors))
+        out = dict(self.tokenizer.pad({"input_ids": ids}, return_tensors=return_tensors, padding_side=padding_side))
         if images is not None:
             out |= self.image_processor(make_flat_list_of_images(opened(images)))
         return BatchFeature(out)

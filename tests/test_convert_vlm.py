@@ -317,6 +317,8 @@ def test_a_batch_is_padded_where_answers_do_not_begin(save, convert, tokenizer, 
     for row, mask, one in zip(both["input_ids"], both["attention_mask"], alone):
         n = one["input_ids"].shape[1]
         assert row[-n:].tolist() == one["input_ids"][0].tolist() and mask[-n:].all() and not mask[:-n].any()
+    right = processor(text=texts, padding_side="right")  # as TRL has answers padded
+    assert right["attention_mask"][0, 0] == 1 and right["attention_mask"][0, -1] == 0
 
 
 # ---------------------------------------------------------------------------- what can go wrong
