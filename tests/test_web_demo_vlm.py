@@ -378,6 +378,15 @@ def test_an_answer_ends_when_its_time_is_over(out, world):
         assert "⚠️" not in visitor.ask("And?", length=5)
 
 
+def test_of_many_visitors_the_last_are_remembered(out, monkeypatch):
+    monkeypatch.setattr(trainer.page, "VISITORS", 2)
+    with serve(flags(out)) as (page, address):
+        visitors = [Visitor(address) for _ in range(4)]
+        assert all(visitor.ask("What?", length=3) for visitor in visitors)
+        kept = [visitor.client.session_hash for visitor in visitors[-2:]]
+        assert list(page.state_holder.session_data) == kept
+
+
 def test_a_full_queue_sends_visitors_away(out):
     with serve(flags(out, "--max_queue", "1")) as (_, address):
         first = Visitor(address).submit("What?", length=3000)

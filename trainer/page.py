@@ -23,6 +23,7 @@ from trainer.chat import Refusal, Stop, chat_of, fit, load_model, open_picture, 
 
 MOST_LOADED = 2  # models in memory
 SAMPLES = sorted(Path("dataset/eval_images").glob("*.png"))
+VISITORS = 500  # whose conversations Gradio remembers, 50 KB each; of its own accord 10,000
 
 TEXT = {
     "en": {
@@ -285,6 +286,7 @@ def serve(args):
         auth=[tuple(pair.split(":", 1)) for pair in args.auth] if args.auth else None,
         max_file_size=int(args.max_upload * 1e6),
         share=False,
+        state_session_capacity=VISITORS,
         quiet=True,
         ssr_mode=False,
         run_history=False,
