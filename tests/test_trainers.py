@@ -23,6 +23,13 @@ HOW = {"output_dir": "out", "use_cpu": True, "report_to": "none", "save_strategy
 HOW |= {"learning_rate": 5e-3, "per_device_train_batch_size": 6, "num_train_epochs": 80}
 
 
+@pytest.fixture(autouse=True)
+def autocast():
+    """TRL trains in bfloat16 and may leave it switched on for all that the process computes later."""
+    yield
+    torch.set_autocast_enabled("cpu", False)
+
+
 @pytest.fixture
 def export(tokenizer, tokenizer_folder, clip_folder, tmp_path, monkeypatch):
     """export(write_llava) → (model, processor) of a folder that was made of a small model that knows nothing."""
