@@ -29,7 +29,7 @@ import pyarrow.parquet
 from PIL import Image
 
 from model.processing import IMAGE_TAG, impostor
-from trainer.cli import DISK_FULL, reason
+from trainer.cli import disk_full, reason
 
 MENDED = {
     "untagged": "had pictures and no <image>: it was put before the first question",
@@ -370,7 +370,7 @@ def other_encoding(path: Path) -> str:
 def blame_cache(error: Exception) -> None:
     """OSError if what `datasets` stumbled over is the disk or the folder on which it keeps its tables."""
     error, folder = error.__cause__ or error, Path(datasets.config.HF_DATASETS_CACHE)
-    full, name = getattr(error, "errno", None) in DISK_FULL, getattr(error, "filename", None)
+    full, name = disk_full(error), getattr(error, "filename", None)
     if full or name and (folder in (Path(name), *Path(name).parents) or Path(name) in folder.parents):
         what = reason(error) if full else f"it cannot be written: {error.strerror}"
         raise OSError(f"rows are cached in {folder}, and {what}.\nMend that, or name another: HF_DATASETS_CACHE=DIR")

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from trainer.cli import DISK_FULL, reason
+from trainer.cli import disk_full, reason
 
 COLUMNS = ["conversations", "image_bytes"]
 # Seconds before a stretch that could not be fetched is tried again: an hour in all, as long as a network may be away.
@@ -152,8 +152,7 @@ def hopeless(error: BaseException) -> bool:
     causes = [error, error.__context__]
     statuses = {getattr(getattr(cause, "response", None), "status_code", None) for cause in causes}
     no_use = (FileNotFoundError, PermissionError, pa.ArrowInvalid)
-    full = {getattr(cause, "errno", None) for cause in causes} & set(DISK_FULL)
-    return bool(statuses & {401, 403, 404, 410} or full) or any(isinstance(cause, no_use) for cause in causes)
+    return bool(statuses & {401, 403, 404, 410}) or any(isinstance(e, no_use) or disk_full(e) for e in causes)
 
 
 class Fetcher:

@@ -37,14 +37,13 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from scripts.steps import typed, write_json
-from trainer.cli import SWITCH, Parser
+from trainer.cli import SWITCH, Parser, disk_full
 
 CLIP_FOLDER = "model/vision_model/clip-vit-base-patch16"
 HIDDEN = {"26m": 512, "104m": 768}
 TRANSFORMERS_REPO = {"26m": "MiniMind2-Small-V", "104m": "MiniMind2-V"}  # they hold the tokenizer
 TOKENIZER_SHA256 = "d98595c6aef70d95f72748582fb9b4f53d76dd58c1ae1dd702ad7c84e1caf5e4"
 PROBE_SECONDS = 5
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Failed(Exception):
@@ -408,7 +407,8 @@ def bring(hub: Hub, file: RemoteFile, target: Path) -> None:
         except Damaged:
             raise
         except Exception as error:  # of either library, or of the HTTP client below it
-            full = [e for e in (error, error.__cause__) if isinstance(e, OSError) and e.errno in DISK_FULL]
+            causes = [e for e in (error, error.__cause__) if isinstance(e, OSError)]
+            full = [e for e in causes if disk_full(e) or e.errno == errno.EFBIG]  # the second: too large for the disk
             if full:
                 raise Failed(
                     f"{target.parent} takes no more: {full[0].strerror}. What is there stays: make room, and the same "

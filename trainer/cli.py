@@ -19,7 +19,6 @@ from pathlib import Path
 from model import DEFAULT_VISION_MODEL
 from trainer.start import UNREAD, missing, tell_stopped, unread
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError, whose own words differ from system to system
 FULL = "the disk is full; what stood there is untouched"
 
 
@@ -38,9 +37,14 @@ def can_be_mended(error: Exception) -> bool:
     return isinstance(error, kinds)
 
 
+def disk_full(error: BaseException | None) -> bool:
+    """By its number, as the words of an OSError differ from system to system."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+
+
 def reason(error: Exception) -> str:
     """What an error says; a full disk in the same words everywhere."""
-    return FULL if getattr(error, "errno", None) in DISK_FULL else str(error)
+    return FULL if disk_full(error) else str(error)
 
 
 def run_main(main) -> None:

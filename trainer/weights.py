@@ -28,7 +28,7 @@ from model import DEFAULT_VISION_MODEL
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig, check_records, why_unreadable
 from model.processing import check_number, impostor, load_tokenizer, read_json
-from trainer.cli import DISK_FULL
+from trainer.cli import disk_full
 from trainer.start import script
 
 # sha256 of tokenizer.json: of the public weights that this code reads, and of the generation after them
@@ -81,7 +81,7 @@ def write_safely(path, write) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError, "unexpected pos"
-        full = getattr(error, "errno", 0) in DISK_FULL or "unexpected pos" in str(error)
+        full = disk_full(error) or "unexpected pos" in str(error)
         reason = "the disk is full" if full else error
         raise OSError(f"could not write {path} ({reason}); what stood there is untouched") from error
     finally:
