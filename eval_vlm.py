@@ -17,8 +17,8 @@ also with the pictures shuffled between rows, which shows whether the model look
 import sys
 from contextlib import nullcontext, redirect_stdout
 
-from trainer.cli import Parser, add_model_arguments, not_negative, positive, run_main, share
-from trainer.start import begin
+from common.cli import Parser, add_model_arguments, not_negative, positive, run_main, share
+from common.start import begin
 
 
 def parse_args(argv=None):
@@ -90,9 +90,9 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     # Only now, so that --help and a mistyped flag need not wait for PyTorch.
+    from common.devices import pick_device
+    from inference import asking
     from model.int8 import to_int8
-    from trainer import asking
-    from trainer.devices import pick_device
 
     device = pick_device(args.device)
     with redirect_stdout(sys.stderr) if args.json else nullcontext():
@@ -103,11 +103,11 @@ def main(argv=None):
     if args.data_path:
         return asking.score_rows(model, tokenizer, args, weights, device)
     if args.captions:
-        from trainer.captions import write_captions
+        from inference.captions import write_captions
 
         return write_captions(model, tokenizer, args, weights, device)
     if args.chat:
-        from trainer.terminal import chat
+        from inference.terminal import chat
 
         return chat(model, tokenizer, args, weights)
     return asking.ask_about_pictures(model, tokenizer, args, weights)

@@ -8,12 +8,12 @@ What learns: the projector, which starts at random, and the decoder's last layer
 it is: the gradients of an untrained projector would only spoil it. Writes out/pretrain_vlm_{hidden}{_moe}.pth.
 """
 
-from trainer.start import begin
+from common.start import begin
 
 if __name__ == "__main__":
     begin()  # Ctrl-C or a missing package is one sentence from here on
 
-from trainer.cli import Parser, add_training_arguments, parse_training, run_main
+from common.cli import Parser, add_training_arguments, parse_training, run_main
 
 STAGE = "pretrain_vlm"
 
@@ -33,13 +33,13 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     # Only now, so that --help and a mistyped flag need not wait for PyTorch.
-    from trainer import distributed
-    from trainer.caching import cache_features
-    from trainer.devices import check_compiler, make_deterministic, pick_device
-    from trainer.feed import load_data, val_images
+    from common import distributed
+    from common.devices import check_compiler, make_deterministic, pick_device
+    from model.weights import build_model, find_weights
+    from trainer.feature_cache import cache_features
+    from trainer.loader import load_data, val_images
     from trainer.loop import train_epoch, training
     from trainer.optimizer import choose_trainable, follow_width, optimizer_of
-    from trainer.weights import build_model, find_weights
 
     make_deterministic(args.seed)
     device = pick_device(args.device)

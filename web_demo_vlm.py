@@ -4,7 +4,7 @@
     python web_demo_vlm.py --load 1 --weights FOLDER      # an exported Transformers folder
     python web_demo_vlm.py --host 0.0.0.0 --auth ann:secret
 
-The page offers all weights of --out_dir and of the folders in it, those of scripts/quickstart.py among them, and
+The page offers all weights of --out_dir and of the folders in it, those of the quickstart among them, and
 exported folders. Each .pth is asked with the tokenizer and the encoder that its JSON names.
 
 Nothing is kept between visitors but the loaded models: a conversation lives in its browser tab, its pictures in a
@@ -18,8 +18,8 @@ import tempfile
 from contextlib import suppress
 from ipaddress import ip_address
 
-from trainer.cli import Parser, add_model_arguments, positive, run_main, share
-from trainer.start import begin, unwind
+from common.cli import Parser, add_model_arguments, positive, run_main, share
+from common.start import begin, unwind
 
 AUTH = "MINIMIND_AUTH"  # environment variable in place of --auth
 
@@ -83,7 +83,7 @@ def main(argv=None):
     args = parse_args(argv)
     check_address(args.host, args.port)
     # Only now, so that --help and a mistyped flag need not wait for PyTorch and Gradio.
-    from trainer.page import serve
+    from inference.page import serve
 
     unwind()  # so that the visitors' pictures go with the process
     with tempfile.TemporaryDirectory(prefix="minimind-v-") as folder:

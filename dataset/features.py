@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from common.cli import reason
 from dataset.lm_dataset import VLMDataset
 from dataset.sources import BadRow
-from trainer.cli import reason
 
 FORMAT = 3  # raise it when the files, or what our code makes of a picture before the encoder sees it, change
 SEGMENT = 2**28  # bytes; a rank holds as many in memory until they are written

@@ -24,9 +24,9 @@ import pyarrow.compute as pc
 import torch
 from PIL import UnidentifiedImageError
 
+from common.machine import usable_cores
 from dataset.sources import BadRow, Jsonl, Parquet, Row, blame_cache, open_rows, printable
 from model.processing import IGNORE, IMAGE_TAG, encode_chat, impostor, language
-from trainer.machine import usable_cores
 
 FORMAT = 7  # raise it when `check_rows` or what it calls finds something else: results are cached on disk
 ASKED, PROMPTS = 2000, 3  # rows in which the commonest questions are looked for, and how many of them are kept

@@ -28,7 +28,7 @@ if __spec__ is None:  # started by its path, from where Python finds no other fo
     raise SystemExit("type -m dataset.scenes instead of dataset/scenes.py")
 
 if __name__ == "__main__":
-    from trainer.start import begin
+    from common.start import begin
 
     begin()  # Ctrl-C or a missing package is one sentence from here on
 
@@ -639,7 +639,7 @@ def check_numbers(args) -> None:
 
 
 def main(argv=None):
-    from trainer.cli import Parser, reason  # here, as a world without a command line needs none
+    from common.cli import Parser, reason  # here, as a world without a command line needs none
 
     parser = Parser(__file__, "\n\n".join(__doc__.split("\n\n")[:2]))  # the rest is for those who read the code
     add = parser.start.add_argument

@@ -28,8 +28,8 @@ import numpy as np
 import pyarrow.parquet
 from PIL import Image
 
+from common.cli import disk_full, reason
 from model.processing import IMAGE_TAG, impostor
-from trainer.cli import disk_full, reason
 
 MENDED = {
     "untagged": "had pictures and no <image>: it was put before the first question",
@@ -69,7 +69,7 @@ class BadRow(ValueError):
 class Row:
     conversations: list[dict]  # {"role", "content"}, as many <image> in the user's turns as there are images
     images: list[str]  # names, to be opened by the `pictures` of the row's source
-    kind: str | list = ""  # what the row says of its questions, as drawn scenes do; see trainer/scoring.py
+    kind: str | list = ""  # what the row says of its questions, as drawn scenes do; see inference/scoring.py
     mended: str = ""  # a key of MENDED
 
 

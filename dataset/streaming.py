@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from trainer.cli import disk_full, reason
+from common.cli import disk_full, reason
 
 COLUMNS = ["conversations", "image_bytes"]
 # Seconds before a stretch that could not be fetched is tried again: an hour in all, as long as a network may be away.

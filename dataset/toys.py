@@ -19,7 +19,7 @@ if __spec__ is None:  # started by its path, from where Python finds no other fo
     raise SystemExit("type -m dataset.toys instead of dataset/toys.py")
 
 if __name__ == "__main__":
-    from trainer.start import begin
+    from common.start import begin
 
     begin()  # Ctrl-C or a missing package is one sentence from here on
 
@@ -246,7 +246,7 @@ def write_toys(out_dir, scenes=4000, val_scenes=400, rows=10, kinds=tuple(KINDS)
 
 
 def main(argv=None):
-    from trainer.cli import Parser, reason  # here, as a world without a command line needs none
+    from common.cli import Parser, reason  # here, as a world without a command line needs none
 
     parser = Parser(__file__, "\n\n".join(__doc__.split("\n\n")[:2]))  # the rest is for those who read the code
     add = parser.start.add_argument

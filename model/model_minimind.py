@@ -465,7 +465,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             nn.init.normal_(module.weight, std=0.01)
         elif isinstance(module, nn.Linear):
             # 0.088 at a width of 128. With the 0.02 of wide models, queries and keys of a narrow one are too small for
-            # attention to choose, and it takes several times the steps to look anything up (results/quickstart.md).
+            # attention to choose, and it takes several times the steps to look anything up (docs/results).
             nn.init.normal_(module.weight, std=self.config.hidden_size**-0.5)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)

@@ -170,7 +170,7 @@ class MiniMindVLM(MiniMindForCausalLM):
     @classmethod
     def from_pretrained(cls, path, *args, vision_model_path=DEFAULT_VISION_MODEL, **kwargs):
         """As in Transformers; the encoder comes from `vision_model_path`, if not given from path/vision_encoder, which
-        folders of scripts/convert_vlm.py hold, or where there is none from the usual place."""
+        folders of scripts.convert_vlm hold, or where there is none from the usual place."""
         # Loaded afterwards: Transformers 5 builds on the meta device, where a second from_pretrained cannot run.
         loaded = super().from_pretrained(path, *args, vision_model_path=None, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True

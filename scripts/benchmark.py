@@ -9,13 +9,13 @@ loads all of CLIP and runs it in fp32 on every picture of every epoch. Each furt
 to the row above it. All rows train the same weights on the same rows, in turn, round after round; the ratio is that of
 the same round. Weights are random, of the shapes of the 26M model and CLIP ViT-B/16: speed does not depend on them.
 
-Writes results/benchmark_{device}.md and .json.
+Writes docs/results/benchmark_{device}.md and .json.
 """
 
 if __spec__ is None:  # started by its path, from where Python finds no other folder
     raise SystemExit("type -m scripts.benchmark instead of scripts/benchmark.py")
 
-from trainer.start import begin, unwind
+from common.start import begin, unwind
 
 if __name__ == "__main__":
     begin()  # Ctrl-C or a missing package is one sentence from here on
@@ -45,16 +45,9 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
-from dataset.lm_dataset import StepSampler, VLMDataset, collate
-from model.int8 import to_int8
-from model.model_vlm import MiniMindVLM, VLMConfig
-from model.processing import IGNORE, ImageProcessor, load_tokenizer
-from scripts.report import cpu_name
-from scripts.steps import write_json, write_text
-from trainer import distributed
-from trainer.checkpoint import State
-from trainer.cli import Parser, positive, run_main
-from trainer.devices import (
+from common import distributed
+from common.cli import Parser, positive, run_main
+from common.devices import (
     autocast,
     better_in_blocks,
     cast_frozen,
@@ -63,9 +56,16 @@ from trainer.devices import (
     compile_layers,
     pick_device,
 )
-from trainer.feed import make_loader
+from common.machine import usable_cores
+from dataset.lm_dataset import StepSampler, VLMDataset, collate
+from model.int8 import to_int8
+from model.model_vlm import MiniMindVLM, VLMConfig
+from model.processing import IGNORE, ImageProcessor, load_tokenizer
+from scripts.quickstart.steps import write_json, write_text
+from scripts.report import cpu_name
+from trainer.checkpoint import State
+from trainer.loader import make_loader
 from trainer.loop import count_labels, to_device, train_step
-from trainer.machine import usable_cores
 from trainer.optimizer import choose_trainable, make_optimizer
 
 PUBLIC_ROWS = {"pretrain": 595_000, "sft": 300_000}

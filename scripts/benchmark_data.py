@@ -11,7 +11,7 @@ while the memory of all processes is watched.
 if __spec__ is None:  # started by its path, from where Python finds no other folder
     raise SystemExit("type -m scripts.benchmark_data instead of scripts/benchmark_data.py")
 
-from trainer.start import begin
+from common.start import begin
 
 if __name__ == "__main__":
     begin()  # Ctrl-C or a missing package is one sentence from here on
@@ -33,13 +33,13 @@ import pyarrow.parquet
 import torch
 from tqdm import tqdm
 
+from common.cli import Parser
+from common.machine import usable_cores
 from dataset.lm_dataset import StepSampler, VLMDataset
 from dataset.scene_pictures import draw
 from dataset.scenes import caption, scenes_of
 from model.processing import ImageProcessor, load_tokenizer
-from trainer.cli import Parser
-from trainer.feed import make_loader
-from trainer.machine import usable_cores
+from trainer.loader import make_loader
 
 ROW_GROUP = 10_000  # rows
 

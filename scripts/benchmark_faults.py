@@ -11,7 +11,7 @@ A table tells what was tried; a fault is printed as it is found, and any ends th
 if __spec__ is None:  # started by its path, from where Python finds no other folder
     raise SystemExit("type -m scripts.benchmark_faults instead of scripts/benchmark_faults.py")
 
-from trainer.start import begin
+from common.start import begin
 
 if __name__ == "__main__":
     begin()  # Ctrl-C or a missing package is one sentence from here on
@@ -35,13 +35,13 @@ from pathlib import Path
 import psutil
 import torch
 
+from common.cli import Parser, not_negative, positive, run_main
+from common.display import duration
+from common.start import unwind
 from dataset.scenes import write_world
 from model.processing import IMAGE_TAG, load_tokenizer
-from scripts.steps import memory
-from trainer.cli import Parser, not_negative, positive, run_main
-from trainer.shown import duration
-from trainer.start import unwind
-from trainer.weights import check_values, read_weights
+from model.weights import check_values, read_weights
+from scripts.quickstart.steps import memory
 
 LIMIT = 600  # seconds for a command of a few; longer is a fault
 KILLED = -9  # exit status after `kill -9`
@@ -297,8 +297,8 @@ def mutate(row: dict, others: list[Path], pictures: Path, number: int, rng) -> b
 def rows(bench: Bench) -> tuple[str, str]:
     """Rows and pictures in which something is wrong are refused by file and line, or make an example."""
     from dataset.lm_dataset import VLMDataset  # only now: its cache is to be in the temporary folder
+    from inference.chat import Refusal, open_picture
     from model.processing import ImageProcessor
-    from trainer.chat import Refusal, open_picture
 
     pictures = bench.work / "pictures"
     shutil.copytree(bench.base / "data/images", pictures)

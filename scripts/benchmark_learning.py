@@ -14,7 +14,7 @@ smaller share. Runs that are done are not done again.
 if __spec__ is None:  # started by its path, from where Python finds no other folder
     raise SystemExit("type -m scripts.benchmark_learning instead of scripts/benchmark_learning.py")
 
-from trainer.start import begin
+from common.start import begin
 
 if __name__ == "__main__":
     begin()  # Ctrl-C or a missing package is one sentence from here on
@@ -29,8 +29,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from scripts.steps import write_json, write_text
-from trainer.cli import Parser, positive, run_main
+from common.cli import Parser, positive, run_main
+from scripts.quickstart.steps import write_json, write_text
 
 
 def recipes(rate: float, batch_size: int) -> dict[str, dict]:

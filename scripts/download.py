@@ -18,7 +18,7 @@ What was begun goes on with the same command. Every file is verified by its chec
 if __spec__ is None:  # started by its path, from where Python finds no other folder
     raise SystemExit("type -m scripts.download instead of scripts/download.py")
 
-from trainer.start import begin
+from common.start import begin
 
 if __name__ == "__main__":
     begin()  # Ctrl-C or a missing package is one sentence from here on
@@ -36,8 +36,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-from scripts.steps import typed, write_json
-from trainer.cli import SWITCH, Parser, disk_full
+from common.cli import SWITCH, Parser, disk_full
+from scripts.quickstart.steps import typed, write_json
 
 CLIP_FOLDER = "model/vision_model/clip-vit-base-patch16"
 HIDDEN = {"26m": 512, "104m": 768}

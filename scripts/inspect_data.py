@@ -12,7 +12,7 @@ Pictures are looked for in all rows, but opened in the samples only. The page is
 if __spec__ is None:  # started by its path, from where Python finds no other folder
     raise SystemExit("type -m scripts.inspect_data instead of scripts/inspect_data.py")
 
-from trainer.start import begin, unwind
+from common.start import begin, unwind
 
 if __name__ == "__main__":
     begin()  # Ctrl-C or a missing package is one sentence from here on
@@ -31,22 +31,22 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from common.cli import Parser, add_parts_arguments, not_negative, positive, run_main
+from common.display import WIDTH, typed
+from common.machine import usable_cores
 from dataset.features import Pictures
 from dataset.lm_dataset import KINDS, VLMDataset, encode_row
 from dataset.sources import MENDED, Stretch
 from dataset.streaming import is_remote
+from inference.asking import export_of, list_models
 from model.model_vlm import DEFAULT_VISION_MODEL, VLMConfig
 from model.processing import IGNORE, ImageProcessor, load_tokenizer
+from model.weights import find_weights, folders_of, read_sidecar
+from scripts.quickstart.steps import write_text
 from scripts.report import document, rows_table, tile
-from scripts.steps import write_text
 from trainer.advice import sizes
-from trainer.asking import export_of, list_models
-from trainer.cli import Parser, add_parts_arguments, not_negative, positive, run_main
-from trainer.feed import ignore_interrupt, load_data
-from trainer.machine import usable_cores
+from trainer.loader import ignore_interrupt, load_data
 from trainer.optimizer import fitting_batch
-from trainer.shown import WIDTH, typed
-from trainer.weights import find_weights, folders_of, read_sidecar
 
 LANGUAGES = ["other", "English", "Chinese", "mixed"]  # by script: neither, Latin letters, Han characters, both
 LATIN, HAN = re.compile("[A-Za-z]"), re.compile("[\u3400-\u9fff]")

@@ -15,7 +15,7 @@ of which is shown before it runs. Ctrl-C and a second start go on where it was. 
 if __spec__ is None:  # started by its path, from where Python finds no other folder
     raise SystemExit("type -m scripts.make_bundle instead of scripts/make_bundle.py")
 
-from trainer.start import begin
+from common.start import begin
 
 if __name__ == "__main__":
     begin()  # Ctrl-C or a missing package is one sentence from here on
@@ -27,9 +27,18 @@ import shutil
 import sys
 from pathlib import Path
 
-from scripts.steps import Step, add_device_argument, duration, gigabytes, launcher, open_folder, resolve, run_steps
-from trainer.cli import Parser, reason
-from trainer.lock import only_one
+from common.cli import Parser, reason
+from common.lock import only_one
+from scripts.quickstart.steps import (
+    Step,
+    add_device_argument,
+    duration,
+    gigabytes,
+    launcher,
+    open_folder,
+    resolve,
+    run_steps,
+)
 
 HIDDEN_SIZE = 128  # of the language model
 LIMIT_MB = 8  # what a repository can carry
@@ -41,7 +50,7 @@ def recipe(folder: Path, device: str = "cpu") -> list[Step]:
     All but the last lesson know one wording of each question: where the answer can be found, other wordings are soon.
 
     The decoder learns few ways to look an object up at a time, from single questions. With all of them in one lesson
-    places were not learned at all; in conversations it may repeat what was said before (results/quickstart.md).
+    places were not learned at all; in conversations it may repeat what was said before (docs/results/quickstart.md).
     """
     captions, words, text, clip = (folder / name for name in ("captions", "words", "text", "clip"))
     train, on_device = launcher(device)

@@ -4,13 +4,13 @@
 
 The page is one file for each language: pictures, curves and style are in it, nothing is fetched and no script runs. Its
 examples are drawn by chance, the same on every call, and not for being right; those that are wrong come again by
-themselves. Its sentences are in scripts/report_words.py.
+themselves. Its sentences are in scripts/quickstart/report_words.py.
 """
 
 if __spec__ is None:  # started by its path, from where Python finds no other folder
     raise SystemExit("type -m scripts.report instead of scripts/report.py")
 
-from trainer.start import begin
+from common.start import begin
 
 if __name__ == "__main__":
     begin()  # Ctrl-C or a missing package is one sentence from here on
@@ -28,11 +28,11 @@ from html import escape
 from importlib import metadata
 from pathlib import Path
 
-from scripts.report_words import WORDS
-from scripts.steps import write_text
-from trainer.cli import Parser
-from trainer.machine import usable_cores
-from trainer.shown import WIDTH, duration, gigabytes, typed
+from common.cli import Parser
+from common.display import WIDTH, duration, gigabytes, typed
+from common.machine import usable_cores
+from scripts.quickstart.report_words import WORDS
+from scripts.quickstart.steps import write_text
 
 PAGES = {"en": "report.html", "zh": "report_zh.html"}
 LANGUAGES = tuple(PAGES)

@@ -26,7 +26,7 @@ Shapes: B batch, T tokens, P patches, V width of the ViT, E of the shared space.
 if __spec__ is None:  # started by its path, from where Python finds no other folder
     raise SystemExit("type -m scripts.train_clip instead of scripts/train_clip.py")
 
-from trainer.start import begin
+from common.start import begin
 
 if __name__ == "__main__":
     begin()  # Ctrl-C or a missing package is one sentence from here on
@@ -46,13 +46,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel
 
+from common.cli import Parser, not_negative, positive, run_main
+from common.devices import make_deterministic, pick_device
 from dataset.sources import BadRow, image_names
 from model.processing import ImageProcessor, impostor, load_tokenizer
+from model.weights import write_json, write_safely
 from scripts.train_tokenizer import read_rows
-from trainer.cli import Parser, not_negative, positive, run_main
-from trainer.devices import make_deterministic, pick_device
 from trainer.optimizer import Muon, set_learning_rate
-from trainer.weights import write_json, write_safely
 
 # Transformers pools a caption at its first `eos_token_id`, but at the *largest* id if that is 2, a courtesy to an old
 # mistake. Our <|im_end|> is 2, so captions end in <|endoftext|> instead, which also pads: the text tower is causal, so

@@ -14,7 +14,7 @@ out/llm_{hidden}{_moe}.pth; the figure at the end is the perplexity per token of
 if __spec__ is None:  # started by its path, from where Python finds no other folder
     raise SystemExit("type -m scripts.train_llm instead of scripts/train_llm.py")
 
-from trainer.start import begin
+from common.start import begin
 
 if __name__ == "__main__":
     begin()  # Ctrl-C or a missing package is one sentence from here on
@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import math
 from pathlib import Path
 
-from trainer.cli import Parser, add_training_arguments, parse_training, run_main
+from common.cli import Parser, add_training_arguments, parse_training, run_main
 
 STAGE = "llm"
 
@@ -55,12 +55,12 @@ def check_data(args) -> None:
 def main(argv=None):
     args = parse_args(argv)
     # Only now, so that --help and a mistyped flag need not wait for PyTorch.
-    from trainer import distributed
-    from trainer.devices import check_compiler, make_deterministic, pick_device
-    from trainer.feed import load_data
+    from common import distributed
+    from common.devices import check_compiler, make_deterministic, pick_device
+    from model.weights import build_model, find_weights
+    from trainer.loader import load_data
     from trainer.loop import train_epoch, training
     from trainer.optimizer import follow_width, optimizer_of
-    from trainer.weights import build_model, find_weights
 
     check_data(args)
     make_deterministic(args.seed)

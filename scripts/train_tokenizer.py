@@ -13,7 +13,7 @@ full. The ids: 0 <|endoftext|>, 1 <|im_start|>, 2 <|im_end|>, 3 to 258 the bytes
 if __spec__ is None:  # started by its path, from where Python finds no other folder
     raise SystemExit("type -m scripts.train_tokenizer instead of scripts/train_tokenizer.py")
 
-from trainer.start import begin
+from common.start import begin
 
 if __name__ == "__main__":
     begin()  # Ctrl-C or a missing package is one sentence from here on
@@ -24,9 +24,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from common.cli import Parser, run_main
 from model.processing import DEFAULT_SYSTEM, IMAGE_TAG, load_tokenizer
-from trainer.cli import Parser, run_main
-from trainer.weights import write_safely
+from model.weights import write_safely
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2
 CHINESE = "\u4e00-\u9fff"  # as a range in a regular expression

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 import eval_vlm
+from inference.attention import as_seen, looked, spotlight, words_of
 from model.model_minimind import Attention
 from model.processing import ImageProcessor
 from tests.conftest import lively
-from trainer.attention import as_seen, looked, spotlight, words_of
 
 
 @pytest.mark.parametrize("config", [{}, {"use_moe": True}, {"num_attention_heads": 4, "num_key_value_heads": 4}])

@@ -41,7 +41,7 @@ def test_a_few_rows_have_the_length_and_padding_of_many(kind):
 
 
 def test_only_what_compiles_asks_for_a_compiler(monkeypatch):
-    monkeypatch.setattr("trainer.devices.shutil.which", lambda name: None)
+    monkeypatch.setattr("common.devices.shutil.which", lambda name: None)
     cpu = torch.device("cpu")
     with pytest.raises(ValueError, match="--compile: on a CPU it needs a C"):
         benchmark.ways(cpu, compile=True)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import eval_vlm
-from trainer import captions
+from inference import captions
 
 
 @pytest.fixture

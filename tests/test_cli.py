@@ -1,4 +1,4 @@
-"""trainer/cli.py: how a mistake is told, and the command lines of the public MiniMind-V."""
+"""common/cli.py: how a mistake is told, and the command lines of the public MiniMind-V."""
 
 import pytest
 
@@ -6,9 +6,11 @@ import eval_vlm
 import train_pretrain_vlm
 import train_sft_vlm
 import web_demo_vlm
-from scripts import convert_vlm, download, inspect_data, quickstart
+from common.cli import run_main
+from scripts import download, inspect_data
+from scripts.convert_vlm import __main__ as convert_vlm
+from scripts.quickstart import __main__ as quickstart
 from tests.conftest import no_space
-from trainer.cli import run_main
 
 MISTAKES = """
 train_sft_vlm --lr 3          → --lr is no flag of train_sft_vlm.py; did you mean --learning_rate? (--help lists all)
@@ -34,7 +36,7 @@ def test_a_mistake_is_told_in_one_line_with_the_nearest_flag(line, capsys):
     typed, message = line.split("→")
     script, *flags = typed.split()
     scripts = (convert_vlm, eval_vlm, inspect_data, train_sft_vlm)
-    script = next(module for module in scripts if module.__name__.split(".")[-1] == script)
+    script = next(module for module in scripts if script in module.__name__.split("."))
     with pytest.raises(SystemExit) as end:
         script.parse_args(flags)
     assert (end.value.code, *capsys.readouterr()) == (2, "", f"error: {message.strip()}\n")

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from scripts import download, make_bundle, quickstart
+from common.cli import GONE, RENAMED
+from scripts import download, make_bundle
+from scripts.quickstart import __main__ as quickstart
 from tests.test_flags import ROOT, SCRIPTS, SOURCES, names, parsers  # noqa: F401 (a fixture)
-from trainer.cli import GONE, RENAMED
 
 READMES = ["README.md", "README_zh.md"]
 FLAG = r"(?<![\w-])--[a-z]\w*(?:-\w+)*"
@@ -19,7 +20,7 @@ FLAG = r"(?<![\w-])--[a-z]\w*(?:-\w+)*"
 COMMAND = re.compile(
     r"(?<![\w/.])(?:python3?|torchrun) ([^\n`;<…，。；（）]*?)(?= \||[`;<…，。；（）]|[.,:)]+(?:\s|$)|$)", re.M
 )
-OTHERS = ("venv", "pytest", "scripts.torchrun", "vllm.", "lmms_eval", "-P scripts/check_export.py")
+OTHERS = ("venv", "pytest", "scripts.torchrun", "vllm.", "lmms_eval", "-P scripts/convert_vlm/check_export.py")
 TORCHRUN = {"--nproc_per_node", "--nnodes", "--master_addr", "--rdzv_endpoint", "--max-restarts"}
 ELSEWHERE = {"--short", "--target", "--index-url", "--standalone"}  # of git, pip and torchrun, which we call
 SOMETHING = "SOMETHING"  # in place of what a message fills in
@@ -60,7 +61,8 @@ def named(command: list) -> tuple[str, list[str]]:
     while command and command[0] in TORCHRUN:
         command = command[2:]
     if command[:1] == ["-m"]:
-        return command[1].replace(".", "/") + ".py", command[2:]
+        path = command[1].replace(".", "/")
+        return path + ("/__main__.py" if (ROOT / path).is_dir() else ".py"), command[2:]
     return (command or [""])[0], command[1:]
 
 
@@ -126,7 +128,7 @@ def test_every_flag_in_a_text_is_one_of_a_script_that_can_show_it(parsers):  # n
     wrong = []
     for path, tree in SOURCES.items():
         can = set().union(TORCHRUN, *(flags[script] for script in users_of(path, imports)))
-        known = ELSEWHERE | ({*GONE, *RENAMED} if names(path) == "trainer/cli.py" else set())
+        known = ELSEWHERE | ({*GONE, *RENAMED} if names(path) == "common/cli.py" else set())
         for text in texts_of(tree):
             if "style=" in text or "var(--" in text:  # these are CSS's
                 continue

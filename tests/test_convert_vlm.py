@@ -1,4 +1,4 @@
-"""scripts/convert_vlm.py: folders answer as the weights do, to those who know nothing of this repo, and come back."""
+"""scripts.convert_vlm: folders answer as the weights do, to those who know nothing of this repo, and come back."""
 
 import base64
 import json
@@ -21,15 +21,17 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import eval_vlm
 import train_sft_vlm
+from inference.asking import list_models
+from model import llava
 from model.model_minimind import MiniMindForCausalLM
 from model.processing import encode_chat
 from model.processor import MiniMindVProcessor
-from scripts import check_export, convert_vlm, llava
+from model.weights import build_model, describe, read_sidecar, save_weights, tokenizer_hash, weights_name
+from scripts.convert_vlm import __main__ as convert_vlm
+from scripts.convert_vlm import check_export
 from tests.conftest import lively
 from tests.test_model_minimind import OTHER, needs_other
 from train_sft_vlm import parse_args
-from trainer.asking import list_models
-from trainer.weights import build_model, describe, read_sidecar, save_weights, tokenizer_hash, weights_name
 
 DENSE, MOE = {}, {"use_moe": True}
 KINDS = pytest.mark.parametrize("kind", ["llava", "transformers"])

@@ -11,8 +11,8 @@ import torch
 
 import train_sft_vlm
 import trainer.loop
+from common import distributed
 from tests.test_sources import chat, picture, write_parquet
-from trainer import distributed
 from trainer.progress import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +30,7 @@ import json, os, sys
 import torch
 import trainer.loop, train_sft_vlm
 from model.model_vlm import MiniMindVLM
-from trainer import distributed
+from common import distributed
 
 cases = json.loads(sys.argv[1])
 report = {}

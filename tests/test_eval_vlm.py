@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 import eval_vlm
+from inference import asking
 from model.processing import ImageProcessor
 from tests.conftest import turn, write_rows
-from trainer import asking
 
 
 def test_it_answers_about_one_picture_in_a_stream(trained, world, capsys):
@@ -438,7 +438,7 @@ def test_earlier_scores_stay_until_there_are_new_ones(trained, world, tmp_path, 
     output = tmp_path / "scores.json"
     output.write_text('{"true": "an hour of answers"}')
     rows = ["--data_path", str(world / "rows.jsonl"), "--images_path", str(world / "pictures")]
-    monkeypatch.setattr("trainer.scoring.answer_batches", None)
+    monkeypatch.setattr("inference.scoring.answer_batches", None)
     with pytest.raises(TypeError):
         eval_vlm.main([*trained, *rows, "--output", str(output)])
     assert json.loads(output.read_text()) == {"true": "an hour of answers"}

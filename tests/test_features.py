@@ -25,7 +25,7 @@ from tests.conftest import no_space, turn, write_rows
 from tests.test_distributed import assert_same_weights
 from tests.test_loop import LONG, interrupt, into, losses, same
 from tests.test_sources import chat, picture, write_parquet
-from trainer import caching
+from trainer import feature_cache
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_a_picture_that_changes_while_features_are_computed_is_not_taken_for_wha
     cached, pictures, tmp_path, monkeypatch
 ):
     folder, _ = pictures
-    real = caching.tell
+    real = feature_cache.tell
 
     def tell(*args):
         real(*args)
@@ -199,7 +199,7 @@ def test_a_picture_that_changes_while_features_are_computed_is_not_taken_for_wha
 
     flags = data_flags(cached, folder)
     with monkeypatch.context() as patch:
-        patch.setattr(caching, "tell", tell)
+        patch.setattr(feature_cache, "tell", tell)
         with pytest.raises(ValueError, match=r"the picture of .*rows\.jsonl:1 changed while features were computed"):
             train_sft_vlm.main(flags)
     train_sft_vlm.main([*flags, *RATES])
@@ -276,7 +276,7 @@ def test_rows_in_a_zip(cached, pictures, tmp_path):
 
 def test_without_room_nothing_is_computed(cached, pictures, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(caching.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 100, 100))
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 100, 100))
     folder, seen = pictures
     with pytest.raises(ValueError, match=r"(?s)--cache_features .* do not fit .* --cache_dtype int8"):
         train_sft_vlm.main(data_flags(cached, folder))

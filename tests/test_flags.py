@@ -13,9 +13,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = {
     path: ast.parse(path.read_text(encoding="utf-8"))
-    for folder in (".", "dataset", "model", "scripts", "trainer")
-    for path in sorted((ROOT / folder).glob("*.py"))
+    for folder in (".", "common", "dataset", "inference", "model", "scripts", "scripts/*", "trainer")
+    for path in sorted(ROOT.glob(f"{folder}/*.py"))
 }
+# Of a package the file that is run
 SCRIPTS = [path for path, tree in SOURCES.items() if "id='Parser'" in ast.dump(tree) and "__main__" in ast.dump(tree)]
 
 
@@ -96,9 +97,8 @@ def test_help_fits_a_terminal_and_begins_with_the_few_flags_that_a_newcomer_need
     for parser in parsers(script):
         shown = parser.format_help()
         assert max(map(len, shown.splitlines())) <= 80
-        command = (
-            "python " + names(script) if script.parent == ROOT else f"python -m {'.'.join(script.parts[-2:])[:-3]}"
-        )
+        module = ".".join(script.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+        command = f"python {names(script)}" if script.parent == ROOT else f"python -m {module}"
         usage, rest = shown.split("\n\n", 1)
         assert usage.startswith(f"usage: {command} [options]") and usage.count("\n") <= 3
         about = rest.split("\n\nstart with these:\n")[0]

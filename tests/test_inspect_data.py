@@ -13,15 +13,15 @@ import pytest
 from PIL import Image
 
 import train_sft_vlm
+from common.cli import run_main
 from dataset import lm_dataset
 from dataset.lm_dataset import IGNORE, VLMDataset
+from inference.asking import list_models
 from model.processing import ImageProcessor
 from scripts import inspect_data
 from tests.conftest import turn, write_rows
 from tests.test_sources import BLACK, chat, picture, row, write_parquet
 from trainer.advice import answer
-from trainer.asking import list_models
-from trainer.cli import run_main
 
 EVIL = '<script>alert("&")</script></mark>'
 LONG = row("Tell me a story.", "A very long story. " * 20)

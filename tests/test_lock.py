@@ -1,4 +1,4 @@
-"""trainer/lock.py: two processes do not write one file, and nobody is locked out by one that has ended."""
+"""common/lock.py: two processes do not write one file, and nobody is locked out by one that has ended."""
 
 import json
 import socket
@@ -8,11 +8,11 @@ import sys
 import psutil
 import pytest
 
-from trainer.lock import only_one
+from common.lock import only_one
 
 HOLD = """
 import sys
-from trainer.lock import only_one
+from common.lock import only_one
 with only_one(sys.argv[1], "--out_dir"):
     print("held", flush=True)
     input()

@@ -13,17 +13,17 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+import common.devices
 import train_sft_vlm
-import trainer.devices
 import trainer.loop
+from common.devices import autocast, cast_frozen, choose_attention
 from dataset.lm_dataset import collate
 from model.model_vlm import MiniMindVLM
 from model.processing import IGNORE
+from model.weights import fingerprint, read_weights
 from tests.conftest import turn, write_rows
-from trainer.devices import autocast, cast_frozen, choose_attention
 from trainer.loop import fit_accumulation, train_step
 from trainer.progress import read_metrics
-from trainer.weights import fingerprint, read_weights
 
 main = train_sft_vlm.main
 
@@ -644,7 +644,7 @@ def test_attention_is_in_blocks_in_bfloat16_on_cpus_with_amx(make_vlm, monkeypat
 
 
 def test_compiling_without_a_compiler_is_refused_at_once(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.devices.shutil, "which", lambda name: None)
+    monkeypatch.setattr(common.devices.shutil, "which", lambda name: None)
     monkeypatch.setenv("CXX", "mycc")
     with pytest.raises(ValueError, match=r"--compile: on a CPU it needs a C\+\+ compiler, and there is no mycc"):
         main([*flags, "--compile"])
@@ -678,7 +678,7 @@ def test_compiled_training_makes_the_same_losses(flags, tmp_path, monkeypatch):
         return compile(forward, **how | {"backend": backend})
 
     monkeypatch.setattr(torch, "compile", captured)
-    monkeypatch.setattr(trainer.devices.shutil, "which", lambda name: name)  # none is needed here
+    monkeypatch.setattr(common.devices.shutil, "which", lambda name: name)  # none is needed here
     flags = [*flags, "--log_interval", "1", "--batch_size", "3"]
     main(into(tmp_path / "plain", flags))
     assert not compiled

@@ -1,11 +1,11 @@
-"""trainer/machine.py: the cores that a process may use, also in a container."""
+"""common/machine.py: the cores that a process may use, also in a container."""
 
 import os
 
 import psutil
 import pytest
 
-from trainer import machine
+from common import machine
 
 
 @pytest.mark.parametrize(

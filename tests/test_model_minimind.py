@@ -595,7 +595,7 @@ def test_a_left_padded_batch_generates_what_its_rows_generate_alone(options):
 
 @pytest.mark.parametrize("width", [64, 256])
 def test_a_narrow_model_starts_with_wider_matrices_and_every_one_with_words_close_together(width):
-    """With 0.02 everywhere, a width of 128 takes several times the steps to look things up: results/quickstart.md."""
+    """With 0.02 everywhere, a width of 128 takes several times the steps to look things up (docs/results)."""
     model = MiniMindForCausalLM(MiniMindConfig(hidden_size=width, num_hidden_layers=1, vocab_size=300))
     assert model.model.layers[0].self_attn.q_proj.weight.std().item() == pytest.approx(width**-0.5, rel=0.05)
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from model import weights
 from model.processing import (
     ImageProcessor,
     TooManyPixels,
@@ -20,7 +21,6 @@ from model.processing import (
     to_rgb,
     vision_config,
 )
-from trainer import weights
 
 try:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as ReferenceProcessor

@@ -17,9 +17,21 @@ import psutil
 import pytest
 import torch
 
-from scripts import make_bundle, quickstart, steps
-from scripts.steps import Step, duration, gigabytes, open_folder, read_records, run, run_steps, typed, variables
-from trainer import distributed
+from common import distributed
+from scripts import make_bundle
+from scripts.quickstart import __main__ as quickstart
+from scripts.quickstart import steps
+from scripts.quickstart.steps import (
+    Step,
+    duration,
+    gigabytes,
+    open_folder,
+    read_records,
+    run,
+    run_steps,
+    typed,
+    variables,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -153,7 +165,7 @@ def test_torchrun_starts_processes_of_this_python(tmp_path, capfd):
     "allowed, physical, threads", [(1, 1, 1), (2, 2, 1), (4, 2, 1), (8, 4, 2), (16, 16, 8), (2, 16, 1), (64, None, 8)]
 )
 def test_two_processes_share_the_physical_cores(monkeypatch, tmp_path, allowed, physical, threads):
-    monkeypatch.setattr("trainer.machine.CGROUP", tmp_path)  # no container
+    monkeypatch.setattr("common.machine.CGROUP", tmp_path)  # no container
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(allowed)), raising=False)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: physical)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -186,7 +198,7 @@ def test_threads_are_shown_where_torchrun_would_take_one_and_are_no_other_settin
 LIVE = """
 import sys
 from pathlib import Path
-from scripts.steps import Step, run_steps
+from scripts.quickstart.steps import Step, run_steps
 folder = Path(sys.argv[1])
 code = '''
 import signal, sys, time
@@ -278,7 +290,7 @@ def script_of(command):
 
 
 def run_here(command):
-    """As `scripts.steps.run`, in this process: a process for each would spend all its time on importing torch."""
+    """As `steps.run`, in this process: a process for each would spend all its time on importing torch."""
     started = time.perf_counter()
     name, flags = script_of(command)
     importlib.import_module(name).main(flags)

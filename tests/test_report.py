@@ -10,9 +10,10 @@ from PIL import Image
 
 from dataset.scenes import KINDS
 from model.processing import language as language_of
-from scripts import quickstart, report
-from scripts.report_words import WORDS
-from scripts.steps import read_records, write_json
+from scripts import report
+from scripts.quickstart import __main__ as quickstart
+from scripts.quickstart.report_words import WORDS
+from scripts.quickstart.steps import read_records, write_json
 
 EVIL = '<script>alert("&")</script>'
 
@@ -197,7 +198,7 @@ def test_both_languages_say_the_same_things():
     for flags in ([], ["--from_zero"], ["--from_zero", "--use_moe"]):
         args = quickstart.parse_args(flags)
         for what, _ in quickstart.next_commands(args.out_dir, Path("out/sft_vlm_8.pth"), args):
-            assert what in chinese["tries"], f"scripts/report_words.py has no Chinese for {what!r}"
+            assert what in chinese["tries"], f"report_words.py has no Chinese for {what!r}"
 
 
 def test_the_chinese_page_speaks_chinese_but_for_names_and_commands(folder):

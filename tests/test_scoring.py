@@ -3,9 +3,7 @@ import json
 import pytest
 
 from dataset.lm_dataset import VLMDataset
-from model.model_vlm import MiniMindVLM
-from tests.conftest import turn, write_rows
-from trainer.scoring import (
+from inference.scoring import (
     Prompts,
     ShuffledPictures,
     bleu,
@@ -18,6 +16,8 @@ from trainer.scoring import (
     table,
     words,
 )
+from model.model_vlm import MiniMindVLM
+from tests.conftest import turn, write_rows
 
 
 @pytest.fixture

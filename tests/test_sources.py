@@ -16,11 +16,11 @@ from PIL import Image
 from dataset import sources
 from dataset.lm_dataset import StepSampler, VLMDataset
 from dataset.sources import BadRow, Folder, Zip, drop_tags, parse_line, parse_record
+from inference.scoring import ShuffledPictures
+from model import weights
 from model.model_vlm import MiniMindVLM
 from model.processing import ImageProcessor, load_tokenizer, read_json
 from tests.conftest import no_space, turn, write_rows
-from trainer import weights
-from trainer.scoring import ShuffledPictures
 
 P = 16  # placeholders of a picture in the tests' world
 

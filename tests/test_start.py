@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from scripts.steps import read_records
-from trainer import start
+from common import start
+from scripts.quickstart.steps import read_records
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
     path.relative_to(ROOT)
-    for folder in (".", "scripts", "dataset")
+    for folder in (".", "scripts", "scripts/quickstart", "scripts/convert_vlm", "dataset")
     for path in sorted((ROOT / folder).glob("*.py"))
     if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8") and path.stem != "check_export"
 ]  # check_export.py is started by its path, where nothing of this repository can be seen
@@ -23,7 +23,9 @@ SCRIPTS = [
 
 def as_typed(path, *flags):
     """python eval_vlm.py or python -m scripts.quickstart"""
-    return [str(path)] if path.parent == Path() else ["-m", ".".join(path.with_suffix("").parts)]
+    if path.parent == Path():
+        return [str(path)]
+    return ["-m", ".".join(path.with_suffix("").parts).removesuffix(".__main__")]
 
 
 def run(*command, **options):
@@ -35,7 +37,7 @@ def run(*command, **options):
 
 def test_the_scripts_that_users_start_are_found():
     names = set(map(str, SCRIPTS))
-    assert {"train_sft_vlm.py", "eval_vlm.py", "scripts/quickstart.py", "dataset/scenes.py"} <= names
+    assert {"train_sft_vlm.py", "eval_vlm.py", "scripts/quickstart/__main__.py", "dataset/scenes.py"} <= names
     assert len(names) >= 17
 
 
@@ -49,8 +51,8 @@ def test_without_its_packages_every_script_says_in_one_sentence_what_to_type(pat
 
 @pytest.mark.parametrize("path", [path for path in SCRIPTS if path.parent != Path()], ids=str)
 def test_a_script_that_is_started_by_its_path_says_how_to_start_it(path):
-    done = run(str(path), "--help")
-    assert (done.returncode, done.stderr) == (1, f"type {' '.join(as_typed(path))} instead of {path.as_posix()}\n")
+    done, name = run(str(path), "--help"), path.as_posix().removesuffix("/__main__.py")
+    assert (done.returncode, done.stderr) == (1, f"type {' '.join(as_typed(path))} instead of {name}\n")
 
 
 def test_a_package_of_another_version_is_told_like_one_that_is_missing(tmp_path):
@@ -85,7 +87,7 @@ def head(last: str, *command, **options):
 
 
 def test_help_that_nobody_reads_ends_without_a_word():
-    for path in ("train_sft_vlm.py", "scripts/quickstart.py", "dataset/toys.py"):
+    for path in ("train_sft_vlm.py", "scripts/quickstart/__main__.py", "dataset/toys.py"):
         status, told = head("", *as_typed(Path(path)), "--help")
         assert status in (0, start.UNREAD) and told == "", path
 
@@ -93,7 +95,7 @@ def test_help_that_nobody_reads_ends_without_a_word():
 @pytest.mark.parametrize("rest", ["print('last')", "[print(i) for i in range(10**5)]"])
 def test_a_pipe_that_is_closed_ends_a_script_without_a_word(rest):
     """One line is written by Python itself at the very end; many fill the pipe before."""
-    code = f"from trainer.start import begin\nbegin()\nprint('first', flush=True)\ninput()\n{rest}"
+    code = f"from common.start import begin\nbegin()\nprint('first', flush=True)\ninput()\n{rest}"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdin=-1, stdout=-1, stderr=-1) as process:
         assert process.stdout.readline() == "first\n"
         process.stdout.close()
@@ -103,7 +105,7 @@ def test_a_pipe_that_is_closed_ends_a_script_without_a_word(rest):
 
 
 def test_another_pipe_that_breaks_is_told():
-    done = run("-c", "from trainer.start import begin\nbegin()\nraise BrokenPipeError(32, 'of a worker')")
+    done = run("-c", "from common.start import begin\nbegin()\nraise BrokenPipeError(32, 'of a worker')")
     assert done.returncode == 1 and "of a worker" in done.stderr
 
 
@@ -145,12 +147,12 @@ def test_on_several_machines_the_command_to_go_on_has_the_processes_of_one(monke
 # Trains, but says "ready" and holds at one place, so that the signal comes there.
 HELD = """
 import os, sys, time
-from trainer.start import begin
+from common.start import begin
 
 begin()
 import torch
-import train_sft_vlm as script, trainer.caching, trainer.feed, trainer.loop
-from trainer import cli
+import train_sft_vlm as script, trainer.feature_cache, trainer.loader, trainer.loop
+from common import cli
 
 where, first = sys.argv.pop(1), os.environ.get("RANK", "0") == "0"
 
@@ -162,9 +164,9 @@ def hold(real, seconds):
     return held
 
 if where == "data" or where == "rank 0" and first:
-    trainer.feed.VLMDataset = hold(trainer.feed.VLMDataset, 60)
+    trainer.loader.VLMDataset = hold(trainer.loader.VLMDataset, 60)
 if where == "features":
-    trainer.caching.encode = hold(trainer.caching.encode, 60)
+    trainer.feature_cache.encode = hold(trainer.feature_cache.encode, 60)
 if where == "step":
     trainer.loop.train_step = hold(trainer.loop.train_step, 0.3)
 if where == "validation":
@@ -175,10 +177,10 @@ cli.run_main(lambda: script.main(sys.argv[1:]))
 RECIPE = """
 import sys
 from pathlib import Path
-from trainer.start import begin
+from common.start import begin
 
 begin()
-from scripts.steps import Step, run_steps
+from scripts.quickstart.steps import Step, run_steps
 
 step = Step("training", "of two ranks", ["torchrun", "--nproc_per_node", "2", *sys.argv[2:]], resumable=True)
 run_steps([step], Path(sys.argv[1]), "the command that goes on")
@@ -214,7 +216,7 @@ def test_ctrl_c_while_packages_are_imported_is_one_message(tmp_path):
     """Also where the package turns KeyboardInterrupt into an error of its own, or into nothing."""
     code = "import time\ntry:\n    print('ready', flush=True)\n    time.sleep(60)\nexcept BaseException:\n    pass\n"
     (tmp_path / "psutil.py").write_text(code)
-    run = "import os, runpy, sys; sys.path.insert(0, sys.argv.pop(1)); sys.argv[0] = 'scripts/quickstart.py'; "
+    run = "import os, runpy, sys; sys.path.insert(0, sys.argv.pop(1)); sys.argv[0] = 'scripts/quickstart'; "
     run += "runpy.run_module('scripts.quickstart', run_name='__main__', alter_sys=True)"
     for number in (signal.SIGINT, signal.SIGTERM):
         status, printed = stop(["-c", run, str(tmp_path), "--out_dir", str(tmp_path / "out")], number)
@@ -243,13 +245,13 @@ def test_a_training_that_is_stopped_anywhere_ends_with_one_message(flags, world,
 ASKED = """
 import signal, sys, time
 import psutil
-from trainer.start import begin
+from common.start import begin
 
 begin()
-import eval_vlm, trainer.asking, trainer.captions, trainer.scoring
-from trainer.cli import run_main
+import eval_vlm, inference.asking, inference.captions, inference.scoring
+from common.cli import run_main
 
-real = trainer.asking.answer_batches
+real = inference.asking.answer_batches
 
 def held(*args):
     for answers in real(*args):
@@ -261,7 +263,7 @@ def held(*args):
         time.sleep(60)
         yield answers
 
-trainer.captions.answer_batches = trainer.scoring.answer_batches = held
+inference.captions.answer_batches = inference.scoring.answer_batches = held
 run_main(lambda: eval_vlm.main(sys.argv[1:]))
 """
 

@@ -20,7 +20,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-import trainer.feed
+import trainer.loader
 from dataset import streaming
 from dataset.lm_dataset import VLMDataset
 from dataset.streaming import Fetcher, Stream
@@ -30,7 +30,7 @@ from tests.conftest import no_space
 from tests.test_loop import interrupt, losses
 from tests.test_sources import chat, picture, write_parquet
 from train_sft_vlm import main, parse_args
-from trainer.feed import StreamFeed
+from trainer.loader import StreamFeed
 
 
 @pytest.fixture
@@ -114,10 +114,10 @@ def test_steps_cover_the_rows_on_whatever_number_of_ranks(url, streamed, tokeniz
     assert feed_rows(url, streamed, tokenizer, clip_folder, epoch=1) != alone
 
     two = [*streamed, "--batch_size", "3"]
-    monkeypatch.setattr(trainer.feed, "world_size", lambda: 2)
+    monkeypatch.setattr(trainer.loader, "world_size", lambda: 2)
     ranks = []
     for rank in (0, 1):
-        monkeypatch.setattr(trainer.feed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(trainer.loader, "rank", lambda rank=rank: rank)
         ranks.append(feed_rows(url, [*two, "--out_dir", str(tmp_path / str(rank))], tokenizer, clip_folder))
     assert len(ranks[0]) == len(ranks[1]) == 4  # steps of 12
     assert len(sum(sum(ranks, []), Counter())) == sum(sum(ranks, []), Counter()).total() == 41

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import eval_vlm
-from trainer import terminal
+from inference import terminal
 
 
 @pytest.fixture

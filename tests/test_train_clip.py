@@ -10,10 +10,10 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPConfig, CLIPModel
 
+from common.cli import run_main
 from model.model_vlm import MiniMindVLM
 from model.processing import ImageProcessor, load_tokenizer
 from scripts import train_clip, train_tokenizer
-from trainer.cli import run_main
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 30)}
 SAYINGS = ("The {1} half is {0}.", "On the {1} there is {0}.", "{0}, {1}")

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import train_pretrain_vlm
+from common import cli
 from dataset import scenes
 from dataset.lm_dataset import VLMDataset
 from model.model_minimind import MiniMindForCausalLM
@@ -22,7 +23,6 @@ from model.processing import IGNORE, load_tokenizer
 from scripts import train_llm, train_tokenizer
 from tests.conftest import turn, write_rows
 from tests.test_loop import LONG, interrupt, into, losses, same
-from trainer import cli
 from trainer.progress import read_metrics
 
 ROOT = Path(__file__).parent.parent

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
+from common.cli import run_main
 from model.processing import encode_chat, load_tokenizer
 from scripts.train_tokenizer import main
-from trainer.cli import run_main
 
 WORDS = ("red", "green", "blue", "square", "circle", "dog", "runs", "over", "grass", "红色", "圆形", "一只狗", "草地上")
 

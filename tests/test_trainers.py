@@ -10,11 +10,11 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 import eval_vlm
+from model.export import write_transformers
+from model.llava import write_llava
 from model.model_vlm import MiniMindVLM
-from scripts.folder import write_transformers
-from scripts.llava import write_llava
+from model.weights import describe
 from tests.conftest import COLOURS, small_config
-from trainer.weights import describe
 
 pytestmark = pytest.mark.slow
 PROMPT = "What colour is this?"

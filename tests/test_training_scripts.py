@@ -14,12 +14,12 @@ import torch
 
 import train_pretrain_vlm
 import train_sft_vlm
+from common import cli, devices
 from dataset.lm_dataset import collate
+from model.weights import build_model, save_weights
 from scripts import train_clip, train_llm
 from tests.conftest import turn, write_rows
 from tests.test_loop import LONG, into, losses, same
-from trainer import cli, devices
-from trainer.weights import build_model, save_weights
 
 ROOT = Path(__file__).parent.parent
 BOTH = pytest.mark.parametrize("script", [train_pretrain_vlm, train_sft_vlm], ids=lambda script: script.__name__)

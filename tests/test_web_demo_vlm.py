@@ -19,16 +19,16 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-import trainer.chat
-import trainer.page
+import inference.chat
+import inference.page
 import web_demo_vlm
+from inference.asking import ask, find_models, list_models
+from inference.chat import Refusal, Stop, fit, load_model, open_picture, turns_of
+from inference.page import TEXT, serve, show_as_text
 from model.model_vlm import MiniMindVLM
 from model.processing import ImageProcessor
+from model.weights import describe, save_weights
 from tests.conftest import lively, small_config, turn
-from trainer.asking import ask, find_models, list_models
-from trainer.chat import Refusal, Stop, fit, load_model, open_picture, turns_of
-from trainer.page import TEXT, serve, show_as_text
-from trainer.weights import describe, save_weights
 
 LIMITS = [
     "--max_text",
@@ -309,10 +309,10 @@ def test_the_page_and_the_api_together_ask_one_question_at_a_time_and_keep_two_m
         with suppress(threading.BrokenBarrierError):
             meet.wait(1)  # for another question that is at work too
             met.append(args)
-        yield from trainer.chat.stream(*args)
+        yield from inference.chat.stream(*args)
 
-    monkeypatch.setattr(trainer.page, "load_model", load)
-    monkeypatch.setattr(trainer.page, "stream", watched)
+    monkeypatch.setattr(inference.page, "load_model", load)
+    monkeypatch.setattr(inference.page, "stream", watched)
     with serve(flags(out)) as (_, address):
         weights = [str(out / name) for name in ("sft_vlm_64.pth", "below/sft_vlm_64.pth", "export")]
         through_api, on_page = Visitor(address), Visitor(address).client
@@ -379,7 +379,7 @@ def test_an_answer_ends_when_its_time_is_over(out, world):
 
 
 def test_of_many_visitors_the_last_are_remembered(out, monkeypatch):
-    monkeypatch.setattr(trainer.page, "VISITORS", 2)
+    monkeypatch.setattr(inference.page, "VISITORS", 2)
     with serve(flags(out)) as (page, address):
         visitors = [Visitor(address) for _ in range(4)]
         assert all(visitor.ask("What?", length=3) for visitor in visitors)
@@ -411,7 +411,7 @@ def test_running_out_of_memory_is_a_sentence_and_the_next_visitor_is_answered(ad
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr(trainer.chat, "ask", fail)
+            patch.setattr(inference.chat, "ask", fail)
             assert Visitor(address).ask("What?", world / "pictures/red.png") == "⚠️ " + TEXT["en"][key]
         assert "⚠️" not in Visitor(address).ask("What?", world / "pictures/red.png")
 
@@ -440,7 +440,7 @@ def stops(monkeypatch):
             time.sleep(0.005)  # so that a browser on a busy machine is in time to stop 3,000 tokens
             return super().__call__(*args, **kwargs)
 
-    monkeypatch.setattr(trainer.page, "Stop", Kept)
+    monkeypatch.setattr(inference.page, "Stop", Kept)
     return made
 
 
@@ -502,7 +502,7 @@ def test_an_open_door_is_warned_of(out, monkeypatch, capsys):
     def closed(args):
         yield argparse.Namespace(block_thread=lambda: None), "http://0.0.0.0:7860"
 
-    monkeypatch.setattr(trainer.page, "serve", closed)
+    monkeypatch.setattr(inference.page, "serve", closed)
     monkeypatch.setattr(web_demo_vlm, "unwind", lambda: None)
     for more, warned in (([], True), (["--auth", "ann:x"], False)):
         monkeypatch.setenv("GRADIO_TEMP_DIR", "")

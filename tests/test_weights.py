@@ -1,4 +1,4 @@
-"""trainer/weights.py: what is written, what survives a full disk, and that only what belongs together is loaded."""
+"""model/weights.py: what is written, what survives a full disk, and that only what belongs together is loaded."""
 
 import errno
 import io
@@ -18,13 +18,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from transformers import CLIPModel
 
+from model import weights
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig
-from scripts import train_llm, train_tokenizer
-from tests.conftest import lively, turn, write_rows
-from train_sft_vlm import parse_args
-from trainer import weights
-from trainer.weights import (
+from model.weights import (
     build_model,
     describe,
     find_weights,
@@ -38,6 +35,9 @@ from trainer.weights import (
     weights_name,
     write_safely,
 )
+from scripts import train_llm, train_tokenizer
+from tests.conftest import lively, turn, write_rows
+from train_sft_vlm import parse_args
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from dataclasses import replace
 import psutil
 import torch
 
+from common.devices import autocast
+from common.display import WIDTH, duration, gigabytes, typed
+from common.distributed import gather, is_main, say, world_size
 from dataset.lm_dataset import VLMDataset, encode_row
 from dataset.sources import BadRow, Folder, Row
 from model.processing import IGNORE, IMAGE_TAG
-from trainer.devices import autocast
-from trainer.distributed import gather, is_main, say, world_size
-from trainer.shown import WIDTH, duration, gigabytes, typed
 
 FEW, ENOUGH, PLENTY = 50, 250, 5000  # steps: what is too short to learn from, what suits 100 rows, what suits 10,000
 PASSES, SMALLEST = 20, 8  # epochs, and rows a batch, where there are few rows

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from trainer.distributed import is_main, say
-from trainer.weights import check_values, load_weights, read_weights, save_weights, write_safely
+from common.distributed import is_main, say
+from model.weights import check_values, load_weights, read_weights, save_weights, write_safely
 
 
 @dataclass

@@ -20,21 +20,21 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from common.cli import Stopped
+from common.devices import autocast, cast_frozen, choose_attention, compile_layers, cpu_has, pick_dtype
+from common.distributed import all_sum, gather, is_main, rank, say, world_size
+from common.lock import only_one
+from common.start import STOPS, command, handle, leave, tell_stopped
 from dataset.lm_dataset import StepSampler, VLMDataset
 from dataset.streaming import Stream
 from model.model_vlm import MiniMindVLM
 from model.processing import IGNORE
+from model.weights import describe, read_sidecar, refuse_other_architecture, weights_name
 from trainer.advice import tell_end, tell_start
 from trainer.checkpoint import Checkpoint, State
-from trainer.cli import Stopped
-from trainer.devices import autocast, cast_frozen, choose_attention, compile_layers, cpu_has, pick_dtype
-from trainer.distributed import all_sum, gather, is_main, rank, say, world_size
-from trainer.feed import Feed, StreamFeed, check_data, make_loader
-from trainer.lock import only_one
+from trainer.loader import Feed, StreamFeed, check_data, make_loader
 from trainer.optimizer import SETTINGS, schedule, set_learning_rate
 from trainer.progress import Progress
-from trainer.start import STOPS, command, handle, leave, tell_stopped
-from trainer.weights import describe, read_sidecar, refuse_other_architecture, weights_name
 
 # What --on_bad_row skip puts up with while training: so many rows with broken pictures, or this share, if it is more.
 BEARABLE, BEARABLE_SHARE = 10, 0.01

@@ -5,8 +5,8 @@ from collections import defaultdict
 
 import torch
 
+from common.distributed import say
 from model.model_vlm import MiniMindVLM
-from trainer.distributed import say
 
 ATTENTION = (".q_proj.", ".k_proj.", ".v_proj.", ".o_proj.")
 
@@ -120,7 +120,7 @@ def make_optimizer(
 
 
 # Peak rates of the LLM and the projector: of a model 128 wide, for Muon and 16 rows a batch, as measured with the
-# quickstart (results/quickstart.md), and of the 26M model, 512 wide, for AdamW and 32 rows.
+# quickstart (docs/results/quickstart.md), and of the 26M model, 512 wide, for AdamW and 32 rows.
 RATES = {
     "llm": ((4e-3, None), (1e-3, None)),
     "pretrain_vlm": ((2e-3, 4e-3), (4e-4, 1e-3)),  # the projector starts at random
@@ -146,7 +146,7 @@ def follow_width(args, model, stage: str) -> None:
     blocks_learn = any(weight.requires_grad for name, weight in model.named_parameters() if ".layers." in name)
     fitting = {"optimizer": "muon" if narrow and blocks_learn else "adamw"}
     if narrow and (args.optimizer or fitting["optimizer"]) == "adamw":
-        rate /= 3  # on the scenes AdamW's best was 1e-3 where Muon's is 3e-3 (results/learning.md)
+        rate /= 3  # on the scenes AdamW's best was 1e-3 where Muon's is 3e-3 (docs/results/learning.md)
     fitting |= {"learning_rate": rate * share, "batch_size": fitting_batch(width)}
     if projector_rate:
         fitting["projector_learning_rate"] = projector_rate * share

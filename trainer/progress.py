@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from trainer.distributed import is_main
+from common.distributed import is_main
 
 
 class Progress:

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from transformers import TextStreamer
 
-from trainer.asking import generate, needs_picture, open_image, pictures_first, question
-from trainer.cli import can_be_mended
+from common.cli import can_be_mended
+from inference.asking import generate, needs_picture, open_image, pictures_first, question
 
 HELP = """\
 /image FILE  shows a picture with the next question, also http(s)://...; several one after another

@@ -1,6 +1,6 @@
-"""Does an exported folder say what our model said? Run by scripts/convert_vlm.py in a process of its own:
+"""Does an exported folder say what our model said? Run by scripts.convert_vlm in a process of its own:
 
-    python -P scripts/check_export.py FOLDER REFERENCE
+    python -P scripts/convert_vlm/check_export.py FOLDER REFERENCE
 
 It imports nothing of ours, and -P keeps the repo out of reach, so that the folder is loaded as strangers load it, on
 the Transformers that stands first in PYTHONPATH.

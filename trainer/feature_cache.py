@@ -9,11 +9,11 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from common.devices import autocast, pick_dtype
+from common.distributed import gather, is_main, rank, say, world_size
 from dataset.features import NO_KEY, FeatureCache, Pictures, places
-from trainer.devices import autocast, pick_dtype
-from trainer.distributed import gather, is_main, rank, say, world_size
-from trainer.feed import ignore_interrupt
-from trainer.weights import fingerprint, write_safely
+from model.weights import fingerprint, write_safely
+from trainer.loader import ignore_interrupt
 
 ARCHITECTURE = ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")  # no weight tells
 

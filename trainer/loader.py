@@ -11,10 +11,10 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from common.distributed import main_first, rank, say, world_size
 from dataset.lm_dataset import NoUsableRow, StepSampler, VLMDataset, collate
 from dataset.sources import MENDED, Stretch
 from dataset.streaming import Fetcher, Stream, is_remote
-from trainer.distributed import main_first, rank, say, world_size
 
 # A bar's own thread would be there when worker processes are forked: what it holds then, they wait for in vain.
 tqdm.monitor_interval = 0

@@ -14,9 +14,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from transformers import TextStreamer
 
+from common.devices import autocast, pick_dtype
 from model.processing import IMAGE_TAG, ImageProcessor, encode_chat, impostor, read_json
-from trainer.devices import autocast, pick_dtype
-from trainer.weights import ABOUT, bare_name, build_model, read_sidecar, write_json
+from model.weights import ABOUT, bare_name, build_model, read_sidecar, write_json
 
 STAGES = {0: "pretrain_vlm", 1: "sft_vlm", 2: "sft_vlm_multi"}
 PROMPTS = {  # what weights are asked whose JSON names no question
@@ -112,7 +112,7 @@ def choose_model(args) -> Path:
 
 def load(args):
     """Model on its device in eval mode, tokenizer, path of the weights."""
-    from scripts.llava import unpacked  # which imports this file
+    from model.llava import unpacked  # which imports this file
 
     path = choose_model(args)
     with unpacked(path) as source:
@@ -311,7 +311,7 @@ def ask_about_pictures(model, tokenizer, args, weights: Path) -> None:
                 cost = {"seconds": round(time.perf_counter() - began, 3), "tokens": ids.shape[1] - start}
                 print(json.dumps(about | {"prompt": prompt, "answer": answer} | cost, ensure_ascii=False), flush=True)
             if args.show_attention:
-                from trainer.attention import draw_attention
+                from inference.attention import draw_attention
 
                 path = Path(args.show_attention)
                 path = path if path.suffix else path.with_suffix(".png")  # as matplotlib would, without a word
@@ -380,7 +380,7 @@ def count_parameters(model) -> dict[str, int]:
 
 def score_rows(model, tokenizer, args, weights: Path, device) -> dict:
     from dataset.lm_dataset import VLMDataset  # what only scores need, a question need not wait for
-    from trainer.scoring import score, table
+    from inference.scoring import score, table
 
     captions = {}
     for path in args.refs_path:

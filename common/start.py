@@ -12,7 +12,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-STEP = "MINIMIND_STEP"  # environment variable of a recipe's step, whose last words are the recipe's (scripts/steps.py)
+STEP = "MINIMIND_STEP"  # environment variable of a recipe's step, whose last words are the recipe's
 PROCESS = os.getpid()
 UNREAD = 141  # the status that a shell gives to what wrote into a pipe that nobody reads any more
 # Ctrl-C, kill, and a terminal that was closed or an SSH connection that was lost (Windows knows no such signal)
@@ -75,7 +75,7 @@ def script() -> list[str]:
     """What was typed between `python` and the flags: train_sft_vlm.py, or -m scripts.train_llm."""
     spec = sys.modules["__main__"].__spec__
     as_module = spec is not None and spec.origin == sys.argv[0]
-    return ["-m", spec.name] if as_module else [Path(sys.argv[0]).name]
+    return ["-m", spec.name.removesuffix(".__main__")] if as_module else [Path(sys.argv[0]).name]
 
 
 def command(*more: str) -> str:

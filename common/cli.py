@@ -16,8 +16,8 @@ import time
 import warnings
 from pathlib import Path
 
+from common.start import UNREAD, missing, tell_stopped, unread
 from model import DEFAULT_VISION_MODEL
-from trainer.start import UNREAD, missing, tell_stopped, unread
 
 FULL = "the disk is full; what stood there is untouched"
 
@@ -70,7 +70,7 @@ def run_main(main) -> None:
         if several:
             os._exit(2)  # at once, so that torchrun ends the others: leaving the group would wait for them
         sys.exit(2)
-    if distributed := sys.modules.get("trainer.distributed"):
+    if distributed := sys.modules.get("common.distributed"):
         distributed.stop()
 
 
@@ -183,8 +183,11 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, file: str, about: str):
-        folder, self.name = Path(file).parts[-2:]
-        module = f"{folder}.{Path(file).stem}"
+        path = Path(file)
+        if path.name == "__main__.py":  # of a package
+            path = path.parent.with_suffix(".py")
+        folder, self.name = path.parts[-2:]
+        module = f"{folder}.{path.stem}"
         command = f"-m {module}" if module.startswith(("scripts.", "dataset.")) else self.name
         super().__init__(
             prog=f"python {command} [options]",

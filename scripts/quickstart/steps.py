@@ -18,9 +18,9 @@ from pathlib import Path
 
 import psutil
 
-from trainer.machine import physical_cores
-from trainer.shown import duration, gigabytes, typed
-from trainer.start import STEP, STOPS, UNREAD, handle
+from common.display import duration, gigabytes, typed
+from common.machine import physical_cores
+from common.start import STEP, STOPS, UNREAD, handle
 
 PROCESSES = 2  # that train together on a CPU, each with its own batch of a step
 MAX_THREADS = 8  # of each: a large machine should not spend its time on dividing the work of a small model
@@ -96,7 +96,7 @@ def resolve(device: str) -> str:
     """cpu, cuda or mps, which is looked for now. Raises ValueError if it is not there."""
     if device == "cpu":
         return device
-    from trainer.devices import pick_device  # only now, as it imports PyTorch
+    from common.devices import pick_device  # only now, as it imports PyTorch
 
     found = pick_device(device).type
     print(f"--device {device}: everything is computed on {found}")

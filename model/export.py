@@ -1,4 +1,4 @@
-"""What exported folders consist of, and the one of our own architecture. Used by scripts/convert_vlm.py.
+"""What exported folders consist of, and the one of our own architecture. Used by scripts.convert_vlm.
 
 Weights are safetensors; the tokenizer knows the chat format; the encoder and its preprocessing are there.
 """
@@ -11,10 +11,10 @@ import safetensors.torch
 import torch
 
 import model as model_package
+from inference.asking import STAGES
 from model.processing import DEFAULT_SYSTEM, IMAGE_TAG
 from model.processor import HIDE
-from trainer.asking import STAGES
-from trainer.weights import save_weights, weights_name, write_json, write_safely
+from model.weights import save_weights, weights_name, write_json, write_safely
 
 CODE = ("model_vlm.py", "model_minimind.py", "processing.py", "processor.py", "defaults.py")
 AUTO_MAP = {

@@ -24,12 +24,12 @@ import safetensors.torch
 import torch
 import transformers
 
+from common.cli import disk_full
+from common.start import script
 from model import DEFAULT_VISION_MODEL
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig, check_records, why_unreadable
 from model.processing import check_number, impostor, load_tokenizer, read_json
-from trainer.cli import disk_full
-from trainer.start import script
 
 # sha256 of tokenizer.json: of the public weights that this code reads, and of the generation after them
 PUBLIC_TOKENIZER = "d98595c6aef70d95f72748582fb9b4f53d76dd58c1ae1dd702ad7c84e1caf5e4"

@@ -14,10 +14,10 @@ your own pictures. Ctrl-C and a second start go on where it was. In out/quicksta
     steps.json                     each command with its time and memory
 """
 
-if __spec__ is None:  # started by its path, from where Python finds no other folder
-    raise SystemExit("type -m scripts.quickstart instead of scripts/quickstart.py")
+if __spec__ is None or __spec__.name == "__main__":  # started by its path, from where Python finds no other folder
+    raise SystemExit("type -m scripts.quickstart instead of scripts/quickstart")
 
-from trainer.start import begin
+from common.start import begin
 
 if __name__ == "__main__":
     begin()  # Ctrl-C or a missing package is one sentence from here on
@@ -28,8 +28,10 @@ import sys
 import time
 from pathlib import Path
 
+from common.cli import SWITCH, Parser, reason
+from common.lock import only_one
 from scripts import make_bundle, report
-from scripts.steps import (
+from scripts.quickstart.steps import (
     Step,
     add_device_argument,
     duration,
@@ -42,8 +44,6 @@ from scripts.steps import (
     typed,
     write_json,
 )
-from trainer.cli import SWITCH, Parser, reason
-from trainer.lock import only_one
 
 
 def recipe(out: Path, llm: Path, model: list, device: str = "cpu") -> list[Step]:

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from dataset.lm_dataset import StepSampler, VLMDataset, collate
 from dataset.sources import BadRow, Row
+from inference.asking import answer_batches, collate_prompts
 from model.processing import encode_chat, language
-from trainer.asking import answer_batches, collate_prompts
-from trainer.feed import ignore_interrupt
+from trainer.loader import ignore_interrupt
 from trainer.loop import validate
 
 CAPTION = 5  # references of as many words (characters in Chinese), on average, are captions: BLEU and CIDEr

@@ -14,8 +14,9 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from model.processing import encode_chat
-from trainer.asking import (
+from common.devices import pick_dtype
+from common.lock import only_one
+from inference.asking import (
     answer_batches,
     collate_prompts,
     open_image,
@@ -24,9 +25,8 @@ from trainer.asking import (
     prompts_to_ask,
     question,
 )
-from trainer.devices import pick_dtype
-from trainer.feed import ignore_interrupt
-from trainer.lock import only_one
+from model.processing import encode_chat
+from trainer.loader import ignore_interrupt
 
 BEGIN = b'{"image": "'  # of every line, by which a half-written one is known
 

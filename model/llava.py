@@ -1,4 +1,4 @@
-"""A MiniMind-V as a stock LLaVA of Transformers, and back, computing the same. Used by scripts/convert_vlm.py.
+"""A MiniMind-V as a stock LLaVA of Transformers, and back, computing the same. Used by scripts.convert_vlm.
 
 LLaVA is ours in other words: a CLIP tower, a projector, a language model. Dense, that is a Llama; with experts a
 GraniteMoeShared, whose softmax over the k best scores is our softmax over all, made to sum to 1 over these.
@@ -15,18 +15,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from model.export import clip_names, encoder_config, token_ids, write_encoder, write_tokenizer_config, write_weights
 from model.model_minimind import MiniMindConfig
 from model.processing import IMAGE_TAG, read_json
 from model.processor import HIDE
-from scripts.folder import (
-    clip_names,
-    encoder_config,
-    token_ids,
-    write_encoder,
-    write_tokenizer_config,
-    write_weights,
-)
-from trainer.weights import ABOUT, read_weights, tokenizer_hash, write_json
+from model.weights import ABOUT, read_weights, tokenizer_hash, write_json
 
 SAME_FIELDS = (  # of the configuration of a Llama, a Granite and ours
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),

@@ -11,10 +11,10 @@ needed to run it. What it is comes from the weights and their JSON; tokenizer, e
 the end the folder is loaded by a process that cannot see this repo, and must say what our model says.
 """
 
-if __spec__ is None:  # started by its path, from where Python finds no other folder
-    raise SystemExit("type -m scripts.convert_vlm instead of scripts/convert_vlm.py")
+if __spec__ is None or __spec__.name == "__main__":  # started by its path, from where Python finds no other folder
+    raise SystemExit("type -m scripts.convert_vlm instead of scripts/convert_vlm")
 
-from trainer.start import begin, unwind
+from common.start import begin, unwind
 
 if __name__ == "__main__":
     begin()  # Ctrl-C or a missing package is one sentence from here on
@@ -30,13 +30,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.cli import SWITCH, Parser, add_parts_arguments, positive, run_main
+from inference.asking import choose_model, count_parameters, open_image, prompts_of
+from model.export import write_pth, write_transformers
+from model.llava import unpacked, write_llava
 from model.processing import IMAGE_TAG, encode_chat, read_json, to_rgb
-from scripts.check_export import QUESTIONS
-from scripts.folder import write_pth, write_transformers
-from scripts.llava import unpacked, write_llava
-from trainer.asking import choose_model, count_parameters, open_image, prompts_of
-from trainer.cli import SWITCH, Parser, add_parts_arguments, positive, run_main
-from trainer.weights import ABOUT, bare_name, build_model, describe, write_json
+from model.weights import ABOUT, bare_name, build_model, describe, write_json
+from scripts.convert_vlm.check_export import QUESTIONS
 
 WRITE = {"llava": write_llava, "transformers": write_transformers, "pth": write_pth}
 
@@ -140,7 +140,7 @@ It knows what its data taught it, and says it without knowing whether it is true
 
 @torch.no_grad()
 def reference(model, tokenizer, pictures: list) -> dict:
-    """What our model makes of QUESTIONS, as scripts/check_export.py wants it."""
+    """What our model makes of QUESTIONS, as scripts/convert_vlm/check_export.py wants it."""
     questions = []
     for question in QUESTIONS:
         text = "\n".join(part if isinstance(part, str) else IMAGE_TAG for part in question)
@@ -169,14 +169,20 @@ def check_folder(folder: Path, ours: dict, transformers: str = "") -> str:
 
     transformers: a folder with another version. Raises ValueError if it answers otherwise, or not at all.
     """
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     paths = [transformers, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     paths = os.pathsep.join(path for path in paths if path and Path(path).resolve() != root)
     with tempfile.TemporaryDirectory() as temporary:
         saved = Path(temporary) / "reference.pt"
         torch.save(ours, saved)
         own = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": temporary, "PYTHONPATH": paths}
-        command = [sys.executable, "-P", str(root / "scripts/check_export.py"), str(folder.resolve()), str(saved)]
+        command = [
+            sys.executable,
+            "-P",
+            str(Path(__file__).with_name("check_export.py")),
+            str(folder.resolve()),
+            str(saved),
+        ]
         run = subprocess.run(command, cwd=temporary, env=os.environ | own, capture_output=True, text=True)
     if run.returncode:
         reason = (run.stderr.strip() or f"exit status {run.returncode}").splitlines()[-1]
