@@ -91,17 +91,20 @@ def main(argv=None):
     args = parse_args(argv)
     # Only now, so that --help and a mistyped flag need not wait for PyTorch.
     from common.devices import pick_device
-    from inference import asking
+    from inference.asking import ask_about_pictures
+    from inference.models import load
     from model.int8 import to_int8
 
     device = pick_device(args.device)
     with redirect_stdout(sys.stderr) if args.json else nullcontext():
-        model, tokenizer, weights = asking.load(args)
+        model, tokenizer, weights = load(args)
     model.to(device)
     if args.int8:
         to_int8(model)
     if args.data_path:
-        return asking.score_rows(model, tokenizer, args, weights, device)
+        from inference.scoring import score_rows
+
+        return score_rows(model, tokenizer, args, weights, device)
     if args.captions:
         from inference.captions import write_captions
 
@@ -110,7 +113,7 @@ def main(argv=None):
         from inference.terminal import chat
 
         return chat(model, tokenizer, args, weights)
-    return asking.ask_about_pictures(model, tokenizer, args, weights)
+    return ask_about_pictures(model, tokenizer, args, weights)
 
 
 if __name__ == "__main__":

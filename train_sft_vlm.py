@@ -13,7 +13,8 @@ from common.start import begin
 if __name__ == "__main__":
     begin()  # Ctrl-C or a missing package is one sentence from here on
 
-from common.cli import Parser, add_training_arguments, parse_training, run_main
+from common.cli import Parser, run_main
+from trainer.flags import add_training_arguments, parse_training
 
 STAGE = "sft_vlm"
 
@@ -35,7 +36,8 @@ def main(argv=None):
     # Only now, so that --help and a mistyped flag need not wait for PyTorch.
     from common import distributed
     from common.devices import check_compiler, make_deterministic, pick_device
-    from model.weights import build_model, find_weights
+    from model.build import build_model
+    from model.weights import find_weights
     from trainer.feature_cache import cache_features
     from trainer.loader import load_data, val_images
     from trainer.loop import train_epoch, training

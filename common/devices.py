@@ -8,9 +8,6 @@ import sys
 import warnings
 
 import torch
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-
-from model.model_minimind import Attention, MiniMindBlock
 
 
 def pick_device(name: str) -> torch.device:
@@ -70,30 +67,6 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def cast_frozen(model, dtype: torch.dtype):
-    """Matrices that do not learn, in the dtype to which autocast would cast them anew in each step: the same numbers.
-
-    A quarter of the time of CLIP ViT-B/16 on a CPU with AMX. Returns the model, whose norms stay as they are.
-    """
-    for module in model.modules():
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and not module.weight.requires_grad:
-            module.to(dtype)
-    return model
-
-
-def better_in_blocks(device: torch.device, dtype: torch.dtype) -> bool:
-    """Is `attention_in_blocks` faster here? In bfloat16 on a CPU with AMX."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and cpu_has("amx_bf16")
-
-
-def choose_attention(model, device: torch.device, dtype: torch.dtype) -> None:
-    """`attention_in_blocks` where it is faster. Experts, whose rows have a mask, do without."""
-    if better_in_blocks(device, dtype):
-        for module in model.modules():
-            if isinstance(module, Attention):
-                module.in_blocks = True
-
-
 def check_compiler(device: torch.device) -> None:
     """Raises ValueError where torch.compile lacks what it needs on this device."""
     cxx = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
@@ -101,17 +74,6 @@ def check_compiler(device: torch.device) -> None:
         raise ValueError(f"--compile: on a CPU it needs a C++ compiler, and there is no {cxx} (apt install g++)")
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise ValueError("--compile: on a GPU it needs Triton (pip install triton; on Windows triton-windows)")
-
-
-def compile_layers(model) -> None:
-    """torch.compile for the layers of decoder and encoder, each for itself and for rows of any length.
-
-    All layers of a kind share what is compiled for the first, so it takes half a minute where the whole model takes
-    several.
-    """
-    for module in model.modules():
-        if isinstance(module, (MiniMindBlock, CLIPEncoderLayer)):
-            module.compile(dynamic=True)
 
 
 def make_deterministic(seed: int) -> None:

@@ -89,7 +89,7 @@ def draw_attention(path: Path, model, tokenizer, ids, start: int, pixels, images
     """Writes the figure: the pictures, and again for each word of the answer, lit where the decoder looked. All words
     share one scale; beside each stands the share of its attention that went to pictures, the rest went to text.
 
-    ids, start, pixels: as `inference.asking.generate` returns them; images: the pictures. Raises ValueError if `path`
+    ids, start, pixels: as `inference.generate.generate` returns them; images: the pictures. Raises ValueError if `path`
     cannot be written, or has a suffix that matplotlib does not know.
     """
     import matplotlib

@@ -16,15 +16,10 @@ from tqdm import tqdm
 
 from common.devices import pick_dtype
 from common.lock import only_one
-from inference.asking import (
-    answer_batches,
-    collate_prompts,
-    open_image,
-    pictures_first,
-    pictures_in,
-    prompts_to_ask,
-    question,
-)
+from inference.asking import prompts_to_ask
+from inference.generate import answer_batches, collate_prompts, question
+from inference.models import pictures_first
+from inference.pictures import open_image, pictures_in
 from model.processing import encode_chat
 from trainer.loader import ignore_interrupt
 

@@ -1,6 +1,6 @@
 """A conversation for the web page: which models there are, what they read of a history, how an answer streams.
 
-The model is asked by `inference.asking.ask`, in the tokens of its training. A `Refusal` is what the visitor can mend.
+The model is asked by `inference.generate.ask`, in the tokens of its training. A `Refusal` is what the visitor can mend.
 """
 
 import argparse
@@ -14,7 +14,8 @@ from PIL import Image
 from transformers import StoppingCriteria, TextIteratorStreamer
 
 from common.devices import pick_device
-from inference.asking import ask, load, question
+from inference.generate import ask, question
+from inference.models import load
 from model.processing import IMAGE_TAG, ImageProcessor, TooManyPixels, encode_chat
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")

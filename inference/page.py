@@ -18,8 +18,8 @@ from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from inference.asking import find_models, list_models, needs_picture, pictures_first, prompts_of
 from inference.chat import Refusal, Stop, chat_of, fit, load_model, open_picture, paths_of, stream, turns_of
+from inference.models import find_models, list_models, needs_picture, pictures_first, prompts_of
 
 MOST_LOADED = 2  # models in memory
 SAMPLES = sorted(Path("dataset/eval_images").glob("*.png"))

@@ -4,8 +4,11 @@ with the pictures shuffled between rows. A model that only knows what captions u
 
 import random
 import re
+import shlex
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import sacrebleu
 import torch
@@ -13,10 +16,13 @@ from pycocoevalcap.cider.cider import Cider
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from common.devices import pick_dtype
+from common.files import write_json
 from dataset.lm_dataset import StepSampler, VLMDataset, collate
 from dataset.sources import BadRow, Row
-from inference.asking import answer_batches, collate_prompts
-from model.processing import encode_chat, language
+from inference.generate import answer_batches, collate_prompts
+from model.processing import encode_chat, language, read_json
+from model.weights import bare_name
 from trainer.loader import ignore_interrupt
 from trainer.loop import validate
 
@@ -282,3 +288,42 @@ def kinds_table(kinds: dict) -> list[str]:
             line += "".join(f"{cell:>{width}}" for cell in cells)
         lines.append(line)
     return lines
+
+
+def count_parameters(model) -> dict[str, int]:
+    """{"llm", "projector", "encoder"}."""
+    parts = {"projector": model.vision_proj, "encoder": model.vision_encoder}
+    counts = {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
+    return {"llm": sum(weight.numel() for weight in model.parameters()) - sum(counts.values())} | counts
+
+
+def score_rows(model, tokenizer, args, weights: Path, device) -> dict:
+    captions = {}
+    for path in args.refs_path:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--refs_path {path}: no such file")
+        for image, texts in read_json(path).items():
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f'--refs_path {path}: "{image}" has {texts!r}, expected a list of captions')
+            captions.setdefault(image, []).extend(texts)
+    placeholders = model.config.image_special_token
+    data = VLMDataset(
+        args.data_path, args.images_path, tokenizer, model.processor, args.max_seq_len, placeholders, args.on_bad_row
+    )
+    if data.bad:
+        print(data.report())
+    output = Path(args.output or weights.with_name(f"{bare_name(weights)}.scores.json"))
+    # Now, rather than after an hour of answers, is the time to learn that it cannot be written. Earlier scores stay.
+    write_json(output, read_json(output) if output.is_file() else {})
+    result = score(model, tokenizer, data, captions, args, device, pick_dtype(args.dtype, device))
+    about = {
+        "weights": str(weights),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "device": str(device),
+        "parameters": count_parameters(model),
+    }
+    result = about | result
+    print(table(result))
+    write_json(output, result)
+    print(f"written, with every answer: {output}")
+    return result

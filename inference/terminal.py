@@ -11,7 +11,9 @@ import torch
 from transformers import TextStreamer
 
 from common.cli import can_be_mended
-from inference.asking import generate, needs_picture, open_image, pictures_first, question
+from inference.generate import generate, question
+from inference.models import needs_picture, pictures_first
+from inference.pictures import open_image
 
 HELP = """\
 /image FILE  shows a picture with the next question, also http(s)://...; several one after another

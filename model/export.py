@@ -11,10 +11,10 @@ import safetensors.torch
 import torch
 
 import model as model_package
-from inference.asking import STAGES
+from common.files import write_json, write_safely
 from model.processing import DEFAULT_SYSTEM, IMAGE_TAG
 from model.processor import HIDE
-from model.weights import save_weights, weights_name, write_json, write_safely
+from model.weights import STAGES, save_weights, weights_name
 
 CODE = ("model_vlm.py", "model_minimind.py", "processing.py", "processor.py", "defaults.py")
 AUTO_MAP = {

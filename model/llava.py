@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from common.files import write_json
 from model.export import clip_names, encoder_config, token_ids, write_encoder, write_tokenizer_config, write_weights
 from model.model_minimind import MiniMindConfig
 from model.processing import IMAGE_TAG, read_json
 from model.processor import HIDE
-from model.weights import ABOUT, read_weights, tokenizer_hash, write_json
+from model.weights import ABOUT, read_weights, tokenizer_hash
 
 SAME_FIELDS = (  # of the configuration of a Llama, a Granite and ours
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),

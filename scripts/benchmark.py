@@ -47,22 +47,15 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionMode
 
 from common import distributed
 from common.cli import Parser, positive, run_main
-from common.devices import (
-    autocast,
-    better_in_blocks,
-    cast_frozen,
-    check_compiler,
-    choose_attention,
-    compile_layers,
-    pick_device,
-)
+from common.devices import autocast, check_compiler, pick_device
+from common.files import write_json, write_text
 from common.machine import usable_cores
 from dataset.lm_dataset import StepSampler, VLMDataset, collate
 from model.int8 import to_int8
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing import IGNORE, ImageProcessor, load_tokenizer
-from scripts.quickstart.steps import write_json, write_text
 from scripts.report import cpu_name
+from trainer.acceleration import better_in_blocks, cast_frozen, choose_attention, compile_layers
 from trainer.checkpoint import State
 from trainer.loader import make_loader
 from trainer.loop import count_labels, to_device, train_step

@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common.cli import Parser, positive, run_main
-from scripts.quickstart.steps import write_json, write_text
+from common.files import write_json, write_text
 
 
 def recipes(rate: float, batch_size: int) -> dict[str, dict]:

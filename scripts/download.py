@@ -37,7 +37,8 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from common.cli import SWITCH, Parser, disk_full
-from scripts.quickstart.steps import typed, write_json
+from common.display import typed
+from common.files import write_json
 
 CLIP_FOLDER = "model/vision_model/clip-vit-base-patch16"
 HIDDEN = {"26m": 512, "104m": 768}

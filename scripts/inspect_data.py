@@ -33,16 +33,17 @@ from tqdm import tqdm
 
 from common.cli import Parser, add_parts_arguments, not_negative, positive, run_main
 from common.display import WIDTH, typed
+from common.files import write_text
 from common.machine import usable_cores
 from dataset.features import Pictures
 from dataset.lm_dataset import KINDS, VLMDataset, encode_row
 from dataset.sources import MENDED, Stretch
 from dataset.streaming import is_remote
-from inference.asking import export_of, list_models
+from inference.models import export_of, list_models
+from model.build import folders_of
 from model.model_vlm import DEFAULT_VISION_MODEL, VLMConfig
 from model.processing import IGNORE, ImageProcessor, load_tokenizer
-from model.weights import find_weights, folders_of, read_sidecar
-from scripts.quickstart.steps import write_text
+from model.weights import find_weights, read_sidecar
 from scripts.report import document, rows_table, tile
 from trainer.advice import sizes
 from trainer.loader import ignore_interrupt, load_data

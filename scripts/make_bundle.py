@@ -28,17 +28,9 @@ import sys
 from pathlib import Path
 
 from common.cli import Parser, reason
+from common.display import duration, gigabytes
 from common.lock import only_one
-from scripts.quickstart.steps import (
-    Step,
-    add_device_argument,
-    duration,
-    gigabytes,
-    launcher,
-    open_folder,
-    resolve,
-    run_steps,
-)
+from scripts.quickstart.steps import Step, add_device_argument, launcher, open_folder, resolve, run_steps
 
 HIDDEN_SIZE = 128  # of the language model
 LIMIT_MB = 8  # what a repository can carry

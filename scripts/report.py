@@ -30,9 +30,9 @@ from pathlib import Path
 
 from common.cli import Parser
 from common.display import WIDTH, duration, gigabytes, typed
+from common.files import write_text
 from common.machine import usable_cores
 from scripts.quickstart.report_words import WORDS
-from scripts.quickstart.steps import write_text
 
 PAGES = {"en": "report.html", "zh": "report_zh.html"}
 LANGUAGES = tuple(PAGES)

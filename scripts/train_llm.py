@@ -22,7 +22,8 @@ if __name__ == "__main__":
 import math
 from pathlib import Path
 
-from common.cli import Parser, add_training_arguments, parse_training, run_main
+from common.cli import Parser, run_main
+from trainer.flags import add_training_arguments, parse_training
 
 STAGE = "llm"
 
@@ -57,7 +58,8 @@ def main(argv=None):
     # Only now, so that --help and a mistyped flag need not wait for PyTorch.
     from common import distributed
     from common.devices import check_compiler, make_deterministic, pick_device
-    from model.weights import build_model, find_weights
+    from model.build import build_model
+    from model.weights import find_weights
     from trainer.loader import load_data
     from trainer.loop import train_epoch, training
     from trainer.optimizer import follow_width, optimizer_of

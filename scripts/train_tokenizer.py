@@ -25,8 +25,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common.cli import Parser, run_main
+from common.files import write_safely
 from model.processing import DEFAULT_SYSTEM, IMAGE_TAG, load_tokenizer
-from model.weights import write_safely
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2
 CHINESE = "\u4e00-\u9fff"  # as a range in a regular expression

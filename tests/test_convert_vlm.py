@@ -21,12 +21,13 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import eval_vlm
 import train_sft_vlm
-from inference.asking import list_models
+from inference.models import list_models
 from model import llava
+from model.build import build_model
 from model.model_minimind import MiniMindForCausalLM
 from model.processing import encode_chat
 from model.processor import MiniMindVProcessor
-from model.weights import build_model, describe, read_sidecar, save_weights, tokenizer_hash, weights_name
+from model.weights import describe, read_sidecar, save_weights, tokenizer_hash, weights_name
 from scripts.convert_vlm import __main__ as convert_vlm
 from scripts.convert_vlm import check_export
 from tests.conftest import lively

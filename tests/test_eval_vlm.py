@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import eval_vlm
-from inference import asking
+from inference import asking, generate, models, pictures
 from model.processing import ImageProcessor
 from tests.conftest import turn, write_rows
 
@@ -107,7 +107,7 @@ def test_batches_answer_as_single_questions_do(trained, world, tmp_path):
 
 
 def test_a_transformers_folder_answers_as_the_weights_do(trained, world, tokenizer, tmp_path, capsys):
-    model, _, _ = asking.load(eval_vlm.parse_args(trained))
+    model, _, _ = models.load(eval_vlm.parse_args(trained))
     model.save_pretrained(tmp_path / "folder")
     tokenizer.save_pretrained(tmp_path / "folder")
     ask = ["--image", str(world / "pictures/green.png"), "--prompt", "What colour is this?", "--greedy"]
@@ -141,7 +141,7 @@ def several(tmp_path):
 def test_the_newest_weights_that_fit_are_taken(several):
     def found(*more):
         return [
-            str(path.relative_to(several)) for path in asking.find_models(flags_of("--out_dir", str(several), *more))
+            str(path.relative_to(several)) for path in models.find_models(flags_of("--out_dir", str(several), *more))
         ]
 
     mine, quickstart, public = "mine/sft_vlm_128_moe.pth", "quickstart/sft_vlm_128.pth", "sft_vlm_512.pth"
@@ -152,7 +152,7 @@ def test_the_newest_weights_that_fit_are_taken(several):
     assert found("--load", "1") == ["export"]
     named = several / "quickstart/pretrain_vlm_128.pth"
     assert found("--weights", str(named)) == ["quickstart/pretrain_vlm_128.pth"]
-    there = [str(path.relative_to(several)) for path in asking.list_models(several)]
+    there = [str(path.relative_to(several)) for path in models.list_models(several)]
     assert there == ["export", mine, quickstart, "quickstart/pretrain_vlm_128.pth", public]
 
 
@@ -160,7 +160,7 @@ def test_the_public_folder_comes_before_other_exports(several, monkeypatch, tmp_
     monkeypatch.chdir(tmp_path)
     (tmp_path / "MiniMind2-V").mkdir()
     (tmp_path / "MiniMind2-V/config.json").write_text('{"model_type": "minimind-v"}')
-    assert asking.find_models(flags_of("--load", "1")) == [Path("MiniMind2-V")]
+    assert models.find_models(flags_of("--load", "1")) == [Path("MiniMind2-V")]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_the_public_folder_comes_before_other_exports(several, monkeypatch, tmp_
 def test_who_finds_no_weights_is_told_in_two_lines_what_to_type(several, monkeypatch, tmp_path, flags, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
-        asking.find_models(flags_of("--out_dir", "empty", *flags))
+        models.find_models(flags_of("--out_dir", "empty", *flags))
     told = str(error.value)
     assert message in told and len(told.splitlines()) <= 2 and max(map(len, told.splitlines())) <= 80
     suggested = re.search(r"--weights (out/\S+)", told)
@@ -205,11 +205,11 @@ def test_eval_says_which_weights_it_took_and_how_to_choose_others(trained, world
 
 
 def test_every_way_of_asking_puts_the_pictures_in_the_same_place():
-    assert asking.question("What?", 0) == "What?"
-    assert asking.question("What?", 1) == "What?\n<image>"
-    assert asking.question("What?", 1, first=True) == "<image>\nWhat?"
-    assert asking.question("Which?", 2) == "<image>\n<image>\nWhich?"
-    assert asking.question("Is <image> like <image>?", 2) == "Is <image> like <image>?"
+    assert generate.question("What?", 0) == "What?"
+    assert generate.question("What?", 1) == "What?\n<image>"
+    assert generate.question("What?", 1, first=True) == "<image>\nWhat?"
+    assert generate.question("Which?", 2) == "<image>\n<image>\nWhich?"
+    assert generate.question("Is <image> like <image>?", 2) == "Is <image> like <image>?"
 
 
 def test_the_first_question_is_one_that_the_weights_know(trained, world, tmp_path, capsys):
@@ -230,7 +230,7 @@ def test_the_first_question_is_one_that_the_weights_know(trained, world, tmp_pat
     ):
         path.write_text(json.dumps(about | {"prompts": prompts}), encoding="utf-8")
         assert (asked(), asked(image)) == (one, two)
-    assert asking.prompts_of(weights, "zh") == ["描述这张图片。"]
+    assert models.prompts_of(weights, "zh") == ["描述这张图片。"]
     assert asked("--prompt", "Mine?") == "Mine?"
 
 
@@ -239,7 +239,7 @@ def test_a_picture_stands_where_most_rows_of_the_training_had_it(trained, world,
     path = folder / "sft_vlm_64.json"
     about = json.loads(path.read_text(encoding="utf-8"))
     asked = []
-    monkeypatch.setattr(asking, "generate", lambda *given: asked.append(given[2][0]["content"]) or (None, 0, None))
+    monkeypatch.setattr(generate, "generate", lambda *given: asked.append(given[2][0]["content"]) or (None, 0, None))
     ask = [*trained, "--out_dir", str(folder), "--image", str(world / "pictures/red.png"), "--prompt", "What?"]
     for first in (True, False, None):
         path.write_text(json.dumps(about | {"pictures_first": first}), encoding="utf-8")
@@ -382,7 +382,7 @@ def test_a_picture_may_have_an_address(trained, server, capsys):
 def test_an_address_without_a_picture_says_why_in_a_line(server, monkeypatch, name, message):
     monkeypatch.setattr(asking, "SILENT", 0.3)
     with pytest.raises(ValueError, match=f"--image http.* is not a picture that can be read: {message}") as error:
-        asking.open_image(f"{server}/{name}", ImageProcessor())
+        pictures.open_image(f"{server}/{name}", ImageProcessor())
     assert "\n" not in str(error.value)
 
 
@@ -391,19 +391,19 @@ def test_a_picture_may_not_be_too_large_too_slow_or_from_elsewhere(server, world
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
     for path in (red, world / "pictures/red.png"):
         with pytest.raises(ValueError, match="it has 0.00144 million pixels, at most 0.0005 are read: make it smaller"):
-            asking.open_image(path, ImageProcessor())
+            pictures.open_image(path, ImageProcessor())
     monkeypatch.setattr(asking, "LONGEST", -1)
     with pytest.raises(ValueError, match="takes longer than"):
-        asking.open_image(red, ImageProcessor())
-    monkeypatch.setattr(asking, "LARGEST", 50)
+        pictures.open_image(red, ImageProcessor())
+    monkeypatch.setattr(pictures, "LARGEST", 50)
     with pytest.raises(ValueError, match="it is larger than"):
-        asking.open_image(red, ImageProcessor())
+        pictures.open_image(red, ImageProcessor())
     with pytest.raises(ValueError, match="an address begins with http:// or https://"):
-        asking.open_image("file:///etc/hostname", ImageProcessor())
+        pictures.open_image("file:///etc/hostname", ImageProcessor())
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         with pytest.raises(ValueError, match="cannot be reached"):
-            asking.open_image(f"http://127.0.0.1:{closed.getsockname()[1]}/a.png", ImageProcessor())
+            pictures.open_image(f"http://127.0.0.1:{closed.getsockname()[1]}/a.png", ImageProcessor())
 
 
 def test_a_text_file_is_no_picture(trained, tmp_path):
@@ -446,11 +446,11 @@ def test_earlier_scores_stay_until_there_are_new_ones(trained, world, tmp_path, 
 
 def test_a_question_asks_with_the_tokens_of_training(trained, world, tokenizer):
     seen = []
-    model, _, _ = asking.load(eval_vlm.parse_args(trained))
+    model, _, _ = models.load(eval_vlm.parse_args(trained))
     model.generate = lambda input_ids, **kwargs: seen.append(input_ids) or torch.cat([input_ids, input_ids[:, :1]], 1)
     args = eval_vlm.parse_args([*trained, "--greedy"])
-    image = asking.open_image(world / "pictures/red.png", ImageProcessor())
-    asking.ask(model, tokenizer, [turn("user", "What?\n<image>")], [image], args)
+    image = pictures.open_image(world / "pictures/red.png", ImageProcessor())
+    generate.ask(model, tokenizer, [turn("user", "What?\n<image>")], [image], args)
     assert tokenizer.decode(seen[0][0]) == (
         "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n<|im_start|>user\nWhat?\n"
         + "@" * 16

@@ -16,7 +16,7 @@ import train_sft_vlm
 from common.cli import run_main
 from dataset import lm_dataset
 from dataset.lm_dataset import IGNORE, VLMDataset
-from inference.asking import list_models
+from inference.models import list_models
 from model.processing import ImageProcessor
 from scripts import inspect_data
 from tests.conftest import turn, write_rows

@@ -16,12 +16,13 @@ from torch.nn import functional as F
 import common.devices
 import train_sft_vlm
 import trainer.loop
-from common.devices import autocast, cast_frozen, choose_attention
+from common.devices import autocast
 from dataset.lm_dataset import collate
 from model.model_vlm import MiniMindVLM
 from model.processing import IGNORE
 from model.weights import fingerprint, read_weights
 from tests.conftest import turn, write_rows
+from trainer.acceleration import cast_frozen, choose_attention
 from trainer.loop import fit_accumulation, train_step
 from trainer.progress import read_metrics
 

@@ -18,20 +18,11 @@ import pytest
 import torch
 
 from common import distributed
+from common.display import duration, gigabytes, typed
 from scripts import make_bundle
 from scripts.quickstart import __main__ as quickstart
 from scripts.quickstart import steps
-from scripts.quickstart.steps import (
-    Step,
-    duration,
-    gigabytes,
-    open_folder,
-    read_records,
-    run,
-    run_steps,
-    typed,
-    variables,
-)
+from scripts.quickstart.steps import Step, open_folder, read_records, run, run_steps, variables
 
 ROOT = Path(__file__).parent.parent
 

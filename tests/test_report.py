@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from common.files import write_json
 from dataset.scenes import KINDS
 from model.processing import language as language_of
 from scripts import report
 from scripts.quickstart import __main__ as quickstart
 from scripts.quickstart.report_words import WORDS
-from scripts.quickstart.steps import read_records, write_json
+from scripts.quickstart.steps import read_records
 
 EVIL = '<script>alert("&")</script>'
 

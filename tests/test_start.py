@@ -251,7 +251,7 @@ begin()
 import eval_vlm, inference.asking, inference.captions, inference.scoring
 from common.cli import run_main
 
-real = inference.asking.answer_batches
+real = inference.generate.answer_batches
 
 def held(*args):
     for answers in real(*args):

@@ -16,7 +16,8 @@ import train_pretrain_vlm
 import train_sft_vlm
 from common import cli, devices
 from dataset.lm_dataset import collate
-from model.weights import build_model, save_weights
+from model.build import build_model
+from model.weights import save_weights
 from scripts import train_clip, train_llm
 from tests.conftest import turn, write_rows
 from tests.test_loop import LONG, into, losses, same

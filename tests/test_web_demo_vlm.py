@@ -22,8 +22,9 @@ from PIL import Image
 import inference.chat
 import inference.page
 import web_demo_vlm
-from inference.asking import ask, find_models, list_models
 from inference.chat import Refusal, Stop, fit, load_model, open_picture, turns_of
+from inference.generate import ask
+from inference.models import find_models, list_models
 from inference.page import TEXT, serve, show_as_text
 from model.model_vlm import MiniMindVLM
 from model.processing import ImageProcessor

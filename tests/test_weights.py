@@ -18,22 +18,20 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from transformers import CLIPModel
 
-from model import weights
+from common.files import write_safely
+from model import build, weights
+from model.build import build_model, load_weights, upcycle
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.weights import (
-    build_model,
     describe,
     find_weights,
     known_names,
-    load_weights,
     read_sidecar,
     read_weights,
     refuse_other_architecture,
     save_weights,
-    upcycle,
     weights_name,
-    write_safely,
 )
 from scripts import train_llm, train_tokenizer
 from tests.conftest import lively, turn, write_rows
@@ -462,9 +460,9 @@ def test_the_known_fingerprints_decide_where_the_weights_do_not_tell(args, bare,
     path.with_suffix(".json").unlink()
     assert "warning: " in build_model(bare, path)[2] and "is not the public one" in build_model(bare, path)[2]
     mine = weights.tokenizer_hash(bare.tokenizer_path)
-    monkeypatch.setattr(weights, "PUBLIC_TOKENIZER", mine)
+    monkeypatch.setattr(build, "PUBLIC_TOKENIZER", mine)
     assert build_model(bare, path)[2] == f"loaded 23 tensors from {path}"
-    monkeypatch.setattr(weights, "LATER_TOKENIZER", mine)
+    monkeypatch.setattr(build, "LATER_TOKENIZER", mine)
     with pytest.raises(ValueError, match="(?s)the tokenizer of a later generation .*: python -m scripts.download"):
         build_model(bare, path)
 

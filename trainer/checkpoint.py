@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 
 from common.distributed import is_main, say
-from model.weights import check_values, load_weights, read_weights, save_weights, write_safely
+from common.files import write_safely
+from model.build import load_weights
+from model.weights import check_values, read_weights, save_weights
 
 
 @dataclass

@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from common.devices import autocast, pick_dtype
 from common.distributed import gather, is_main, rank, say, world_size
+from common.files import write_safely
 from dataset.features import NO_KEY, FeatureCache, Pictures, places
-from model.weights import fingerprint, write_safely
+from model.weights import fingerprint
 from trainer.loader import ignore_interrupt
 
 ARCHITECTURE = ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")  # no weight tells

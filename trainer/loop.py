@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from common.cli import Stopped
-from common.devices import autocast, cast_frozen, choose_attention, compile_layers, cpu_has, pick_dtype
+from common.devices import autocast, cpu_has, pick_dtype
 from common.distributed import all_sum, gather, is_main, rank, say, world_size
 from common.lock import only_one
 from common.start import STOPS, command, handle, leave, tell_stopped
@@ -30,6 +30,7 @@ from dataset.streaming import Stream
 from model.model_vlm import MiniMindVLM
 from model.processing import IGNORE
 from model.weights import describe, read_sidecar, refuse_other_architecture, weights_name
+from trainer.acceleration import cast_frozen, choose_attention, compile_layers
 from trainer.advice import tell_end, tell_start
 from trainer.checkpoint import Checkpoint, State
 from trainer.loader import Feed, StreamFeed, check_data, make_loader

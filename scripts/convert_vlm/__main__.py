@@ -31,11 +31,15 @@ import numpy as np
 import torch
 
 from common.cli import SWITCH, Parser, add_parts_arguments, positive, run_main
-from inference.asking import choose_model, count_parameters, open_image, prompts_of
+from common.files import write_json
+from inference.models import choose_model, prompts_of
+from inference.pictures import open_image
+from inference.scoring import count_parameters
+from model.build import build_model
 from model.export import write_pth, write_transformers
 from model.llava import unpacked, write_llava
 from model.processing import IMAGE_TAG, encode_chat, read_json, to_rgb
-from model.weights import ABOUT, bare_name, build_model, describe, write_json
+from model.weights import ABOUT, bare_name, describe
 from scripts.convert_vlm.check_export import QUESTIONS
 
 WRITE = {"llava": write_llava, "transformers": write_transformers, "pth": write_pth}

@@ -29,21 +29,11 @@ import time
 from pathlib import Path
 
 from common.cli import SWITCH, Parser, reason
+from common.display import duration, gigabytes, typed
+from common.files import write_json
 from common.lock import only_one
 from scripts import make_bundle, report
-from scripts.quickstart.steps import (
-    Step,
-    add_device_argument,
-    duration,
-    gigabytes,
-    launcher,
-    open_folder,
-    read_records,
-    resolve,
-    run_steps,
-    typed,
-    write_json,
-)
+from scripts.quickstart.steps import Step, add_device_argument, launcher, open_folder, read_records, resolve, run_steps
 
 
 def recipe(out: Path, llm: Path, model: list, device: str = "cpu") -> list[Step]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from common.display import duration, gigabytes, typed
+from common.files import write_json
 from common.machine import physical_cores
 from common.start import STEP, STOPS, UNREAD, handle
 
@@ -37,22 +38,6 @@ class Step:
 
 
 # ---------------------------------------------------------------------------- files
-
-
-def write_text(path, text: str) -> None:
-    """Written beside and renamed, so that there is a whole file at any moment."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_json(path, value) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_records(folder: Path) -> list[dict]:

@@ -1,0 +1,45 @@
+"""Files that are whole at any moment: written next to their place, flushed, renamed. Without PyTorch."""
+
+import glob
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from common.cli import disk_full
+
+
+def write_safely(path, write) -> None:
+    """Calls write(temporary file) and renames it to `path`, so that there is a whole file at any moment."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # as by `kill -9`
+        pid = left.name.split(".")[-2]
+        with suppress(OSError):  # another process was faster
+            old = time.time() - left.stat().st_mtime > 60  # a younger one may be another machine's
+            if old and pid.isdigit() and not psutil.pid_exists(int(pid)):
+                left.unlink()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError, "unexpected pos"
+        full = disk_full(error) or "unexpected pos" in str(error)
+        reason = "the disk is full" if full else error
+        raise OSError(f"could not write {path} ({reason}); what stood there is untouched") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text: str) -> None:
+    write_safely(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path, value: dict | list) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

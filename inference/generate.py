@@ -1,0 +1,100 @@
+"""A question and its pictures → an answer, alone or many in a batch."""
+
+import torch
+
+from common.devices import autocast, pick_dtype
+from model.processing import IMAGE_TAG, encode_chat
+
+
+@torch.no_grad()
+def generate(model, tokenizer, conversations: list[dict], images: list, args, streamer=None, stopping=None):
+    """Answers a conversation that ends with a question; its <image> tags stand for `images`, in order.
+
+    images: pictures, or what `processor.resize` made of them; stopping: a list of StoppingCriteria. Returns question
+    and answer as tokens int64 (1, T), where in them the answer begins, and the pictures as the model gets them, uint8
+    (N, 3, H, W) or None.
+    """
+    pieces = encode_chat(tokenizer, conversations, model.config.image_special_token)
+    ids = [token for piece, _, _ in pieces for token in piece]
+    input_ids = torch.tensor([ids], device=model.device)
+    resized = [image if torch.is_tensor(image) else model.processor.resize(image) for image in images]
+    pixels = torch.stack(resized).to(model.device) if images else None
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    with autocast(model.device, pick_dtype(args.dtype, model.device)):
+        out = model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            pixel_values=pixels,
+            max_new_tokens=args.max_new_tokens,
+            do_sample=not args.greedy,
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=streamer,
+            stopping_criteria=stopping,
+            **({} if args.greedy else sampling),
+        )
+    return out, len(ids), pixels
+
+
+def ask(model, tokenizer, conversations: list[dict], images: list, args, streamer=None, stopping=None) -> str:
+    """The answer alone; arguments as in `generate`."""
+    out, start, _ = generate(model, tokenizer, conversations, images, args, streamer, stopping)
+    return tokenizer.decode(out[0, start:], skip_special_tokens=True).strip()
+
+
+def question(prompt: str, pictures: int, first: bool = False, flag: str = "--prompt") -> str:
+    """The user's turn, the same for eval_vlm.py, --chat, --captions and the web page: an <image> tag for each picture.
+
+    Where the text has none, they stand where the data had them. first: one picture comes before the text, as most rows
+    of the training showed it (`pictures_first`), else after it, as in the public rows ("...\\n<image>"). Several always
+    come before: so the drawn scenes show what is to be compared, and the public rows have them anywhere.
+    """
+    tags = prompt.count(IMAGE_TAG)
+    if tags not in (0, pictures):
+        raise ValueError(f"{flag} has {tags} {IMAGE_TAG}, but there are {pictures} pictures: give one each, or none")
+    if tags or not pictures:
+        return prompt
+    return f"{IMAGE_TAG}\n" * pictures + prompt if first or pictures > 1 else f"{prompt}\n{IMAGE_TAG}"
+
+
+def collate_prompts(examples: list[dict], pad_token_id: int) -> dict:
+    """Prompts padded on the left, so that all answers begin at the same position; "broken": why others are missing.
+
+    examples: {"number", "ids": list[int], "pictures": uint8 (N, 3, H, W) or None}, or {"number", "broken": str}.
+    """
+    broken = {example["number"]: example["broken"] for example in examples if "broken" in example}
+    examples = [example for example in examples if "broken" not in example]
+    if not examples:
+        return {"numbers": [], "broken": broken}
+    T = max(len(example["ids"]) for example in examples)
+    input_ids, mask = torch.full((len(examples), T), pad_token_id), torch.zeros((len(examples), T), dtype=torch.int64)
+    for i, example in enumerate(examples):
+        n = len(example["ids"])
+        input_ids[i, T - n :], mask[i, T - n :] = torch.tensor(example["ids"]), 1
+    pictures = [example["pictures"] for example in examples if example["pictures"] is not None]
+    return {
+        "numbers": [example["number"] for example in examples],
+        "broken": broken,
+        "input_ids": input_ids,
+        "attention_mask": mask,
+        "pixel_values": torch.cat(pictures) if pictures else None,
+    }
+
+
+@torch.no_grad()
+def answer_batches(model, tokenizer, batches, args, device, dtype):
+    """For each batch of `collate_prompts` its greedy answers, and why others are missing; both {number: text}."""
+    for batch in batches:
+        texts = []
+        if batch["numbers"]:
+            pixels = batch["pixel_values"]
+            with autocast(device, dtype):
+                out = model.generate(
+                    input_ids=batch["input_ids"].to(device),
+                    attention_mask=batch["attention_mask"].to(device),
+                    pixel_values=None if pixels is None else pixels.to(device),
+                    max_new_tokens=args.max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        yield {number: text.strip() for number, text in zip(batch["numbers"], texts)}, batch["broken"]

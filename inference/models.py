@@ -1,0 +1,110 @@
+"""Which model is asked: weights and exported folders are found, loaded, and say what they know."""
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from model.build import build_model
+from model.llava import unpacked
+from model.processing import read_json
+from model.weights import ABOUT, STAGES, read_sidecar
+
+PROMPTS = {  # what weights are asked whose JSON names no question
+    "en": "Describe this picture.",
+    "zh": "描述这张图片。",
+    "en several": "Compare these pictures.",
+    "zh several": "比较这些图片。",
+}
+
+
+def export_of(path: Path) -> str:
+    """What an exported folder is, "minimind-v" or "llava", also if Transformers saved it again; "" of all else."""
+    with suppress(OSError, ValueError):
+        config = read_json(path / "config.json")
+        kind = config.get("model_type")
+        # Other people's LLaVAs are no MiniMind, and a checkpoint of training without its tokenizer cannot be asked.
+        ours = config.get("projector_hidden_act") == "linear" and (path / "tokenizer.json").is_file()
+        if kind == "minimind-v" or kind == "llava" and ours:
+            return kind
+    return ""
+
+
+def list_models(out_dir) -> list[Path]:
+    """Weights that can be asked and exported folders, in `out_dir` and the folders in it, the newest first."""
+    below = [path for pattern in ("*", "*/*") for path in Path(out_dir).glob(pattern)]
+    name = re.compile(rf"({'|'.join(STAGES.values())})_\d+(_moe)?\.pth")
+    found = [path for path in below if name.fullmatch(path.name) or export_of(path)]
+    return sorted(found, key=lambda path: (-path.stat().st_mtime, path))
+
+
+def find_models(args) -> list[Path]:
+    """Those that --weights, --load, --model_mode, --hidden_size and --use_moe leave, the first of which is to be taken:
+    the newest, as no flag is needed to ask what was just trained. Raises FileNotFoundError if there is none.
+    """
+    name, path = args.weights or STAGES[args.model_mode], Path(args.weights or "MiniMind2-V")
+    if name == "none":
+        raise ValueError("--weights none: a model that has not learned knows nothing. Name a .pth file")
+    if args.weights and name not in STAGES.values():
+        if not path.exists():
+            raise FileNotFoundError(f"--weights {path}: no such file or folder")
+        if (path.is_dir() or args.load == 1) and not (path / "config.json").is_file():
+            what = f"For the .pth files in it: --out_dir {path}" if path.is_dir() else "Leave --load 1 out"
+            raise FileNotFoundError(f"--weights {path} is no Transformers folder: no config.json there\n{what}")
+        return [path]
+    there = list_models(args.out_dir)
+    if args.load == 1:
+        wanted = "Transformers folder"
+        found = [path] if export_of(path) else [path for path in there if path.is_dir()]
+    else:
+        width, moe = args.hidden_size or r"\d+", "_moe" if args.use_moe else "(_moe)?"
+        wanted = f"{name}_{args.hidden_size or '*'}{'_moe' * args.use_moe}.pth"
+        found = [path for path in there if re.fullmatch(rf"{name}_{width}{moe}\.pth", path.name)]
+    where = f"no {wanted} in {Path(args.out_dir)} and the folders in it"
+    if not found and there:
+        raise FileNotFoundError(f"{where}. Name another one, as in\n--weights {there[0]}")
+    if not found:
+        commands = "python -m scripts.quickstart; or python -m scripts.download --what clip vlm"
+        raise FileNotFoundError(f"{where}. Make or fetch one:\n{commands}")
+    return found
+
+
+def choose_model(args) -> Path:
+    """The first of `find_models`; says how to choose another one."""
+    found = find_models(args)
+    if len(found) > 1:
+        print(f"the newest of {len(found)} that fit; to choose another: --weights {found[1]}")
+    return found[0]
+
+
+def load(args):
+    """Model on its device in eval mode, tokenizer, path of the weights."""
+    path = choose_model(args)
+    with unpacked(path) as source:
+        model, tokenizer, line = build_model(args, source)
+    print(line.replace(str(source), str(path)))
+    return model.eval(), tokenizer, path
+
+
+def known_of(weights: Path) -> dict:
+    """What the JSON of the weights tells, also where they are a folder, as `read_sidecar` has it."""
+    return read_sidecar(weights / ABOUT if weights.is_dir() else weights)
+
+
+def prompts_of(weights: Path, language: str = "en", several: bool = False) -> list[str]:
+    """Questions that the weights know, in the other language if in this one there is none; the best one first.
+
+    several: about several pictures.
+    """
+    known = known_of(weights)["prompts"]
+    key, other = (each + " several" * several for each in (language, {"en": "zh", "zh": "en"}[language]))
+    return known.get(key) or known.get(other) or [PROMPTS[key]]
+
+
+def needs_picture(weights: Path) -> bool:
+    """Was it never trained without one? What their JSON does not tell is not claimed."""
+    return known_of(weights).get("rows_without_picture") == 0
+
+
+def pictures_first(weights: Path) -> bool:
+    """Did the pictures of its training stand before the questions, one to each?"""
+    return bool(known_of(weights).get("pictures_first"))

@@ -1,0 +1,83 @@
+"""The pictures that are asked about: those of a folder, a file, an address."""
+
+import re
+import time
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from model.processing import ImageProcessor, impostor
+
+NO_PICTURES = {".pdf", ".eps", ".ps", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".wmf", ".emf", ".gbr", ".cur"}
+
+
+@cache
+def picture_suffixes() -> set[str]:
+    """Of the files that count as pictures in a folder: of all formats that Pillow opens, and of phones."""
+    Image.init()
+    opened = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return (opened - NO_PICTURES) | {".heic", ".heif"}
+
+
+def pictures_in(folder: Path, pattern: str) -> tuple[list[Path], int]:
+    """The pictures of a folder, sorted, without what macOS puts beside them; how many other files there are."""
+    files = sorted(path for path in folder.glob(pattern) if not path.is_dir() and not path.name.startswith("._"))
+    files = [path for path in files if "__MACOSX" not in path.parts]
+    found = [path for path in files if path.suffix.lower() in picture_suffixes()]
+    return found, len(files) - len(found)
+
+
+# What a picture from the network may take: bytes, seconds, and seconds of silence.
+LARGEST, LONGEST, SILENT = 50 * 10**6, 60, 20
+
+
+def fetch(url: str) -> BytesIO:
+    """What an address holds. Raises ValueError, without the address, for more than LARGEST or LONGEST, or nothing."""
+    import requests  # here: only an address needs it
+
+    late = time.monotonic() + LONGEST
+    # A server that packs what is packed already could make of 50 MB any number of them.
+    headers = {"User-Agent": "MiniMind-V eval_vlm.py", "Accept-Encoding": "identity"}
+    try:
+        with requests.get(url, stream=True, timeout=SILENT, headers=headers) as response:
+            if not response.ok:
+                raise ValueError(f"the server answers {response.status_code} {response.reason}")
+            data = BytesIO()
+            for chunk in response.iter_content(2**16):
+                if data.tell() + len(chunk) > LARGEST:
+                    raise ValueError(f"it is larger than {LARGEST // 10**6} MB")
+                if time.monotonic() > late:
+                    raise ValueError(f"it takes longer than {LONGEST} s")
+                data.write(chunk)
+            return data
+    except requests.Timeout:
+        raise ValueError(f"the server is silent for {SILENT} s") from None
+    except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
+        raise ValueError("the server cannot be reached, or broke off") from None
+    except requests.RequestException as error:
+        raise ValueError(str(error)) from None
+
+
+def open_image(path, processor: ImageProcessor, flag: str = "--image") -> Image.Image:
+    """A picture for `processor.resize`, wholly read, from a file or an address. Raises FileNotFoundError or ValueError,
+    which name `flag`."""
+    address = re.match(r"(\w+)://", str(path))
+    if address and address[1].lower() not in ("http", "https"):
+        raise ValueError(f"{flag} {path}: an address begins with http:// or https://")
+    if not address and not Path(path).is_file():
+        raise FileNotFoundError(f"{flag} {path}: no such file")
+    try:
+        with processor.open(fetch(path) if address else path) as image:
+            image.load()
+            return image
+    except UnidentifiedImageError:
+        reason = impostor(path) if not address else ""
+        known = "it is in no format that Pillow knows"
+        if Path(path).suffix.lower() in (".heic", ".heif"):
+            known = "a photo in HEIC, which Pillow does not read: convert it to JPEG"
+        reason = f"it {reason}" if reason else known
+    except Exception as error:  # Pillow's decoders raise whatever their format makes them stumble over
+        reason = error
+    raise ValueError(f"{flag} {path} is not a picture that can be read: {reason}")
