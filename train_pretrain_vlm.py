@@ -40,8 +40,9 @@ def main(argv=None):
     from model.weights import find_weights
     from trainer.feature_cache import cache_features
     from trainer.loader import load_data, val_images
-    from trainer.loop import train_epoch, training
+    from trainer.loop import train_epoch
     from trainer.optimizer import choose_trainable, follow_width, optimizer_of
+    from trainer.run import training
 
     make_deterministic(args.seed)
     device = pick_device(args.device)

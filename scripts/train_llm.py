@@ -61,8 +61,9 @@ def main(argv=None):
     from model.build import build_model
     from model.weights import find_weights
     from trainer.loader import load_data
-    from trainer.loop import train_epoch, training
+    from trainer.loop import train_epoch
     from trainer.optimizer import follow_width, optimizer_of
+    from trainer.run import training
 
     check_data(args)
     make_deterministic(args.seed)

@@ -17,7 +17,7 @@ from PIL import Image
 
 import train_pretrain_vlm
 import train_sft_vlm
-import trainer.loop
+import trainer.guard
 from dataset.features import FeatureCache, hash_of
 from dataset.lm_dataset import VLMDataset
 from model.model_vlm import MiniMindVLM
@@ -169,7 +169,7 @@ def test_a_broken_picture_is_told_like_without_the_cache(cached, pictures, tmp_p
         train_sft_vlm.main(flags)
     assert not list((tmp_path / "out").glob("*"))  # before the first step
 
-    monkeypatch.setattr(trainer.loop, "BEARABLE_SHARE", 1)
+    monkeypatch.setattr(trainer.guard, "BEARABLE_SHARE", 1)
     skip = [*flags, "--on_bad_row", "skip"]
     told = []
     for extra in ([], ["--cache_features", ""], ["--num_workers", "2"]):
@@ -229,6 +229,7 @@ def test_a_start_reads_only_pictures_whose_files_have_changed(cached, pictures, 
         train_sft_vlm.main([*flags, "--epochs", "1", "--out_dir", str(tmp_path / str(time.time_ns()))])
         return len(read), sum(seen)
 
+    monkeypatch.setattr("dataset.features.SETTLED", 10**15)  # however long a start takes here
     assert reads_and_encodes() == (12, 6)
     assert reads_and_encodes() == (6, 0)  # files that came a moment ago may change again unseen
     monkeypatch.setattr("dataset.features.SETTLED", 0)

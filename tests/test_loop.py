@@ -15,7 +15,9 @@ from torch.nn import functional as F
 
 import common.devices
 import train_sft_vlm
+import trainer.guard
 import trainer.loop
+import trainer.run
 from common.devices import autocast
 from dataset.lm_dataset import collate
 from model.model_vlm import MiniMindVLM
@@ -23,8 +25,9 @@ from model.processing import IGNORE
 from model.weights import fingerprint, read_weights
 from tests.conftest import turn, write_rows
 from trainer.acceleration import cast_frozen, choose_attention
-from trainer.loop import fit_accumulation, train_step
+from trainer.loop import train_step
 from trainer.progress import read_metrics
+from trainer.run import fit_accumulation
 
 main = train_sft_vlm.main
 
@@ -317,14 +320,14 @@ def test_a_step_without_a_label_moves_nothing_and_is_not_in_the_loss(flags, tmp_
         return real(run, *args)
 
     weights = []
-    monkeypatch.setattr(trainer.loop.Progress, "step", lambda self, *args: weights.append((args, run_weights(args[5]))))
+    monkeypatch.setattr(trainer.run.Progress, "step", lambda self, *args: weights.append((args, run_weights(args[5]))))
 
     def run_weights(optimizer):
         return [weight.detach().clone() for group in optimizer.param_groups for weight in group["params"]]
 
     monkeypatch.setattr(trainer.loop, "train_step", step)
     monkeypatch.setattr(trainer.loop, "count_labels", count_labels)
-    monkeypatch.setattr(trainer.loop, "tell_end", lambda *args: None)
+    monkeypatch.setattr(trainer.run, "tell_end", lambda *args: None)
     main([*flags, *LONG, "--batch_size", "2", "--optimizer", optimizer])
     nothing = [i for i, (args, _) in enumerate(weights) if args[2] is None]
     assert nothing and nothing[0] >= 2
@@ -479,7 +482,7 @@ def test_a_second_ctrl_c_stops_at_once(flags, tmp_path, monkeypatch):
         assert (number, more) == (signal.SIGINT, ("--from_resume",))
         raise KeyboardInterrupt  # in place of os._exit, which would end the test too
 
-    monkeypatch.setattr(trainer.loop, "leave", leave)
+    monkeypatch.setattr(trainer.guard, "leave", leave)
     interrupt(monkeypatch, 3, signal.SIGINT, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         main([*flags, "--save_interval", "1"])
@@ -529,7 +532,7 @@ def test_a_resumed_run_keeps_the_batches_of_its_steps(flags, tmp_path, monkeypat
     assert "resumed with --accumulation_steps 2, to keep 2 batches per step" in capsys.readouterr().out
     same(whole, resumed)
 
-    monkeypatch.setattr(trainer.loop, "world_size", lambda: 3)
+    monkeypatch.setattr(trainer.run, "world_size", lambda: 3)
     with pytest.raises(
         ValueError, match="the run had 2 batches of 2 rows per step, which 3 ranks cannot share equally"
     ):

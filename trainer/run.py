@@ -1,0 +1,229 @@
+"""A run: all that its steps need, set up in the order in which it is needed, and closed whatever happens.
+
+`training` is what a script opens around its loop (loop.py).
+"""
+
+import argparse
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from common.cli import Stopped
+from common.devices import autocast, cpu_has, pick_dtype
+from common.distributed import gather, is_main, rank, say, world_size
+from common.lock import only_one
+from common.start import command, tell_stopped
+from dataset.lm_dataset import StepSampler, VLMDataset
+from dataset.streaming import Stream
+from model.model_vlm import MiniMindVLM
+from model.weights import describe, read_sidecar, refuse_other_architecture, weights_name
+from trainer.acceleration import cast_frozen, choose_attention, compile_layers
+from trainer.advice import tell_end, tell_start
+from trainer.checkpoint import Checkpoint, State
+from trainer.guard import StopSignal
+from trainer.loader import Feed, StreamFeed, check_data, make_loader
+from trainer.optimizer import SETTINGS
+from trainer.progress import Progress
+
+
+@dataclass
+class Run:
+    """What a step of the run needs."""
+
+    args: argparse.Namespace
+    model: MiniMindVLM
+    forward: torch.nn.Module  # the model, perhaps wrapped for several ranks
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    feed: Feed | StreamFeed
+    val_loader: DataLoader | None
+    checkpoint: Checkpoint
+    state: State
+    progress: Progress
+    stop: StopSignal
+    device: torch.device
+    dtype: torch.dtype
+    val_loss: float | None = None
+    between_steps: bool = True  # weights, optimizer and state are those of the same step
+    saved: int = -1  # the step of the last checkpoint
+
+    @property
+    def total_steps(self) -> int:
+        return self.state.total_steps
+
+    def epochs_left(self) -> range:
+        """From the epoch that was interrupted, if any."""
+        return range(self.state.step // self.feed.steps_per_epoch, self.args.epochs)
+
+    def steps_left(self, epoch: int) -> Iterator[tuple[list[dict], bool]]:
+        """(batches of this rank, is it the last step of the epoch?) for each step of an epoch that is not done yet."""
+        steps = self.feed.steps_per_epoch
+        first = self.state.step - epoch * steps
+        batches = self.feed.batches(epoch, first)
+        for step in range(first, steps):
+            yield list(islice(batches, self.feed.batches_in_step(step))), step + 1 == steps
+        next(batches, None)  # none is left; a stream now removes what it had on the disk
+
+    @contextlib.contextmanager
+    def context(self, batch: dict, last: bool) -> Iterator[None]:
+        """Around the forward and backward pass of a batch of a step, of which it may be the last."""
+        with contextlib.ExitStack() as stack:
+            # A smaller batch, the last of an epoch, would often be compiled for anew, which takes ten seconds.
+            if len(batch["rows"]) != self.args.batch_size:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if not last and world_size() > 1:  # ranks add their gradients up once a step
+                stack.enter_context(self.forward.no_sync())
+            with autocast(self.device, self.dtype):
+                yield
+
+    def step_done(self, rows: int) -> None:
+        self.state.step += 1
+        self.state.rows += rows
+        self.between_steps = True
+
+    def save(self) -> None:
+        if self.feed.data is not None:  # a stream's: the rows on the disk now stand for all
+            known, new = self.checkpoint.about, self.feed.data.about
+            known |= new | {"prompts": known["prompts"] | new["prompts"]}
+        self.checkpoint.save(self.model, self.optimizer, self.scaler, self.state)
+        self.saved = self.state.step
+
+    def rescue(self, first_step: int) -> None:
+        """Saves what an error would lose: the steps done since the last checkpoint, where the weights are good."""
+        if self.between_steps and self.state.step > max(self.saved, first_step):
+            with contextlib.suppress(Exception):  # of a full disk, say, which may be the very error
+                self.save()
+                say(f"\nsaved at step {self.state.step} of {self.total_steps}. Once mended, type:")
+                say(f"  {command('--from_resume')}")
+
+
+@contextlib.contextmanager
+def training(args, stage: str, weights: Path | None, model, tokenizer, optimizer, data, val_data, device):
+    """Sets a `Run` up, where --from_resume says so at the point where it stopped, and closes it.
+
+    The model, made of `weights`, is on `device`, its trainable parameters are chosen and in the optimizer. No two runs
+    write the same files: ValueError names the process that does.
+    """
+    path = Path(args.out_dir) / weights_name(stage, model.config)
+    alone = only_one(path, "--out_dir") if is_main() else contextlib.nullcontext()
+    with alone:
+        dtype = choose_precision(args, model, device)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        checkpoint = open_checkpoint(path, args, stage, weights, model, data)
+        if getattr(model, "vision_encoder", None) is not None:
+            cast_frozen(model.vision_encoder, dtype)  # after its fingerprint has been taken
+        state = begin_or_resume(args, checkpoint, model, optimizer, scaler)
+        feed = open_feed(args, state, model, tokenizer, data, device, path.stem)
+        val_loader = open_val_loader(args, val_data, data, device, tokenizer)
+        forward = prepare_model(args, model, device, dtype)
+        state.total_steps, first_step, started = args.epochs * feed.steps_per_epoch, state.step, time.perf_counter()
+        try:
+            progress = Progress(path.with_suffix(".metrics.jsonl"), args, state.total_steps, first_step)
+            with contextlib.closing(progress), StopSignal() as stop:
+                tools = (args, model, forward, optimizer, scaler, feed, val_loader, checkpoint, state, progress, stop)
+                run = Run(*tools, device, dtype)
+                tell_start(run)
+                try:
+                    yield run
+                except Stopped:
+                    raise
+                except Exception:
+                    run.rescue(first_step)
+                    raise
+        except Stopped:
+            tell_stopped(f"stopped at step {state.step} of {state.total_steps}", "--from_resume")
+            raise
+        if state.step > first_step:
+            say(f"{checkpoint.path}: {state.step} steps done. Beside it: its JSON, metrics and loss curve")
+            tell_end(run, tokenizer, time.perf_counter() - started)
+
+
+# ---------------------------------------------------------------------------- what is set up
+
+
+def choose_precision(args, model, device) -> torch.dtype:
+    """The dtype of --dtype; says where another one would be faster."""
+    large = device.type == "cpu" and model.config.hidden_size >= 256
+    if args.dtype == "auto" and large and cpu_has("avx512_bf16", "amx_bf16"):
+        say("this CPU computes in bfloat16: with --dtype bfloat16 a step of this model takes about half the time")
+    return pick_dtype(args.dtype, device)
+
+
+def open_checkpoint(path: Path, args, stage: str, weights: Path | None, model, data) -> Checkpoint:
+    """The files that the run writes, and what their JSON says of it. path: of the weights that come out."""
+    resumable = args.from_resume and path.with_suffix(".resume.pt").is_file()
+    if damaged := refuse_other_architecture(path, model.config, resumable):
+        say(damaged)
+    settings = {key: getattr(args, key) for key in SETTINGS if hasattr(args, key)}
+    about = describe(model, args, stage=stage, data=list(map(str, args.data_path)), seed=args.seed, settings=settings)
+    about["prompts"] = read_sidecar(weights)["prompts"] if weights else {}  # until rows have better ones
+    return Checkpoint(path, args, about, data.rows if isinstance(data, Stream) else len(data))
+
+
+def begin_or_resume(args, checkpoint: Checkpoint, model, optimizer, scaler) -> State:
+    """Step 0; or, with --from_resume, the step of the checkpoint, whose weights and optimizer are then loaded."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
+    if args.from_resume or restarted:
+        state = checkpoint.load(model, optimizer, scaler)
+    else:
+        checkpoint.put_aside()
+        state = State()
+    if len({other.step for other in gather(state)}) > 1:
+        raise ValueError("--from_resume: the ranks find different checkpoints; --out_dir must be one that all see")
+    return state
+
+
+def open_feed(args, state: State, model, tokenizer, data: VLMDataset | Stream, device, name: str) -> Feed | StreamFeed:
+    """The batches to train on. name: of the run's weights."""
+    accumulation = fit_accumulation(args, state)
+    if isinstance(data, Stream):
+        check = partial(check_data, args, model, tokenizer)
+        return StreamFeed(data, args, accumulation, device, tokenizer, check, name)
+    return Feed(data, args, accumulation, device, tokenizer)
+
+
+def open_val_loader(args, val_data, data, device, tokenizer) -> DataLoader | None:
+    if isinstance(val_data, Stream):
+        raise ValueError("--val_path: held-out rows are read again and again, so they must be on the disk")
+    if val_data is None:
+        return None
+    sampler = StepSampler(val_data.lengths, args.batch_size, 1, 0, rank(), world_size(), shuffle=False)
+    loader = make_loader(val_data, sampler, args, device, tokenizer)
+    if isinstance(data, Stream):
+        iter(loader)  # forks its workers, before there is a thread that fetches
+    return loader
+
+
+def prepare_model(args, model, device, dtype) -> torch.nn.Module:
+    """In training mode, as fast as it gets here; what is called for a forward pass."""
+    model.model.gradient_checkpointing = args.gradient_checkpointing
+    choose_attention(model, device, dtype)
+    if args.compile:
+        compile_layers(model)
+    forward = DistributedDataParallel(model, forward_sync_buffers=False) if world_size() > 1 else model
+    model.train()
+    return forward
+
+
+def fit_accumulation(args, state: State) -> int:
+    """accumulation_steps such that a resumed run makes the same steps on whatever number of ranks it has now."""
+    batches = world_size() * args.accumulation_steps
+    if state.batches_per_step and state.batches_per_step != batches:
+        if state.batches_per_step % world_size():
+            raise ValueError(
+                f"--from_resume: the run had {state.batches_per_step} batches of {args.batch_size} rows per step, "
+                f"which {world_size()} ranks cannot share equally"
+            )
+        batches = state.batches_per_step
+        say(f"resumed with --accumulation_steps {batches // world_size()}, to keep {batches} batches per step")
+    state.batches_per_step = batches
+    return batches // world_size()
