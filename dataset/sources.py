@@ -29,7 +29,8 @@ import pyarrow.parquet
 from PIL import Image
 
 from common.cli import disk_full, reason
-from model.processing import IMAGE_TAG, impostor
+from model.files import impostor
+from model.processing import IMAGE_TAG
 
 MENDED = {
     "untagged": "had pictures and no <image>: it was put before the first question",

@@ -5,8 +5,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from model.build import build_model
+from model.files import read_json
 from model.llava import unpacked
-from model.processing import read_json
 from model.weights import ABOUT, STAGES, read_sidecar
 
 PROMPTS = {  # what weights are asked whose JSON names no question

@@ -18,10 +18,12 @@ from tqdm import tqdm
 
 from common.devices import pick_dtype
 from common.files import write_json
-from dataset.lm_dataset import StepSampler, VLMDataset, collate
+from dataset.batches import StepSampler, collate
+from dataset.lm_dataset import VLMDataset
 from dataset.sources import BadRow, Row
 from inference.generate import answer_batches, collate_prompts
-from model.processing import encode_chat, language, read_json
+from model.files import read_json
+from model.processing import encode_chat, language
 from model.weights import bare_name
 from trainer.loader import ignore_interrupt
 from trainer.loop import validate

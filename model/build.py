@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from model import DEFAULT_VISION_MODEL
+from model.files import read_json
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig
-from model.processing import load_tokenizer, read_json
+from model.processing import load_tokenizer
 from model.weights import (
     check_values,
     config_of,

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 
 from common.files import write_json
 from model.export import clip_names, encoder_config, token_ids, write_encoder, write_tokenizer_config, write_weights
+from model.files import read_json
 from model.model_minimind import MiniMindConfig
-from model.processing import IMAGE_TAG, read_json
+from model.processing import IMAGE_TAG
 from model.processor import HIDE
 from model.weights import ABOUT, read_weights, tokenizer_hash
 

@@ -21,8 +21,9 @@ from transformers.utils import cached_file, logging
 
 # Relative, as these files also go into exported folders, where no package `model` is.
 from .defaults import DEFAULT_VISION_MODEL
+from .files import impostor
 from .model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindOutput, as_cache
-from .processing import ImageProcessor, impostor, vision_config
+from .processing import ImageProcessor, vision_config
 
 ENCODER_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 

@@ -16,48 +16,15 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from transformers import PreTrainedTokenizerFast
 
+# Relative, as these files also go into exported folders, where no package `model` is.
+from .files import check_number, impostor, read_json
+
 IMAGE_TAG = "<image>"  # stands in the text of a data set where the picture belongs
 DEFAULT_SYSTEM = "You are a helpful assistant"
 IGNORE = -100  # label of a token without loss
 ROOMY = 4  # a large JPEG is decoded smaller, to so many times the edge that the model wants, or more
 BAND = 2**22  # pixels of a large picture that are in work at a time
 MAY_FOLLOW = {"system": (None,), "user": ("system", "assistant"), "assistant": ("user",)}  # roles in a chat
-
-
-def impostor(file) -> str:
-    """What is there in place of the file that was to be read, "is empty" and the like; "" where nothing strikes.
-
-    file: its path, or its content as bytes.
-    """
-    if not isinstance(file, bytes):
-        with Path(file).open("rb") as opened:
-            file = opened.read(200)
-    if len(file) < 200 and not file.strip():
-        return "is empty"
-    if file.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the file itself; type: git lfs pull"
-    if re.match(rb"\s*<(!doctype\s+html|html|head)\b", file, re.I):
-        return "is a web page, as of an error or a login, not the file itself: fetch it again"
-    return ""
-
-
-def read_json(path) -> dict:
-    """The object in a JSON file; ValueError names the file if it is not one."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} {impostor(path) or f'is not valid JSON: {error}'}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object {{...}}")
-    return value
-
-
-def check_number(path, key: str, value, least: float, most: float, kind: type = int) -> None:
-    """ValueError names a file, and a key in it whose value is no number of this kind between these two."""
-    kinds = (int,) if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
-        what = "an integer" if kind is int else "a number"
-        raise ValueError(f"{path}: {key} is {value!r}, expected {what} from {least:g} to {most:g}")
 
 
 # ---------------------------------------------------------------------------- pictures

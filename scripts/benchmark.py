@@ -50,7 +50,8 @@ from common.cli import Parser, positive, run_main
 from common.devices import autocast, check_compiler, pick_device
 from common.files import write_json, write_text
 from common.machine import usable_cores
-from dataset.lm_dataset import StepSampler, VLMDataset, collate
+from dataset.batches import StepSampler, collate
+from dataset.lm_dataset import VLMDataset
 from model.int8 import to_int8
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing import IGNORE, ImageProcessor, load_tokenizer

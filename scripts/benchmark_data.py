@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 from common.cli import Parser
 from common.machine import usable_cores
-from dataset.lm_dataset import StepSampler, VLMDataset
+from dataset.batches import StepSampler
+from dataset.lm_dataset import VLMDataset
 from dataset.scene_pictures import draw
 from dataset.scenes import caption, scenes_of
 from model.processing import ImageProcessor, load_tokenizer

@@ -50,7 +50,8 @@ from common.cli import Parser, not_negative, positive, run_main
 from common.devices import make_deterministic, pick_device
 from common.files import write_json, write_safely
 from dataset.sources import BadRow, image_names
-from model.processing import ImageProcessor, impostor, load_tokenizer
+from model.files import impostor
+from model.processing import ImageProcessor, load_tokenizer
 from scripts.train_tokenizer import read_rows
 from trainer.optimizer import Muon, set_learning_rate
 

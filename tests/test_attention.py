@@ -7,7 +7,7 @@ from PIL import Image
 
 import eval_vlm
 from inference.attention import as_seen, looked, spotlight, words_of
-from model.model_minimind import Attention
+from model.attention import Attention
 from model.processing import ImageProcessor
 from tests.conftest import lively
 

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dataset.lm_dataset import KINDS, StepSampler, VLMDataset, collate
+from dataset.batches import StepSampler, collate
+from dataset.lm_dataset import KINDS, VLMDataset
 from model.processing import IGNORE, ImageProcessor
 from tests.conftest import turn, write_rows
 

@@ -19,12 +19,12 @@ import trainer.guard
 import trainer.loop
 import trainer.run
 from common.devices import autocast
-from dataset.lm_dataset import collate
+from dataset.batches import collate
 from model.model_vlm import MiniMindVLM
 from model.processing import IGNORE
 from model.weights import fingerprint, read_weights
 from tests.conftest import turn, write_rows
-from trainer.acceleration import cast_frozen, choose_attention
+from trainer.acceleration import attention_in_blocks, cast_frozen, choose_attention
 from trainer.loop import train_step
 from trainer.progress import read_metrics
 from trainer.run import fit_accumulation
@@ -644,7 +644,9 @@ def test_attention_is_in_blocks_in_bfloat16_on_cpus_with_amx(make_vlm, monkeypat
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx, "avx512_bf16": True})
     model = make_vlm()
     choose_attention(model, torch.device("cpu"), getattr(torch, dtype))
-    assert sum(layer.self_attn.in_blocks for layer in model.model.layers) == expected * len(model.model.layers)
+    assert sum(layer.self_attn.kernel is attention_in_blocks for layer in model.model.layers) == expected * len(
+        model.model.layers
+    )
 
 
 def test_compiling_without_a_compiler_is_refused_at_once(flags, tmp_path, monkeypatch):

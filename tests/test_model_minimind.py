@@ -14,8 +14,10 @@ from conftest import lively
 from torch.nn import functional as F
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, TextIteratorStreamer
 
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MOEFeedForward, RMSNorm, attention_in_blocks
+from model.feed_forward import MOEFeedForward
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, RMSNorm
 from model.model_vlm import MiniMindVLM, VLMConfig
+from trainer.acceleration import attention_in_blocks
 
 OTHER = os.environ.get("MINIMIND_OTHER_TRANSFORMERS")  # a folder with another Transformers, for PYTHONPATH
 CLOSE = {"atol": 1e-4, "rtol": 0}  # logits here are about ±10
@@ -396,22 +398,19 @@ def test_layers_with_attention_in_blocks_are_compiled_once_for_all_lengths():
     torch.compiler.reset()
     expected = {T: model(tokens(2, T)).logits for T in range(10, 90, 8)}
     for layer in model.model.layers:
-        layer.self_attn.in_blocks = True
+        layer.self_attn.kernel = attention_in_blocks
         layer.compile(dynamic=True, backend=backend)
     for T, logits in expected.items():
         torch.testing.assert_close(model(tokens(2, T)).logits, logits, rtol=1e-4, atol=1e-4)
     assert 0 < len(graphs) <= 4  # what is before the attention and what is after it
 
 
-def test_attention_is_in_blocks_while_training_alone(monkeypatch):
+def test_attention_is_in_blocks_while_training_alone():
     calls = []
-    monkeypatch.setattr(
-        "model.model_minimind.attention_in_blocks", lambda *args: calls.append(args) or attention_in_blocks(*args)
-    )
     model, ids = decoder(), tokens(2, 9)
     expected = model.train()(ids).logits
     for layer in model.model.layers:
-        layer.self_attn.in_blocks = True
+        layer.self_attn.kernel = lambda *args: calls.append(args) or attention_in_blocks(*args)
     assert not calls
     torch.testing.assert_close(model(ids).logits, expected)
     assert len(calls) == len(model.model.layers)

@@ -12,15 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from model import weights
-from model.processing import (
-    ImageProcessor,
-    TooManyPixels,
-    encode_chat,
-    load_tokenizer,
-    read_json,
-    to_rgb,
-    vision_config,
-)
+from model.files import read_json
+from model.processing import ImageProcessor, TooManyPixels, encode_chat, load_tokenizer, to_rgb, vision_config
 
 try:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as ReferenceProcessor

@@ -14,12 +14,14 @@ import torch
 from PIL import Image
 
 from dataset import sources
-from dataset.lm_dataset import StepSampler, VLMDataset
+from dataset.batches import StepSampler
+from dataset.lm_dataset import VLMDataset
 from dataset.sources import BadRow, Folder, Zip, drop_tags, parse_line, parse_record
 from inference.scoring import ShuffledPictures
 from model import weights
+from model.files import read_json
 from model.model_vlm import MiniMindVLM
-from model.processing import ImageProcessor, load_tokenizer, read_json
+from model.processing import ImageProcessor, load_tokenizer
 from tests.conftest import no_space, turn, write_rows
 
 P = 16  # placeholders of a picture in the tests' world

@@ -15,7 +15,7 @@ import torch
 import train_pretrain_vlm
 import train_sft_vlm
 from common import cli, devices
-from dataset.lm_dataset import collate
+from dataset.batches import collate
 from model.build import build_model
 from model.weights import save_weights
 from scripts import train_clip, train_llm

@@ -4,7 +4,8 @@ import torch
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from common.devices import cpu_has
-from model.model_minimind import Attention, MiniMindBlock
+from model.attention import Attention
+from model.model_minimind import MiniMindBlock
 
 
 def cast_frozen(model, dtype: torch.dtype):
@@ -28,7 +29,7 @@ def choose_attention(model, device: torch.device, dtype: torch.dtype) -> None:
     if better_in_blocks(device, dtype):
         for module in model.modules():
             if isinstance(module, Attention):
-                module.in_blocks = True
+                module.kernel = attention_in_blocks
 
 
 def compile_layers(model) -> None:
@@ -40,3 +41,25 @@ def compile_layers(model) -> None:
     for module in model.modules():
         if isinstance(module, (MiniMindBlock, CLIPEncoderLayer)):
             module.compile(dynamic=True)
+
+
+@torch.compiler.disable  # what it makes of this for rows of any length is slower
+def attention_in_blocks(q, k, v, mask=None, dropout: float = 0.0, is_causal: bool = True, blocks: int = 3):
+    """Causal attention in the open, for CPUs with matrix units (AMX), of which the backward pass of PyTorch's own makes
+    little use. q (B, H, T, d), k and v (B, K, T, d) → (B, H, T, d).
+
+    Each block of queries leaves out the keys after its last one. In bfloat16 scores are rounded before the softmax,
+    which `scaled_dot_product_attention` does not do.
+    """
+    B, H, T, d = q.shape
+    K = k.shape[1]
+    q, out = q * d**-0.5, []
+    for i in range(blocks):
+        start, S = i * T // blocks, (i + 1) * T // blocks  # queries from start on, the last of which sees S keys
+        t = S - start
+        # All heads that share a key are rows of one matrix.
+        scores = q[:, :, start:S].reshape(B, K, H // K * t, d) @ k[:, :, :S].transpose(-2, -1)
+        later = torch.full((t, S), float("-inf"), dtype=q.dtype, device=q.device).triu(1 + start)
+        weights = torch.nn.functional.dropout((scores.view(B, K, H // K, t, S) + later).softmax(dim=-1), dropout)
+        out.append((weights.view(B, K, H // K * t, S) @ v[:, :, :S]).view(B, H, t, d))
+    return torch.cat(out, dim=2)

@@ -89,7 +89,10 @@ class Checkpoint:
             )
         check_values(saved["weights"], self.resume_path)
         load_weights(model, saved["weights"], self.resume_path)
+        parts = [group["part"] for group in optimizer.param_groups]
         optimizer.load_state_dict(saved["optimizer"])
+        for group, part in zip(optimizer.param_groups, parts):
+            group["part"] = part  # which older checkpoints do not say
         if saved["scaler"]:  # empty unless the run was in fp16
             scaler.load_state_dict(saved["scaler"])
         return state

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.distributed import main_first, rank, say, world_size
-from dataset.lm_dataset import NoUsableRow, StepSampler, VLMDataset, collate
+from dataset.batches import StepSampler, collate
+from dataset.lm_dataset import NoUsableRow, VLMDataset
 from dataset.sources import MENDED, Stretch
 from dataset.streaming import Fetcher, Stream, is_remote
 

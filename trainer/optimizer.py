@@ -109,10 +109,10 @@ def make_optimizer(
         part = "projector" if name.startswith("vision_proj.") else "embeddings" if "embed_tokens" in name else "blocks"
         decays = weight.ndim >= 2
         peak = rates.get(part, learning_rate)
-        group = {"lr": peak, "peak": peak, "weight_decay": weight_decay if decays else 0.0}
+        group = {"part": part, "lr": peak, "peak": peak, "weight_decay": weight_decay if decays else 0.0}
         group["muon"] = muon and decays and part == "blocks"
         groups.setdefault((part, decays), {"params": [], **group})["params"].append(weight)
-    order = sorted(groups, key=lambda key: ("projector", "embeddings", "blocks").index(key[0]))  # as Progress expects
+    order = sorted(groups, key=lambda key: ("projector", "embeddings", "blocks").index(key[0]))  # that of checkpoints
     # Every group has its own weight_decay; AdamW checks only the one it is given. Not fused with Muon: a fused AdamW
     # leaves steps out by itself when fp16 overflows, and the matrices must not go on without it.
     kind = Muon if muon else torch.optim.AdamW
@@ -186,6 +186,11 @@ def schedule(step: int, total: int, warmup: int, shape: str = "cosine") -> float
     if shape == "linear":
         return 1 - progress
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+
+def learning_rates(optimizer) -> dict[str, float]:
+    """{"projector", "embeddings", "blocks": their learning rates now}, of those that learn."""
+    return {group["part"]: group["lr"] for group in optimizer.param_groups}
 
 
 def set_learning_rate(optimizer, share: float) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.distributed import is_main
+from trainer.optimizer import learning_rates
 
 
 class Progress:
@@ -58,14 +59,14 @@ class Progress:
             return
         now = time.perf_counter()
         seconds, steps = now - self.since, len(self.recent) or math.nan
-        groups = optimizer.param_groups  # the projector's first, where there is one
+        rates = learning_rates(optimizer)
         line = {
             "step": step,
             "epoch": epoch,
             "loss": sum(loss for loss, _ in self.recent) / steps,
             "aux_loss": sum(aux for _, aux in self.recent) / steps,
-            "lr": groups[-1]["lr"],
-            **({"projector_lr": groups[0]["lr"]} if hasattr(self.args, "projector_learning_rate") else {}),
+            "lr": rates.get("blocks", rates.get("embeddings", rates.get("projector"))),
+            **({"projector_lr": rates["projector"]} if hasattr(self.args, "projector_learning_rate") else {}),
             "grad_norm": grad_norm,
             "samples_per_s": self.samples / seconds,
             "tokens_per_s": self.tokens / seconds,

@@ -22,7 +22,8 @@ from common.devices import autocast, cpu_has, pick_dtype
 from common.distributed import gather, is_main, rank, say, world_size
 from common.lock import only_one
 from common.start import command, tell_stopped
-from dataset.lm_dataset import StepSampler, VLMDataset
+from dataset.batches import StepSampler
+from dataset.lm_dataset import VLMDataset
 from dataset.streaming import Stream
 from model.model_vlm import MiniMindVLM
 from model.weights import describe, read_sidecar, refuse_other_architecture, weights_name

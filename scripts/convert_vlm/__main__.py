@@ -37,8 +37,9 @@ from inference.pictures import open_image
 from inference.scoring import count_parameters
 from model.build import build_model
 from model.export import write_pth, write_transformers
+from model.files import read_json
 from model.llava import unpacked, write_llava
-from model.processing import IMAGE_TAG, encode_chat, read_json, to_rgb
+from model.processing import IMAGE_TAG, encode_chat, to_rgb
 from model.weights import ABOUT, bare_name, describe
 from scripts.convert_vlm.check_export import QUESTIONS
 

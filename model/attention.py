@@ -1,0 +1,148 @@
+"""Attention, and where tokens stand: the only part of the decoder in which tokens see each other.
+
+Shapes: B batch, T tokens of this call, S tokens seen so far (cache included), D hidden_size, H query heads,
+K key/value heads, d width of a head.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Relative, as these files also go into exported folders, where no package `model` is.
+from .config import MiniMindConfig
+
+
+def precompute_freqs_cis(dim: int, end: int, theta: float):
+    """Tables of RoPE (Su et al. 2021): cos and sin of position · theta^(-2i/dim), each float32 (end, dim).
+
+    The half-split layout: entry i is paired with i + dim/2, so the dim/2 frequencies stand twice.
+    """
+    freqs = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    angles = torch.outer(torch.arange(end, dtype=torch.float32), freqs).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary_pos_emb(q, k, cos, sin):
+    """Rotates q (B, H, T, d) and k (B, K, T, d) by their positions; cos and sin are (T, d)."""
+
+    def rotate(x):
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+    return rotate(q).type_as(q), rotate(k).type_as(k)
+
+
+def visible_keys(attention_mask, T: int, S: int, past, device):
+    """Which of S keys each of T queries may see: bool, broadcastable to (B, H, T, S).
+
+    Query t stands at position past + t and sees what is not after it and not padding. It always sees itself: a
+    padding query with nothing to look at would be 0/0 = NaN, and NaN keys spoil the rest of the row through 0·NaN.
+    """
+    query, key = past + torch.arange(T, device=device)[:, None], torch.arange(S, device=device)
+    visible = (key <= query)[None]
+    if attention_mask is not None:
+        padded = F.pad(attention_mask.bool(), (0, S - attention_mask.shape[1]))  # a static cache is longer
+        visible = visible & padded[:, None, :] | (key == query)
+    return visible[:, None]
+
+
+def what_is_seen(attention_mask, T: int, S: int, past, cache, device):
+    """(mask or None, is it causal without a mask?) of T queries over S keys, as attention functions take them."""
+    growing = cache is None or not cache.is_compileable  # a static cache has an empty tail
+    if attention_mask is not None and attention_mask.ndim == 2 and growing and attention_mask.shape[1] != S:
+        raise ValueError(f"attention_mask covers {attention_mask.shape[1]} tokens, cache and input_ids hold {S}")
+    if attention_mask is None and S == T:
+        return None, True  # by branch, as torch.compile makes S == T a symbol, which attention does not take
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return attention_mask, False
+    if attention_mask is not None or T > 1 or not growing:
+        return visible_keys(attention_mask, T, S, past, device), False
+    return None, False  # one new token of a growing cache: it sees everything
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023): H query heads share K key/value heads."""
+
+    def __init__(self, config: MiniMindConfig, layer_idx: int = 0):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
+        self.flash_attn = config.flash_attn
+        self.kernel = None  # another function that computes the same while training (trainer/acceleration.py)
+
+    def forward(self, x, position_embeddings, past_key_values=None, attention_mask=None, past=0, attentions=None):
+        """x (B, T, D) → (B, T, D). `attention_mask`: None, (B, S) with 1 = real token, or bool (B, 1, T, S).
+
+        attentions: a list that gets the weights (B, H, T, S), which only the slower way in the open has.
+        """
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
+        k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
+        v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        v = v.type_as(k)
+        if past_key_values is not None:  # what earlier calls computed for earlier tokens comes before
+            where = {"cache_position": past + torch.arange(T, device=x.device)}  # static caches of Transformers 4 ask
+            k, v = past_key_values.update(k, v, self.layer_idx, where)  # (B, K, S, d)
+        mask, is_causal = what_is_seen(attention_mask, T, k.shape[2], past, past_key_values, x.device)
+        dropout = self.dropout if self.training else 0.0
+        attend = self.fastest(T, is_causal) if attentions is None else partial(plain_attention, attentions=attentions)
+        out = attend(q, k, v, mask, dropout, is_causal)  # softmax(q·kᵀ/√d)·v: (B, H, T, d)
+        return self.resid_dropout(self.o_proj(out.transpose(1, 2).reshape(B, T, -1)))
+
+    def fastest(self, T: int, is_causal: bool):
+        """Which of four functions, that compute the same."""
+        if not self.flash_attn:
+            return plain_attention
+        if T == 1:
+            return attend_from_one_token
+        # Not for longer rows, whose (B, H, T, T) weights, kept for the backward pass, would take too much memory.
+        if self.kernel is not None and self.training and is_causal and T <= 1024:
+            return self.kernel
+        return attend_by_pytorch
+
+
+def plain_attention(q, k, v, mask, dropout: float, is_causal: bool, attentions: list | None = None):
+    """The same as `scaled_dot_product_attention`, in the open: softmax(q·kᵀ/√d)·v, (B, H, T, d) → (B, H, T, d).
+
+    attentions: gets the softmax, (B, H, T, S).
+    """
+    T, S = q.shape[2], k.shape[2]
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5  # (B, H, T, S)
+    if is_causal:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    elif mask is not None:
+        scores = scores + mask
+    weights = scores.float().softmax(dim=-1).type_as(q)
+    if attentions is not None:
+        attentions.append(weights)
+    return F.dropout(weights, dropout) @ v
+
+
+def attend_by_pytorch(q, k, v, mask, dropout: float, is_causal: bool):
+    """The same by the fastest kernel that PyTorch has for this device."""
+    if mask is not None:  # most CUDA kernels take a mask only with as many key heads as query heads
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=mask is None
+    )
+
+
+def attend_from_one_token(q, k, v, mask, dropout: float, is_causal: bool):
+    """The same for T = 1: heads that share a key see the same, so as queries of one head they need no copies of it."""
+    B, H, _, d = q.shape
+    q = q.view(B, k.shape[1], -1, d)  # (B, K, H/K, d)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).view(B, H, 1, d)

@@ -1,0 +1,69 @@
+"""The architecture of the decoder: every number that a model of this family is made of."""
+
+from transformers import PretrainedConfig
+
+
+class MiniMindConfig(PretrainedConfig):
+    """Architecture of the decoder. `intermediate_size=None` means 8/3 of `hidden_size`, rounded up to 64."""
+
+    model_type = "minimind"
+
+    def __init__(
+        self,
+        dropout: float = 0.0,
+        bos_token_id: int = 1,
+        eos_token_id: int = 2,
+        hidden_act: str = "silu",
+        hidden_size: int = 512,
+        intermediate_size: int | None = None,
+        max_position_embeddings: int = 32768,
+        num_attention_heads: int = 8,
+        num_hidden_layers: int = 8,
+        num_key_value_heads: int = 2,
+        vocab_size: int = 6400,
+        rms_norm_eps: float = 1e-5,
+        rope_theta: float = 1e6,
+        flash_attn: bool = True,
+        use_moe: bool = False,
+        num_experts_per_tok: int = 2,
+        n_routed_experts: int = 4,
+        n_shared_experts: int = 1,
+        scoring_func: str = "softmax",
+        aux_loss_alpha: float = 0.1,
+        seq_aux: bool = True,
+        norm_topk_prob: bool = True,
+        **kwargs,
+    ):
+        if hidden_size % num_attention_heads or num_attention_heads % num_key_value_heads:
+            raise ValueError(
+                f"hidden_size={hidden_size} must be a multiple of num_attention_heads={num_attention_heads}, "
+                f"and that a multiple of num_key_value_heads={num_key_value_heads}"
+            )
+        if hidden_size // num_attention_heads % 2:
+            raise ValueError(f"the width of a head, {hidden_size}/{num_attention_heads}, must be even for RoPE")
+        if scoring_func != "softmax":
+            raise ValueError(f"scoring_func={scoring_func!r} is not known; the MoE gate knows 'softmax'")
+        self.dropout = dropout
+        self.hidden_act = hidden_act
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size or 64 * -(-int(hidden_size * 8 / 3) // 64)
+        self.max_position_embeddings = max_position_embeddings
+        self.num_attention_heads = num_attention_heads
+        self.num_hidden_layers = num_hidden_layers
+        self.num_key_value_heads = num_key_value_heads
+        self.vocab_size = vocab_size
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_theta = rope_theta
+        self.flash_attn = flash_attn
+        self.use_moe = use_moe
+        self.num_experts_per_tok = num_experts_per_tok
+        self.n_routed_experts = n_routed_experts
+        self.n_shared_experts = n_shared_experts
+        self.scoring_func = scoring_func
+        self.aux_loss_alpha = aux_loss_alpha
+        self.seq_aux = seq_aux
+        self.norm_topk_prob = norm_topk_prob
+        kwargs.setdefault("tie_word_embeddings", True)  # Transformers 5 has no default of its own
+        kwargs.setdefault("pad_token_id", 0)
+        super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, **kwargs)
+        self.tie_word_embeddings = kwargs["tie_word_embeddings"]

@@ -1,0 +1,41 @@
+"""Files that others made: what they are, and whether their values can be. Shipped with exported folders."""
+
+import json
+import re
+from pathlib import Path
+
+
+def impostor(file) -> str:
+    """What is there in place of the file that was to be read, "is empty" and the like; "" where nothing strikes.
+
+    file: its path, or its content as bytes.
+    """
+    if not isinstance(file, bytes):
+        with Path(file).open("rb") as opened:
+            file = opened.read(200)
+    if len(file) < 200 and not file.strip():
+        return "is empty"
+    if file.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself; type: git lfs pull"
+    if re.match(rb"\s*<(!doctype\s+html|html|head)\b", file, re.I):
+        return "is a web page, as of an error or a login, not the file itself: fetch it again"
+    return ""
+
+
+def read_json(path) -> dict:
+    """The object in a JSON file; ValueError names the file if it is not one."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} {impostor(path) or f'is not valid JSON: {error}'}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object {{...}}")
+    return value
+
+
+def check_number(path, key: str, value, least: float, most: float, kind: type = int) -> None:
+    """ValueError names a file, and a key in it whose value is no number of this kind between these two."""
+    kinds = (int,) if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+        what = "an integer" if kind is int else "a number"
+        raise ValueError(f"{path}: {key} is {value!r}, expected {what} from {least:g} to {most:g}")
