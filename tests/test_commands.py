@@ -5,6 +5,7 @@ import argparse
 import ast
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,14 @@ def test_what_the_download_says_to_type_next_can_be_typed(parse, what, tmp_path,
     assert commands
     for command in commands:
         parse(*named(command))
+
+
+def test_pyproject_names_the_packages_of_the_requirements():
+    def packages(name):
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        return [line.split(" #")[0].strip() for line in lines if not line.startswith("-r")]
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    assert sorted(packages("requirements.txt")) == sorted([*project["dependencies"], *extras["web"], *extras["eval"]])
+    assert packages("requirements-dev.txt") == extras["dev"]
