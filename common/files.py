@@ -37,6 +37,10 @@ def write_safely(path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_json(path) -> dict | list:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 def write_text(path, text: str) -> None:
     write_safely(path, lambda file: file.write(text.encode()))
 

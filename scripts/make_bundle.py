@@ -20,7 +20,6 @@ from common.start import begin
 if __name__ == "__main__":
     begin()  # Ctrl-C or a missing package is one sentence from here on
 
-import json
 import math
 import shlex
 import shutil
@@ -29,7 +28,9 @@ from pathlib import Path
 
 from common.cli import Parser, reason
 from common.display import duration, gigabytes
+from common.files import read_json
 from common.lock import only_one
+from common.metrics import points, read_metrics
 from scripts.quickstart.steps import Step, add_device_argument, launcher, open_folder, resolve, run_steps
 
 HIDDEN_SIZE = 128  # of the language model
@@ -137,14 +138,12 @@ def files() -> list[str]:
 def figures(folder: Path) -> list[str]:
     """What the parts can do, a line each: recall of the encoder, perplexity of the language model."""
     lines = []
-    for path, found in json.loads((folder / "clip/metrics.json").read_text(encoding="utf-8"))["retrieval"].items():
+    for path, found in read_json(folder / "clip/metrics.json")["retrieval"].items():
         shares = ", ".join(f"{key.replace('_', ' ')} {value:.1f}%" for key, value in found.items())
         lines.append(f"encoder on {path}:\n  {shares}")
-    metrics = folder / f"llm_{HIDDEN_SIZE}.metrics.jsonl"
-    losses = [json.loads(line).get("val_loss") for line in metrics.read_text(encoding="utf-8").splitlines()]
-    losses = [loss for loss in losses if loss is not None]
+    losses = points(read_metrics(folder / f"llm_{HIDDEN_SIZE}.metrics.jsonl"), "val_loss")
     if losses:
-        lines.append(f"language model: perplexity {math.exp(losses[-1]):.3f} per answer token")
+        lines.append(f"language model: perplexity {math.exp(losses[-1][1]):.3f} per answer token")
     return lines
 
 

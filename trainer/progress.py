@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.distributed import is_main
+from common.metrics import points, read_metrics
 from trainer.optimizer import learning_rates
 
 
@@ -109,18 +110,6 @@ def shorten(value):
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def read_metrics(path) -> list[dict]:
-    """The lines of a metrics file. What is no object with a "step", as a line that a crash cut short, is left out."""
-    lines = []
-    if Path(path).is_file():
-        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                found = json.loads(line)
-                if isinstance(found, dict) and isinstance(found.get("step"), int):
-                    lines.append(found)
-    return lines
-
-
 def start_tracker(args, run: str):
     """wandb, trackio or swanlab, which have the same calls, or None. Raises ValueError if it is not there or ready."""
     name = "wandb" if args.use_wandb else args.tracker
@@ -147,9 +136,8 @@ def draw(metrics) -> Path | None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, style in (("loss", "-"), ("val_loss", "o-")):
-        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-        if points:
-            axes.plot(*zip(*points), style, label={"loss": "training", "val_loss": "validation"}[key])
+        if values := points(lines, key):
+            axes.plot(*zip(*values), style, label={"loss": "training", "val_loss": "validation"}[key])
     axes.set(xlabel="step", ylabel="loss per answer token (nats)", title=Path(metrics).name.split(".")[0])
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,0 +1,22 @@
+"""What training writes down of its steps, see `trainer.progress.Progress`, read again. Without PyTorch."""
+
+import contextlib
+import json
+from pathlib import Path
+
+
+def read_metrics(path) -> list[dict]:
+    """The lines of a metrics file. What is no object with a "step", as a line that a crash cut short, is left out."""
+    lines = []
+    if Path(path).is_file():
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                found = json.loads(line)
+                if isinstance(found, dict) and isinstance(found.get("step"), int):
+                    lines.append(found)
+    return lines
+
+
+def points(lines: list[dict], key: str) -> list[tuple[int, float]]:
+    """(step, value) wherever there is one, as of "loss" or "val_loss"."""
+    return [(line["step"], line[key]) for line in lines if line.get(key) is not None]
