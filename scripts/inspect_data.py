@@ -17,12 +17,10 @@ from common.start import begin, unwind
 if __name__ == "__main__":
     begin()  # Ctrl-C or a missing package is one sentence from here on
 
-import base64
 import io
 import re
 import tempfile
 import textwrap
-from html import escape
 from itertools import compress
 from pathlib import Path
 
@@ -44,7 +42,7 @@ from model.build import folders_of
 from model.model_vlm import DEFAULT_VISION_MODEL, VLMConfig
 from model.processing import IGNORE, ImageProcessor, load_tokenizer
 from model.weights import find_weights, read_sidecar
-from scripts.report import document, rows_table, tile
+from scripts.templates import data_url, render
 from trainer.advice import sizes
 from trainer.loader import ignore_interrupt, load_data
 from trainer.optimizer import fitting_batch
@@ -191,14 +189,15 @@ def choose(data: VLMDataset, found: np.ndarray, samples: int, seed: int) -> list
     return sorted([*chosen][:samples], key=lambda row: data.lengths[row])
 
 
-def tokens(ids: list[int], labels: list[int], tokenizer, placeholders: str) -> str:
-    """The tokens of a row as HTML, each in a box: <mark> where it carries loss, <span> elsewhere. Tokens that only
-    together make a character share a box, and so do the placeholders of a picture."""
+def tokens(ids: list[int], labels: list[int], tokenizer, placeholders: str) -> list[dict]:
+    """The tokens of a row as boxes: {"text", "loss": whether it carries loss, "chip": whether it is no plain text,
+    "count": of tokens}. Those that only together make a character share a box, and so do the placeholders of a
+    picture."""
     picture = tokenizer(placeholders, add_special_tokens=False)["input_ids"]
     special, decode = tokenizer.added_tokens_decoder, tokenizer.backend_tokenizer.decode
-    parts, at = [], 0
+    boxes, at = [], 0
     while at < len(ids):
-        end, about = at + 1, ' class="chip"'
+        end, chip = at + 1, True
         text = decode(ids[at:end], skip_special_tokens=False)
         if ids[at : at + len(picture)] == picture:
             text, end = f"{placeholders[0]}×{len(picture)}", at + len(picture)
@@ -208,105 +207,51 @@ def tokens(ids: list[int], labels: list[int], tokenizer, placeholders: str) -> s
                 text = decode(ids[at:end], skip_special_tokens=False)
             if end == len(ids):  # shortened inside a character
                 text = re.sub("\ufffd+$", "…", text)
-            about = f' data-n="{end - at}"' if end - at > 1 else ""
-        tag = "span" if labels[at] == IGNORE else "mark"
-        parts.append(f"<{tag}{about}>{escape(text)}</{tag}>".replace("\n", "<i></i>\n"))
+            chip = False
+        boxes.append({"text": text, "loss": labels[at] != IGNORE, "chip": chip, "count": end - at})
         at = end
-    return "".join(parts)
+    return boxes
 
 
-def figure(pixels, name: str) -> str:
-    """A picture, uint8 (3, H, W), as the model sees it."""
+def as_png(pixels) -> str:
+    """A picture, uint8 (3, H, W), as the model sees it; for the page."""
     file = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode()
-    name = escape(name)
-    return f'<figure><img src="data:image/png;base64,{data}" alt="{name}"><figcaption>{name}</figcaption></figure>'
+    return data_url(file.getvalue(), "png")
 
 
-def sample(data: VLMDataset, row: int, example: dict, language: str) -> str:
-    """A row as a card. example: data[row]."""
-    about, body = [data.where(row), language], f'<div class="answer wrong">{escape(example.get("broken", ""))}</div>'
-    if "broken" not in example:
-        ids, labels = example["input_ids"].tolist(), example["labels"].tolist()
-        _, _, names, answers = encode_row(data.row(row), data.tokenizer, data.placeholders, data.max_length)
-        loss = sum(label != IGNORE for label in labels)
-        about += [f"{len(ids):,} tokens", f"{loss:,} with loss"]
-        about += [f"shortened: {answers - loss:,} answer tokens lost"] if loss < answers else []
-        body = f'<div class="shown">{"".join(map(figure, example["pictures"], names))}</div>' if names else ""
-        han = ' lang="zh"' if language in ("Chinese", "mixed") else ""
-        body += f'<div class="tokens"{han}>{tokens(ids, labels, data.tokenizer, data.placeholders)}</div>'
-    return f'<div class="card sample"><div class="tags">{escape(" · ".join(about))}</div>{body}</div>'
+def sample(data: VLMDataset, row: int, example: dict, language: str) -> dict:
+    """What a card shows of a row: {"tags", "broken": why its picture cannot be read} or {"tags", "pictures", "boxes",
+    "han"}. example: data[row]."""
+    tags = [data.where(row), language]
+    if "broken" in example:
+        return {"tags": tags, "broken": example["broken"]}
+    ids, labels = example["input_ids"].tolist(), example["labels"].tolist()
+    _, _, names, answers = encode_row(data.row(row), data.tokenizer, data.placeholders, data.max_length)
+    loss = sum(label != IGNORE for label in labels)
+    tags += [f"{len(ids):,} tokens", f"{loss:,} with loss"]
+    tags += [f"shortened: {answers - loss:,} answer tokens lost"] if loss < answers else []
+    return {
+        "tags": tags,
+        "pictures": list(zip(map(as_png, example["pictures"]), names)) if names else [],
+        "boxes": tokens(ids, labels, data.tokenizer, data.placeholders),
+        "han": language in ("Chinese", "mixed"),
+    }
 
 
-# ---------------------------------------------------------------------------- the page
-
-OWN_STYLE = """
-p { overflow-wrap: anywhere; }
-caption::first-letter { text-transform: uppercase; }
-.chart td:nth-child(2) { width: 50%; }
-.chart i { display: block; height: 12px; width: var(--share); border-radius: 3px; background: var(--accent); }
-table:not(.chart) tbody th { white-space: normal; overflow-wrap: anywhere; }
-.sample { display: flex; flex-wrap: wrap; gap: 10px 16px; padding: 14px; margin: 16px 0 0; overflow-wrap: anywhere; }
-.sample .tags { flex: 1 0 100%; }
-.shown { display: flex; flex-wrap: wrap; gap: 10px; max-width: 404px; }
-figure { margin: 0; width: 128px; }
-figcaption { color: var(--soft); font-size: .75rem; line-height: 1.3; margin-top: 4px; }
-.tokens { flex: 1 1 300px; min-width: 0; white-space: pre-wrap; font: .875rem/1.9 ui-monospace, SFMono-Regular, Menlo,
-  Consolas, "Noto Sans Mono", "PingFang SC", "Noto Sans CJK SC", "Microsoft YaHei", monospace; }
-.tokens > *, .box { border-radius: 4px; padding: 2px 0; margin-right: 2px; background: var(--pale);
-  color: var(--soft); }
-.tokens > mark, mark.box { background: var(--good-bg); color: var(--good); text-decoration: underline 2px;
-  text-underline-offset: 4px; }
-.tokens > .chip { border: 1px solid currentColor; padding: 1px 4px; font-size: .75rem; }
-.tokens i::before { content: "↵"; opacity: .6; }
-[data-n]::after { content: attr(data-n); font-size: .625rem; vertical-align: super; margin-left: 1px; }
-"""
-
-
-def chart(title: str, counts: list[tuple[str, int]]) -> str:
-    """A table whose second column is a bar."""
-    total, most = sum(rows for _, rows in counts), max(rows for _, rows in counts)
-    body = "".join(
-        f'<tr><th scope="row">{escape(label)}</th><td><i style="--share:{100 * rows / most:.1f}%"></i></td>'
-        f"<td>{rows:,}</td><td>{rows / total:.1%}</td></tr>"
-        for label, rows in counts
-    )
-    return f'<div class="card scroll"><table class="chart"><caption>{escape(title)}</caption>{body}</table></div>'
-
-
-def page(data: VLMDataset, figures: dict, cards: list[str], notes: list[str], command: list[str]) -> str:
-    paths = [[path, f"{rows:,}", f"{usable:,}"] for path, rows, usable in files(data)]
-    tables = [rows_table("files", ["file", "rows", "usable"], paths)]
-    if data.bad:
-        kinds = [[KINDS[kind], f"{len(found):,}"] for kind, found in data.bad.items()]
-        examples = f"<details><summary>examples</summary><pre>{escape(data.report())}</pre></details>"
-        tables.append(rows_table("bad rows", ["what is wrong", "rows"], kinds, examples))
-    tables += [chart(title, counts) for title, counts in figures.items()]
-    return document(
-        "MiniMind-V data",
-        f"""<header>
-<h1>What training sees</h1>
-<p>{escape(" ".join(notes))}</p>
-<div class="tiles">{"".join(tile(value, what) for value, what in facts(data))}</div>
-</header>
-
-<h2>Figures</h2>
-<div class="grid-2">{"".join(tables)}</div>
-
-<h2>Samples</h2>
-<p>Drawn by chance, in turn from each language and number of pictures, from the shortest row to the longest. Each box is
-a token, or several (the small number) that only together make a character. <mark class="box">Underlined</mark> ones
-carry loss: the model learns to predict each of them from all that stands before it.
-<span class="box">Pale</span> ones it only reads; {escape(data.placeholders[0])}×{len(data.placeholders)} is where the
-{len(data.placeholders)} patches of a picture go.</p>
-{"".join(cards)}
-
-<h2>What to type next</h2>
-<pre>{escape(typed(command))}</pre>
-<footer>Made by <code>scripts/inspect_data.py</code>. This page is one file and loads nothing.</footer>
-""",
-        OWN_STYLE,
+def page(data: VLMDataset, figures: dict, samples: list[dict], notes: list[str], command: list[str]) -> str:
+    return render(
+        "inspect.html",
+        language="en",
+        notes=notes,
+        facts=facts(data),
+        files=[(path, f"{rows:,}", f"{usable:,}") for path, rows, usable in files(data)],
+        bad=[(KINDS[kind], f"{len(rows):,}") for kind, rows in data.bad.items()],
+        report=data.report() if data.bad else "",
+        figures=figures,
+        samples=samples,
+        placeholders=data.placeholders,
+        command=typed(command),
     )
 
 
@@ -407,8 +352,8 @@ def look(args, rows: list[str] | Stretch, total: int | None = None) -> None:
         small, public = "python -m scripts.quickstart", "python -m scripts.download --what clip vlm"
         notes.append(f"No weights to start from: make small ones ({small}) or fetch the public ones ({public}).")
     command = next_command(args, weights, total or len(data), skip=bool(data.bad or broken))
-    cards = [sample(data, row, example, LANGUAGES[found[row, 0]]) for row, example in zip(chosen, examples)]
-    write_text(args.html, page(data, figures, cards, notes, command))
+    samples = [sample(data, row, example, LANGUAGES[found[row, 0]]) for row, example in zip(chosen, examples)]
+    write_text(args.html, page(data, figures, samples, notes, command))
     print(*map(wrap, notes), f"\nwritten: {args.html}", f"To train on it:\n$ {typed(command)}", sep="\n")
 
 

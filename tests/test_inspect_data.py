@@ -251,7 +251,7 @@ def test_the_page_shows_markup_and_runs_nothing(look, tmp_path):
     evil = [row(f"<image>{EVIL}", EVIL, image=name), {"conversations": [turn(EVIL, "a"), turn("assistant", "b")]}]
     write_rows(tmp_path / "<b>.jsonl", evil)
     _, page = look("<b>.jsonl")
-    assert "<mark>&lt;</mark>" in page and "<mark>&amp;</mark>" in page and "unknown role &#x27;&lt;script&gt;" in page
+    assert "<mark>&lt;</mark>" in page and "<mark>&amp;</mark>" in page and "unknown role &#39;&lt;script&gt;" in page
     assert page.count(html.escape(name)) == 2 and "&lt;b&gt;.jsonl" in page and "<b>." not in page
     assert "<script" not in page and "<link" not in page and page.count("<img") == 1
     assert "http://" not in page and "https://" not in page and "url(" not in page and "@import" not in page
