@@ -2,6 +2,8 @@
 of which step.
 
 Shapes: B batch, T tokens, N pictures of a batch, H and W pixels; P patches and V width of the encoder.
+
+Reading path, 8 of 10; next: trainer/loop.py
 """
 
 import numpy as np

@@ -1,4 +1,7 @@
-"""A question and its pictures → an answer, alone or many in a batch."""
+"""A question and its pictures → an answer, alone or many in a batch.
+
+Reading path, 10 of 10; the last
+"""
 
 import torch
 

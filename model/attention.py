@@ -2,6 +2,8 @@
 
 Shapes: B batch, T tokens of this call, S tokens seen so far (cache included), D hidden_size, H query heads,
 K key/value heads, d width of a head.
+
+Reading path, 2 of 10; next: model/feed_forward.py
 """
 
 from functools import partial

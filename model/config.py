@@ -1,4 +1,7 @@
-"""The architecture of the decoder: every number that a model of this family is made of."""
+"""The architecture of the decoder: every number that a model of this family is made of.
+
+Reading path, 1 of 10; next: model/attention.py
+"""
 
 from transformers import PretrainedConfig
 

@@ -17,7 +17,7 @@ from model.processor import HIDE
 from model.weights import STAGES, save_weights, weights_name
 
 CODE = ("model_vlm.py", "model_minimind.py", "config.py", "attention.py", "feed_forward.py")
-CODE += ("processing.py", "processor.py", "files.py", "defaults.py")
+CODE += ("processing.py", "processor.py", "rgb.py", "files.py", "defaults.py")
 AUTO_MAP = {
     "AutoConfig": "model_vlm.VLMConfig",
     "AutoModelForCausalLM": "model_vlm.MiniMindVLM",

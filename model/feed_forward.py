@@ -1,6 +1,8 @@
 """What each token does for itself: one feed-forward network, or a few of several experts.
 
 Shapes: B batch, T tokens, D hidden_size, E experts, k experts per token.
+
+Reading path, 3 of 10; next: model/model_minimind.py
 """
 
 import torch

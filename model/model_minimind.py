@@ -5,6 +5,8 @@ they become blocks, a stack of blocks, and a language model.
 
 Shapes: B batch, T tokens of this call, S tokens seen so far (cache included), D hidden_size, H query heads,
 K key/value heads, d width of a head, V vocabulary.
+
+Reading path, 4 of 10; next: model/model_vlm.py
 """
 
 from dataclasses import dataclass

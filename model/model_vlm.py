@@ -6,6 +6,8 @@
 
 Shapes: B batch, T tokens, N pictures, P patches (= placeholders) per picture, H and W pixels, D hidden_size,
 V the encoder's width.
+
+Reading path, 5 of 10; next: model/processing.py
 """
 
 import re

@@ -3,27 +3,28 @@
 Training, asking and the web page all come through here, so that a model is asked exactly the way it was taught.
 
 Shapes: N pictures, H and W of a picture, P placeholders (patches) of a picture.
+
+Reading path, 6 of 10; next: dataset/examples.py
 """
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 # Relative, as these files also go into exported folders, where no package `model` is.
 from .files import check_number, impostor, read_json
+from .rgb import bands, to_rgb, upright, white_of
 
 IMAGE_TAG = "<image>"  # stands in the text of a data set where the picture belongs
 DEFAULT_SYSTEM = "You are a helpful assistant"
 IGNORE = -100  # label of a token without loss
 ROOMY = 4  # a large JPEG is decoded smaller, to so many times the edge that the model wants, or more
-BAND = 2**22  # pixels of a large picture that are in work at a time
 MAY_FOLLOW = {"system": (None,), "user": ("system", "assistant"), "assistant": ("user",)}  # roles in a chat
 
 
@@ -32,46 +33,6 @@ MAY_FOLLOW = {"system": (None,), "user": ("system", "assistant"), "assistant": (
 
 class TooManyPixels(ValueError):
     """A picture that would take too much memory to decode."""
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """With EXIF orientation applied; the very same, not a copy, where there is none."""
-    return image if image.getexif().get(ExifTags.Base.Orientation, 1) == 1 else ImageOps.exif_transpose(image)
-
-
-def bands(image: Image.Image) -> Iterator[Image.Image]:
-    """A picture from top to bottom in parts of at most BAND pixels, or a row of them."""
-    rows = max(BAND // image.width, 1)
-    for top in range(0, image.height, rows):
-        yield image.crop((0, top, image.width, min(top + rows, image.height)))
-
-
-def numbers(image: Image.Image) -> np.ndarray:
-    """Greys of 16 bits and floats as float64 (H, W)."""
-    return np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
-
-
-def white_of(image: Image.Image) -> float | None:
-    """Which value is white where the mode does not tell, as it only says how values are stored: 1 for floats, or the
-    largest of 8, 10, 12, 14 or 16 bits. None for all other modes."""
-    if image.mode[0] not in "IF":
-        return None
-    largest = max(numbers(band).max() for band in bands(image))
-    whites = [1] * (image.mode == "F") + [255, 1023, 4095, 16383, 65535]
-    return next((white for white in whites if largest <= white), largest)
-
-
-def to_rgb(image: Image.Image, white: float | None = None) -> Image.Image:
-    """Any picture upright (EXIF orientation applied) and in RGB, as people see it: what is transparent on white, 16-bit
-    greys and floats scaled to 8 bits, not clipped. white: that of the whole picture, where this is a part of it."""
-    image = upright(image)
-    white = white or white_of(image)
-    if white:  # convert() would clip everything above 255 to white, and floats up to 1 to black
-        image = Image.fromarray((numbers(image) * (255 / white)).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:  # convert() would show what stands below, often black
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 class ImageProcessor:

@@ -33,8 +33,9 @@ from common.cli import Parser, add_parts_arguments, not_negative, positive, run_
 from common.display import WIDTH, typed
 from common.files import write_text
 from common.machine import usable_cores
+from dataset.examples import encode_row
 from dataset.features import Pictures
-from dataset.lm_dataset import KINDS, VLMDataset, encode_row
+from dataset.lm_dataset import KINDS, VLMDataset
 from dataset.sources import MENDED, Stretch
 from dataset.streaming import is_remote
 from inference.models import export_of, list_models

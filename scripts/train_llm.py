@@ -39,7 +39,7 @@ def parse_args(argv=None):
     return parse_training(parser, argv)
 
 
-def check_data(args) -> None:
+def check_paths(args) -> None:
     """FileNotFoundError that says how to come by data, before anything is loaded."""
     from dataset.sources import row_files
     from dataset.streaming import is_remote
@@ -65,7 +65,7 @@ def main(argv=None):
     from trainer.optimizer import follow_width, optimizer_of
     from trainer.run import training
 
-    check_data(args)
+    check_paths(args)
     make_deterministic(args.seed)
     device = pick_device(args.device)
     if args.compile:

@@ -187,3 +187,14 @@ def test_pyproject_names_the_packages_of_the_requirements():
     extras = project["optional-dependencies"]
     assert sorted(packages("requirements.txt")) == sorted([*project["dependencies"], *extras["web"], *extras["eval"]])
     assert packages("requirements-dev.txt") == extras["dev"]
+
+
+def test_the_reading_path_leads_from_file_to_file_and_is_short():
+    path, lines = "model/config.py", []
+    while path:
+        text = (ROOT / path).read_text(encoding="utf-8")
+        number, total, following = re.search(r"Reading path, (\d+) of (\d+); (?:next: (\S+)|the last)", text).groups()
+        lines.append(len(text.splitlines()))
+        assert int(number) == len(lines) and all(path in readme_text(name) for name in READMES)
+        path = following
+    assert len(lines) == int(total) and sum(lines) <= 1700 and max(lines) <= 350

@@ -13,7 +13,8 @@ from PIL import Image
 
 from model import weights
 from model.files import read_json
-from model.processing import ImageProcessor, TooManyPixels, encode_chat, load_tokenizer, to_rgb, vision_config
+from model.processing import ImageProcessor, TooManyPixels, encode_chat, load_tokenizer, vision_config
+from model.rgb import to_rgb
 
 try:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as ReferenceProcessor
@@ -281,7 +282,7 @@ def test_a_large_picture_is_done_in_bands_with_the_same_result(mode, size, monke
         image = Image.fromarray((np.array(image) * 16.0).astype(np.int32 if mode == "I" else np.float32))
     processors = [ImageProcessor(32, (32, 32)), ImageProcessor((32, 45), (32, 45)), ImageProcessor(32, (32, 32), 1)]
     whole = [processor.resize(image) for processor in processors]
-    monkeypatch.setattr("model.processing.BAND", 7 * size[0])
+    monkeypatch.setattr("model.rgb.BAND", 7 * size[0])
     for processor, expected in zip(processors, whole):
         assert torch.equal(processor.resize(image), expected)
 

@@ -528,7 +528,7 @@ def begin(command, monkeypatch):
         patch.setattr(torch.distributed, "init_process_group", lambda backend, **_: backends.append(backend))
         patch.setattr(torch.distributed, "new_group", lambda **_: None)
         patch.setattr(distributed, "start", start)
-        patch.setattr(script, "check_data", lambda args: None, raising=False)  # nothing is drawn
+        patch.setattr(script, "check_paths", lambda args: None, raising=False)  # nothing is drawn
         for rank in range(ranks):
             for variable, value in (("WORLD_SIZE", ranks), ("LOCAL_WORLD_SIZE", ranks), ("LOCAL_RANK", rank)):
                 patch.setenv(variable, str(value))

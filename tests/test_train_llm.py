@@ -247,7 +247,7 @@ def test_the_first_thing_to_type_is_told_and_makes_the_data_of_the_defaults(tmp_
     command = str(error.value).split("python -m dataset.scenes ")[1].split()
     scenes.main([*command, "--scenes", "3", "--val_scenes", "2"])
     given = train_llm.parse_args(["--val_path", "out/text/val.jsonl"])
-    train_llm.check_data(given)
+    train_llm.check_paths(given)
     for path in ("out/text/train", "out/text/*.jsonl", "hf://datasets/me/mine/*.parquet"):
-        train_llm.check_data(train_llm.parse_args(["--data_path", path]))
+        train_llm.check_paths(train_llm.parse_args(["--data_path", path]))
     assert "python -m dataset.scenes " + " ".join(command) in train_llm.__doc__

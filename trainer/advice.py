@@ -12,7 +12,8 @@ import torch
 from common.devices import autocast
 from common.display import WIDTH, duration, gigabytes, typed
 from common.distributed import gather, is_main, say, world_size
-from dataset.lm_dataset import VLMDataset, encode_row
+from dataset.examples import encode_row
+from dataset.lm_dataset import VLMDataset
 from dataset.sources import BadRow, Folder, Row
 from model.processing import IGNORE, IMAGE_TAG
 

@@ -7,6 +7,8 @@ A step is `accumulation_steps` batches on each rank. Its loss is the mean over a
 that neither the number of ranks nor the split into batches changes what is learned.
 
 Shapes as in model_minimind.py: B rows of a batch, T tokens.
+
+Reading path, 9 of 10; next: inference/generate.py
 """
 
 import math

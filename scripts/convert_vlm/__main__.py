@@ -39,7 +39,8 @@ from model.build import build_model
 from model.export import write_pth, write_transformers
 from model.files import read_json
 from model.llava import unpacked, write_llava
-from model.processing import IMAGE_TAG, encode_chat, to_rgb
+from model.processing import IMAGE_TAG, encode_chat
+from model.rgb import to_rgb
 from model.weights import ABOUT, bare_name, describe
 from scripts.convert_vlm.check_export import QUESTIONS
 
