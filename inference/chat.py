@@ -1,6 +1,6 @@
 """A conversation for the web page: which models there are, what they read of a history, how an answer streams.
 
-The model is asked by `inference.generate.ask`, in the tokens of its training. A `Refusal` is what the visitor can mend.
+The model is asked by `inference.generate.ask`, in the tokens of its training. A `UserError` the visitor can mend.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def load_model(weights: Path, args):
 # ---------------------------------------------------------------------------- conversation
 
 
-class Refusal(Exception):
+class UserError(Exception):
     """What the visitor can mend: a key of TEXT and what goes into its sentence."""
 
     def __init__(self, key: str, **values):
@@ -85,18 +85,18 @@ def open_picture(path: str, processor: ImageProcessor, max_pixels: float) -> Ima
     except MemoryError:
         raise
     except TooManyPixels:
-        raise Refusal("pixels", name=name, limit=max_pixels) from None
+        raise UserError("pixels", name=name, limit=max_pixels) from None
     except Exception:  # Pillow's decoders raise whatever their format makes them stumble over
-        raise Refusal("broken", name=name) from None
+        raise UserError("broken", name=name) from None
 
 
 def check_question(text: str, pictures: list, args) -> None:
     if len(text) > args.max_text:
-        raise Refusal("long", n=len(text), limit=args.max_text)
+        raise UserError("long", n=len(text), limit=args.max_text)
     if len(pictures) > args.max_pictures:
-        raise Refusal("many", n=len(pictures), limit=args.max_pictures)
+        raise UserError("many", n=len(pictures), limit=args.max_pictures)
     if (tags := text.count(IMAGE_TAG)) not in (0, len(pictures)):
-        raise Refusal("tags", tag=IMAGE_TAG, n=tags, pictures=len(pictures))
+        raise UserError("tags", tag=IMAGE_TAG, n=tags, pictures=len(pictures))
 
 
 def chat_of(turns: list, first: bool) -> list[dict]:
@@ -121,7 +121,7 @@ def fit(turns: list, tokenizer, placeholders: str, args, first: bool = False) ->
         except ValueError:  # a run of placeholders, typed or answered
             if answer:
                 return math.inf
-            raise Refusal("run", sign=placeholders[0]) from None
+            raise UserError("run", sign=placeholders[0]) from None
 
     kept, tokens, pictures = [], 0, 0
     for turn in reversed(turns):
@@ -130,7 +130,7 @@ def fit(turns: list, tokenizer, placeholders: str, args, first: bool = False) ->
             break
         kept.insert(0, turn)
     if not kept:
-        raise Refusal("room", limit=args.max_seq_len)
+        raise UserError("room", limit=args.max_seq_len)
     return kept
 
 

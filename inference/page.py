@@ -18,7 +18,7 @@ from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from inference.chat import Refusal, Stop, chat_of, fit, load_model, open_picture, paths_of, stream, turns_of
+from inference.chat import Stop, UserError, chat_of, fit, load_model, open_picture, paths_of, stream, turns_of
 from inference.models import find_models, list_models, needs_picture, pictures_first, prompts_of
 
 MOST_LOADED = 2  # models in memory
@@ -165,7 +165,7 @@ def build_page(args, models: list[Path]) -> gr.Blocks:
     def answer(message, history, weights, temperature, top_p, max_new_tokens, language, say):
         turns = [*turns_of(history), (message["text"].strip(), paths_of(message["files"]), "")]
         if not turns[-1][0] and not turns[-1][1]:
-            raise Refusal("empty")
+            raise UserError("empty")
         path = Path(weights)
         turns = [(text or prompts_of(path, language, len(files) > 1)[0], files, said) for text, files, said in turns]
         model, tokenizer = get_model(weights)
@@ -203,8 +203,8 @@ def build_page(args, models: list[Path]) -> gr.Blocks:
         try:
             with lock:
                 yield from answer(message, history, weights, temperature, top_p, max_new_tokens, language, say)
-        except Refusal as refusal:
-            yield reply("⚠️ " + say(refusal.key, **refusal.values), "notice")
+        except UserError as error:
+            yield reply("⚠️ " + say(error.key, **error.values), "notice")
         except Exception as error:
             traceback.print_exc()
             memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)

@@ -297,7 +297,7 @@ def mutate(row: dict, others: list[Path], pictures: Path, number: int, rng) -> b
 def rows(bench: Bench) -> tuple[str, str]:
     """Rows and pictures in which something is wrong are refused by file and line, or make an example."""
     from dataset.lm_dataset import VLMDataset  # only now: its cache is to be in the temporary folder
-    from inference.chat import Refusal, open_picture
+    from inference.chat import UserError, open_picture
     from model.processing import ImageProcessor
 
     pictures = bench.work / "pictures"
@@ -335,7 +335,7 @@ def rows(bench: Bench) -> tuple[str, str]:
         try:
             open_picture(str(picture), processor, 50).convert("RGB")
             found["opened"] += 1
-        except Refusal:
+        except UserError:
             found["unopened"] += 1
         except Exception as error:
             bench.fault(f"rows: the page opens {picture.name}: {error!r}")

@@ -164,7 +164,7 @@ def test_the_training_that_it_prints_learns_from_the_weights_that_it_is_given(tr
     run = train_sft_vlm.main([*printed(out), "--device", "cpu", "--num_workers", "0"])
     told = capsys.readouterr().out
     assert "too few" not in told and "diverged" not in told and run.total_steps == 252
-    given = [answer(run, run.feed.data.tokenizer, run.feed.data, i) for i in range(5)]
+    given = [answer(run, run.loader.data.tokenizer, run.loader.data, i) for i in range(5)]
     assert given == [f"a fine {jewel}" for jewel in jewels.values()]
     assert run.checkpoint.path == Path("out/mine/sft_vlm_64.pth")
 

@@ -45,7 +45,7 @@ def make_run(flags, monkeypatch):
 
 
 def batch(run, *rows):
-    return collate([run.feed.data[row] for row in rows])
+    return collate([run.loader.data[row] for row in rows])
 
 
 def count(batches):
@@ -80,7 +80,7 @@ def test_a_step_learns_the_mean_over_all_labelled_tokens_however_it_is_split(mak
     model, rows = run.model, SPLITS[0][0]
     total, labels, aux = 0, 0, 0
     for row in rows:
-        single = run.feed.data[row]
+        single = run.loader.data[row]
         pictures = single["pictures"]
         out = model(single["input_ids"][None], pixel_values=pictures)
         targets = single["labels"][1:]
@@ -691,7 +691,7 @@ def test_compiled_training_makes_the_same_losses(flags, tmp_path, monkeypatch):
     run = main(into(tmp_path / "compiled", [*flags, "--compile"]))
     layers = run.model.config.num_hidden_layers, run.model.vision_encoder.config.num_hidden_layers
     assert compiled == ["MiniMindBlock"] * layers[0] + ["CLIPEncoderLayer"] * layers[1]
-    assert len(run.feed.data) % 3 == 2 and batches == {3}  # nothing is compiled for a last batch of 2
+    assert len(run.loader.data) % 3 == 2 and batches == {3}  # nothing is compiled for a last batch of 2
     assert sum(losses(tmp_path / "compiled"), ()) == pytest.approx(sum(losses(tmp_path / "plain"), ()), rel=1e-5)
     plain, saved = (torch.load(tmp_path / folder / "sft_vlm_64.pth") for folder in ("plain", "compiled"))
     assert plain.keys() == saved.keys()  # no _orig_mod in the names

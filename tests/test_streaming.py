@@ -30,7 +30,7 @@ from tests.conftest import no_space
 from tests.test_loop import interrupt, losses
 from tests.test_sources import chat, picture, write_parquet
 from train_sft_vlm import main, parse_args
-from trainer.loader import StreamFeed
+from trainer.loader import StreamLoader
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def feed_rows(url, flags, tokenizer, clip_folder, epoch=0, first=0) -> list[Coun
     args = parse_args(flags)
     processor = ImageProcessor.from_pretrained(clip_folder)
     stream = Stream([url])
-    feed = StreamFeed(
+    loader = StreamLoader(
         stream,
         args,
         2,
@@ -98,10 +98,10 @@ def feed_rows(url, flags, tokenizer, clip_folder, epoch=0, first=0) -> list[Coun
         lambda path: VLMDataset(path, None, tokenizer, processor, 120, "@" * 16),
         "sft_vlm_64",
     )
-    steps, batches = [], feed.batches(epoch, first)
-    for _ in range(first, feed.steps_per_epoch):
-        step = [next(batches) for _ in range(feed.batches_in_step(0))]
-        steps.append(Counter(feed.data.where(row) for batch in step for row in batch["rows"]))
+    steps, batches = [], loader.batches(epoch, first)
+    for _ in range(first, loader.steps_per_epoch):
+        step = [next(batches) for _ in range(loader.batches_in_step(0))]
+        steps.append(Counter(loader.data.where(row) for batch in step for row in batch["rows"]))
     assert next(batches, None) is None
     return steps
 

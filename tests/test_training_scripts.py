@@ -104,7 +104,7 @@ def test_two_stages_learn_to_look(flags, world):
     train_pretrain_vlm.main([*flags, *rates, "--from_weight", "none", "--epochs", "20"])
     run = train_sft_vlm.main([*flags, *rates, "--epochs", "40"])
     model = run.model.eval()
-    examples = [run.feed.data[row] for row in range(12)]  # two about each colour
+    examples = [run.loader.data[row] for row in range(12)]  # two about each colour
     loss = {}
     for kind, shift in (("true", 0), ("shuffled", 2)):
         shown = [other | {"pictures": examples[(i + shift) % 12]["pictures"]} for i, other in enumerate(examples)]

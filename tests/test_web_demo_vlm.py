@@ -22,7 +22,7 @@ from PIL import Image
 import inference.chat
 import inference.page
 import web_demo_vlm
-from inference.chat import Refusal, Stop, fit, load_model, open_picture, turns_of
+from inference.chat import Stop, UserError, fit, load_model, open_picture, turns_of
 from inference.generate import ask
 from inference.models import find_models, list_models
 from inference.page import TEXT, serve, show_as_text
@@ -420,7 +420,7 @@ def test_running_out_of_memory_is_a_sentence_and_the_next_visitor_is_answered(ad
 def test_pictures_of_other_formats_than_named_are_not_opened(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "picture.eps")
     (tmp_path / "picture.eps").rename(tmp_path / "picture.png")
-    with pytest.raises(Refusal, match="broken"):
+    with pytest.raises(UserError, match="broken"):
         open_picture(str(tmp_path / "picture.png"), ImageProcessor(), 1)
 
 

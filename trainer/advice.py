@@ -40,9 +40,10 @@ def tell_start(run) -> None:
         say(f"this run is finished, {steps} of {steps} steps are done. To train on from its weights,")
         say(f"instead of --from_resume: --from_weight {run.checkpoint.path} --epochs {args.epochs}")
     elif steps < FEW:
-        epochs, batch_size = sizes(run.feed.rows_per_epoch, args.batch_size, world_size())
+        rows = run.loader.rows_per_epoch
+        epochs, batch_size = sizes(rows, args.batch_size, world_size())
         single = " --accumulation_steps 1" * (args.accumulation_steps > 1)
-        say(f"only {steps} steps, too few to learn much: {run.feed.rows_per_epoch:,} rows, {args.batch_size} a batch.")
+        say(f"only {steps} steps, too few to learn much: {rows:,} rows, {args.batch_size} a batch.")
         say(f"What suits so many: --epochs {epochs} --batch_size {batch_size}{single}")
 
 
@@ -156,7 +157,7 @@ def next_step(run) -> tuple[str, list[str]]:
         command += ["--data_path", "rows.jsonl", "--images_path", "pictures"]
         return "Next it learns to see, from rows with pictures (stage 1):", command
     command = ["python", "eval_vlm.py", "--weights", weights, "--image"]
-    data = run.val_loader.dataset if run.val_loader is not None else run.feed.data
+    data = run.val_loader.dataset if run.val_loader is not None else run.loader.data
     for row in range(min(len(data or []), 100)):
         source = data.sources[data.place(row)[0]]
         if isinstance(getattr(source, "pictures", None), Folder):  # rather than a zip or Parquet

@@ -46,7 +46,7 @@ def check_broken(run, batches: list[dict], rows: int, broken: int) -> None:
     for message in messages:
         say(f"left out: {message}")
     seen = run.state.rows + rows + run.state.broken
-    if run.state.broken > max(BEARABLE, BEARABLE_SHARE * max(seen, run.feed.rows)):
+    if run.state.broken > max(BEARABLE, BEARABLE_SHARE * max(seen, run.loader.rows)):
         raise ValueError(
             f"{run.state.broken} of {seen} rows have broken pictures, more than {BEARABLE} and {BEARABLE_SHARE:.0%}: "
             f"the folder itself\nseems damaged. The last one: {messages[-1]}"
@@ -65,7 +65,7 @@ def check_finite(run, batches: list[dict], losses, aux_losses, loss, aux_loss, g
     culprits = [batch for batch, a, b in zip(batches, losses, aux_losses) if not math.isfinite(a + b)]
     if finite:
         culprits = batches  # the gradient alone, and it is a sum over all
-    named = [run.feed.data.where(row) for batch in culprits for row in batch["rows"]]
+    named = [run.loader.data.where(row) for batch in culprits for row in batch["rows"]]
     named = [row for of_rank in gather(named) for row in of_rank]
     raise ValueError(
         f"step {run.state.step + 1}: loss {loss}, gradient norm {grad_norm}. The step was not taken; the last "

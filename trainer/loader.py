@@ -102,7 +102,7 @@ def make_loader(data: VLMDataset, sampler: StepSampler, args, device, tokenizer)
     )
 
 
-class Feed:
+class StepLoader:
     """The batches of a data set on the disk, for this rank.
 
     Attributes:
@@ -130,7 +130,7 @@ class Feed:
         return iter(self.loader)
 
 
-class StreamFeed:
+class StreamLoader:
     """The same of a stream. A stretch that lacks rows ends with steps that have fewer, or none."""
 
     def __init__(self, stream: Stream, args, accumulation: int, device, tokenizer, check, name: str):

@@ -31,7 +31,7 @@ from trainer.acceleration import cast_frozen, choose_attention, compile_layers
 from trainer.advice import tell_end, tell_start
 from trainer.checkpoint import Checkpoint, State
 from trainer.guard import StopSignal
-from trainer.loader import Feed, StreamFeed, check_data, make_loader
+from trainer.loader import StepLoader, StreamLoader, check_data, make_loader
 from trainer.optimizer import SETTINGS
 from trainer.progress import Progress
 
@@ -45,7 +45,7 @@ class Run:
     forward: torch.nn.Module  # the model, perhaps wrapped for several ranks
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    feed: Feed | StreamFeed
+    loader: StepLoader | StreamLoader
     val_loader: DataLoader | None
     checkpoint: Checkpoint
     state: State
@@ -63,15 +63,15 @@ class Run:
 
     def epochs_left(self) -> range:
         """From the epoch that was interrupted, if any."""
-        return range(self.state.step // self.feed.steps_per_epoch, self.args.epochs)
+        return range(self.state.step // self.loader.steps_per_epoch, self.args.epochs)
 
     def steps_left(self, epoch: int) -> Iterator[tuple[list[dict], bool]]:
         """(batches of this rank, is it the last step of the epoch?) for each step of an epoch that is not done yet."""
-        steps = self.feed.steps_per_epoch
+        steps = self.loader.steps_per_epoch
         first = self.state.step - epoch * steps
-        batches = self.feed.batches(epoch, first)
+        batches = self.loader.batches(epoch, first)
         for step in range(first, steps):
-            yield list(islice(batches, self.feed.batches_in_step(step))), step + 1 == steps
+            yield list(islice(batches, self.loader.batches_in_step(step))), step + 1 == steps
         next(batches, None)  # none is left; a stream now removes what it had on the disk
 
     @contextlib.contextmanager
@@ -92,8 +92,8 @@ class Run:
         self.between_steps = True
 
     def save(self) -> None:
-        if self.feed.data is not None:  # a stream's: the rows on the disk now stand for all
-            known, new = self.checkpoint.about, self.feed.data.about
+        if self.loader.data is not None:  # a stream's: the rows on the disk now stand for all
+            known, new = self.checkpoint.about, self.loader.data.about
             known |= new | {"prompts": known["prompts"] | new["prompts"]}
         self.checkpoint.save(self.model, self.optimizer, self.scaler, self.state)
         self.saved = self.state.step
@@ -123,14 +123,14 @@ def training(args, stage: str, weights: Path | None, model, tokenizer, optimizer
         if getattr(model, "vision_encoder", None) is not None:
             cast_frozen(model.vision_encoder, dtype)  # after its fingerprint has been taken
         state = begin_or_resume(args, checkpoint, model, optimizer, scaler)
-        feed = open_feed(args, state, model, tokenizer, data, device, path.stem)
+        loader = open_loader(args, state, model, tokenizer, data, device, path.stem)
         val_loader = open_val_loader(args, val_data, data, device, tokenizer)
         forward = prepare_model(args, model, device, dtype)
-        state.total_steps, first_step, started = args.epochs * feed.steps_per_epoch, state.step, time.perf_counter()
+        state.total_steps, first_step, started = args.epochs * loader.steps_per_epoch, state.step, time.perf_counter()
         try:
             progress = Progress(path.with_suffix(".metrics.jsonl"), args, state.total_steps, first_step)
             with contextlib.closing(progress), StopSignal() as stop:
-                tools = (args, model, forward, optimizer, scaler, feed, val_loader, checkpoint, state, progress, stop)
+                tools = (args, model, forward, optimizer, scaler, loader, val_loader, checkpoint, state, progress, stop)
                 run = Run(*tools, device, dtype)
                 tell_start(run)
                 try:
@@ -183,13 +183,13 @@ def begin_or_resume(args, checkpoint: Checkpoint, model, optimizer, scaler) -> S
     return state
 
 
-def open_feed(args, state: State, model, tokenizer, data: VLMDataset | Stream, device, name: str) -> Feed | StreamFeed:
+def open_loader(args, state: State, model, tokenizer, data: VLMDataset | Stream, device, name: str):
     """The batches to train on. name: of the run's weights."""
     accumulation = fit_accumulation(args, state)
     if isinstance(data, Stream):
         check = partial(check_data, args, model, tokenizer)
-        return StreamFeed(data, args, accumulation, device, tokenizer, check, name)
-    return Feed(data, args, accumulation, device, tokenizer)
+        return StreamLoader(data, args, accumulation, device, tokenizer, check, name)
+    return StepLoader(data, args, accumulation, device, tokenizer)
 
 
 def open_val_loader(args, val_data, data, device, tokenizer) -> DataLoader | None:
