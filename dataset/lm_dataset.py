@@ -15,19 +15,16 @@ import random
 from collections import Counter, defaultdict
 from functools import cached_property
 from io import BytesIO
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from PIL import UnidentifiedImageError
 
 from common.machine import usable_cores
 from dataset.examples import encode_row
-from dataset.sources import BadRow, Jsonl, Parquet, Row, blame_cache, open_rows, printable
-from model.files import impostor
+from dataset.sources import BadRow, Jsonl, Parquet, Row, blame_cache, open_rows, printable, use_picture
 from model.processing import IGNORE, IMAGE_TAG, language
 
 FORMAT = 7  # raise it when `check_rows` or what it calls finds something else: results are cached on disk
@@ -296,16 +293,8 @@ class VLMDataset(torch.utils.data.Dataset):
             return self.preprocess.resize(image)
 
     def use_picture(self, row: int, name: str, use):
-        """use(the bytes of a picture's file). Whatever goes wrong becomes a BadRow that names the file."""
-        source, content = self.sources[self.place(row)[0]], b"unread"
-        try:
-            file = source.open(name)
-            content = file.read_bytes() if isinstance(file, Path) else file.getvalue()
-            return use(content)
-        except Exception as error:  # Pillow's decoders raise whatever their format makes them stumble over
-            reason = "no kind of picture that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-            what = impostor(content) or f"cannot be read: {reason}"
-            raise BadRow("broken", f"{source.where(name)} {what}") from None
+        """See `dataset.sources.use_picture`."""
+        return use_picture(self.sources[self.place(row)[0]], name, use)
 
     def pictures(self) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
         """All pictures that the rows show, each once: (a row that shows it, its name, which of them the rows show one

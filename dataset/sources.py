@@ -26,7 +26,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow.parquet
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from common.cli import disk_full, reason
 from model.files import impostor
@@ -351,6 +351,19 @@ def pictures_beside(path: Path) -> Folder | Zip | None:
     return None
 
 
+def use_picture(source, name: str, use):
+    """use(the bytes of a picture's file). Whatever goes wrong becomes a BadRow that names the file."""
+    content = b"unread"
+    try:
+        file = source.open(name)
+        content = file.read_bytes() if isinstance(file, Path) else file.getvalue()
+        return use(content)
+    except Exception as error:  # Pillow's decoders raise whatever their format makes them stumble over
+        why = "no kind of picture that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        what = impostor(content) or f"cannot be read: {why}"
+        raise BadRow("broken", f"{source.where(name)} {what}") from None
+
+
 # ---------------------------------------------------------------------------- rows
 
 
@@ -380,12 +393,11 @@ def blame_cache(error: Exception) -> None:
 class Jsonl:
     """A file of rows, one per line, and the folder or zip of their pictures."""
 
-    def __init__(self, path: Path, images_path=None):
+    def __init__(self, path: Path, images_path=None, flag: str = "--data_path"):
         self.path = path
         if encoding := other_encoding(path):
             raise ValueError(
-                f"--data_path {path} is {encoding}, expected UTF-8. "
-                f"Type: iconv -f {encoding} -t UTF-8 {path} > rows.jsonl"
+                f"{flag} {path} is {encoding}, expected UTF-8. Type: iconv -f {encoding} -t UTF-8 {path} > rows.jsonl"
             )
         try:  # -sig: Windows likes to put a mark at the start. escape: [ and * in a path are no patterns.
             self.table = datasets.load_dataset(
@@ -398,7 +410,7 @@ class Jsonl:
         except (datasets.exceptions.DatasetGenerationError, OSError) as error:
             blame_cache(error)
             why = error.__cause__ or error
-            raise ValueError(f"--data_path {path} cannot be read: {why}. Expected JSONL in UTF-8") from None
+            raise ValueError(f"{flag} {path} cannot be read: {why}. Expected JSONL in UTF-8") from None
         self.pictures = open_pictures(images_path) if images_path is not None else pictures_beside(path)
         self.pictures_path = self.pictures.path if self.pictures else "--images_path, not given"
 
@@ -451,7 +463,7 @@ class Parquet:
 
     latest = (None, None)  # the record read last, which is asked for again, once for each of its pictures
 
-    def __init__(self, path: Path, images_path=None):
+    def __init__(self, path: Path, images_path=None, flag: str = "--data_path"):
         self.path = path
         try:
             if not pyarrow.parquet.read_metadata(path).num_rows:
@@ -460,11 +472,11 @@ class Parquet:
         except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
             blame_cache(error)
             why = str(error.__cause__ or error).splitlines()[0]
-            raise ValueError(f"--data_path {path} cannot be read: {why}. Expected Parquet") from None
+            raise ValueError(f"{flag} {path} cannot be read: {why}. Expected Parquet") from None
         missing = {"conversations", "image_bytes"} - set(self.table.column_names)
         if missing:
             raise ValueError(
-                f"--data_path {path} has no column {' and '.join(sorted(missing))}, but "
+                f"{flag} {path} has no column {' and '.join(sorted(missing))}, but "
                 f"{', '.join(self.table.column_names)}. Expected conversations (JSON) and image_bytes"
             )
         self.table = undecoded(self.table.select_columns(["conversations", "image_bytes"]))
@@ -480,9 +492,11 @@ class Parquet:
                 yield error
 
     def record(self, number: int) -> dict:
-        if self.latest[0] != number:
-            self.latest = number, self.table[number]
-        return self.latest[1]
+        latest, record = self.latest
+        if latest != number:
+            record = self.table[number]
+            self.latest = number, record  # both at once, as threads may read too
+        return record
 
     def row(self, number: int) -> Row:
         record = self.record(number)
@@ -525,10 +539,10 @@ class Stretch(Parquet):
         return self.places[number]["origin"]
 
 
-def row_files(path: Path) -> list[Path]:
+def row_files(path: Path, flag: str = "--data_path") -> list[Path]:
     """What a --data_path stands for: a file, a pattern such as data/*.parquet, a name without .jsonl or .parquet."""
     if path.is_dir():
-        raise ValueError(f"--data_path {path} is a folder: name its files, as in '{path / '*.parquet'}'")
+        raise ValueError(f"{flag} {path} is a folder: name its files, as in '{path / '*.parquet'}'")
     files = [file for file in (path, Path(f"{path}.jsonl"), Path(f"{path}.parquet")) if file.is_file()][:1]
     if not files and glob.has_magic(str(path)):
         root = Path(path.anchor)
@@ -536,19 +550,42 @@ def row_files(path: Path) -> list[Path]:
     return files
 
 
-def open_rows(path, images_path=None) -> list[Jsonl | Parquet]:
-    """The rows of a --data_path, see `row_files`."""
+def open_rows(path, images_path=None, flag: str = "--data_path") -> list[Jsonl | Parquet]:
+    """The rows of a --data_path, see `row_files`. flag: which one messages name."""
     if isinstance(path, Stretch):
         return [path]
     path = Path(path)
-    files = row_files(path)
+    files = row_files(path, flag)
     if not files:
         raise FileNotFoundError(
-            f"--data_path {path}: no such file. Expected JSONL or Parquet.\n"
+            f"{flag} {path}: no such file. Expected JSONL or Parquet.\n"
             "For the public rows, type: python -m scripts.download --what data"
         )
     for file in files:
         if what := impostor(file):
-            raise ValueError(f"--data_path {file} {what}")
+            raise ValueError(f"{flag} {file} {what}")
     datasets.disable_progress_bars()
-    return [(Parquet if file.suffix.lower() == ".parquet" else Jsonl)(file, images_path) for file in files]
+    return [(Parquet if file.suffix.lower() == ".parquet" else Jsonl)(file, images_path, flag) for file in files]
+
+
+def each_row(source: Jsonl | Parquet) -> Iterator[Row | BadRow | None]:
+    """All rows of a source in order, 100 at a time in memory; None for a blank line."""
+    for i, batch in enumerate(source.table.with_format("arrow").iter(100)):
+        yield from source.parse(batch, 100 * i)
+
+
+def read_rows(paths, images_path=None, flag: str = "--data_path") -> Iterator[tuple[Jsonl | Parquet, Row | BadRow]]:
+    """All rows of these paths, each with its source; a BadRow is a conversation, but none that training takes.
+
+    Raises FileNotFoundError for a missing file, and ValueError, naming `flag`, file and line, for what is none.
+    """
+    for path in paths:
+        for source in open_rows(path, images_path, flag):
+            for number, row in enumerate(each_row(source)):
+                if isinstance(row, BadRow) and row.kind in ("json", "key", "answer"):
+                    raise ValueError(
+                        f"{flag} {source.place(number)} is not a conversation ({row}).\nExpected "
+                        '{"conversations": [{"role": "user", "content": "..."}, ...]}'
+                    )
+                if row is not None:
+                    yield source, row

@@ -21,7 +21,7 @@ import io
 import re
 import tempfile
 import textwrap
-from itertools import compress
+from itertools import chain, compress
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ from common.machine import usable_cores
 from dataset.examples import encode_row
 from dataset.features import Pictures
 from dataset.lm_dataset import KINDS, VLMDataset
-from dataset.sources import MENDED, Stretch
+from dataset.sources import MENDED, Stretch, each_row
 from dataset.streaming import is_remote
 from inference.models import export_of, list_models
 from model.build import folders_of
@@ -60,12 +60,7 @@ MANY = 50_000  # rows that take more than a moment
 def survey(data: VLMDataset) -> np.ndarray:
     """uint8 (usable rows, 3): which of LANGUAGES the answers are in, pictures, answers, all as they stand in the files.
     One pass, which holds 100 rows at a time."""
-    rows = (
-        row
-        for source in data.sources
-        for batch in source.table.with_format("arrow").iter(100)
-        for row in source.parse(batch, 0)  # the names of pictures in Parquet, which follow from this, are not needed
-    )
+    rows = chain.from_iterable(map(each_row, data.sources))
     total, usable = data.starts[-1], np.zeros(data.starts[-1], bool)
     usable[data.rows] = True
     rows = tqdm(rows, "looking at rows", total, unit="row", dynamic_ncols=True, disable=total < MANY)

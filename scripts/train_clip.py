@@ -38,6 +38,7 @@ import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 
 import safetensors.torch
@@ -49,10 +50,8 @@ from transformers import CLIPConfig, CLIPModel
 from common.cli import Parser, not_negative, positive, run_main
 from common.devices import make_deterministic, pick_device
 from common.files import write_json, write_safely
-from dataset.sources import BadRow, image_names
-from model.files import impostor
+from dataset.sources import BadRow, Jsonl, Parquet, Row, read_rows, use_picture
 from model.processing import ImageProcessor, load_tokenizer
-from scripts.train_tokenizer import read_rows
 from trainer.optimizer import Muon, set_learning_rate
 
 # Transformers pools a caption at its first `eos_token_id`, but at the *largest* id if that is 2, a courtesy to an old
@@ -63,57 +62,70 @@ END_OF_CAPTION = 0
 # ---------------------------------------------------------------------------- data
 
 
-def read_captions(paths, flag: str) -> dict[str, list[str]]:
-    """JSONL conversations → {picture: its captions}: what the assistant says, of rows with exactly one picture."""
-    captions, skipped = {}, 0
-    for row in read_rows(paths, flag):
-        try:
-            names = list(filter(None, image_names(row)))
-        except BadRow as error:
-            raise ValueError(f"{flag}: {error}") from None
-        caption = " ".join(turn["content"] for turn in row["conversations"] if turn["role"] == "assistant").strip()
-        if len(names) == 1 and caption:
-            captions.setdefault(names[0], []).append(caption)
-        else:
+def read_captions(paths, images_path, flag: str) -> tuple[dict[str, list[str]], list[tuple[Jsonl | Parquet, str]]]:
+    """Rows → {picture: its captions}, and where each picture is found: its source and its name there.
+
+    Captions are what the assistant says, of rows with exactly one picture. Rows that show the same share an entry.
+    """
+    captions, places, skipped = {}, {}, 0
+    for source, row in read_rows(paths, images_path, flag):
+        turns = row.conversations if isinstance(row, Row) and len(row.images) == 1 else []
+        caption = " ".join(turn["content"] for turn in turns if turn["role"] == "assistant").strip()
+        if not caption:
             skipped += 1
+            continue
+        (name,) = row.images
+        if isinstance(source, Parquet):
+            picture = source.identity(name)
+        elif source.pictures is None:
+            raise ValueError(f"--images_path: needed, as no pictures lie beside {source.path}")
+        else:
+            picture = source.where(name)
+        captions.setdefault(picture, []).append(caption)
+        places.setdefault(picture, (source, name))
     if not captions:
         raise ValueError(f"{flag}: none of the {skipped} rows has one picture and an answer")
     total = sum(map(len, captions.values()))
     print(f"{flag}: {total:,} captions; {skipped:,} rows without exactly one picture and an answer left out")
-    return captions
+    return captions, list(places.values())
 
 
 class Pictures:
     """Pictures by number as uint8 (B, 3, S, S), decoded once if all of them fit into `cache_gb`, else every time."""
 
-    def __init__(self, folder: Path, names: list[str], processor: ImageProcessor, cache_gb: float):
-        self.paths, self.processor = [folder / name for name in names], processor
-        missing = [path for path in self.paths if not path.is_file()]
+    def __init__(self, places: list, processor: ImageProcessor, cache_gb: float):
+        """places: of each picture what it lies in, as of `dataset.sources`, and its name there."""
+        self.places, self.processor, self.cache = places, processor, None
+        missing = [(source, name) for source, name in places if not source.has(name)]
         if missing:
-            gone = f"{len(missing)} of {len(names)} pictures are not there, first {missing[0].name}"
-            raise FileNotFoundError(f"--images_path {folder}: {gone}")
-        gigabytes = len(names) * 3 * math.prod(processor.crop_size) / 1e9
+            source, name = missing[0]
+            gone = f"{len(missing)} of {len(places)} pictures are not there, first {name}"
+            raise FileNotFoundError(f"--images_path {source.pictures_path}: {gone}")
+        gigabytes = len(places) * 3 * math.prod(processor.crop_size) / 1e9
         fits = gigabytes <= cache_gb
         kept = "kept in memory" if fits else f"decoded on every use, above --cache_gb {cache_gb:g}"
-        print(f"{len(names):,} pictures, {gigabytes:.2f} GB as uint8: {kept}")
-        self.cache = None
+        print(f"{len(places):,} pictures, {gigabytes:.2f} GB as uint8: {kept}")
         if fits:
-            cache = torch.empty(len(names), 3, *processor.crop_size, dtype=torch.uint8)
+            cache = torch.empty(len(places), 3, *processor.crop_size, dtype=torch.uint8)
             with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-                for place, picture in zip(cache, pool.map(self.decode, range(len(names)))):
+                for place, picture in zip(cache, pool.map(self.decode, range(len(places)))):
                     place.copy_(picture)
             self.cache = cache
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.places)
 
     def decode(self, index: int) -> torch.Tensor:
-        try:
-            with self.processor.open(self.paths[index]) as image:
+        def resized(content):
+            with self.processor.open(BytesIO(content)) as image:
                 return self.processor.resize(image)
-        except Exception as error:  # Pillow's decoders raise whatever their format makes them stumble over
-            what = impostor(self.paths[index]) or f"cannot be read: {error}"
-            raise ValueError(f"--images_path: {self.paths[index]} {what}") from None
+
+        source, name = self.places[index]
+        try:
+            return use_picture(source, name, resized)
+        except BadRow as error:
+            flag = "--data_path" if isinstance(source, Parquet) else "--images_path"
+            raise ValueError(f"{flag}: {error}") from None
 
     def __getitem__(self, indices) -> torch.Tensor:
         if self.cache is not None:
@@ -280,11 +292,11 @@ def save(model, config: dict, processor: ImageProcessor, folder: Path, vision_on
 def parse_args(argv):
     parser = Parser(__file__, __doc__)
     add = parser.start.add_argument
-    add("--data_path", nargs="+", required=True, metavar="JSONL", help="picture conversations; answers are captions")
-    add("--images_path", type=Path, required=True, metavar="DIR", help="folder of the pictures")
+    add("--data_path", nargs="+", required=True, metavar="PATH", help="JSONL or Parquet; answers are captions")
+    add("--images_path", metavar="PATH", help="folder or zip of the pictures; default: beside the rows")
     add("--tokenizer_path", type=Path, required=True, metavar="DIR", help="folder with tokenizer.json")
     add("--out_dir", type=Path, required=True, help="folder for the encoder, made if needed")
-    add("--val_path", nargs="+", default=[], metavar="JSONL", help="held-out rows; retrieval is measured file by file")
+    add("--val_path", nargs="+", default=[], metavar="PATH", help="held-out rows; retrieval is measured file by file")
     add("--epochs", type=positive(int), default=30, help="passes over the pictures")
     add("--batch_size", type=positive(int), default=64, help="pictures per step, each told from all the others")
     add("--learning_rate", type=positive(float), default=1e-3, help="peak of the cosine schedule")
@@ -342,8 +354,8 @@ def load_split(args, paths, flag, tokenizer, processor):
     """→ pictures, and captions: the different texts (M, T), and which of them each picture has (N, n), both int64,
     filled up with M.
     """
-    captions = read_captions(paths, flag)
-    pictures = Pictures(args.images_path, list(captions), processor, args.cache_gb)
+    captions, places = read_captions(paths, args.images_path, flag)
+    pictures = Pictures(places, processor, args.cache_gb)
     texts, number = encode_captions(
         tokenizer, [text for own in captions.values() for text in own], args.max_text_len
     ).unique(dim=0, return_inverse=True)

@@ -20,12 +20,13 @@ if __name__ == "__main__":
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common.cli import Parser, run_main
-from common.files import write_safely
+from common.files import write_text
 from model.processing import DEFAULT_SYSTEM, IMAGE_TAG, load_tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2
@@ -47,42 +48,25 @@ CHAT_TEMPLATE = (
 # ---------------------------------------------------------------------------- reading
 
 
-def read_rows(paths, flag: str = "--data_path"):
-    """Yields every row of JSONL conversation files.
-
-    Raises FileNotFoundError for a missing file and ValueError for a line that is no row, naming `flag`, file and line.
-    """
-    for path in map(Path, paths):
-        if not path.is_file():
-            raise FileNotFoundError(f"{flag} {path}: no such file. Expected JSONL, one conversation per line")
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                    turns = [(turn["role"], turn["content"]) for turn in row["conversations"]]
-                    json.dumps(turns, ensure_ascii=False).encode()  # half a surrogate pair is no Unicode
-                except (ValueError, KeyError, TypeError) as error:
-                    turns, reason = [], f"{type(error).__name__}: {error}"
-                else:
-                    reason = "no turns, or a content that is no text"
-                if not turns or not all(isinstance(part, str) for turn in turns for part in turn):
-                    raise ValueError(
-                        f"{flag} {path}:{number} is not a conversation ({reason}).\nExpected "
-                        '{"conversations": [{"role": "user", "content": "..."}, ...]}'
-                    )
-                yield row
-
-
 def read_texts(paths) -> list[str]:
-    """What the model will read between the special tokens: role, newline and content of every turn."""
-    texts = []
-    for row in read_rows(paths):
-        if row["conversations"][0]["role"] != "system":
-            texts.append(f"system\n{DEFAULT_SYSTEM}")
-        texts += [f"{turn['role']}\n{turn['content'].replace(IMAGE_TAG, '')}" for turn in row["conversations"]]
+    """The texts of all conversations, see `texts_of`, but those that training does not take either."""
+    from dataset.sources import BadRow, read_rows  # only here, so that all else works beside any Transformers
+
+    texts, unusable = [], 0
+    for _, row in read_rows(paths):
+        if isinstance(row, BadRow):
+            unusable += 1
+        else:
+            texts += texts_of(row.conversations)
+    if unusable:
+        print(f"{unusable:,} rows left out, which training does not take either")
     return texts
+
+
+def texts_of(conversations: list[dict]) -> list[str]:
+    """What the model will read between the special tokens: role, newline and content of every turn."""
+    system = [f"system\n{DEFAULT_SYSTEM}"] if conversations[0]["role"] != "system" else []
+    return system + [f"{turn['role']}\n{turn['content'].replace(IMAGE_TAG, '')}" for turn in conversations]
 
 
 # ---------------------------------------------------------------------------- training
@@ -128,12 +112,8 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,  # or decoding eats the space before a comma
         "chat_template": CHAT_TEMPLATE,
     }
-    contents = {
-        "tokenizer.json": tokenizer.to_str(pretty=True),
-        "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False),
-    }
-    for name, content in contents.items():
-        write_safely(folder / name, lambda file, content=content: file.write(f"{content}\n".encode()))
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
+    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def check(folder: Path, texts) -> None:
@@ -155,7 +135,7 @@ def check(folder: Path, texts) -> None:
         assert tokenizer.batch_decode(ids) == sample
         rate = sum(map(len, sample)) / sum(map(len, ids))
         print(f"{language}: {rate:.2f} characters/token in {len(sample):,} answers of the training text")
-    print(f"{len(tokenizer):,} tokens in {folder}: pass --tokenizer_path {folder}")
+    print(f"{len(tokenizer):,} tokens in {folder}")
 
 
 # ---------------------------------------------------------------------------- the run
@@ -164,7 +144,7 @@ def check(folder: Path, texts) -> None:
 def main(argv=None):
     parser = Parser(__file__, __doc__)
     add = parser.start.add_argument
-    add("--data_path", nargs="+", required=True, metavar="JSONL", help="conversations to learn from")
+    add("--data_path", nargs="+", required=True, metavar="PATH", help="conversations to learn from, JSONL or Parquet")
     add("--out_dir", type=Path, required=True, metavar="DIR", help="folder for it, made if needed")
     size = f"entries in the vocabulary, {SMALLEST} at least; fewer where the text has no more"
     add("--vocab_size", type=int, default=6400, help=size)
@@ -184,6 +164,8 @@ def main(argv=None):
         print(f"--vocab_size {args.vocab_size}: the text is enough for {reached} tokens, which it gets")
     save(tokenizer, args.out_dir)
     check(args.out_dir, texts)
+    paths = shlex.join(args.data_path)
+    print(f"Next: python -m scripts.train_llm --data_path {paths} --tokenizer_path {args.out_dir}")
 
 
 if __name__ == "__main__":

@@ -122,7 +122,9 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory, world):
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer.main(["--data_path", str(world / "rows.jsonl"), "--out_dir", str(folder), "--vocab_size", "300"])
+    rows = map(json.loads, (world / "rows.jsonl").read_text(encoding="utf-8").splitlines())
+    texts = [text for row in rows for text in train_tokenizer.texts_of(row["conversations"])]
+    train_tokenizer.save(train_tokenizer.train(texts, 300), folder)  # not main, which reads as `trained` does below
     return folder
 
 

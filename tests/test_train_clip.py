@@ -3,7 +3,10 @@
 import argparse
 import json
 import math
+import shutil
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -11,6 +14,7 @@ from safetensors import safe_open
 from transformers import CLIPConfig, CLIPModel
 
 from common.cli import run_main
+from dataset.sources import Folder
 from model.model_vlm import MiniMindVLM
 from model.processing import ImageProcessor, load_tokenizer
 from scripts import train_clip, train_tokenizer
@@ -338,8 +342,9 @@ def test_augmentation_of_the_whole_window_without_flip_keeps_left_and_right():
 def test_without_a_cache_the_pictures_are_the_same(world, capsys):
     names = [path.name for path in sorted((world / "images").iterdir())]
     processor = ImageProcessor(32, (32, 32))
-    kept = train_clip.Pictures(world / "images", names, processor, cache_gb=1.0)
-    read = train_clip.Pictures(world / "images", names, processor, cache_gb=0.0)
+    places = [(Folder(world / "images"), name) for name in names]
+    kept = train_clip.Pictures(places, processor, cache_gb=1.0)
+    read = train_clip.Pictures(places, processor, cache_gb=0.0)
     assert "decoded on every use" in capsys.readouterr().out
     chosen = torch.tensor([3, 0, 5])
     assert kept[chosen].dtype == torch.uint8
@@ -431,15 +436,57 @@ def test_a_missing_and_a_broken_picture_are_named(world, tmp_path):
 
 def test_rows_without_exactly_one_picture_are_counted_and_left_out(tmp_path, capsys):
     write_rows(tmp_path / "rows.jsonl", [("a.png", "one"), ("a.png, b.png", "two"), ("", "none"), ("a.png", "three")])
-    assert train_clip.read_captions([tmp_path / "rows.jsonl"], "--data_path") == {"a.png": ["one", "three"]}
+    captions, places = train_clip.read_captions([tmp_path / "rows.jsonl"], tmp_path, "--data_path")
+    assert captions == {str(tmp_path / "a.png"): ["one", "three"]} and [name for _, name in places] == ["a.png"]
     assert "2 rows without exactly one picture and an answer left out" in capsys.readouterr().out
     lines = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
     lines = [line | {"image": image} for line, image in zip(lines, (["a.png"], None, [], ["a.png", "b.png"]))]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert train_clip.read_captions([tmp_path / "rows.jsonl"], "--data_path") == {"a.png": ["one"]}
+    captions, _ = train_clip.read_captions([tmp_path / "rows.jsonl"], tmp_path, "--data_path")
+    assert captions == {str(tmp_path / "a.png"): ["one"]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(lines[0] | {"image": 5}))
-    with pytest.raises(ValueError, match='--data_path: "image" must be text'):
-        train_clip.read_captions([tmp_path / "rows.jsonl"], "--data_path")
+    with pytest.raises(ValueError, match=r'--data_path .*rows.jsonl:1 .*\("image" must be text'):
+        train_clip.read_captions([tmp_path / "rows.jsonl"], tmp_path, "--data_path")
+
+
+@pytest.mark.parametrize("cache_gb", ["1", "0"])
+def test_a_zip_and_parquet_give_the_weights_of_a_folder(world, tmp_path, cache_gb):
+    shutil.make_archive(tmp_path / "images", "zip", world / "images")
+    for split in ("train", "val"):
+        rows = [json.loads(line) for line in (world / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+        columns = {
+            "conversations": [json.dumps(row["conversations"]) for row in rows],
+            "image_bytes": [(world / "images" / row["image"]).read_bytes() for row in rows],
+        }
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"{split}.parquet")
+    parquet = ["--data_path", str(tmp_path / "train.parquet"), "--val_path", str(tmp_path / "val.parquet")]
+    weights, figures = [], []
+    for name, more in (("folder", []), ("zip", ["--images_path", str(tmp_path / "images.zip")]), ("parquet", parquet)):
+        out = tmp_path / name
+        train_clip.main(flags(world, out, "--epochs", "2", "--vision_only", "--cache_gb", cache_gb, *more))
+        weights.append((out / "model.safetensors").read_bytes())
+        figures.append(list(json.loads((out / "metrics.json").read_text(encoding="utf-8"))["retrieval"].values()))
+    assert weights[0] == weights[1] == weights[2] and figures[0] == figures[1] == figures[2]
+
+
+def test_a_broken_picture_of_parquet_is_named_by_its_row(world, tmp_path):
+    turns = json.dumps([{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "red"}])
+    png = (world / "images" / "red_left.png").read_bytes()
+    rows = {"conversations": [turns] * 2, "image_bytes": [png, png[: len(png) // 2]]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "rows.parquet")
+    given = [*flags(world, tmp_path / "clip"), "--data_path", str(tmp_path / "rows.parquet")]
+    with pytest.raises(ValueError, match="--data_path: picture 1 of .*rows.parquet:2 cannot be read"):
+        train_clip.main(given)
+
+
+def test_without_images_path_the_pictures_lie_beside_the_rows_or_it_is_asked_for(world, tmp_path):
+    given = flags(world, tmp_path / "clip", "--epochs", "1")
+    at = given.index("--images_path")
+    del given[at : at + 2]
+    train_clip.main(given)
+    write_rows(tmp_path / "rows.jsonl", [("red_left.png", "red")])
+    with pytest.raises(ValueError, match="--images_path: needed, as no pictures lie beside .*rows.jsonl"):
+        train_clip.main([*given, "--data_path", str(tmp_path / "rows.jsonl"), "--out_dir", str(tmp_path / "new")])
 
 
 def test_an_encoder_that_weights_may_depend_on_is_not_overwritten(trained, world):

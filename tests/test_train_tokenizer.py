@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from common.cli import run_main
@@ -128,6 +130,18 @@ def test_another_process_with_another_hash_seed_writes_the_same_bytes(data, fold
     subprocess.run([*command, "--vocab_size", "340"], check=True, capture_output=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_parquet_gives_the_same_bytes_as_jsonl_and_rows_that_training_does_not_take_are_left_out(
+    data, folder, tmp_path, capsys
+):
+    texts = [json.dumps(json.loads(line)["conversations"]) for line in data.read_text(encoding="utf-8").splitlines()]
+    texts.append(json.dumps(row("<image> or <image>?", "Two, of one picture only." * 99)["conversations"]))
+    columns = {"conversations": texts, "image_bytes": [[b"not opened"]] * (len(texts) - 1) + [[]]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+    main(["--data_path", str(tmp_path / "*.parquet"), "--out_dir", str(tmp_path / "new"), "--vocab_size", "340"])
+    assert (tmp_path / "new/tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert capsys.readouterr().out.startswith("1 rows left out, which training does not take either\n")
 
 
 def test_it_says_how_well_it_compresses_both_languages(data, tmp_path, capsys):
