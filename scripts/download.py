@@ -78,7 +78,7 @@ class RemoteFile:
         return self.staging(target) / self.path
 
     def partial(self, target: Path) -> Path:
-        return self.staging(target) / f"{self.path}.incomplete"  # as ModelScope's library calls it
+        return Path(f"{self.whole(target)}.incomplete")  # as ModelScope's library calls it
 
 
 class HuggingFace:
@@ -106,16 +106,12 @@ class HuggingFace:
         from tqdm import tqdm
 
         partial, have = file.partial(target), size_of(file.partial(target))
+        url = hf_hub_url(file.repo, file.path, repo_type=file.kind, endpoint=self.endpoint)
         headers = {"Accept-Encoding": "identity"}  # packed, Range would count other bytes
-        headers |= {"Range": f"bytes={have}-"} if have else {}
-        request = {
-            "url": hf_hub_url(file.repo, file.path, repo_type=file.kind, endpoint=self.endpoint),
-            "headers": build_hf_headers(headers=headers),
-            "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT,
-            "retry_on_exceptions": (),  # `bring` does
-        }
+        headers = build_hf_headers(headers=headers | ({"Range": f"bytes={have}-"} if have else {}))
+        once = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "retry_on_exceptions": ()}  # `bring` tries again
         if have < file.size:
-            with partial.open("ab") as out, http_stream_backoff("GET", **request) as response:
+            with partial.open("ab") as out, http_stream_backoff("GET", url, headers=headers, **once) as response:
                 hf_raise_for_status(response)
                 if response.status_code == 200:  # from the first byte, whatever was asked for
                     out.truncate(0)
@@ -231,8 +227,7 @@ class Repository:
         """The file that fits the first pattern that any file fits. Raises Failed if several do."""
         for pattern in patterns:
             found = [file for file in self.files if fnmatch(PurePosixPath(file.path).name, pattern)]
-            depth = min((file.path.count("/") for file in found), default=0)
-            found = [file for file in found if file.path.count("/") == depth]
+            found = [file for file in found if file.path.count("/") == min(each.path.count("/") for each in found)]
             if len(found) > 1:
                 raise Failed(f"{self.name} has several files {pattern}: {in_words(found)}. Take one by hand")
             if found:
@@ -240,10 +235,9 @@ class Repository:
         return None
 
     def pick(self, *patterns: str) -> RemoteFile:
-        found = self.find(*patterns)
-        if found is None:
-            raise Failed(f"{self.name} has no {' or '.join(patterns)}. It holds {in_words(self.files)}")
-        return found
+        if found := self.find(*patterns):
+            return found
+        raise Failed(f"{self.name} has no {' or '.join(patterns)}. It holds {in_words(self.files)}")
 
 
 def weights_suffix(args) -> str:
@@ -277,20 +271,16 @@ def vlm(hub: Hub, args) -> dict[str, RemoteFile]:
 
 def data(hub: Hub, args) -> dict[str, RemoteFile]:
     repo = Repository(hub, "minimind-v_dataset", "dataset")
-    jsonl = {stage: (f"{stage}_data.jsonl", f"{stage}_vlm_data.jsonl") for stage in ("pretrain", "sft")}
+    jsonl, parquet = {}, {}  # place: what it may be called
+    for stage in ("pretrain", "sft"):
+        jsonl[f"dataset/{stage}_data.jsonl"] = f"{stage}_data.jsonl", f"{stage}_vlm_data.jsonl"
+        jsonl[f"dataset/{stage}_images.zip"] = (f"{stage}_images.zip",)
+        parquet[f"dataset/{stage}_data.parquet"] = f"{stage}_i2t.parquet", f"{stage}*.parquet"
     chosen = args.data_format
-    if chosen == "auto":  # the same rows take less room so
-        both = all(repo.find(*names) and repo.find(f"{stage}_images.zip") for stage, names in jsonl.items())
-        chosen = "jsonl" if both else "parquet"
+    if chosen == "auto":  # as JSONL the same rows take less room
+        chosen = "jsonl" if all(repo.find(*names) for names in jsonl.values()) else "parquet"
         print(f"{repo.name}: taking {chosen}")
-    wanted = {}
-    for stage, names in jsonl.items():
-        if chosen == "jsonl":
-            wanted[f"dataset/{stage}_data.jsonl"] = repo.pick(*names)
-            wanted[f"dataset/{stage}_images.zip"] = repo.pick(f"{stage}_images.zip")
-        else:
-            wanted[f"dataset/{stage}_data.parquet"] = repo.pick(f"{stage}_i2t.parquet", f"{stage}*.parquet")
-    return wanted
+    return {place: repo.pick(*names) for place, names in (jsonl if chosen == "jsonl" else parquet).items()}
 
 
 TASKS: dict[str, Callable] = {"clip": clip, "llm": llm, "data": data, "vlm": vlm}  # --what → {place: file}
@@ -303,9 +293,7 @@ def digest(path: Path, method: str) -> str:
     """ "sha256:..." or "git:..." of a file."""
     sha = hashlib.sha256() if method == "sha256" else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return f"{method}:{sha.hexdigest()}"
+        return f"{method}:{hashlib.file_digest(file, lambda: sha).hexdigest()}"
 
 
 def is_whole(path: Path, file: RemoteFile) -> bool:
@@ -318,8 +306,7 @@ class Record:
     """root/.download.json: what was verified, so that it need not be hashed again, and what was asked for."""
 
     def __init__(self, root: Path):
-        self.root, self.path = root, root / ".download.json"
-        self.files, self.asked = {}, {}
+        self.root, self.path, self.files, self.asked = root, root / ".download.json", {}, {}
         with suppress(OSError, ValueError, KeyError, TypeError):  # without one everything is verified anew
             known = json.loads(self.path.read_text(encoding="utf-8"))
             self.files, self.asked = dict(known["files"]), dict(known["asked"])
@@ -328,23 +315,21 @@ class Record:
         write_json(self.path, {"files": self.files, "asked": self.asked})
 
     def note(self, place: str, checksum: str) -> None:
-        self.files[place] = [checksum, *self.stamp(place)]
-        self.save()
-
-    def stamp(self, place: str) -> list[int]:
         status = (self.root / place).stat()
-        return [status.st_size, status.st_mtime_ns]
+        self.files[place] = [checksum, status.st_size, status.st_mtime_ns]
+        self.save()
 
     def checksum(self, place: str) -> str | None:
         """Of a file that is as it was when it was verified."""
-        known = self.files.get(place)
-        untouched = known and (self.root / place).is_file() and known[1:] == self.stamp(place)
-        return known[0] if untouched else None
+        with suppress(KeyError, OSError):
+            checksum, *stamp = self.files[place]
+            status = (self.root / place).stat()
+            return checksum if stamp == [status.st_size, status.st_mtime_ns] else None
+        return None
 
     def has_all(self, keys: list[str]) -> bool:
         """Is all that was asked for under these keys still there?"""
-        places = [self.asked.get(key, [""]) for key in keys]
-        return all(self.checksum(place) is not None for group in places for place in group)
+        return all(self.checksum(place) is not None for key in keys for place in self.asked.get(key, [""]))
 
 
 def missing_files(wanted: dict[str, RemoteFile], record: Record, overwrite: bool) -> dict[str, RemoteFile]:
@@ -408,13 +393,12 @@ def bring(hub: Hub, file: RemoteFile, target: Path) -> None:
         except Damaged:
             raise
         except Exception as error:  # of either library, or of the HTTP client below it
-            causes = [e for e in (error, error.__cause__) if isinstance(e, OSError)]
-            full = [e for e in causes if disk_full(e) or e.errno == errno.EFBIG]  # the second: too large for the disk
-            if full:
-                raise Failed(
-                    f"{target.parent} takes no more: {full[0].strerror}. What is there stays: make room, and the same "
-                    "command goes on where it was"
-                ) from error
+            for cause in (error, error.__cause__):
+                if disk_full(cause) or getattr(cause, "errno", None) == errno.EFBIG:  # a file too large for the disk
+                    raise Failed(
+                        f"{target.parent} takes no more: {cause.strerror}. What is there stays: make room, and the "
+                        "same command goes on where it was"
+                    ) from error
             if isinstance(error, OSError) and error.filename:  # a folder that must not be written to
                 raise
             if status_of(error) == 416:  # there are fewer bytes than the hub lists
@@ -436,12 +420,10 @@ def fetch(hub: Hub, file: RemoteFile, target: Path) -> None:
     """A verified file at its place. One that is not what the hub lists is fetched once more."""
     whole = file.whole(target)
     for _ in range(2):
-        try:
+        with suppress(Damaged):
             bring(hub, file, target)
             if is_whole(whole, file):
                 break
-        except Damaged:
-            pass
         print(f"{file.path} came damaged")
         clear(file, target)
     else:
@@ -477,32 +459,26 @@ def next_commands(args, tasks: list[str]) -> list[list]:
 
     eyes = there(f"{CLIP_FOLDER}/model.safetensors", f"{CLIP_FOLDER}/pytorch_model.bin")
     words = there("model/tokenizer.json")
+    llm, pretrained, trained = (there(f"out/{stage}_{name}") for stage in ("llm", "pretrain_vlm", "sft_vlm"))
     rows = {key: there(f"dataset/{key}_data.jsonl", f"dataset/{key}_data.parquet") for key in ("pretrain", "sft")}
-    flags = ["--hidden_size", HIDDEN[args.size]] if args.size != "26m" else []
-    flags += ["--use_moe"] if args.use_moe else []
+    large, moe = args.size != "26m", ["--use_moe"] if args.use_moe else []
+    flags = [*(["--hidden_size", HIDDEN[args.size]] if large else []), *moe]
     if elsewhere:
         flags += ["--tokenizer_path", root / "model", "--vision_model_path", root / CLIP_FOLDER]
         flags += ["--out_dir", root / "out"]
     asks, trains, commands = "vlm" in tasks, "llm" in tasks or "data" in tasks, []
     if eyes and words and (trains or not asks):
-        for stage, start in (("pretrain", "llm"), ("sft", "pretrain_vlm")):
-            if rows[stage] and (there(f"out/{start}_{name}") or commands):
+        for stage, start in (("pretrain", llm), ("sft", pretrained)):
+            if rows[stage] and (start or commands):
                 own = ["--data_path", rows[stage]] if elsewhere else []
                 commands.append(["python", f"train_{stage}_vlm.py", *flags, *own])
-    if eyes and words and (asks or not trains):
-        if there(f"out/sft_vlm_{name}"):
-            commands.append(["python", "eval_vlm.py", *flags])
-        elif there(f"out/pretrain_vlm_{name}"):
-            commands.append(["python", "eval_vlm.py", "--model_mode", 0, *flags])
+    if eyes and words and (asks or not trains) and (trained or pretrained):
+        commands.append(["python", "eval_vlm.py", *([] if trained else ["--model_mode", 0]), *flags])
     if not commands:
-        needed = {"clip": eyes}
-        if asks:
-            needed |= {"vlm": words and there(f"out/sft_vlm_{name}", f"out/pretrain_vlm_{name}")}
-        else:
-            needed |= {"llm": words and there(f"out/llm_{name}"), "data": all(rows.values())}
-        more = ["--size", args.size] if args.size != "26m" else []
-        more += [*(["--use_moe"] if args.use_moe else []), *(["--root", root] if elsewhere else [])]
+        asked = {"vlm": words and (trained or pretrained)}
+        needed = {"clip": eyes} | (asked if asks else {"llm": words and llm, "data": all(rows.values())})
         missing = [task for task, found in needed.items() if not found]
+        more = [*(["--size", args.size] if large else []), *moe, *(["--root", root] if elsewhere else [])]
         commands.append(["python", "-m", "scripts.download", "--what", *missing, *more])
     return commands
 
@@ -551,14 +527,8 @@ def download(args) -> list[list[str]]:
 def parse_args(argv=None):
     parser = Parser(__file__, __doc__)
     add = parser.start.add_argument
-    add(
-        "--what",
-        nargs="+",
-        choices=[*TASKS, "all"],
-        default=["all"],
-        metavar="PART",
-        help="clip, llm, vlm, data; all: clip llm data",
-    )
+    parts = {"nargs": "+", "choices": [*TASKS, "all"], "default": ["all"], "metavar": "PART"}
+    add("--what", **parts, help="clip, llm, vlm, data; all: clip llm data")
     add("--size", choices=list(HIDDEN), default="26m", help="of the model: 26m (hidden 512) or 104m (768)")
     add("--source", choices=["auto", "hf", "modelscope"], default="auto", help="auto: the first that answers")
     add = parser.group("what, and where to").add_argument
