@@ -33,3 +33,8 @@ def duration(seconds: float) -> str:
 def gigabytes(size: float) -> str:
     """ "1.2 GB"; below a tenth "40 MB"."""
     return f"{size:.1f} GB" if size >= 0.1 else f"{1000 * size:.0f} MB"
+
+
+def markdown(head: list[str], rows: list[list]) -> str:
+    """A table."""
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows))

@@ -31,7 +31,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
 from functools import cache, partial
 from inspect import getdoc
 from pathlib import Path
@@ -42,12 +41,15 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.benchmark import Timer
+from torch.utils.data import DataLoader
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
 from common import distributed
 from common.cli import Parser, positive, run_main
 from common.devices import autocast, check_compiler, pick_device
+from common.display import duration, markdown
 from common.files import write_json, write_text
 from common.machine import usable_cores
 from dataset.batches import StepSampler, collate
@@ -70,9 +72,33 @@ SIZES = {  # of the decoder and of the encoder
         {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
     ),
 }
+LADDER = {  # what each row of a table adds to the row above it
+    "sorted": "rows of like length, padded to their longest",
+    "fused_attention": "fused attention",
+    "few_logits": "logits and last feed-forward only where there is a label",
+    "fused_adamw": "fused AdamW, CLIP without its text half",
+    "bf16": "bfloat16",  # on a GPU the original way has it too, but for CLIP
+    "in_blocks": "attention in blocks",
+    "compiled": "torch.compile of each layer",
+    "cached": "picture features cached",
+}
 
 
-# ---------------------------------------------------------------------------- the work
+def ladder(device: torch.device, compile: bool) -> dict[str, set[str]]:
+    """{name of a row: keys of LADDER}, each with one more than the one before. Raises ValueError where this device
+    cannot `compile`."""
+    if compile:
+        check_compiler(device)
+    fits = {"in_blocks": better_in_blocks(device, torch.bfloat16), "compiled": compile}
+    has, rows = set(), {"the original way": set()}
+    for key, name in LADDER.items():
+        if fits.get(key, True):
+            has = has | {key}
+            rows[f"+ {name}" + " for CLIP" * (key == "bf16" and device.type == "cuda")] = has
+    return rows
+
+
+# ---------------------------------------------------------------------------- rows and weights
 
 
 def example(kind: str, row: int, random, vocab: int, max_length: int) -> dict:
@@ -111,6 +137,19 @@ def examples_of(kind: str, args) -> list[dict]:
     return [row | {"pictures": picture} for row, picture in zip(rows, pictures)]
 
 
+def batches_of(examples: list[dict], batch_size: int, pad_to: int = 0, pin: bool = False) -> list[dict]:
+    """As training makes them: of like length, or in the order of the examples, padded to `pad_to` tokens."""
+    sampler = StepSampler([len(each["input_ids"]) for each in examples], batch_size, shuffle=not pad_to)
+    if pad_to:
+        examples = [pad(each, pad_to - len(each["input_ids"])) for each in examples]
+    return list(DataLoader(examples, batch_sampler=sampler.all_batches(), collate_fn=collate, pin_memory=pin))
+
+
+def pad(example: dict, room: int) -> dict:
+    ids, labels = F.pad(example["input_ids"], (0, room)), F.pad(example["labels"], (0, room), value=IGNORE)
+    return example | {"input_ids": ids, "labels": labels}
+
+
 @cache
 def make_encoder(size: str) -> CLIPVisionModel:
     encoder = CLIPVisionModel(CLIPVisionConfig(image_size=224, patch_size=16, **SIZES[size][1]))
@@ -127,158 +166,60 @@ def make_model(size: str, **kwargs) -> MiniMindVLM:
     return model
 
 
-# ---------------------------------------------------------------------------- a training step, the original way or ours
+# ---------------------------------------------------------------------------- clocks
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a step is made. The defaults are the original way."""
-
-    name: str = "the original way"
-    short: bool = False  # rows of like length together, padded to the longest of their batch
-    sdpa: bool = False  # fused attention
-    lean: bool = False  # logits, loss and last feed-forward at labelled positions
-    fused: bool = False  # optimizer; and CLIP without its text half
-    bf16: bool = False  # instead of fp32, CLIP included; on a GPU the original way has it too, but for CLIP
-    in_blocks: bool = False  # attention; on CPUs with AMX
-    compiled: bool = False
-    cached: bool = False  # picture features from --cache_features
+def seconds(device, work, *args) -> float:
+    """How long work(*args) takes, with all that it leaves the device to do."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    started = time.perf_counter()
+    work(*args)
+    synchronize()
+    return time.perf_counter() - started
 
 
-def ways(device: torch.device, compile: bool) -> list[Way]:
-    """Each adds something to the one before. Raises ValueError where this device cannot `compile`."""
-    if compile:
-        check_compiler(device)
-    way = Way()
-    found = [way]
-    for name, change in [
-        ("+ rows of like length, padded to their longest", {"short": True}),
-        ("+ fused attention", {"sdpa": True}),
-        ("+ logits and last feed-forward only where there is a label", {"lean": True}),
-        ("+ fused AdamW, CLIP without its text half", {"fused": True}),
-        ("+ bfloat16" + (" for CLIP" if device.type == "cuda" else ""), {"bf16": True}),
-        *([("+ attention in blocks", {"in_blocks": True})] if better_in_blocks(device, torch.bfloat16) else []),
-        *([("+ torch.compile of each layer", {"compiled": True})] if compile else []),
-        ("+ picture features cached", {"cached": True}),
-    ]:
-        way = replace(way, name=name, **change)
-        found.append(way)
-    return found
+def rate(amount: float, row: dict) -> float:
+    return amount / statistics.median(row["seconds"])
 
 
-class Forward(nn.Module):
-    """The forward pass of a way. The original one computes logits for all positions and masks the loss afterwards."""
+def race(variants: dict, rounds: int, once) -> list[dict]:
+    """[{"name", "seconds", "ratio", "ratio_range"}] of {name: variant}, measured in turn, round after round.
 
-    def __init__(self, model, way: Way):
-        super().__init__()
-        self.model, self.way = model, way
-
-    def forward(self, input_ids, pixel_values, labels, image_features=None, num_items_in_batch=1, **args):
-        if image_features is None:
-            # In fp32 without bf16, on a GPU too, where all else of the original way has autocast.
-            with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.way.bf16):
-                image_features = self.model.encode_pictures(pixel_values)
-        args |= {"image_features": image_features, "num_items_in_batch": num_items_in_batch}
-        if self.way.lean:
-            return self.model(input_ids, labels=labels, **args)
-        out = self.model(input_ids, **args | {"return_logits": True})
-        logits, targets = out.logits[:, :-1].float(), labels[:, 1:]
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.clamp(min=0).flatten(), reduction="none")
-        out.loss = (losses * (targets != IGNORE).flatten()).sum() / num_items_in_batch
-        return out
+    once(row, variant) → seconds, and may note more in the row. The ratio is to the first variant in the same round.
+    """
+    rows = [{"name": name, "seconds": []} for name in variants]
+    for _ in range(rounds):
+        for row, variant in zip(rows, variants.values()):
+            row["seconds"].append(once(row, variant))
+    for row in rows:
+        ratios = [first / mine for first, mine in zip(rows[0]["seconds"], row["seconds"])]
+        row |= {"ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)]}
+    return rows
 
 
-def batches_of(examples: list[dict], way: Way, batch_size: int, max_length: int) -> list[dict]:
-    lengths = [len(each["input_ids"]) for each in examples]
-    sampler = StepSampler(lengths, batch_size, shuffle=way.short)
-    order = sampler.all_batches() if way.short else np.array_split(np.arange(len(examples)), sampler.batches)
-    batches = [collate([examples[i] for i in rows]) for rows in order]
-    for batch in batches if not way.short else ():
-        room = max_length - batch["input_ids"].shape[1]
-        for key, value in (("input_ids", 0), ("labels", IGNORE), ("attention_mask", 0)):
-            batch[key] = F.pad(batch[key], (0, room), value=value)
-    return batches
-
-
-class Training:
-    """Steps of one way, on weights that all ways begin with."""
-
-    def __init__(self, kind: str, way: Way, args, device, examples, **config):
-        self.way, self.device, self.dtype = way, device, torch.bfloat16 if way.bf16 else torch.float32
-        if device.type == "cuda":
-            self.dtype = torch.bfloat16
-        self.model = make_model(args.size, flash_attn=way.sdpa, **config).to(device).train()
-        choose_trainable(self.model, "last_layer" if kind == "pretrain" else "all")
-        if way.bf16:  # of its own, as all ways share one encoder
-            self.model.vision_encoder = cast_frozen(copy.deepcopy(self.model.vision_encoder), self.dtype)
-        forward = Forward(self.model, way)
-        if not way.fused and args.size != "tiny":
-            self.unused = CLIPModel(CLIPConfig()).text_model.to(device)
-        if way.in_blocks:
-            choose_attention(self.model, device, self.dtype)
-        if way.compiled:
-            compile_layers(self.model)
-        if distributed.world_size() > 1:
-            forward = nn.parallel.DistributedDataParallel(forward, forward_sync_buffers=False)
-        if way.fused:
-            optimizer = make_optimizer(self.model, 2e-4, 2e-4, 0.1)
-        else:
-            optimizer = torch.optim.AdamW([w for w in self.model.parameters() if w.requires_grad], lr=2e-4)
-            for group in optimizer.param_groups:
-                group["peak"] = group["lr"]
-        self.run = SimpleNamespace(
-            args=SimpleNamespace(seed=0, warmup_iters=0, schedule="cosine", grad_clip=1.0, batch_size=args.batch_size),
-            model=self.model,
-            forward=forward,
-            optimizer=optimizer,
-            scaler=torch.amp.GradScaler(device.type, enabled=False),
-            state=State(),
-            total_steps=10**9,
-            device=device,
-            dtype=self.dtype,
-        )
-        self.batches = batches_of(examples, way, args.batch_size, args.max_seq_len)
-        if way.cached:
-            self.batches = [self.with_features(batch) for batch in self.batches]
-        if device.type == "cuda":
-            self.batches = [
-                {key: value.pin_memory() if torch.is_tensor(value) else value for key, value in batch.items()}
-                for batch in self.batches
-            ]
-
-    @torch.no_grad()
-    def with_features(self, batch: dict) -> dict:
-        with autocast(self.device, self.dtype):
-            features = self.model.encode_pictures(batch["pixel_values"].to(self.device))
-        return batch | {"image_features": features.half().cpu(), "pixel_values": None}
-
-    def step(self, batch: dict) -> float:
-        """Returns the loss per label."""
-        loss, _, _ = train_step(self.run, [batch], count_labels(batch), len(batch["rows"]))
-        self.run.state.step += 1
-        return loss
-
-    def first_loss(self, batch: dict) -> float:
-        """Of the weights that all ways begin with, on a batch that is the same for all."""
-        batch = self.with_features(batch) if self.way.cached else batch
-        with autocast(self.device, self.dtype):  # with gradients, as what is compiled then serves the steps too
-            return self.run.forward(
-                **to_device(batch, self.model), num_items_in_batch=count_labels(batch), return_logits=False
-            ).loss.item()
-
-    def all_steps(self) -> float:
-        """Seconds for all batches."""
-        synchronize(self.device)
-        started = time.perf_counter()
-        for batch in self.batches:
-            self.step(batch)
-        synchronize(self.device)
-        return time.perf_counter() - started
-
-
-def synchronize(device) -> None:
+def reset_peak(device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device) -> float:
+    """Most GB since `reset_peak`: of the GPU, or of this process where Linux can tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    status = Path("/proc/self/status")
+    return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9 if status.exists() else math.nan
+
+
+@cache
+def matrix_rate(device, dtype) -> float:
+    """FLOP/s of large matrix products, the best of several."""
+    n = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
+    return 2 * n**3 / min(timer.blocked_autorange(min_run_time=1).times)
 
 
 def useful_flops(model, examples, kind: str, cached: bool) -> float:
@@ -291,112 +232,135 @@ def useful_flops(model, examples, kind: str, cached: bool) -> float:
     learning = len(blocks) if kind != "pretrain" else 1
     passes = 2 * len(blocks) + learning  # of a block: forward, back through the activations, and for the weights
     head, width = model.lm_head.weight.numel(), model.config.hidden_size
-    total = 0.0
+    encoder = sum(weight.numel() for weight in model.vision_encoder.parameters() if weight.ndim == 2)
+    total = 0 if cached else len(examples) * 2 * encoder * 197
     for row in examples:
         tokens, labels = len(row["input_ids"]), int((row["labels"] != IGNORE).sum())
         total += 2 * each * tokens * passes + 2 * head * labels * (2 if kind == "pretrain" else 3)
         total += 2 * tokens**2 * width * 3 * len(blocks)  # q·kᵀ and ·v, over half of T×T, forward and back
-    if not cached:
-        encoder = sum(weight.numel() for weight in model.vision_encoder.parameters() if weight.ndim == 2)
-        total += len(examples) * 2 * encoder * 197
     return total
 
 
-def matrix_rate(device, dtype) -> float:
-    """FLOP/s of large matrix products, the best of several."""
-    n = 8192 if device.type == "cuda" else 1536
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = math.inf
-    for _ in range(6):
-        synchronize(device)
-        started = time.perf_counter()
-        for _ in range(2):
-            a @ b
-        synchronize(device)
-        best = min(best, (time.perf_counter() - started) / 2)
-    return 2 * n**3 / best
+# ---------------------------------------------------------------------------- training
 
 
-class PeakMemory:
-    """Most memory (bytes) within `with`: of the GPU, or of this process where Linux can tell."""
-
-    def __init__(self, device):
-        self.device = device
-
-    def __enter__(self):
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        elif Path("/proc/self/clear_refs").exists():
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        return self
-
-    def __exit__(self, *exception):
-        self.bytes = math.nan
-        if self.device.type == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated(self.device)
-        elif Path("/proc/self/status").exists():
-            status = Path("/proc/self/status").read_text()
-            self.bytes = int(status.split("VmHWM:")[1].split()[0]) * 1024
+def dtype_of(has: set[str], device) -> torch.dtype:
+    return torch.bfloat16 if "bf16" in has or device.type == "cuda" else torch.float32
 
 
-def compare(row: dict, first: dict) -> dict:
-    """How many times as fast as the first, by the times of the same round."""
-    ratios = [other / own for other, own in zip(first["seconds"], row["seconds"])]
-    return {"ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)]}
+def all_logits(model, input_ids, labels, num_items_in_batch, **args):
+    """The original forward pass: logits for every position, the loss masked afterwards."""
+    out = model(input_ids, **args | {"return_logits": True})
+    logits, targets = out.logits[:, :-1].float(), labels[:, 1:]
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.clamp(min=0).flatten(), reduction="none")
+    out.loss = (losses * (targets != IGNORE).flatten()).sum() / num_items_in_batch
+    return out
+
+
+class Training:
+    """Steps with these improvements, on weights that all begin with; `train_step` takes it for the run."""
+
+    total_steps = 1  # of which none is counted as done: the learning rate stays as it is
+
+    def __init__(self, kind: str, has: set[str], args, device, examples, **config):
+        """has: keys of LADDER."""
+        self.device, self.dtype, self.state = device, dtype_of(has, device), State()
+        flags = {"seed": 0, "warmup_iters": 0, "schedule": "cosine", "grad_clip": 1.0}
+        self.args = SimpleNamespace(batch_size=args.batch_size, **flags)
+        self.model = make_model(args.size, flash_attn="fused_attention" in has, **config).to(device).train()
+        choose_trainable(self.model, "last_layer" if kind == "pretrain" else "all")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=False)
+        self.forward = self.improve(has, args)
+        self.examples = self.with_features(examples) if "cached" in has else examples
+        pad_to = 0 if "sorted" in has else args.max_seq_len
+        self.batches = batches_of(self.examples, args.batch_size, pad_to, pin=device.type == "cuda")
+
+    def improve(self, has: set[str], args):
+        """Model and optimizer. Returns the forward pass."""
+        model = self.model
+        if "bf16" in has:  # of its own, as all share one encoder
+            model.vision_encoder = cast_frozen(copy.deepcopy(model.vision_encoder), self.dtype)
+        else:  # on a GPU too, where all else of the original way has autocast
+            model.encode_pictures = torch.autocast(self.device.type, enabled=False)(model.encode_pictures)
+        if "in_blocks" in has:
+            choose_attention(model, self.device, self.dtype)
+        if "compiled" in has:
+            compile_layers(model)
+        if "fused_adamw" in has:
+            self.optimizer = make_optimizer(model, 2e-4, 2e-4, 0.1)
+        else:
+            learning = [weight for weight in model.parameters() if weight.requires_grad]
+            self.optimizer = torch.optim.AdamW([{"params": learning, "peak": 2e-4}])
+            self.text_half = CLIPModel(CLIPConfig()).text_model.to(self.device) if args.size != "tiny" else None
+        if distributed.world_size() > 1:
+            return DistributedDataParallel(model, forward_sync_buffers=False)
+        return model if "few_logits" in has else partial(all_logits, model)
+
+    @torch.no_grad()
+    def with_features(self, examples: list[dict]) -> list[dict]:
+        pictures = torch.cat([each["pictures"] for each in examples])
+        with autocast(self.device, self.dtype):
+            features = [self.model.encode_pictures(part.to(self.device)).half().cpu() for part in pictures.split(32)]
+        return [each | {"features": one[None], "pictures": None} for each, one in zip(examples, torch.cat(features))]
+
+    def step(self, batch: dict) -> None:
+        train_step(self, [batch], count_labels(batch), len(batch["rows"]))
+
+    def first_loss(self) -> float:
+        """Per label, of the weights that all begin with, on a batch that is the same for all."""
+        batch = collate(self.examples[:4])
+        with autocast(self.device, self.dtype):  # with gradients, as what is compiled then serves the steps too
+            inputs = to_device(batch, self.model)
+            return self.forward(**inputs, num_items_in_batch=count_labels(batch), return_logits=False).loss.item()
+
+    def all_steps(self) -> None:
+        for batch in self.batches:
+            self.step(batch)
+
+    def measure(self) -> float:
+        """Seconds for all batches, after a step that allocates and compiles."""
+        self.step(self.batches[0])
+        reset_peak(self.device)
+        return seconds(self.device, self.all_steps)
 
 
 def training_table(kind: str, args, device) -> list[dict]:
-    examples = examples_of(kind, args)
+    examples, ways = examples_of(kind, args), ladder(device, args.compile)
     tokens = sum(len(each["input_ids"]) for each in examples)
-    same = collate(examples[:4])
-    rates = {}
     torch.compiler.reset()  # there is a limit to how much may be compiled of one function
-    rows = [{"name": way.name, "seconds": [], "way": way} for way in ways(device, args.compile)]
-    for round_ in range(args.rounds):
-        for row in rows:
-            training = Training(kind, row["way"], args, device, examples)
-            if round_ == 0:
-                row["loss"] = training.first_loss(same)
-                row["padding"] = 1 - tokens / sum(batch["input_ids"].numel() for batch in training.batches)
-            training.step(training.batches[0])  # allocates, compiles
-            with PeakMemory(device) as memory:
-                row["seconds"].append(training.all_steps())
-            row["memory_gb"] = max(row.get("memory_gb", 0), memory.bytes / 1e9)
-            dtype = training.dtype
-            rates[dtype] = rates.get(dtype) or matrix_rate(device, dtype)
-            flops = useful_flops(training.model, examples, kind, row["way"].cached)
-            row["utilisation"] = flops / statistics.median(row["seconds"]) / rates[dtype]
-            show(f"  {kind}, round {round_ + 1}: {row['name']}: {args.rows / row['seconds'][-1]:.2f} samples/s")
-            del training
-    for row in rows:
-        row.pop("way")
-        seconds = statistics.median(row["seconds"])
-        row |= {"samples_per_s": args.rows / seconds, "tokens_per_s": tokens / seconds}
-        row |= compare(row, rows[0])
+
+    def once(row, has):
+        training = Training(kind, has, args, device, examples)
+        if not row["seconds"]:
+            row["loss"] = training.first_loss()
+            row["padding"] = 1 - tokens / sum(batch["input_ids"].numel() for batch in training.batches)
+        spent = training.measure()
+        row["memory_gb"] = max(row.get("memory_gb", 0), peak_memory(device))
+        number, speed = len(row["seconds"]) + 1, args.rows / spent
+        print(f"  {kind}, round {number}: {row['name']}: {speed:.2f} samples/s", flush=True)
+        return spent
+
+    rows = race(ways, args.rounds, once)
+    model = make_model(args.size)
+    for row, has in zip(rows, ways.values()):
+        flops = rate(useful_flops(model, examples, kind, "cached" in has), row)
+        row["utilisation"] = flops / matrix_rate(device, dtype_of(has, device))
+        row |= {"samples_per_s": rate(args.rows, row), "tokens_per_s": rate(tokens, row)}
     return rows
 
 
 def experts_table(args, device) -> list[dict]:
     """A mixture of experts against a dense decoder that computes as much for each token: SFT steps, our way."""
-    ours, examples = ways(device, compile=False)[-1], examples_of("sft", args)
+    has, examples = list(ladder(device, compile=False).values())[-1], examples_of("sft", args)
     config = VLMConfig(**SIZES[args.size][0])
-    active = config.num_experts_per_tok + config.n_shared_experts
-    rows = [
-        {"name": "dense, as wide as the active experts", "seconds": [], "config": {}},
-        {"name": "mixture of experts", "seconds": [], "config": {"use_moe": True}},
-    ]
-    rows[0]["config"]["intermediate_size"] = active * config.intermediate_size
-    for _ in range(args.rounds):
-        for row in rows:
-            training = Training("sft", ours, args, device, examples, **row["config"])
-            training.step(training.batches[0])
-            row["seconds"].append(training.all_steps())
-            del training
-    for row in rows:
-        del row["config"]
-        row["samples_per_s"] = args.rows / statistics.median(row["seconds"])
-        row |= compare(row, rows[0])
-    return rows
+    width = (config.num_experts_per_tok + config.n_shared_experts) * config.intermediate_size
+    variants = {"dense, as wide as the active experts": {"intermediate_size": width}}
+    variants["mixture of experts"] = {"use_moe": True}
+
+    def once(row, variant):
+        return Training("sft", has, args, device, examples, **variant).measure()
+
+    return [row | {"samples_per_s": rate(args.rows, row)} for row in race(variants, args.rounds, once)]
 
 
 def ranks_table(args, device) -> list[dict]:
@@ -406,12 +370,11 @@ def ranks_table(args, device) -> list[dict]:
     for processes in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes]
         command += ["-m", "scripts.benchmark", *flags, "--device", "cpu", "--as_rank"]
-        out = subprocess.run(
-            list(map(str, command)), check=True, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        seconds = json.loads(out.stdout.splitlines()[-1])
-        rows.append({"name": f"{processes} process{'es' * (processes > 1)}, a core each", "seconds": seconds})
-        rows[-1]["samples_per_s"] = processes * args.rows / statistics.median(seconds)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        out = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, env=environment).stdout
+        row = {"name": f"{processes} process{'es' * (processes > 1)}, a core each"}
+        row["seconds"] = json.loads(out.splitlines()[-1])
+        rows.append(row | {"samples_per_s": rate(processes * args.rows, row)})
         rows[-1]["ratio"] = rows[-1]["samples_per_s"] / rows[0]["samples_per_s"]
     return rows
 
@@ -419,11 +382,10 @@ def ranks_table(args, device) -> list[dict]:
 def as_rank(args, device) -> None:
     """What each process of `ranks_table` does: as many rows in each, in steps of which all ranks make a part."""
     distributed.start(device)
-    way = replace(ways(device, compile=False)[-1], bf16=False)
-    training = Training("sft", way, args, device, examples_of("sft", args))
-    training.step(training.batches[0])
-    seconds = [training.all_steps() for _ in range(args.rounds)]
-    distributed.say(json.dumps(seconds))  # the group is left by run_main, when the model that it serves is gone
+    has = list(ladder(device, compile=False).values())[-1] - {"bf16"}
+    training = Training("sft", has, args, device, examples_of("sft", args))
+    spent = [training.measure() for _ in range(args.rounds)]
+    distributed.say(json.dumps(spent))  # the group is left by run_main, when the model that it serves is gone
 
 
 # ---------------------------------------------------------------------------- pictures
@@ -432,39 +394,34 @@ def as_rank(args, device) -> None:
 def pipeline_table(args, device) -> list[dict]:
     """From 128×128 JPEGs of photo-like noise to rows, on one core. Then how long steps of our way, without cached
     features, wait for batches from --num_workers processes."""
-    random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        for number in range(64):
-            coarse = Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((128, 128))
-            fine = np.clip(np.asarray(coarse) + random.normal(0, 6, (128, 128, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(fine).save(folder / f"{number}.jpg", quality=90)
-        turns = [{"role": "user", "content": "What is this?\n<image>"}]
-        turns.append({"role": "assistant", "content": "A star. " * 8})
-        rows = max(4 * args.rows + args.batch_size, 512)
-        lines = [json.dumps({"conversations": turns, "image": f"{row % 64}.jpg"}) for row in range(rows)]
-        (folder / "rows.jsonl").write_text("\n".join(lines))
-        tokenizer = load_tokenizer("model/tiny")
-        data = VLMDataset(folder / "rows.jsonl", folder, tokenizer, ImageProcessor(), 640)
-        size = sum(path.stat().st_size for path in folder.glob("*.jpg")) / 64
-        found = []
+        data = write_pictures(folder, rows=max(4 * args.rows + args.batch_size, 512))
+        size = statistics.mean(path.stat().st_size for path in folder.glob("*.jpg"))
+        parts = {
+            f"read and decode a JPEG of {size / 1000:.1f} KB": lambda i: decode(folder / f"{i % 64}.jpg"),
+            "and make it 224×224 (bicubic)": lambda i: data.load_picture(i, f"{i % 64}.jpg"),
+            "a row: tokens and picture": lambda i: data[i],
+        }
         torch.set_num_threads(1)  # as in a worker; others would count the time in which they wait for each other
-        for name, part in [
-            (f"read and decode a JPEG of {size / 1000:.1f} KB", lambda i: decode(folder / f"{i % 64}.jpg")),
-            ("and make it 224×224 (bicubic)", lambda i: data.load_picture(i, f"{i % 64}.jpg")),
-            ("a row: tokens and picture", lambda i: data[i]),
-        ]:
-            seconds = []
-            for _ in range(args.rounds + 1):  # the first time the disk is cold
-                started = time.process_time()
-                for i in range(500):
-                    part(i % len(data))
-                seconds.append(time.process_time() - started)
-            found.append({"name": name, "pictures_per_s_and_core": 500 / statistics.median(seconds[1:])})
+        rows = [{"name": name, "pictures_per_s_and_core": core_rate(part, args.rounds)} for name, part in parts.items()]
         torch.set_num_threads(args.threads)
-        share = waiting_share(args, device, data, tokenizer)
-        found.append({"name": "share of the time that steps wait for their batches", "waiting": share})
-    return found
+        share = waiting_share(args, device, data)
+    return [*rows, {"name": "share of the time that steps wait for their batches", "waiting": share}]
+
+
+def write_pictures(folder: Path, rows: int) -> VLMDataset:
+    """64 pictures, and rows about them, over and over."""
+    random = np.random.default_rng(0)
+    for number in range(64):
+        coarse = Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((128, 128))
+        fine = np.clip(np.asarray(coarse) + random.normal(0, 6, (128, 128, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(fine).save(folder / f"{number}.jpg", quality=90)
+    turns = [{"role": "user", "content": "What is this?\n<image>"}]
+    turns.append({"role": "assistant", "content": "A star. " * 8})
+    lines = [json.dumps({"conversations": turns, "image": f"{row % 64}.jpg"}) for row in range(rows)]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return VLMDataset(folder / "rows.jsonl", folder, load_tokenizer("model/tiny"), ImageProcessor(), 640)
 
 
 def decode(path: Path) -> Image.Image:
@@ -472,66 +429,63 @@ def decode(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def waiting_share(args, device, data, tokenizer) -> float:
-    training = Training("sft", ways(device, args.compile)[-2], args, device, [])
-    sampler = StepSampler(data.lengths, args.batch_size)
-    batches = iter(make_loader(data, sampler, args, device, tokenizer))
+def core_rate(part, rounds: int, times: int = 500) -> float:
+    """How often part(row) is done in a second of a core's time."""
+    spent = []
+    for _ in range(rounds + 1):  # the first time the disk is cold
+        started = time.process_time()
+        for i in range(times):
+            part(i)
+        spent.append(time.process_time() - started)
+    return times / statistics.median(spent[1:])
+
+
+def waiting_share(args, device, data: VLMDataset) -> float:
+    training = Training("sft", list(ladder(device, args.compile).values())[-2], args, device, [])
+    batches = iter(make_loader(data, StepSampler(data.lengths, args.batch_size), args, device, data.tokenizer))
     training.step(next(batches))  # allocates, compiles
-    waited, began = 0.0, time.perf_counter()
-    for _ in range(args.rows // args.batch_size * 4):
-        started = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - started
-        training.step(batch)  # its loss is read back, so the device is done
-    return waited / (time.perf_counter() - began)
+    started = time.perf_counter()
+    busy = sum(seconds(device, training.step, next(batches)) for _ in range(args.rows // args.batch_size * 4))
+    return 1 - busy / (time.perf_counter() - started)
 
 
-# ---------------------------------------------------------------------------- answers
+# ---------------------------------------------------------------------------- answers, and starting
 
 
 def generation_table(args, device) -> list[dict]:
     """Tokens per second of answers to a picture and a question: greedy, the picture encoded before."""
-    random = np.random.default_rng(0)
-    new = args.new_tokens
-    rows = []
-    for batch in (1, 16):
-        for name, plain, eight in [
-            ("the original way: attention in the open, keys copied for every head", True, False),
-            ("fused attention, keys shared", False, False),
-            *([("int8 weights", False, True)] if device.type == "cpu" else []),
-        ]:
-            rows.append({"name": name, "batch": batch, "plain": plain, "int8": eight, "seconds": [], "first": []})
-    for _ in range(args.rounds):
-        for row in rows:
-            model = make_model(args.size, flash_attn=not row["plain"]).to(device).eval()
-            vocab, batch = model.config.vocab_size, row["batch"]
-            if row["int8"]:
-                to_int8(model)
-            ids = example("pretrain", 0, random, vocab, 640)["input_ids"][:226].to(device)
-            ids = ids.expand(batch, -1)
-            features = torch.zeros(batch, 196, model.config.ve_hidden_size, device=device)
-            greedy = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-            mask = torch.ones_like(ids)
-            for tokens, key in ((1, "first"), (1, "first"), (new, "seconds")):  # the first time warms up
-                synchronize(device)
-                started = time.perf_counter()
-                with torch.no_grad(), autocast(device, torch.bfloat16 if device.type == "cuda" else torch.float32):
-                    model.generate(
-                        input_ids=ids, attention_mask=mask, image_features=features, max_new_tokens=tokens, **greedy
-                    )
-                synchronize(device)
-                row[key].append(time.perf_counter() - started)
+    variants = {
+        "the original way: attention in the open, keys copied for every head": "original",
+        "fused attention, keys shared": "fused",
+    }
+    if device.type == "cpu":
+        variants["int8 weights"] = "int8"
+    rows = [row for batch in (1, 16) for row in race(variants, args.rounds, partial(answer, args, device, batch))]
     for row in rows:
-        original = next(each for each in rows if each["batch"] == row["batch"])
         row["first_token_s"] = statistics.median(row.pop("first"))
-        row["tokens_per_s"] = row["batch"] * new / statistics.median(row["seconds"])
-        row |= compare(row, original)
+        row["tokens_per_s"] = rate(row["batch"] * args.new_tokens, row)
         row["against_one_stream"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
-        del row["plain"], row["int8"]
     return rows
 
 
-# ---------------------------------------------------------------------------- starting
+@torch.no_grad()
+def answer(args, device, batch: int, row: dict, variant: str) -> float:
+    """Seconds for --new_tokens in each of `batch` answers; those for one token are noted in the row."""
+    model = make_model(args.size, flash_attn=variant != "original").to(device).eval()
+    if variant == "int8":
+        to_int8(model)
+    ids = torch.tensor([34] * 196 + list(range(100, 130)), device=device).expand(batch, -1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs["image_features"] = torch.zeros(batch, 196, model.config.ve_hidden_size, device=device)
+
+    def generate(tokens):
+        model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=None)
+
+    with autocast(device, torch.bfloat16 if device.type == "cuda" else torch.float32):
+        generate(1)  # warms up
+        row.setdefault("first", []).append(seconds(device, generate, 1))
+        row["batch"] = batch
+        return seconds(device, generate, args.new_tokens)
 
 
 def startup_table(args, device) -> list[dict]:
@@ -545,112 +499,66 @@ def startup_table(args, device) -> list[dict]:
         ask += ["--image", picture, "--prompt", "What is this?", "--greedy", "--max_new_tokens", 10, "--device", device]
         rows = []
         for name, command in (("python eval_vlm.py --help", ["eval_vlm.py", "--help"]), ("its first answer", ask)):
-            seconds = []
-            for _ in range(args.rounds):
-                started = time.perf_counter()
-                subprocess.run([sys.executable, *map(str, command)], check=True, stdout=subprocess.DEVNULL)
-                seconds.append(time.perf_counter() - started)
-            rows.append({"name": name, "seconds": seconds, "median_s": statistics.median(seconds)})
+            command = [sys.executable, *map(str, command)]
+            run = partial(subprocess.run, command, check=True, stdout=subprocess.DEVNULL)
+            spent = [seconds(device, run) for _ in range(args.rounds)]
+            rows.append({"name": name, "seconds": spent, "median_s": statistics.median(spent)})
     return rows
-
-
-TABLES = {
-    "pretrain": partial(training_table, "pretrain"),
-    "sft": partial(training_table, "sft"),
-    "experts": experts_table,
-    "ranks": ranks_table,
-    "pipeline": pipeline_table,
-    "generation": generation_table,
-    "startup": startup_table,
-}
 
 
 # ---------------------------------------------------------------------------- the report
 
+HEAD = """# Benchmark: {device_name}
 
-def show(line: str) -> None:
-    print(line, flush=True)
+`{command}`, commit {commit}, {date}. {threads} threads, PyTorch {torch}, Transformers {transformers}, Python \
+{python}. Decoder and encoder: {size}, random weights. Each figure is the median of {rounds} rounds, each ratio that \
+of times of the same round, with the lowest and highest in brackets."""
+STEPS = """{rows} rows in batches of {batch_size}, the original way at {max_seq_len} tokens. Useful FLOP are those of \
+real tokens, without any waste; peak is the measured rate of large matrix products in the same precision."""
+RATE = {"": "{name}", "samples/s": "{samples_per_s:.2f}"}
+SPAN = {"ratio": "{ratio:.2f}× ({ratio_range[0]:.2f} to {ratio_range[1]:.2f})"}
+STEP = {
+    **RATE,
+    "real tokens/s": "{tokens_per_s:,.0f}",
+    "padding": "{padding:.0%}",
+    "useful FLOP/s of peak": "{utilisation:.0%}",
+    "GB": "{memory_gb:.1f}",
+    **SPAN,
+    "first loss": "{loss:.6f}",
+}
+ANSWER = {"answers at once": "{batch}", "": "{name}", "first token": "{first_token_s:.2f} s"}
+ANSWER |= {"tokens/s": "{tokens_per_s:.0f}", **SPAN, "against one, the original way": "{against_one_stream:.1f}×"}
+TABLES = {  # kind: what measures it, title, columns and what stands in them
+    "pretrain": (partial(training_table, "pretrain"), "Stage 1: a step of pretrain", STEP),
+    "sft": (partial(training_table, "sft"), "Stage 2: a step of sft", STEP),
+    "experts": (experts_table, "Experts", RATE | SPAN),
+    "ranks": (ranks_table, "Ranks", RATE | {"ratio": "{ratio:.2f}×"}),
+    "pipeline": (pipeline_table, "Pictures", {"": "{name}", "pictures/s and core": "{pictures_per_s_and_core:,.0f}"}),
+    "generation": (generation_table, "Answers", ANSWER),
+    "startup": (startup_table, "Starting", {"": "{name}", "time": "{median_s:.2f} s"}),
+}
 
 
-def markdown(head: list[str], rows: list[list]) -> str:
-    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows))
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds / 60:.1f} min"
-
-
-def span(row: dict) -> str:
-    low, high = row["ratio_range"]
-    return f"{row['ratio']:.2f}× ({low:.2f} to {high:.2f})"
+def section(kind: str, rows: list[dict], about: dict) -> list[str]:
+    measure, title, columns = TABLES[kind]
+    lines = [[cell.format_map(row) for cell in columns.values()] for row in rows if "waiting" not in row]
+    lines += [[row["name"], f"{row['waiting']:.1%}"] for row in rows if "waiting" in row]
+    table = markdown(list(columns), lines)
+    if kind not in PUBLIC_ROWS:
+        return [f"## {title}", getdoc(measure), table]
+    epoch, cached = (duration(PUBLIC_ROWS[kind] / row["samples_per_s"]) for row in rows[-2:])
+    limit, cached_limit = (row["ratio"] / row["utilisation"] for row in rows[-2:])
+    below = (
+        f"One epoch of {PUBLIC_ROWS[kind]:,} rows at these rates: {epoch}, with cached features {cached}. The most "
+        "that the last two rows could reach, with nothing but useful FLOP at the peak rate: "
+        f"{limit:.1f}× and {cached_limit:.1f}×."
+    )
+    return [f"## {title}", STEPS.format_map(about), table, below]
 
 
 def report(found: dict) -> str:
-    about = found["about"]
-    parts = [
-        f"# Benchmark: {about['device_name']}",
-        f"`{about['command']}`, commit {about['commit']}, {about['date']}. {about['threads']} threads, PyTorch "
-        f"{about['torch']}, Transformers {about['transformers']}, Python {about['python']}. Decoder and encoder: "
-        f"{about['size']}, random weights. Each figure is the median of {about['rounds']} rounds, each ratio that of "
-        "times of the same round, with the lowest and highest in brackets.",
-    ]
-    for kind in ("pretrain", "sft"):
-        if kind in found:
-            rows = [
-                [
-                    row["name"],
-                    f"{row['samples_per_s']:.2f}",
-                    f"{row['tokens_per_s']:,.0f}",
-                    f"{row['padding']:.0%}",
-                    f"{row['utilisation']:.0%}",
-                    f"{row['memory_gb']:.1f}",
-                    span(row),
-                    f"{row['loss']:.6f}",
-                ]
-                for row in found[kind]
-            ]
-            head = ["", "samples/s", "real tokens/s", "padding", "useful FLOP/s of peak", "GB", "ratio", "first loss"]
-            with_clip, cached = (duration(PUBLIC_ROWS[kind] / row["samples_per_s"]) for row in found[kind][-2:])
-            limits = [row["ratio"] / row["utilisation"] for row in found[kind][-2:]]
-            parts += [
-                f"## {'Stage 1' if kind == 'pretrain' else 'Stage 2'}: a step of {kind}",
-                f"{about['rows']} rows in batches of {about['batch_size']}, the original way at {about['max_seq_len']} "
-                "tokens. Useful FLOP are those of real tokens, without any waste; peak is the measured rate of large "
-                "matrix products in the same precision.",
-                markdown(head, rows),
-                f"One epoch of {PUBLIC_ROWS[kind]:,} rows at these rates: {with_clip}, with cached features "
-                f"{cached}. The most that the last two rows could reach, with nothing but useful FLOP at the peak "
-                f"rate: {limits[0]:.1f}× and {limits[1]:.1f}×.",
-            ]
-    if "experts" in found:
-        rows = [[row["name"], f"{row['samples_per_s']:.2f}", span(row)] for row in found["experts"]]
-        parts += ["## Experts", getdoc(experts_table), markdown(["", "samples/s", "ratio"], rows)]
-    if "ranks" in found:
-        rows = [[row["name"], f"{row['samples_per_s']:.2f}", f"{row['ratio']:.2f}×"] for row in found["ranks"]]
-        parts += ["## Ranks", getdoc(ranks_table), markdown(["", "samples/s", "ratio"], rows)]
-    if "pipeline" in found:
-        *rates, waiting = found["pipeline"]
-        rows = [[row["name"], f"{row['pictures_per_s_and_core']:,.0f}"] for row in rates]
-        rows.append([waiting["name"], f"{waiting['waiting']:.1%}"])
-        parts += ["## Pictures", getdoc(pipeline_table), markdown(["", "pictures/s and core"], rows)]
-    if "generation" in found:
-        rows = [
-            [
-                row["batch"],
-                row["name"],
-                f"{row['first_token_s']:.2f} s",
-                f"{row['tokens_per_s']:.0f}",
-                span(row),
-                f"{row['against_one_stream']:.1f}×",
-            ]
-            for row in found["generation"]
-        ]
-        head = ["answers at once", "", "first token", "tokens/s", "ratio", "against one, the original way"]
-        parts += ["## Answers", getdoc(generation_table), markdown(head, rows)]
-    if "startup" in found:
-        rows = [[row["name"], f"{row['median_s']:.2f} s"] for row in found["startup"]]
-        parts += ["## Starting", getdoc(startup_table), markdown(["", "time"], rows)]
-    return "\n\n".join(parts) + "\n"
+    parts = [part for kind in TABLES if kind in found for part in section(kind, found[kind], found["about"])]
+    return "\n\n".join([HEAD.format_map(found["about"]), *parts]) + "\n"
 
 
 def about(args, device) -> dict:
@@ -675,7 +583,7 @@ def parse_args(argv):
     add("--device", default="auto", metavar="NAME", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
     add("--size", default="26m", choices=list(SIZES), help="of the model; tiny: to see whether all of it runs")
     add("--rounds", type=positive(int), default=3, help="how often everything is measured")
-    add("--out_dir", type=Path, default=Path("results"), help="folder of the tables")
+    add("--out_dir", type=Path, default=Path("docs/results"), help="folder of the tables")
     add = parser.group("how much of it").add_argument
     add("--rows", type=positive(int), help="of a pass; default: 16, on a GPU 2048")
     add("--batch_size", type=positive(int), help="rows of a step; default: 8, on a GPU 32")
@@ -701,12 +609,12 @@ def main(argv=None):
         return as_rank(args, device)
     found = {"about": about(args, device)}
     for kind in args.kinds:
-        show(f"{kind} ...")
-        found[kind] = TABLES[kind](args, device)
+        print(f"{kind} ...", flush=True)
+        found[kind] = TABLES[kind][0](args, device)
         write_json(args.out_dir / f"benchmark_{device.type}.json", found)
         text = report(found)
         write_text(args.out_dir / f"benchmark_{device.type}.md", text)
-    show(f"\n{text}")
+    print(f"\n{text}", flush=True)
     return found
 
 

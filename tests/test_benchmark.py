@@ -35,8 +35,7 @@ def test_a_few_rows_have_the_length_and_padding_of_many(kind):
     random = np.random.default_rng(0)
     many = [len(benchmark.example(kind, row, random, 6400, 640)["input_ids"]) for row in range(32 * 8)]
     assert len(examples) == 16 and np.mean(lengths) == pytest.approx(np.mean(many), rel=0.02)
-    short = benchmark.ways(torch.device("cpu"), compile=False)[1]
-    batches = benchmark.batches_of(examples, short, args.batch_size, args.max_seq_len)
+    batches = benchmark.batches_of(examples, args.batch_size)
     assert sum(lengths) / sum(batch["input_ids"].numel() for batch in batches) > 0.95
 
 
@@ -44,5 +43,5 @@ def test_only_what_compiles_asks_for_a_compiler(monkeypatch):
     monkeypatch.setattr("common.devices.shutil.which", lambda name: None)
     cpu = torch.device("cpu")
     with pytest.raises(ValueError, match="--compile: on a CPU it needs a C"):
-        benchmark.ways(cpu, compile=True)
-    assert not any(way.compiled for way in benchmark.ways(cpu, compile=False))
+        benchmark.ladder(cpu, compile=True)
+    assert not any("compiled" in has for has in benchmark.ladder(cpu, compile=False).values())
