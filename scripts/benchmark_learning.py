@@ -30,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common.cli import Parser, positive, run_main
+from common.display import markdown
 from common.files import write_json, write_text
 
 
@@ -72,44 +73,78 @@ def rows_file(args, share: float) -> Path:
     return args.out_dir / f"train_{round(args.rows * share)}.jsonl"
 
 
+def command_of(job: dict, args, out: Path) -> list[str]:
+    flags = dict(recipes(job["rate"], args.batch_size)[job["recipe"]])
+    flags |= {"data_path": rows_file(args, job["share"]), "images_path": args.data_path / "images", "seed": job["seed"]}
+    flags |= {"out_dir": out, "num_workers": 0, "device": "cpu"}
+    given = [str(part) for key, value in flags.items() for part in (f"--{key}", value)]
+    val_files = map(str, sorted(args.data_path.glob("val*.jsonl")))
+    return ["train_sft_vlm.py", *args.flags, *given, "--val_path", *val_files]
+
+
+def last_loss(command: list[str], out: Path) -> float:
+    """Runs it on one thread, with its output in out/log. Returns the last validation loss, and leaves no weights."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "log").open("w") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        code = subprocess.run([sys.executable, *command], stdout=log, stderr=log, env=environment).returncode
+    if code:
+        raise ValueError(f"a run ended with status {code}, see {out / 'log'}")
+    metrics = next(out.glob("*.metrics.jsonl")).read_text().splitlines()
+    for file in out.glob("*.p*"):  # weights and checkpoints: megabytes that nobody asked for
+        file.unlink()
+    return [record["val_loss"] for record in map(json.loads, metrics) if "val_loss" in record][-1]
+
+
 def train(job: dict, args) -> dict:
-    """A run of train_sft_vlm.py in a process of its own, on one thread → the job with its last validation loss."""
+    """A run of train_sft_vlm.py in a process of its own, if not done before → the job with its last validation loss."""
     name = "_".join(f"{key}{job[key]}" for key in ("recipe", "rate", "share", "seed"))
     out = args.out_dir / "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in name)
-    done = out / "result.json"
-    flags = recipes(job["rate"], args.batch_size)[job["recipe"]] | {
-        "data_path": rows_file(args, job["share"]),
-        "images_path": args.data_path / "images",
-        "seed": job["seed"],
-        "out_dir": out,
-        "num_workers": 0,
-        "device": "cpu",
-    }
-    command = ["train_sft_vlm.py", *args.flags]
-    command += [str(part) for key, value in flags.items() for part in (f"--{key}", value)]
-    command += ["--val_path", *map(str, sorted(args.data_path.glob("val*.jsonl")))]
+    done, command = out / "result.json", command_of(job, args, out)
     if not done.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        with (out / "log").open("w") as log:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            code = subprocess.run([sys.executable, *command], stdout=log, stderr=log, env=environment).returncode
-        if code:
-            raise ValueError(f"a run ended with status {code}, see {out / 'log'}")
-        metrics = next(out.glob("*.metrics.jsonl")).read_text().splitlines()
-        losses = [record["val_loss"] for record in map(json.loads, metrics) if "val_loss" in record]
-        write_json(done, {"command": command, "val_loss": losses[-1]})
-        for file in out.glob("*.p*"):  # weights and checkpoints: megabytes that nobody asked for
-            file.unlink()
+        write_json(done, {"command": command, "val_loss": last_loss(command, out)})
     result = json.loads(done.read_text())
     if result["command"] != command:
         was = shlex.join(result["command"])
         raise ValueError(f"{done} is of another run, {was}. Choose another --out_dir, or remove it")
-    job |= {"val_loss": result["val_loss"]}
-    print(
-        f"{job['val_loss']:.4f}  {job['share']:.0%} of the rows, seed {job['seed']}, {job['recipe']} at {job['rate']}"
-    )
-    sys.stdout.flush()
-    return job
+    loss, share = result["val_loss"], f"{job['share']:.0%}"
+    print(f"{loss:.4f}  {share} of the rows, seed {job['seed']}, {job['recipe']} at {job['rate']}", flush=True)
+    return job | {"val_loss": loss}
+
+
+def compare(args, run) -> tuple[list[dict], list[dict], dict]:
+    """run: jobs → jobs with losses. Returns those of the original at all rates, of the original at the best of them,
+    and {(recipe, share): those of all seeds}."""
+
+    def job(name, rate, share=1.0, seed=args.seeds[0]):
+        return {"recipe": name, "rate": rate, "share": share, "seed": seed}
+
+    original, *_ = names = list(recipes(1, args.batch_size))
+    tuned = run([job(original, rate) for rate in args.rates])
+    rate = min(tuned, key=lambda job: job["val_loss"])["rate"]
+    base = run([job(original, rate, seed=seed) for seed in args.seeds])
+    groups = {}
+    for share in sorted(args.shares, reverse=True):  # the original, too: what are so many rows worth?
+        for found in run([job(name, rate, share, seed) for name in names for seed in args.seeds]):
+            groups.setdefault((found["recipe"], share), []).append(found)
+        names = [name for name in names if statistics.mean(gaps(groups[name, share], base)) <= 0]
+    return tuned, base, groups
+
+
+def gaps(jobs: list[dict], base: list[dict]) -> list[float]:
+    """How far each is above the original of the same seed."""
+    return [job["val_loss"] - original["val_loss"] for job, original in zip(jobs, base)]
+
+
+def cells(jobs: list[dict], base: list[dict]) -> list[str]:
+    """A row of the table."""
+    losses, above = [job["val_loss"] for job in jobs], gaps(jobs, base)
+    row = [jobs[0]["recipe"], f"{jobs[0]['share']:.0%}", f"{statistics.mean(losses):.4f}"]
+    row.append(f"{min(losses):.4f} to {max(losses):.4f}")
+    if jobs is base:
+        return [*row, "", ""]
+    gap = f"{statistics.mean(above):+.4f} ({min(above):+.4f} to {max(above):+.4f})"
+    return [*row, gap, f"{sum(gap <= 0 for gap in above)} of {len(above)}"]
 
 
 def parse_args(argv):
@@ -133,62 +168,25 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    names = list(recipes(1, args.batch_size))
-    original = names[0]
     args.out_dir.mkdir(parents=True, exist_ok=True)
     for share in sorted({1.0, *args.shares}, reverse=True):  # before the runs, which write beside each other
         subset(args.data_path, round(args.rows * share), rows_file(args, share))
     with ThreadPoolExecutor(args.jobs) as pool:
-
-        def run(jobs):
-            return list(pool.map(lambda job: train(job, args), jobs))
-
-        tuned = run({"recipe": original, "rate": rate, "share": 1.0, "seed": args.seeds[0]} for rate in args.rates)
-        rate = min(tuned, key=lambda job: job["val_loss"])["rate"]
-        base = run({"recipe": original, "rate": rate, "share": 1.0, "seed": seed} for seed in args.seeds)
-        wanted = {job["seed"]: job["val_loss"] for job in base}
-        found, left = [], names  # the original, too: what are so many rows worth?
-        for share in sorted(args.shares, reverse=True):
-            tried = run(
-                {"recipe": name, "rate": rate, "share": share, "seed": seed} for name in left for seed in args.seeds
-            )
-            found += tried
-            left = [name for name in left if statistics.mean(gaps(of(tried, name, share), wanted)) <= 0]
-    rows = [[original, "100%", *losses(base), "", ""]]
-    for name in names:
-        for share in sorted(args.shares, reverse=True):
-            jobs = of(found, name, share)
-            if not jobs:
-                continue
-            above = gaps(jobs, wanted)
-            reached = f"{sum(gap <= 0 for gap in above)} of {len(above)}"
-            gap = f"{statistics.mean(above):+.4f} ({min(above):+.4f} to {max(above):+.4f})"
-            rows.append([name, f"{share:.0%}", *losses(jobs), gap, reached])
+        tuned, base, groups = compare(args, lambda jobs: list(pool.map(lambda job: train(job, args), jobs)))
+    names = list(recipes(1, args.batch_size))
+    order = sorted(groups, key=lambda group: names.index(group[0]))  # of a recipe the largest share stays first
+    rows = [cells(jobs, base) for jobs in (base, *(groups[group] for group in order))]
     head = ["recipe", "rows", "validation loss", "lowest to highest", "above the original's", "seeds that reach it"]
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
     tried = ", ".join(f"{job['rate']:g}: {job['val_loss']:.4f}" for job in tuned)
     text = (
         f"{args.rows} rows of {args.data_path.name}, batches of {args.batch_size}, seeds {args.seeds}. Rates tried for "
-        f"the original: {tried}.\n\n{table}\n"
+        f"the original: {tried}.\n\n{markdown(head, rows)}\n"
     )
     write_text(args.results.with_suffix(".md"), text)
+    found = [job for jobs in groups.values() for job in jobs]
     write_json(args.results.with_suffix(".json"), [*tuned, *base[1:], *found])
     print(f"\n{text}")
     return rows
-
-
-def of(jobs, name: str, share: float) -> list[dict]:
-    return [job for job in jobs if job["recipe"] == name and job["share"] == share]
-
-
-def gaps(jobs, wanted: dict[int, float]) -> list[float]:
-    """How far each is above the original of the same seed."""
-    return [job["val_loss"] - wanted[job["seed"]] for job in jobs]
-
-
-def losses(jobs) -> tuple[str, str]:
-    found = [job["val_loss"] for job in jobs]
-    return f"{statistics.mean(found):.4f}", f"{min(found):.4f} to {max(found):.4f}"
 
 
 if __name__ == "__main__":
