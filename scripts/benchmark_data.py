@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -31,9 +32,11 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from common.cli import Parser
+from common.files import write_safely
 from common.machine import usable_cores
 from dataset.batches import StepSampler
 from dataset.lm_dataset import VLMDataset
@@ -43,59 +46,53 @@ from model.processing import ImageProcessor, load_tokenizer
 from trainer.loader import make_loader
 
 ROW_GROUP = 10_000  # rows
+START = (
+    "{seconds:.0f} s to the first batch of {rows:,} rows ({text_rows:,} of text only); then {rows_per_s:,.0f} rows/s; "
+    "main process {main_gb:.2f} GB; all together {own_gb:.2f} GB of their own and {files_gb:.2f} GB of mapped files"
+)
+SCHEMA = pa.schema({"conversations": pa.string(), "image_bytes": pa.binary()})
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
 
 
 def write_rows(path: Path, rows: int) -> None:
     """Captions in English and Chinese of 64 scenes, over and over, in the public schema; a tenth is text only."""
     scenes = list(scenes_of("train", 64, seed=0))
-    pictures = []
-    for scene in scenes:
-        file = io.BytesIO()
-        draw(scene, 64).save(file, "JPEG", quality=75)
-        pictures.append(file.getvalue())
-    file = io.BytesIO()
-    draw(scenes[0], 64).resize((8, 8)).point(lambda _: 0).save(file, "PNG")
-    black = file.getvalue()
+    pictures = [encoded(draw(scene, 64), "JPEG", quality=75) for scene in scenes]
+    black = encoded(Image.new("RGB", (8, 8)), "PNG")
 
-    schema = pa.schema({"conversations": pa.string(), "image_bytes": pa.binary()})
-    beside = path.with_suffix(".tmp")
-    with pyarrow.parquet.ParquetWriter(beside, schema) as writer:
-        for start in tqdm(range(0, rows, ROW_GROUP), desc=f"writing {path}", unit="group"):
-            texts, images = [], []
-            for i in range(start, min(start + ROW_GROUP, rows)):
-                seen = i % 10 > 0
-                question = f"What is in picture {i}?" + "\n<image>" * seen
-                answer = caption(scenes[i % 64], ("en", "zh")[i % 2])
-                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-                texts.append(json.dumps(turns, ensure_ascii=False))
-                images.append(pictures[i % 64] if seen else black)
-            writer.write_table(pa.table([texts, images], schema=schema))
-    beside.replace(path)
+    def row(i):
+        seen = i % 10 > 0
+        question = f"What is in picture {i}?" + "\n<image>" * seen
+        answer = caption(scenes[i % 64], ("en", "zh")[i % 2])
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        picture = pictures[i % 64] if seen else black
+        return {"conversations": json.dumps(turns, ensure_ascii=False), "image_bytes": picture}
+
+    def write(file):
+        with pyarrow.parquet.ParquetWriter(file, SCHEMA) as writer:
+            for start in tqdm(range(0, rows, ROW_GROUP), desc=f"writing {path}", unit="group"):
+                group = [row(i) for i in range(start, min(start + ROW_GROUP, rows))]
+                writer.write_table(pa.Table.from_pylist(group, SCHEMA))
+
+    write_safely(path, write)
 
 
-class Memory(threading.Thread):
-    """Watches this process and its workers. Of pages that several share, each counts its part (PSS)."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.peak = {"own": 0.0, "files": 0.0}  # GB: memory of their own, and pages of files mapped into memory
-        self.start()
-
-    def run(self):
-        while True:
-            own = files = 0
-            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-                try:
-                    maps = process.memory_maps(grouped=True)
-                except psutil.Error:  # gone meanwhile
-                    continue
-                own += sum(area.pss for area in maps if not area.path.endswith(".arrow"))
-                files += sum(area.pss for area in maps if area.path.endswith(".arrow"))
-            self.peak = {
-                "own": max(self.peak["own"], own / 1e9),
-                "files": max(self.peak["files"], files / 1e9),
-            }
-            time.sleep(1)
+def watch(peak: dict[str, float]) -> None:
+    """Keeps in `peak` the most GB that this process and its workers take: memory of their own, and pages of files
+    mapped into memory. Of pages that several share, each counts its part (PSS)."""
+    while True:
+        now = dict.fromkeys(peak, 0.0)
+        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+            with suppress(psutil.Error):  # gone meanwhile
+                for area in process.memory_maps(grouped=True):
+                    now["files_gb" if area.path.endswith(".arrow") else "own_gb"] += area.pss / 1e9
+        peak.update({key: max(peak[key], now[key]) for key in peak})
+        time.sleep(1)
 
 
 def start(args) -> dict:
@@ -109,12 +106,12 @@ def start(args) -> dict:
     batches = chain.from_iterable(repeat(loader))  # over and over
     next(batches)
     found = {"rows": len(data), "text_rows": data.mended["placeholder"], "seconds": time.perf_counter() - started}
-    idle = psutil.Process().memory_info().rss / 1e9
-    memory, rows, started = Memory(), 0, time.perf_counter()
+    idle, peak = psutil.Process().memory_info().rss / 1e9, {"own_gb": 0.0, "files_gb": 0.0}
+    threading.Thread(target=watch, args=(peak,), daemon=True).start()
+    rows, started = 0, time.perf_counter()
     while time.perf_counter() < started + args.seconds:
         rows += len(next(batches)["rows"])
-    found |= {"rows_per_s": rows / args.seconds, "main_gb": idle}
-    return found | {f"{key}_gb": value for key, value in memory.peak.items()}
+    return found | peak | {"rows_per_s": rows / args.seconds, "main_gb": idle}
 
 
 def main(argv=None):
@@ -142,13 +139,7 @@ def main(argv=None):
         command = [sys.executable, "-m", "scripts.benchmark_data", *flags, "--file", str(file)]
         out = subprocess.run(command, env=cache, check=True, stdout=subprocess.PIPE).stdout
         found = json.loads(out.splitlines()[-1])
-        print(
-            f"{which} start: {found['seconds']:.0f} s to the first batch of {found['rows']:,} rows "
-            f"({found['text_rows']:,} of text only); then {found['rows_per_s']:,.0f} rows/s; main process "
-            f"{found['main_gb']:.2f} GB; all together {found['own_gb']:.2f} GB of their own and "
-            f"{found['files_gb']:.2f} GB of mapped files",
-            flush=True,
-        )
+        print(f"{which} start: {START.format_map(found)}", flush=True)
 
 
 if __name__ == "__main__":
