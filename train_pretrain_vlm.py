@@ -52,8 +52,8 @@ def main(argv=None):
 
     # ---- model: the decoder from its weights, CLIP frozen, the projector new
     weights = find_weights(args.from_weight, args.out_dir, args.hidden_size, args.use_moe)
-    model, tokenizer, loaded = build_model(args, weights, args.dropout)
-    distributed.say(loaded)
+    model, tokenizer, origin = build_model(args, weights, training=True)
+    distributed.say(origin.note)
     choose_trainable(model, args.trainable)
     follow_width(args, model, STAGE)  # optimizer, rates and batch, unless given
     model.to(device)
@@ -64,10 +64,10 @@ def main(argv=None):
     val_data = None
     if args.val_path:
         val_data = load_data(args, model, tokenizer, args.val_path, val_images(args))
-    cache_features(args, model, device, data, val_data)  # with --cache_features
+    cache_features(args, model, origin.encoder_sha256, device, data, val_data)  # with --cache_features
 
     # ---- train, from where the last run stopped if --from_resume
-    with training(args, STAGE, weights, model, tokenizer, optimizer, data, val_data, device) as run:
+    with training(args, STAGE, origin, model, tokenizer, optimizer, data, val_data, device) as run:
         for epoch in run.epochs_left():
             train_epoch(run, epoch)  # validates and saves on the way
     return run

@@ -80,8 +80,8 @@ def load(args):
     """Model on its device in eval mode, tokenizer, path of the weights."""
     path = choose_model(args)
     with unpacked(path) as source:
-        model, tokenizer, line = build_model(args, source)
-    print(line.replace(str(source), str(path)))
+        model, tokenizer, origin = build_model(args, source)
+    print(origin.note.replace(str(source), str(path)))
     return model.eval(), tokenizer, path
 
 

@@ -1,6 +1,11 @@
-"""How every script comes to its model: from weights and flags, or from nothing."""
+"""How every script comes to its model, in three steps that change nothing but what they return.
+
+Read the weights and what they know of themselves, plan the model that flags and weights make together, build it.
+"""
 
 import re
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,8 +31,13 @@ from model.weights import (
 PUBLIC_TOKENIZER = "d98595c6aef70d95f72748582fb9b4f53d76dd58c1ae1dd702ad7c84e1caf5e4"
 LATER_TOKENIZER = "71f32c68cf63a15355a8fc171b7594b3d41870fe0ddb54fc6aefa55f73a4a668"
 
-
 ROOT = Path(__file__).parent.parent  # of the repository
+PARTS = {  # what a model needs beside its weights: the usual folder, and the file that tells such a folder
+    "tokenizer": ("./model", "tokenizer.json"),
+    "vision_model": (DEFAULT_VISION_MODEL, "config.json"),
+}
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+FOLLOWS = ("image_special_token", "image_ids", "ve_hidden_size", "dropout")  # from the encoder and the flags
 CAUSES = (  # what a misfit is likely to come from
     (r"embed_tokens\.weight is", "another hidden_size or vocabulary"),
     (r"mlp\.(gate\.|experts|shared_experts)", "one is a mixture of experts, the other dense"),
@@ -35,6 +45,223 @@ CAUSES = (  # what a misfit is likely to come from
     (r"(missing|unknown), first: model\.layers\.[1-9]", "another number of layers, or an incomplete file"),
     (r"", "an incomplete file, or weights of something else"),
 )
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Weights on the disk and what is known of them; without arguments: nothing, as a new model starts from."""
+
+    path: Path | None = None
+    name: str = ""  # the path, and whether the naming was an older one
+    state: dict[str, torch.Tensor] = field(default_factory=dict)  # under the names of now
+    config: dict = field(default_factory=dict)  # what shapes and JSON say
+    sidecar: dict = field(default_factory=dict)  # the JSON, as `read_sidecar` returns it
+    ignored: list[str] = field(default_factory=list)  # names in the file that are no weights of ours
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What flags and weights make together."""
+
+    config: MiniMindConfig | VLMConfig
+    tokenizer: object
+    tokenizer_path: str
+    vision_model_path: str | None  # None: a language model alone
+    warning: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model was made of, for whoever writes it down."""
+
+    tokenizer_path: str
+    vision_model_path: str | None
+    encoder: torch.nn.Module | None
+    prompts: dict = field(default_factory=dict)  # {language: questions that the weights know}
+    note: str = ""  # a line for the user
+
+    @cached_property
+    def encoder_sha256(self) -> str | None:
+        """Takes a second, so it is computed once, when first needed; that must be before the encoder is cast."""
+        return None if self.encoder is None else fingerprint(self.encoder)
+
+
+def build_model(args, weights: Path | None, *, sees: bool = True, training: bool = False):
+    """The model and its tokenizer from the shared flags: from weights, or from nothing.
+
+    sees: with an encoder, rather than a language model alone. training: with --dropout, and --use_moe makes experts of
+    dense weights. Returns (model in fp32 on the CPU, tokenizer, its Origin). Raises ValueError when flags, weights,
+    tokenizer and encoder do not belong together.
+    """
+    saved = read_pretrained(weights, args.num_attention_heads)
+    plan = plan_model(args, saved, sees, training)
+    model, origin = build(plan, saved)
+    return model, plan.tokenizer, origin
+
+
+# ---------------------------------------------------------------------------- 1. what is on the disk
+
+
+def read_pretrained(path: Path | None, heads: int | None = None) -> Pretrained:
+    """heads: --num_attention_heads, which no shape tells, for weights without JSON."""
+    if path is None:
+        return Pretrained()
+    state, older, ignored = known_names(read_weights(path))
+    check_values(state, path)
+    sidecar = read_sidecar(path)
+    config = config_of(state, path, ({"num_attention_heads": heads} if heads else {}) | sidecar["config"])
+    name = str(path)
+    if older:
+        state = half_split(state, config["num_attention_heads"])
+        name += " (older naming: renamed, rotary rows reordered)"
+    return Pretrained(path, name, state, config, sidecar, ignored)
+
+
+def find_part(part: str, flag: str | None, weights: Path | None, sidecar: dict) -> str:
+    """The folder of "tokenizer" or "vision_model": that of the flag, that in a Transformers folder, the one that the
+    JSON of the weights names, or the usual one. Whether it still holds the same is checked later.
+
+    What the JSON names is looked for as it is named, in the repository, and beside the weights. FileNotFoundError says
+    where was looked, unless the usual place has one: that is tried.
+    """
+    usual, file = PARTS[part]
+    if flag or weights is None:
+        return flag or usual
+    folders, named = inside(weights, part), sidecar[part].get("path")
+    if named and not folders:
+        places = dict.fromkeys(base / named for base in (Path(), ROOT, weights.parent))
+        places |= dict.fromkeys([weights.parent / Path(named).name])
+        folders = [place for place in places if (place / file).is_file()]
+        if not folders and not Path(usual, file).is_file():
+            raise FileNotFoundError(
+                f"{sidecar_path(weights)} names the {part} {named}, and there is none\n"
+                f"(looked in {', '.join(map(str, places))}). Pass it with --{part}_path"
+            )
+    return str(folders[0]) if folders else usual
+
+
+def inside(weights: Path, part: str) -> list[Path]:
+    """Where a Transformers folder has its tokenizer or encoder; a file has none in it."""
+    if part == "tokenizer":
+        return [weights] if (weights / "tokenizer.json").is_file() else []
+    return [path.parent for path in weights.glob("*/config.json") if "clip" in str(read_json(path).get("model_type"))]
+
+
+# ---------------------------------------------------------------------------- 2. what flags and weights make together
+
+
+def plan_model(args, saved: Pretrained, sees: bool, training: bool) -> Plan:
+    """Reads the tokenizer and what the encoder says of itself; see `build_model`."""
+    folder = find_part("tokenizer", args.tokenizer_path, saved.path, saved.sidecar)
+    encoder = find_part("vision_model", args.vision_model_path, saved.path, saved.sidecar) if sees else None
+    config = plan_config(args, saved, encoder, training)
+    tokenizer = load_tokenizer(folder, *([config.image_special_token] if sees else []))
+    warning = check_tokenizer(tokenizer, folder, saved) if saved.path else ""
+    config.vocab_size = len(tokenizer)
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])  # where answers stop
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = start, end, tokenizer.pad_token_id
+    if sees:
+        config.image_ids = [tokenizer.convert_tokens_to_ids("@")] * len(config.image_ids)
+    return Plan(config, tokenizer, folder, encoder, warning)
+
+
+def plan_config(args, saved: Pretrained, encoder: str | None, training: bool) -> MiniMindConfig | VLMConfig:
+    """All but what the tokenizer decides. encoder: its folder. ValueError if it makes another number of patches than
+    the one that the weights have learned to see with."""
+    architecture = plan_architecture(args, saved, training) | {"dropout": args.dropout if training else 0.0}
+    if encoder is None:
+        return MiniMindConfig(**architecture)
+    config = VLMConfig.for_encoder(encoder, **architecture)
+    patches, expected = len(config.image_ids), len(saved.config.get("image_special_token", ""))
+    if expected and patches != expected:
+        raise ValueError(
+            f"{encoder} gives {patches} patches, {saved.path} was made for {expected}: "
+            "pass the --vision_model_path that belongs to the weights"
+        )
+    return config
+
+
+def plan_architecture(args, saved: Pretrained, training: bool) -> dict:
+    """The decoder's shape. ValueError for a flag that contradicts the weights."""
+    flags = {key: value for key in SHAPE if (value := getattr(args, key)) is not None}
+    if saved.path is None:
+        return {"hidden_size": 512, "num_hidden_layers": 8} | flags | {"use_moe": args.use_moe}
+    for key, value in flags.items():
+        if saved.config[key] != value:
+            raise ValueError(f"--{key} {value}: {saved.path} has {saved.config[key]}; leave the flag out")
+    if args.use_moe and not saved.config["use_moe"] and not training:
+        raise ValueError(f"--use_moe: {saved.path} is dense; only training makes experts of it. Leave the flag out")
+    kept = {key: value for key, value in saved.config.items() if key not in FOLLOWS}
+    return kept | {"use_moe": kept["use_moe"] or args.use_moe}
+
+
+def check_tokenizer(tokenizer, folder: str, saved: Pretrained) -> str:
+    """ValueError if the weights were trained with another tokenizer: the same ids would mean other words.
+
+    Where their JSON does not tell its sha256, size and the id of '@' must fit, and the fingerprints of the public
+    tokenizers decide; returns a warning if it is none of them, else "".
+    """
+    weights, known, sha256 = saved.path, saved.sidecar["tokenizer"], tokenizer_hash(folder)
+    expected, vocab_size = known.get("sha256"), saved.config["vocab_size"]
+    if not expected and sha256 == LATER_TOKENIZER:
+        raise ValueError(
+            f"{folder} holds the tokenizer of a later generation (MiniMind-3),\n"
+            f"not that of {weights}. For that: python -m scripts.download --what llm"
+        )
+    if len(tokenizer) != vocab_size:
+        raise ValueError(
+            f"{folder} has {len(tokenizer)} tokens, {weights} was trained with {vocab_size}: pass the --tokenizer_path "
+            "that belongs to the weights"
+        )
+    if expected and expected != sha256:
+        raise ValueError(
+            f"{folder} is not the tokenizer of {weights}, which is {known.get('path')}: the same ids mean other words. "
+            "Pass that one with --tokenizer_path"
+        )
+    at, placeholder = tokenizer.convert_tokens_to_ids("@"), saved.config.get("image_ids", [34])[0]
+    if not expected and at != placeholder:
+        raise ValueError(
+            f"{folder} has '@' as {at}: {weights} was trained with a tokenizer in which it is {placeholder}. Pass that "
+            "one with --tokenizer_path"
+        )
+    if expected or sha256 == PUBLIC_TOKENIZER or Path(folder) == weights:
+        return ""
+    return (
+        f"warning: {weights} does not say which tokenizer it was trained with, and {folder} is not the public one; if "
+        "answers make no sense, this is why\n"
+    )
+
+
+# ---------------------------------------------------------------------------- 3. the model
+
+
+def build(plan: Plan, saved: Pretrained):
+    """(model, its Origin). Raises ValueError if the weights do not fit, or have learned to see with another encoder."""
+    encoder = plan.vision_model_path
+    model = MiniMindForCausalLM(plan.config) if encoder is None else MiniMindVLM(plan.config, encoder)
+    note = plan.warning + fill(model, saved)
+    prompts = saved.sidecar.get("prompts", {})
+    origin = Origin(plan.tokenizer_path, encoder, getattr(model, "vision_encoder", None), prompts, note)
+    known = saved.sidecar.get("vision_model", {})
+    if encoder and known.get("sha256") and known["sha256"] != origin.encoder_sha256:
+        raise ValueError(
+            f"{encoder} is not the encoder of {saved.path}, which is {known.get('path')}. Pass that "
+            "one with --vision_model_path"
+        )
+    return model, origin
+
+
+def fill(model, saved: Pretrained) -> str:
+    """Puts weights into the model, as experts where it has them and they do not, and returns a line that says so."""
+    if saved.path is None:
+        return "started from nothing"
+    if model.config.use_moe and not saved.config["use_moe"]:
+        gates = {key: value for key, value in model.state_dict().items() if key.endswith("mlp.gate.weight")}
+        line = load_weights(model, upcycle(saved.state, model.config) | gates, saved.name)
+        line += "; each expert starts as its dense feed-forward, the gates at random"
+    else:
+        line = load_weights(model, saved.state, saved.name)
+    return line + (f"; ignored: {len(saved.ignored)} (first: {saved.ignored[0]})" if saved.ignored else "")
 
 
 def load_weights(model, state: dict, path) -> str:
@@ -64,43 +291,6 @@ def load_weights(model, state: dict, path) -> str:
     return f"loaded {len(own) - len(new)} tensors from {path}{'; new: projector' if new else ''}"
 
 
-def check_tokenizer(tokenizer, folder, weights: Path, vocab_size: int, known: dict, placeholder: int) -> str:
-    """ValueError if the weights were trained with another tokenizer: the same ids would mean other words.
-
-    known: its "path" and "sha256" in the JSON of the weights. Without these, size and the id of '@' must fit, and the
-    fingerprints of the public tokenizers decide; returns a warning if it is none of them, else "".
-    """
-    sha256 = tokenizer_hash(folder)
-    told = known.get("sha256")
-    if not told and sha256 == LATER_TOKENIZER:
-        raise ValueError(
-            f"{folder} holds the tokenizer of a later generation (MiniMind-3),\n"
-            f"not that of {weights}. For that: python -m scripts.download --what llm"
-        )
-    if len(tokenizer) != vocab_size:
-        raise ValueError(
-            f"{folder} has {len(tokenizer)} tokens, {weights} was trained with {vocab_size}: pass the --tokenizer_path "
-            "that belongs to the weights"
-        )
-    if told and told != sha256:
-        raise ValueError(
-            f"{folder} is not the tokenizer of {weights}, which is {known.get('path')}: the same ids mean other words. "
-            "Pass that one with --tokenizer_path"
-        )
-    at = tokenizer.convert_tokens_to_ids("@")
-    if not told and at != placeholder:
-        raise ValueError(
-            f"{folder} has '@' as {at}: {weights} was trained with a tokenizer in which it is {placeholder}. Pass that "
-            "one with --tokenizer_path"
-        )
-    if told or sha256 == PUBLIC_TOKENIZER or Path(folder) == weights:
-        return ""
-    return (
-        f"warning: {weights} does not say which tokenizer it was trained with, and {folder} is not the public one; if "
-        "answers make no sense, this is why\n"
-    )
-
-
 def upcycle(state: dict[str, torch.Tensor], config: MiniMindConfig) -> dict[str, torch.Tensor]:
     """The weights of a dense model as those of a mixture of experts that computes the same (Komatsuzaki et al. 2022).
 
@@ -123,109 +313,3 @@ def upcycle(state: dict[str, torch.Tensor], config: MiniMindConfig) -> dict[str,
         share = value / (1 + config.n_shared_experts) if matrix == "down_proj.weight" else value
         found |= {f"{block}.mlp.{copy}.{matrix}": share for copy in copies}
     return found
-
-
-def folders_of(weights: Path, sidecar: dict, args) -> tuple[str | None, str | None]:
-    """The folders of tokenizer and encoder in a Transformers folder, else those that the JSON of the weights names: as
-    it is named there, in the repository, or beside the weights. Whether they still hold the same is checked later.
-
-    None where nothing is named, or a flag in `args` does. FileNotFoundError says where was looked, unless the usual
-    place has one: that is tried.
-    """
-    words = [weights] if (weights / "tokenizer.json").is_file() else []
-    eyes = [path.parent for path in weights.glob("*/config.json") if "clip" in str(read_json(path).get("model_type"))]
-    found = []
-    for own, key, usual in (
-        (words, "tokenizer", Path("model/tokenizer.json")),
-        (eyes, "vision_model", Path(DEFAULT_VISION_MODEL, "config.json")),
-    ):
-        named, flag = sidecar[key].get("path"), f"{key}_path"
-        if named and not own and getattr(args, flag, "") is None:
-            places = dict.fromkeys(base / named for base in (Path(), ROOT, weights.parent))
-            places |= dict.fromkeys([weights.parent / Path(named).name])
-            own = [place for place in places if (place / usual.name).is_file()]
-            if not own and not usual.is_file():
-                raise FileNotFoundError(
-                    f"{sidecar_path(weights)} names the {key} {named}, and there is none\n"
-                    f"(looked in {', '.join(map(str, places))}). Pass it with --{flag}"
-                )
-        found.append(str(own[0]) if own else None)
-    return tuple(found)
-
-
-def build_model(args, weights: Path | None, dropout: float = 0.0):
-    """The model and its tokenizer from the shared flags: from weights, or from nothing.
-
-    Where `args` has no vision_model_path it is the language model alone. A tokenizer_path or vision_model_path of None
-    is what belongs to the weights, else what lies in ./model; `args` then names it.
-    Returns (model in fp32 on the CPU, tokenizer, a line for the user). Raises ValueError when flags, weights,
-    tokenizer and encoder do not belong together.
-    """
-    shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    asked = {key: value for key in shape if (value := getattr(args, key)) is not None}
-    state, sidecar, source, words, encoder = None, {}, weights, None, None
-    if weights is None:
-        architecture = {"hidden_size": 512, "num_hidden_layers": 8} | asked | {"use_moe": args.use_moe}
-    else:
-        state, older, ignored = known_names(read_weights(weights))
-        check_values(state, weights)
-        sidecar = read_sidecar(weights)
-        words, encoder = folders_of(weights, sidecar, args)
-        heads = {key: value for key, value in asked.items() if key == "num_attention_heads"}  # no shape tells them
-        architecture = config_of(state, weights, heads | sidecar["config"])
-        for key, value in asked.items():
-            if architecture[key] != value:
-                raise ValueError(f"--{key} {value}: {weights} has {architecture[key]}; leave the flag out")
-        dense = not architecture["use_moe"]
-        if dense and args.use_moe and not hasattr(args, "from_weight"):
-            raise ValueError(f"--use_moe: {weights} is dense; only training makes experts of it. Leave the flag out")
-        architecture["use_moe"] |= args.use_moe
-        if older:
-            state = half_split(state, architecture["num_attention_heads"])
-            source = f"{weights} (older naming: renamed, rotary rows reordered)"
-
-    patches = len(architecture.get("image_special_token", ""))
-    placeholder = architecture.get("image_ids", [34])[0]
-    for key in ("image_special_token", "image_ids", "ve_hidden_size", "dropout"):
-        architecture.pop(key, None)  # they follow from the encoder and the flags
-    sees = hasattr(args, "vision_model_path")
-    if sees:
-        args.vision_model_path = args.vision_model_path or encoder or DEFAULT_VISION_MODEL
-        config = VLMConfig.for_encoder(args.vision_model_path, dropout=dropout, **architecture)
-        if patches and patches != len(config.image_ids):
-            raise ValueError(
-                f"{args.vision_model_path} gives {len(config.image_ids)} patches, {weights} was made for {patches}: "
-                "pass the --vision_model_path that belongs to the weights"
-            )
-    else:
-        config = MiniMindConfig(dropout=dropout, **architecture)
-    args.tokenizer_path = args.tokenizer_path or words or "./model"
-    tokenizer = load_tokenizer(args.tokenizer_path, *([config.image_special_token] if sees else []))
-    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])  # where answers stop
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = start, end, tokenizer.pad_token_id
-    if sees:
-        config.image_ids = [tokenizer.convert_tokens_to_ids("@")] * len(config.image_ids)
-    warning = ""
-    if weights is None:
-        config.vocab_size = len(tokenizer)
-    else:
-        known = sidecar["tokenizer"]
-        warning = check_tokenizer(tokenizer, args.tokenizer_path, weights, config.vocab_size, known, placeholder)
-
-    model = MiniMindVLM(config, args.vision_model_path) if sees else MiniMindForCausalLM(config)
-    line = "started from nothing"
-    if state is not None and dense and args.use_moe:
-        gates = {key: value for key, value in model.state_dict().items() if key.endswith("mlp.gate.weight")}
-        line = load_weights(model, upcycle(state, config) | gates, source)
-        line += "; each expert starts as its dense feed-forward, the gates at random"
-    elif state is not None:
-        line = load_weights(model, state, source)
-    if state is not None and ignored:
-        line += f"; ignored: {len(ignored)} (first: {ignored[0]})"
-    known = sidecar.get("vision_model", {})
-    if sees and known.get("sha256") and known["sha256"] != fingerprint(model):
-        raise ValueError(
-            f"{args.vision_model_path} is not the encoder of {weights}, which is {known.get('path')}. Pass that "
-            "one with --vision_model_path"
-        )
-    return model, tokenizer, warning + line

@@ -310,12 +310,10 @@ def refuse_other_architecture(path: Path, config: VLMConfig, resumable: bool = F
     return ""
 
 
-def fingerprint(model) -> str | None:
-    """sha256 of the encoder's weights, whatever the format of their file; None without encoder."""
-    if getattr(model, "vision_encoder", None) is None:
-        return None
+def fingerprint(encoder: torch.nn.Module) -> str:
+    """sha256 of its weights, whatever the format of their file."""
     digest = hashlib.sha256()
-    for key, value in sorted(model.vision_encoder.state_dict().items()):
+    for key, value in sorted(encoder.state_dict().items()):
         if "position_ids" not in key:  # a buffer that only some versions of Transformers keep
             digest.update(value.cpu().float().numpy().tobytes())
     return digest.hexdigest()
@@ -325,14 +323,14 @@ def tokenizer_hash(folder) -> str:
     return hashlib.sha256((Path(folder) / "tokenizer.json").read_bytes()).hexdigest()
 
 
-def describe(model, args, **facts) -> dict:
-    """What stands in the JSON beside the weights."""
+def describe(model, origin, **facts) -> dict:
+    """What stands in the JSON beside the weights. origin: of the model, as `build_model` returns it."""
     fields = [*signature(MiniMindConfig).parameters, "ve_hidden_size", "image_special_token"]
-    eyes = fingerprint(model)
+    eyes = origin.encoder_sha256
     return {
         "config": {key: getattr(model.config, key) for key in fields if hasattr(model.config, key)},
-        "tokenizer": {"path": str(args.tokenizer_path), "sha256": tokenizer_hash(args.tokenizer_path)},
-        "vision_model": {"path": str(args.vision_model_path), "sha256": eyes} if eyes else {},
+        "tokenizer": {"path": str(origin.tokenizer_path), "sha256": tokenizer_hash(origin.tokenizer_path)},
+        "vision_model": {"path": str(origin.vision_model_path), "sha256": eyes} if eyes else {},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "command": shlex.join([*script(), *sys.argv[1:]]),
         **facts,

@@ -63,6 +63,7 @@ from trainer.checkpoint import State
 from trainer.loader import make_loader
 from trainer.loop import count_labels, to_device, train_step
 from trainer.optimizer import choose_trainable, make_optimizer
+from trainer.run import Run
 
 PUBLIC_ROWS = {"pretrain": 595_000, "sft": 300_000}
 SIZES = {  # of the decoder and of the encoder
@@ -260,6 +261,7 @@ def all_logits(model, input_ids, labels, num_items_in_batch, **args):
 class Training:
     """Steps with these improvements, on weights that all begin with; `train_step` takes it for the run."""
 
+    context = Run.context
     total_steps = 1  # of which none is counted as done: the learning rate stays as it is
 
     def __init__(self, kind: str, has: set[str], args, device, examples, **config):

@@ -39,8 +39,8 @@ from dataset.lm_dataset import KINDS, VLMDataset
 from dataset.sources import MENDED, Stretch, each_row
 from dataset.streaming import is_remote
 from inference.models import export_of, list_models
-from model.build import folders_of
-from model.model_vlm import DEFAULT_VISION_MODEL, VLMConfig
+from model.build import find_part
+from model.model_vlm import VLMConfig
 from model.processing import IGNORE, ImageProcessor, load_tokenizer
 from model.weights import find_weights, read_sidecar
 from scripts.templates import data_url, render
@@ -315,15 +315,16 @@ def look(args, rows: list[str] | Stretch, total: int | None = None) -> None:
     """Prints and writes what there is to see. rows: of `VLMDataset`; total: how many the whole stream has."""
     notes = ["Pictures were looked for in all rows, but opened in the samples only."]
     weights = choose_weights(args)
-    words, eyes = folders_of(weights, read_sidecar(weights), args) if weights else (None, None)
-    eyes = args.vision_model_path or eyes or DEFAULT_VISION_MODEL
+    sidecar = read_sidecar(weights) if weights else {}
+    words = find_part("tokenizer", args.tokenizer_path, weights, sidecar)
+    eyes = find_part("vision_model", args.vision_model_path, weights, sidecar)
     if (Path(eyes) / "config.json").exists():
         placeholders = VLMConfig.for_encoder(eyes).image_special_token
         processor = ImageProcessor.from_pretrained(eyes)
     else:
         placeholders, processor = VLMConfig().image_special_token, ImageProcessor()
         notes.append(f"No encoder in {eyes}: 196 tokens per picture are assumed, the public CLIP's.")
-    tokenizer = load_tokenizer(args.tokenizer_path or words or "./model", placeholders)
+    tokenizer = load_tokenizer(words, placeholders)
     print(wrap(f"checking {', '.join(args.data_path)} ..."), flush=True)
     data = VLMDataset(rows, args.images_path, tokenizer, processor, args.max_seq_len, placeholders, on_bad_row="skip")
     found = survey(data)

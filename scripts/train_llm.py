@@ -74,8 +74,8 @@ def main(argv=None):
 
     # ---- model
     weights = find_weights(args.from_weight, args.out_dir, args.hidden_size, args.use_moe)
-    model, tokenizer, loaded = build_model(args, weights, args.dropout)
-    distributed.say(f"{loaded}: {sum(weight.numel() for weight in model.parameters()) / 1e6:.1f}M parameters")
+    model, tokenizer, origin = build_model(args, weights, sees=False, training=True)
+    distributed.say(f"{origin.note}: {sum(weight.numel() for weight in model.parameters()) / 1e6:.1f}M parameters")
     follow_width(args, model, STAGE)  # optimizer, rate and batch, unless given
     model.to(device)
     optimizer = optimizer_of(model, args)
@@ -85,7 +85,7 @@ def main(argv=None):
     val_data = load_data(args, model, tokenizer, args.val_path) if args.val_path else None
 
     # ---- train, from where the last run stopped if --from_resume
-    with training(args, STAGE, weights, model, tokenizer, optimizer, data, val_data, device) as run:
+    with training(args, STAGE, origin, model, tokenizer, optimizer, data, val_data, device) as run:
         for epoch in run.epochs_left():
             train_epoch(run, epoch)  # validates and saves on the way
     if run.val_loss is not None:

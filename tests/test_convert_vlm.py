@@ -45,14 +45,14 @@ def save(flags, tmp_path):
 
     def make(**config) -> Path:
         args = parse_args(flags)
-        model, _, _ = build_model(args, None)
+        model, _, origin = build_model(args, None)
         if config:
             model = type(model)(type(model.config)(**model.config.to_dict() | config), args.vision_model_path)
         lively(model)
         with torch.no_grad():
             model.model.norm.weight *= 6  # logits of some tens
         path = tmp_path / "trained" / weights_name("sft_vlm", model.config)
-        save_weights(path, model, describe(model, args, stage="sft_vlm", step=7, data=["/home/me/rows.jsonl"]))
+        save_weights(path, model, describe(model, origin, stage="sft_vlm", step=7, data=["/home/me/rows.jsonl"]))
         return path
 
     return make

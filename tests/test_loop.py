@@ -620,7 +620,7 @@ def test_every_precision_learns_and_keeps_fp32_weights(flags, tmp_path, dtype, m
     assert found[-1] < found[0] - 1.5
     assert {weight.dtype for weight in run.model.text_state_dict().values()} == {torch.float32}
     sidecar = json.loads(run.checkpoint.path.with_suffix(".json").read_text(encoding="utf-8"))
-    assert sidecar["vision_model"]["sha256"] == fingerprint(make_vlm())  # of the encoder on the disk
+    assert sidecar["vision_model"]["sha256"] == fingerprint(make_vlm().vision_encoder)  # of the encoder on the disk
     assert run.scaler.is_enabled() == (dtype == "float16")
     assert (run.dtype == torch.float32) == (dtype == "float32")
 

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 import eval_vlm
+from model.build import Origin
 from model.export import write_transformers
 from model.llava import write_llava
 from model.model_vlm import MiniMindVLM
@@ -39,9 +40,9 @@ def export(tokenizer, tokenizer_folder, clip_folder, tmp_path, monkeypatch):
     def make(write):
         torch.manual_seed(0)
         model = MiniMindVLM(small_config(clip_folder, vocab_size=len(tokenizer)), clip_folder)
-        args = eval_vlm.parse_args(["--tokenizer_path", str(tokenizer_folder), "--vision_model_path", str(clip_folder)])
+        origin = Origin(str(tokenizer_folder), str(clip_folder), model.vision_encoder)
         (tmp_path / "made").mkdir()
-        write(tmp_path / "made", model, tokenizer, tokenizer_folder, describe(model, args))
+        write(tmp_path / "made", model, tokenizer, tokenizer_folder, describe(model, origin))
         trust = {"trust_remote_code": write is write_transformers}
         model = AutoModelForImageTextToText.from_pretrained("made", dtype=torch.float32, **trust)
         return model, AutoProcessor.from_pretrained("made", **trust)

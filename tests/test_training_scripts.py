@@ -16,6 +16,7 @@ import train_pretrain_vlm
 import train_sft_vlm
 from common import cli, devices
 from dataset.batches import collate
+from model import build
 from model.build import build_model
 from model.weights import save_weights
 from scripts import train_clip, train_llm
@@ -67,6 +68,19 @@ def test_a_language_model_goes_through_both_stages_by_their_defaults(flags, tmp_
         for stage in ("pretrain", "sft")
         for end in ("pth", "json", "resume.pt", "metrics.jsonl", "metrics.png")
     }
+
+
+def test_the_encoder_is_hashed_once_per_start(flags, tmp_path, monkeypatch):
+    """For the weights that name it, for the cache of features, and for the weights that come out."""
+    hashed, real = [], build.fingerprint
+    monkeypatch.setattr(build, "fingerprint", lambda encoder: hashed.append(encoder) or real(encoder))
+    train_pretrain_vlm.main(flags)
+    assert len(hashed) == 1
+    given = [*without(flags, "--from_weight"), "--cache_features", str(tmp_path / "cache"), "--dtype", "bfloat16"]
+    train_sft_vlm.main(given)
+    assert len(hashed) == 2
+    stages = [json.loads((tmp_path / f"out/{stage}_vlm_64.json").read_text()) for stage in ("pretrain", "sft")]
+    assert stages[0]["vision_model"] == stages[1]["vision_model"]
 
 
 def test_stage_1_makes_experts_of_dense_weights_and_says_so(flags, tmp_path, capsys):

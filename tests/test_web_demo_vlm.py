@@ -26,6 +26,7 @@ from inference.chat import Stop, UserError, fit, load_model, open_picture, turns
 from inference.generate import ask
 from inference.models import find_models, list_models
 from inference.page import TEXT, serve, show_as_text
+from model.build import Origin
 from model.model_vlm import MiniMindVLM
 from model.processing import ImageProcessor
 from model.weights import describe, save_weights
@@ -57,11 +58,11 @@ def uploads(tmp_path_factory):
 def out(tmp_path_factory, clip_folder, tokenizer_folder, tokenizer):
     """Folder with a model that talks nonsense for long, another one below, and the first one exported."""
     out = tmp_path_factory.mktemp("out")
-    folders = argparse.Namespace(tokenizer_path=tokenizer_folder, vision_model_path=clip_folder)
     for seed, path in enumerate([out / "sft_vlm_64.pth", out / "below/sft_vlm_64.pth"]):
         config = small_config(clip_folder, vocab_size=len(tokenizer), max_position_embeddings=8192)
         model = lively(MiniMindVLM(config, clip_folder), seed)
-        save_weights(path, model, describe(model, folders))
+        origin = Origin(str(tokenizer_folder), str(clip_folder), model.vision_encoder)
+        save_weights(path, model, describe(model, origin))
         os.utime(path, (1e9 - seed, 1e9 - seed))
     model = load_model(out / "sft_vlm_64.pth", flags(out))[0]
     model.save_pretrained(out / "export")

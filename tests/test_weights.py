@@ -55,9 +55,9 @@ def save(args, stage="sft_vlm", **config) -> tuple[Path, MiniMindVLM]:
     torch.manual_seed(5)
     for key, value in config.items():
         setattr(args, key, value)
-    model, _, _ = build_model(args, None)
+    model, _, origin = build_model(args, None)
     path = Path(args.out_dir) / weights_name(stage, model.config)
-    save_weights(path, model, describe(model, args, step=7))
+    save_weights(path, model, describe(model, origin, step=7))
     return path, model
 
 
@@ -276,9 +276,9 @@ def test_the_architecture_is_read_off_the_file_with_and_without_its_json(args, b
     for json_there in (True, False):
         if not json_there:
             path.with_suffix(".json").unlink()
-        loaded, _, line = build_model(bare, path)
-        assert f"loaded {len(loaded.text_state_dict())} tensors from {path}" in line
-        assert ("warning" in line) != json_there  # which tells the tokenizer
+        loaded, _, origin = build_model(bare, path)
+        assert f"loaded {len(loaded.text_state_dict())} tensors from {path}" in origin.note
+        assert ("warning" in origin.note) != json_there  # which tells the tokenizer
         assert (loaded.config.hidden_size, loaded.config.num_hidden_layers, loaded.config.use_moe) == (128, 3, True)
         assert (loaded.config.intermediate_size, loaded.config.vocab_size) == (model.config.intermediate_size, 300)
         for key, value in loaded.text_state_dict().items():
@@ -288,10 +288,10 @@ def test_the_architecture_is_read_off_the_file_with_and_without_its_json(args, b
 def test_the_json_tells_what_shapes_cannot(args, bare):
     """Four heads of 16 with one key/value head, and another theta: the same shapes as other numbers would give."""
     args.num_attention_heads, args.num_key_value_heads = 4, 1
-    model, _, _ = build_model(args, None)
+    model, _, origin = build_model(args, None)
     model = MiniMindVLM(VLMConfig(**model.config.to_dict() | {"rope_theta": 5e5}), args.vision_model_path)
     path = Path(args.out_dir) / "sft_vlm_64.pth"
-    save_weights(path, model, describe(model, args))
+    save_weights(path, model, describe(model, origin))
     loaded, _, _ = build_model(bare, path)
     assert (loaded.config.num_attention_heads, loaded.config.num_key_value_heads) == (4, 1)
     assert loaded.config.rope_theta == 5e5
@@ -372,15 +372,35 @@ def test_tokenizer_and_encoder_are_those_that_the_json_names(args, bare, tmp_pat
     path, _ = save(args)
     named = bare.tokenizer_path, bare.vision_model_path
     bare.tokenizer_path = bare.vision_model_path = None
-    build_model(bare, path)
-    assert (bare.tokenizer_path, bare.vision_model_path) == named
+    _, _, origin = build_model(bare, path)
+    assert (origin.tokenizer_path, origin.vision_model_path) == named
     about = json.loads(path.with_suffix(".json").read_text())
     about["vision_model"]["path"] = str(tmp_path / "gone")
     path.with_suffix(".json").write_text(json.dumps(about))
-    bare.vision_model_path = None
     message = r"sft_vlm_64.json names the vision_model .*gone, and there is none\n\(looked in .*Pass it with --vision_m"
     with pytest.raises(FileNotFoundError, match=message):
         build_model(bare, path)
+
+
+@pytest.mark.parametrize("json_there", [True, False])
+def test_the_flags_stay_as_they_were_given(args, bare, json_there):
+    path, _ = save(args)
+    if json_there:  # which names both folders
+        bare.tokenizer_path = bare.vision_model_path = None
+    else:
+        path.with_suffix(".json").unlink()
+    for flags, given, training in ((args, None, True), (bare, path, True), (bare, path, False)):
+        before = dict(vars(flags))
+        build_model(flags, given, training=training)
+        assert vars(flags) == before
+
+
+def test_weights_that_tell_no_encoder_are_loaded_without_its_hash(args, bare, monkeypatch):
+    """It takes a second, of every question that the public weights are asked."""
+    path, _ = save(args)
+    path.with_suffix(".json").unlink()
+    monkeypatch.setattr(build, "fingerprint", lambda encoder: 1 / 0)
+    build_model(bare, path)
 
 
 def test_tokenizer_and_encoder_are_found_from_elsewhere_and_where_they_were_moved(args, bare, tmp_path, monkeypatch):
@@ -395,9 +415,9 @@ def test_tokenizer_and_encoder_are_found_from_elsewhere_and_where_they_were_move
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     bare.tokenizer_path = bare.vision_model_path = None
-    build_model(bare, renamed)
-    assert bare.vision_model_path == str(renamed.parent / "run/clip")
-    assert bare.tokenizer_path == str(renamed.parent / "words")
+    _, _, origin = build_model(bare, renamed)
+    assert origin.vision_model_path == str(renamed.parent / "run/clip")
+    assert origin.tokenizer_path == str(renamed.parent / "words")
 
 
 def test_heads_that_no_public_file_has_are_asked_for(args, bare):
@@ -458,10 +478,11 @@ def test_weights_of_something_else_are_refused_with_a_sentence_that_says_what_th
 def test_the_known_fingerprints_decide_where_the_weights_do_not_tell(args, bare, monkeypatch):
     path, _ = save(args)
     path.with_suffix(".json").unlink()
-    assert "warning: " in build_model(bare, path)[2] and "is not the public one" in build_model(bare, path)[2]
+    note = build_model(bare, path)[2].note
+    assert "warning: " in note and "is not the public one" in note
     mine = weights.tokenizer_hash(bare.tokenizer_path)
     monkeypatch.setattr(build, "PUBLIC_TOKENIZER", mine)
-    assert build_model(bare, path)[2] == f"loaded 23 tensors from {path}"
+    assert build_model(bare, path)[2].note == f"loaded 23 tensors from {path}"
     monkeypatch.setattr(build, "LATER_TOKENIZER", mine)
     with pytest.raises(ValueError, match="(?s)the tokenizer of a later generation .*: python -m scripts.download"):
         build_model(bare, path)
@@ -557,8 +578,8 @@ def test_older_weights_are_found_and_give_the_logits_of_the_older_network(bare, 
     path.parent.mkdir()
     torch.save(state, path)
     assert find_weights("llm", bare.out_dir, None, False) == path
-    model, _, line = build_model(bare, path)
-    assert line.endswith(
+    model, _, origin = build_model(bare, path)
+    assert origin.note.endswith(
         f"loaded {len(model.text_state_dict()) - 2} tensors from {path} (older naming: renamed, rotary rows reordered)"
         "; new: projector; ignored: 2 (first: pos_cis)"
     )
@@ -566,7 +587,7 @@ def test_older_weights_are_found_and_give_the_logits_of_the_older_network(bare, 
     expected = torch.stack([older_logits(state, row) for row in ids])
     torch.testing.assert_close(model.eval()(ids).logits.double(), expected, rtol=0, atol=1e-5)
 
-    monkeypatch.setattr(weights, "half_split", lambda state, heads: state)  # the names alone are not enough
+    monkeypatch.setattr(build, "half_split", lambda state, heads: state)  # the names alone are not enough
     unturned, _, _ = build_model(bare, path)
     assert (unturned.eval()(ids).logits - expected).abs().max() > 0.1
 
@@ -591,9 +612,9 @@ def test_a_folder_that_this_code_has_written_is_read(args, bare, tokenizer, moe,
     assert (folder / "model.safetensors.index.json").is_file() == bool(shards)
     tokenizer.save_pretrained(folder)
     bare.tokenizer_path = None
-    loaded, _, line = build_model(bare, find_weights(str(folder), bare.out_dir, None, False))
-    assert line == f"loaded {len(model.text_state_dict())} tensors from {folder}"
-    assert bare.tokenizer_path == str(folder)
+    loaded, _, origin = build_model(bare, find_weights(str(folder), bare.out_dir, None, False))
+    assert origin.note == f"loaded {len(model.text_state_dict())} tensors from {folder}"
+    assert origin.tokenizer_path == str(folder)
     kept = ("num_attention_heads", "num_key_value_heads", "rope_theta", "use_moe", "image_ids")
     assert [getattr(loaded.config, key) for key in kept] == [getattr(model.config, key) for key in kept]
     assert_same_weights(loaded, model)
@@ -644,11 +665,11 @@ def public_folder(args, tokenizer, kind="bin", **config) -> tuple[Path, MiniMind
 def test_a_public_folder_is_read_without_running_its_code(args, bare, tokenizer, kind):
     folder, model = public_folder(args, tokenizer, kind)
     bare.tokenizer_path = None
-    loaded, own, line = build_model(bare, folder)
-    assert line == f"loaded 23 tensors from {folder}" and own.get_vocab() == tokenizer.get_vocab()
+    loaded, own, origin = build_model(bare, folder)
+    assert origin.note == f"loaded 23 tensors from {folder}" and own.get_vocab() == tokenizer.get_vocab()
     assert_same_weights(loaded, model)
     bare.tokenizer_path = str(args.tokenizer_path)  # another file, which the folder says nothing about
-    assert build_model(bare, folder)[2].startswith("warning: ")
+    assert build_model(bare, folder)[2].note.startswith("warning: ")
 
 
 @pytest.mark.parametrize(
@@ -758,9 +779,9 @@ def test_a_dense_file_with_use_moe_becomes_experts_that_are_saved_and_loaded_as_
     path, _ = save(args)
     dense, _, _ = build_model(bare, path)
     bare.use_moe = True
-    experts, _, line = build_model(bare, path)
+    experts, _, origin = build_model(bare, path, training=True)
     assert experts.config.use_moe and experts.config.intermediate_size == dense.config.intermediate_size
-    assert line == (
+    assert origin.note == (
         f"loaded {len(experts.text_state_dict())} tensors from {path}; "
         "each expert starts as its dense feed-forward, the gates at random"
     )
@@ -772,11 +793,12 @@ def test_a_dense_file_with_use_moe_becomes_experts_that_are_saved_and_loaded_as_
 
     moe_path = path.with_name(weights_name("sft_vlm", experts.config))
     assert moe_path.name == "sft_vlm_64_moe.pth"
-    save_weights(moe_path, experts, describe(experts, args))
+    save_weights(moe_path, experts, describe(experts, origin))
     for asked in (False, True):  # with or without the flag: the file says what it is
         bare.use_moe = asked
-        again, _, line = build_model(bare, moe_path)
-        assert again.config.use_moe and line == f"loaded {len(again.text_state_dict())} tensors from {moe_path}"
+        again, _, origin = build_model(bare, moe_path)
+        assert again.config.use_moe
+        assert origin.note == f"loaded {len(again.text_state_dict())} tensors from {moe_path}"
         gate = "model.layers.1.mlp.gate.weight"
         assert torch.equal(again.state_dict()[gate], experts.state_dict()[gate].half().float())
 
@@ -787,7 +809,7 @@ def test_the_same_seed_makes_the_same_experts(args, bare):
     states = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        states.append(build_model(bare, path)[0].text_state_dict())
+        states.append(build_model(bare, path, training=True)[0].text_state_dict())
     one, same, other = states
     assert all(torch.equal(one[key], same[key]) for key in one)
     apart = {key for key in one if not torch.equal(one[key], other[key])}
@@ -798,17 +820,16 @@ def test_the_same_seed_makes_the_same_experts(args, bare):
 def test_a_language_model_of_text_becomes_experts_that_see(args, bare, json_there):
     """Two changes at once: the projector is new, and every feed-forward becomes several."""
     flags = ["--tokenizer_path", str(args.tokenizer_path), "--hidden_size", "64", "--num_hidden_layers", "2"]
-    alone = train_llm.parse_args(flags)
-    model, _, line = build_model(alone, None)
-    assert type(model) is MiniMindForCausalLM and line == "started from nothing"
+    model, _, origin = build_model(train_llm.parse_args(flags), None, sees=False)
+    assert type(model) is MiniMindForCausalLM and origin.note == "started from nothing"
     path = Path(args.out_dir) / "llm_64.pth"
-    save_weights(path, model, describe(model, alone))
+    save_weights(path, model, describe(model, origin))
     if not json_there:
         path.with_suffix(".json").unlink()
     bare.use_moe = True
-    seeing, _, line = build_model(bare, path)
+    seeing, _, origin = build_model(bare, path, training=True)
     assert type(seeing) is MiniMindVLM and seeing.config.use_moe
-    assert line.endswith("new: projector; each expert starts as its dense feed-forward, the gates at random")
+    assert origin.note.endswith("new: projector; each expert starts as its dense feed-forward, the gates at random")
 
 
 @pytest.mark.parametrize("prompts", ["What?", {"en": "What?"}, {"en": []}, {"en": [7]}])
@@ -911,7 +932,7 @@ def test_one_bit_of_a_tensor_that_is_not_as_it_was_written_is_refused(args, bare
         with pytest.raises(ValueError, match="sft_vlm_64.pth is not a file .*data/.* in it is damaged"):
             build_model(bare, path)
         path.write_bytes(whole)
-    assert build_model(bare, path)[2].startswith("loaded")
+    assert build_model(bare, path)[2].note.startswith("loaded")
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path):

@@ -13,13 +13,12 @@ from common.devices import autocast, pick_dtype
 from common.distributed import gather, is_main, rank, say, world_size
 from common.files import write_safely
 from dataset.features import NO_KEY, FeatureCache, Pictures, places
-from model.weights import fingerprint
 from trainer.loader import ignore_interrupt
 
 ARCHITECTURE = ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")  # no weight tells
 
 
-def cache_features(args, model, device, *sets) -> None:
+def cache_features(args, model, encoder_sha256: str, device, *sets) -> None:
     """Gives the rows of all data sets (None among them is none) their picture features, in place of pixels.
 
     Features are computed in the precision of the run and kept as --cache_dtype. A picture is read and hashed where its
@@ -34,7 +33,7 @@ def cache_features(args, model, device, *sets) -> None:
     sets = [data for data in sets if data is not None]
     dtype = pick_dtype(args.dtype, device)
     about = {
-        "encoder": fingerprint(model),
+        "encoder": encoder_sha256,
         "architecture": {key: getattr(model.vision_encoder.config, key) for key in ARCHITECTURE},
         "preprocessing": vars(model.processor),
         "computed as": str(dtype),

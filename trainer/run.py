@@ -25,8 +25,9 @@ from common.start import command, tell_stopped
 from dataset.batches import StepSampler
 from dataset.lm_dataset import VLMDataset
 from dataset.streaming import Stream
+from model.build import Origin
 from model.model_vlm import MiniMindVLM
-from model.weights import describe, read_sidecar, refuse_other_architecture, weights_name
+from model.weights import describe, refuse_other_architecture, weights_name
 from trainer.acceleration import cast_frozen, choose_attention, compile_layers
 from trainer.advice import tell_end, tell_start
 from trainer.checkpoint import Checkpoint, State
@@ -108,10 +109,10 @@ class Run:
 
 
 @contextlib.contextmanager
-def training(args, stage: str, weights: Path | None, model, tokenizer, optimizer, data, val_data, device):
+def training(args, stage: str, origin: Origin, model, tokenizer, optimizer, data, val_data, device):
     """Sets a `Run` up, where --from_resume says so at the point where it stopped, and closes it.
 
-    The model, made of `weights`, is on `device`, its trainable parameters are chosen and in the optimizer. No two runs
+    The model, of this `origin`, is on `device`, its trainable parameters are chosen and in the optimizer. No two runs
     write the same files: ValueError names the process that does.
     """
     path = Path(args.out_dir) / weights_name(stage, model.config)
@@ -119,7 +120,7 @@ def training(args, stage: str, weights: Path | None, model, tokenizer, optimizer
     with alone:
         dtype = choose_precision(args, model, device)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        checkpoint = open_checkpoint(path, args, stage, weights, model, data)
+        checkpoint = open_checkpoint(path, args, stage, origin, model, data)
         if getattr(model, "vision_encoder", None) is not None:
             cast_frozen(model.vision_encoder, dtype)  # after its fingerprint has been taken
         state = begin_or_resume(args, checkpoint, model, optimizer, scaler)
@@ -159,14 +160,14 @@ def choose_precision(args, model, device) -> torch.dtype:
     return pick_dtype(args.dtype, device)
 
 
-def open_checkpoint(path: Path, args, stage: str, weights: Path | None, model, data) -> Checkpoint:
+def open_checkpoint(path: Path, args, stage: str, origin: Origin, model, data) -> Checkpoint:
     """The files that the run writes, and what their JSON says of it. path: of the weights that come out."""
     resumable = args.from_resume and path.with_suffix(".resume.pt").is_file()
     if damaged := refuse_other_architecture(path, model.config, resumable):
         say(damaged)
     settings = {key: getattr(args, key) for key in SETTINGS if hasattr(args, key)}
-    about = describe(model, args, stage=stage, data=list(map(str, args.data_path)), seed=args.seed, settings=settings)
-    about["prompts"] = read_sidecar(weights)["prompts"] if weights else {}  # until rows have better ones
+    about = describe(model, origin, stage=stage, data=list(map(str, args.data_path)), seed=args.seed, settings=settings)
+    about["prompts"] = origin.prompts  # until rows have better ones
     return Checkpoint(path, args, about, data.rows if isinstance(data, Stream) else len(data))
 
 

@@ -75,15 +75,15 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------------------- what it is
 
 
-def about_of(weights: Path, model, args, output: Path) -> dict:
+def about_of(weights: Path, model, origin, to: str, output: Path) -> dict:
     """The JSON for what is made: that of the weights, which may have none, without the folders of this machine."""
     path = weights / ABOUT if weights.is_dir() else weights.with_suffix(".json")
     known = read_json(path) if path.is_file() else {"command": None}
     # "/home/me/data/train.jsonl" → "train.jsonl", but hf://owner/name and ./out/train.jsonl stay
     known = json.loads(re.sub(r"(?<![\w:/.])~?/(?:[^/\s\"]+/)+", "", json.dumps(known)))
-    found = describe(model, args)
+    found = describe(model, origin)
     for key, own in (("tokenizer", output), ("vision_model", output / "vision_encoder")):
-        path = {"path": str(own)} if args.to == "pth" else {}
+        path = {"path": str(own)} if to == "pth" else {}
         known[key] = path | {"sha256": found[key]["sha256"]}
     return {"versions": {}} | known | {"config": found["config"]}
 
@@ -230,12 +230,12 @@ def convert(args, weights: Path, output: Path, temporary: Path) -> None:
     made = temporary / "made"
     made.mkdir()
     with unpacked(weights) as source:
-        model, tokenizer, line = build_model(args, source)
-        print(line.replace(str(source), str(weights)))
-        if "new: projector" in line:
+        model, tokenizer, origin = build_model(args, source)
+        print(origin.note.replace(str(source), str(weights)))
+        if "new: projector" in origin.note:
             raise ValueError(f"--weights {weights} is a language model that has not seen a picture: train it first")
-        about = about_of(weights, model.eval(), args, output)
-        WRITE[args.to](made, model, tokenizer, args.tokenizer_path, about)
+        about = about_of(weights, model.eval(), origin, args.to, output)
+        WRITE[args.to](made, model, tokenizer, origin.tokenizer_path, about)
     if args.to != "pth":
         write_json(made / ABOUT, about)
         prompts = dict.fromkeys([*prompts_of(weights, "en"), *prompts_of(weights, "zh")])
