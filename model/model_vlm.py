@@ -294,12 +294,14 @@ class MiniMindVLM(MiniMindForCausalLM):
         image_features: float (sum of N, P, V), what the encoder gives for all pictures, in their place.
         """
         T, features = input_ids.shape[1], None
-        h = self.model.embed_tokens(input_ids)  # (B, T, D)
+        h = self.model.embed_tokens(input_ids)  # (B, T, D); placeholders have embeddings too, which nobody will read
         past_key_values = as_cache(past_key_values)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         first = isinstance(past, int) and past == 0  # a static cache in use has a tensor
         # Later calls too short for a picture are the next token of a text, whose pictures are in the cache.
         if first or len(self.config.image_ids) <= T:
+            # What the encoder sees of a patch, made as wide as a word, takes the place of a placeholder. From here on
+            # the decoder knows no difference: a picture is P more tokens in front of it.
             features = self.encode_pictures(pixel_values, image_features)
             h = self.count_vision_proj(input_ids, h, features, T)
         if features is None and self.training:
