@@ -15,7 +15,6 @@ Shapes: n pictures of a segment, N pictures, P patches, V width of the encoder.
 
 import hashlib
 import json
-import os
 import time
 import uuid
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from torch.utils.data import Dataset
 
 from common.cli import reason
+from common.files import write_safely
 from dataset.lm_dataset import VLMDataset
 from dataset.sources import BadRow
 
@@ -130,11 +130,11 @@ class FeatureCache:
         the flag."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for path in self.path.glob("*.features.npy"):
+            for path in [*self.path.glob("*.features.npy"), *self.path.glob(".*.tmp")]:  # the latter of `write_safely`
                 keys = path.with_name(path.name.replace(".features.", ".keys."))
-                if not keys.exists() and time.time() - path.stat().st_mtime > ABANDONED:
+                if (path.suffix == ".tmp" or not keys.exists()) and time.time() - path.stat().st_mtime > ABANDONED:
                     path.unlink(missing_ok=True)
-            self.replace("about.json", lambda file: file.write(json.dumps(self.about, indent=1).encode()))
+            (self.path / "about.json").write_text(json.dumps(self.about, indent=1))  # for people
         except OSError as error:
             raise OSError(f"--cache_features {self.path.parent}: {reason(error)}") from None
 
@@ -172,23 +172,12 @@ class FeatureCache:
                 file.write(part.data)
 
         try:
-            self.replace(f"{segment}.features.npy", write)
-            self.replace(f"{segment}.keys.npy", lambda file: np.save(file, keys))
+            write_safely(self.path / f"{segment}.features.npy", write)
+            write_safely(self.path / f"{segment}.keys.npy", lambda file: np.save(file, keys))
         except OSError as error:
             (self.path / f"{segment}.features.npy").unlink(missing_ok=True)
-            raise OSError(f"--cache_features {self.path}: {reason(error)}. What was written before stays") from None
-
-    def replace(self, name: str, write) -> None:
-        """Writes a file beside, and renames it when all of it is on the disk."""
-        beside = self.path / f".{uuid.uuid4().hex[:8]}.features.npy"  # found by `begin` if this process is killed
-        try:
-            with beside.open("wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self.path / name)
-        finally:
-            beside.unlink(missing_ok=True)
+            why = reason(error.__cause__ or error)
+            raise OSError(f"--cache_features {self.path}: {why}. What was written before stays") from None
 
 
 class Pictures(Dataset):

@@ -83,19 +83,11 @@ def tell(cache: FeatureCache, pictures: int, missing: int) -> None:
         )
 
 
-def loader(pictures: Pictures, numbers, args, batch_size: int) -> DataLoader:
-    return DataLoader(
-        Subset(pictures, numbers),
-        batch_size=batch_size,
-        num_workers=args.num_workers,
-        collate_fn=list,
-        worker_init_fn=ignore_interrupt,
-    )
-
-
-def progress(batches, name: str, pictures: int):
-    """A bar on the first rank, where it takes long enough to look at."""
-    return tqdm(batches, desc=name, unit="batch", disable=not is_main() or pictures < 2000)
+def batches_of(pictures: Pictures, numbers: list[int], args, batch_size: int, name: str):
+    """Pictures by their numbers; with a bar on the first rank, where it takes long enough to look at."""
+    how = {"num_workers": args.num_workers, "collate_fn": list, "worker_init_fn": ignore_interrupt}
+    batches = DataLoader(Subset(pictures, numbers), batch_size, **how)
+    return tqdm(batches, desc=name, unit="batch", disable=not is_main() or len(numbers) < 2000)
 
 
 def hash_all(pictures: Pictures, args) -> tuple[np.ndarray, dict[int, str]]:
@@ -106,7 +98,7 @@ def hash_all(pictures: Pictures, args) -> tuple[np.ndarray, dict[int, str]]:
     at = places(known[:, :16], np.frombuffer(b"".join(stamps), np.uint8).reshape(-1, 16))
     hashes, broken = {i: known[place, 16:].tobytes() for i, place in zip(own, at) if place >= 0}, {}
     unread = [i for i in own if i not in hashes]
-    for batch in progress(loader(pictures, unread, args, 256), "reading pictures", len(unread)):
+    for batch in batches_of(pictures, unread, args, 256, "reading pictures"):
         for i, key, _, why in batch:
             hashes[i] = key
             if why:
@@ -141,7 +133,7 @@ def encode(pictures: Pictures, missing: list[int], cache: FeatureCache, broken: 
     own = missing[rank() :: world_size()]
     cache.begin()
     pictures.decode = True
-    for batch in progress(loader(pictures, own, args, args.batch_size), "encoding pictures", len(missing)):
+    for batch in batches_of(pictures, own, args, args.batch_size, "encoding pictures"):
         for i, _, _, why in batch:
             if why:
                 broken[i] = why
