@@ -523,7 +523,7 @@ class Parquet:
         return f"picture {which + 1} of {self.place(number)}"
 
 
-class Stretch(Parquet):
+class Shard(Parquet):
     """Rows of a stream, each of which knows its place there; see dataset/streaming.py."""
 
     def __init__(self, path: Path):
@@ -533,7 +533,7 @@ class Stretch(Parquet):
         self.table = undecoded(table.select_columns(["conversations", "image_bytes"]))
 
     def __str__(self):
-        return "a stretch of the stream"
+        return "a shard of the stream"
 
     def place(self, number: int) -> str:
         return self.places[number]["origin"]
@@ -552,7 +552,7 @@ def row_files(path: Path, flag: str = "--data_path") -> list[Path]:
 
 def open_rows(path, images_path=None, flag: str = "--data_path") -> list[Jsonl | Parquet]:
     """The rows of a --data_path, see `row_files`. flag: which one messages name."""
-    if isinstance(path, Stretch):
+    if isinstance(path, Shard):
         return [path]
     path = Path(path)
     files = row_files(path, flag)

@@ -1,11 +1,11 @@
-"""Data sets larger than the disk: Parquet on a hub, a stretch of rows at a time.
+"""Data sets larger than the disk: Parquet on a hub, a shard of rows at a time.
 
     python train_sft_vlm.py --data_path "hf://datasets/owner/name/sft_*.parquet"
 
-A stretch is fetched to a file, becomes a `VLMDataset` like any other, is learned from, and is removed, while the next
-one is being fetched: two of them are on the disk at a time. Which rows are in which stretch follows from seed and epoch
-alone: the row groups of all files are shuffled, and the rows of a stretch again by `StepSampler`. So ranks, workers and
-resumed runs agree without talking, and a run that is resumed fetches only the stretch in which it stopped.
+A shard is fetched to a file, becomes a `VLMDataset` like any other, is learned from, and is removed, while the next
+one is being fetched: two of them are on the disk at a time. Which rows are in which shard follows from seed and epoch
+alone: the row groups of all files are shuffled, and the rows of a shard again by `StepSampler`. So ranks, workers and
+resumed runs agree without talking, and a run that is resumed fetches only the shard in which it stopped.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ import pyarrow.parquet
 from common.cli import disk_full, reason
 
 COLUMNS = ["conversations", "image_bytes"]
-# Seconds before a stretch that could not be fetched is tried again: an hour in all, as long as a network may be away.
+# Seconds before a shard that could not be fetched is tried again: an hour in all, as long as a network may be away.
 PAUSES = (1, 2, 4, 8, 15, 30, *[60] * 59)
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowGroup:
     """Rows first to end of a row group."""
 
     file: str
@@ -85,12 +85,12 @@ class Stream:
 
     Attributes:
         rows: how many there are.
-        pieces: all row groups.
+        row_groups: all row groups.
     """
 
     def __init__(self, patterns: list[str]):
         """Raises FileNotFoundError if a pattern finds nothing, ValueError for other columns, OSError without answer."""
-        self.pieces, self.schema, self.last = [], None, (None, None)
+        self.row_groups, self.schema, self.last = [], None, (None, None)
         for file in dict.fromkeys(file for pattern in patterns for file in find_files(pattern)):
             with open_parquet(file) as parquet:
                 schema, metadata = parquet.schema_arrow, parquet.metadata
@@ -105,44 +105,45 @@ class Stream:
             offset = 0
             for group in range(metadata.num_row_groups):
                 rows = metadata.row_group(group).num_rows
-                self.pieces.append(Piece(file, group, 0, rows, offset))
+                self.row_groups.append(RowGroup(file, group, 0, rows, offset))
                 offset += rows
-        self.rows = sum(piece.end for piece in self.pieces)
+        self.rows = sum(row_group.end for row_group in self.row_groups)
         if not self.rows:
             raise ValueError(f"--data_path {' '.join(patterns)} has no rows")
 
-    def plan(self, stretch_rows: int, seed: int, epoch: int) -> list[list[Piece]]:
-        """The stretches of an epoch, of stretch_rows rows each but for the last."""
-        stretches, room = [[]], stretch_rows
-        for i in np.random.default_rng((seed, epoch)).permutation(len(self.pieces)):
-            piece = self.pieces[i]
-            first = piece.first
-            while first < piece.end:
+    def plan(self, shard_rows: int, seed: int, epoch: int) -> list[list[RowGroup]]:
+        """The shards of an epoch, of shard_rows rows each but for the last."""
+        shards, room = [[]], shard_rows
+        for i in np.random.default_rng((seed, epoch)).permutation(len(self.row_groups)):
+            row_group = self.row_groups[i]
+            first = row_group.first
+            while first < row_group.end:
                 if room == 0:
-                    stretches.append([])
-                    room = stretch_rows
-                taken = min(room, piece.end - first)
-                stretches[-1].append(Piece(piece.file, piece.group, first, first + taken, piece.offset))
+                    shards.append([])
+                    room = shard_rows
+                taken = min(room, row_group.end - first)
+                shards[-1].append(RowGroup(row_group.file, row_group.group, first, first + taken, row_group.offset))
                 first, room = first + taken, room - taken
-        return stretches
+        return shards
 
-    def fetch(self, stretch: list[Piece], path: Path) -> None:
-        """Writes the rows of a stretch to an Arrow file, each with its origin, unless that is there already."""
+    def fetch(self, shard: list[RowGroup], path: Path) -> None:
+        """Writes the rows of a shard to an Arrow file, each with its origin, unless that is there already."""
         if path.is_file():
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         schema = self.schema.append(pa.field("origin", pa.string()))
-        opened = {file: open_parquet(file) for file in {piece.file for piece in stretch}}
+        opened = {file: open_parquet(file) for file in {row_group.file for row_group in shard}}
         beside = path.with_suffix(".tmp")
         with pa.OSFile(str(beside), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            for piece in stretch:
-                if self.last[0] != (piece.file, piece.group):  # a large one is cut into pieces, which follow each other
-                    with told(piece.file):
-                        rows = opened[piece.file].read_row_group(piece.group, columns=COLUMNS)
-                    self.last = (piece.file, piece.group), rows
-                rows = self.last[1].slice(piece.first, piece.end - piece.first)
-                numbers = range(piece.offset + piece.first + 1, piece.offset + piece.end + 1)
-                rows = rows.append_column("origin", pa.array([f"{piece.file}:{number}" for number in numbers]))
+            for row_group in shard:
+                # A large one is cut into parts, which follow each other.
+                if self.last[0] != (row_group.file, row_group.group):
+                    with told(row_group.file):
+                        rows = opened[row_group.file].read_row_group(row_group.group, columns=COLUMNS)
+                    self.last = (row_group.file, row_group.group), rows
+                rows = self.last[1].slice(row_group.first, row_group.end - row_group.first)
+                numbers = range(row_group.offset + row_group.first + 1, row_group.offset + row_group.end + 1)
+                rows = rows.append_column("origin", pa.array([f"{row_group.file}:{number}" for number in numbers]))
                 writer.write_table(rows.cast(schema))
         beside.replace(path)
 
@@ -156,12 +157,12 @@ def hopeless(error: BaseException) -> bool:
 
 
 class Fetcher:
-    """Has the next stretch of a plan fetched while another one is in use, and removes what has been used.
+    """Has the next shard of a plan fetched while another one is in use, and removes what has been used.
 
-    A stretch is in a folder of its own name, so that one which a run left behind is either the right one or not found.
+    A shard is in a folder of its own name, so that one which a run left behind is either the right one or not found.
     """
 
-    def __init__(self, stream: Stream, plan: list[list[Piece]], folder: Path):
+    def __init__(self, stream: Stream, plan: list[list[RowGroup]], folder: Path):
         self.stream, self.plan, self.folder = stream, plan, folder
         self.threads, self.errors = {}, {}
 
@@ -181,7 +182,7 @@ class Fetcher:
                 self.stream.fetch(self.plan[number], self.path(number))
                 self.errors.pop(number, None)
                 return
-            except Exception as error:  # told where the stretch is asked for
+            except Exception as error:  # told where the shard is asked for
                 self.errors[number] = error
                 if hopeless(error):
                     return
@@ -190,7 +191,7 @@ class Fetcher:
                 time.sleep(pause)
 
     def get(self, number: int) -> Path:
-        """The file of a stretch, when it is there. The one before is removed: nobody may have it open any more."""
+        """The file of a shard, when it is there. The one before is removed: nobody may have it open any more."""
         self.begin(number)
         self.threads[number].join()
         if number in self.errors:
@@ -200,7 +201,7 @@ class Fetcher:
         return self.path(number)
 
     def ahead(self) -> None:
-        """Begins the stretch after the last one that was asked for; by a thread, so when workers have been forked."""
+        """Begins the shard after the last one that was asked for; by a thread, so when workers have been forked."""
         if self.threads:  # else another rank fetches
             self.begin(max(self.threads) + 1)
 

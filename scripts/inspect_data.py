@@ -3,7 +3,7 @@ conversations and exactly which tokens carry loss. It ends with the command that
 
     python -m scripts.inspect_data rows.jsonl --images_path pictures
     python -m scripts.inspect_data 'data/*.parquet' --samples 40
-    python -m scripts.inspect_data "hf://datasets/owner/name/sft_*.parquet"     # a stretch of it
+    python -m scripts.inspect_data "hf://datasets/owner/name/sft_*.parquet"     # a shard of it
 
 Rows are read, checked, mended and shortened by the code that training uses, which finds them checked afterwards.
 Pictures are looked for in all rows, but opened in the samples only. The page is one file that loads nothing.
@@ -36,7 +36,7 @@ from common.machine import usable_cores
 from dataset.examples import encode_row
 from dataset.features import Pictures
 from dataset.lm_dataset import KINDS, VLMDataset
-from dataset.sources import MENDED, Stretch, each_row
+from dataset.sources import MENDED, Shard, each_row
 from dataset.streaming import is_remote
 from inference.models import export_of, list_models
 from model.build import find_part
@@ -122,7 +122,7 @@ def facts(data: VLMDataset) -> list[tuple[str, str]]:
 def files(data: VLMDataset) -> list[tuple[str, int, int]]:
     """(path, rows, usable rows)"""
     usable = np.diff(np.searchsorted(data.rows, data.starts)).tolist()
-    names = [str(source if isinstance(source, Stretch) else source.path) for source in data.sources]
+    names = [str(source if isinstance(source, Shard) else source.path) for source in data.sources]
     return [(name, len(source.table), good) for name, source, good in zip(names, data.sources, usable)]
 
 
@@ -306,12 +306,12 @@ def main(argv=None):
     stream = load_data(args, None, None, args.data_path, args.images_path)
     unwind()  # there is a temporary file
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        stretch = stream.plan(args.stream_rows, args.seed, epoch=0)[0]
-        stream.fetch(stretch, Path(folder) / "rows.arrow")
-        return look(args, Stretch(Path(folder) / "rows.arrow"), stream.rows)
+        shard = stream.plan(args.stream_rows, args.seed, epoch=0)[0]
+        stream.fetch(shard, Path(folder) / "rows.arrow")
+        return look(args, Shard(Path(folder) / "rows.arrow"), stream.rows)
 
 
-def look(args, rows: list[str] | Stretch, total: int | None = None) -> None:
+def look(args, rows: list[str] | Shard, total: int | None = None) -> None:
     """Prints and writes what there is to see. rows: of `VLMDataset`; total: how many the whole stream has."""
     notes = ["Pictures were looked for in all rows, but opened in the samples only."]
     weights = choose_weights(args)
@@ -343,7 +343,7 @@ def look(args, rows: list[str] | Stretch, total: int | None = None) -> None:
             notes.append(f"{len(broken)} of {len(chosen)} samples have a picture that cannot be read: {broken[0]}")
     if total:
         notes.append(
-            f"It was a stretch of {data.starts[-1]:,} rows, of row groups drawn by --seed, of {total:,} streamed."
+            f"It was a shard of {data.starts[-1]:,} rows, of row groups drawn by --seed, of {total:,} streamed."
         )
     if not weights and args.from_weight != "none":
         small, public = "python -m scripts.quickstart", "python -m scripts.download --what clip vlm"

@@ -57,25 +57,25 @@ def streamed(flags, url):
 
 def rows_of(plan):
     return [
-        (piece.file, piece.offset + row)
-        for stretch in plan
-        for piece in stretch
-        for row in range(piece.first, piece.end)
+        (row_group.file, row_group.offset + row)
+        for shard in plan
+        for row_group in shard
+        for row in range(row_group.first, row_group.end)
     ]
 
 
 # ---------------------------------------------------------------------------- which rows when
 
 
-@pytest.mark.parametrize("stretch_rows", [1, 5, 12, 1000])
-def test_every_row_is_in_one_stretch_of_an_epoch(url, files, stretch_rows):
+@pytest.mark.parametrize("shard_rows", [1, 5, 12, 1000])
+def test_every_row_is_in_one_shard_of_an_epoch(url, files, shard_rows):
     stream = Stream([url])
-    assert stream.rows == 41 and len(stream.pieces) == 8
-    plan = stream.plan(stretch_rows, seed=1, epoch=0)
+    assert stream.rows == 41 and len(stream.row_groups) == 8
+    plan = stream.plan(shard_rows, seed=1, epoch=0)
     everyone = [(f"file://{files}/sft_{i}.parquet", row) for i, rows in ((0, 25), (1, 16)) for row in range(rows)]
     assert sorted(rows_of(plan)) == everyone
-    sizes = [len(rows_of([stretch])) for stretch in plan]
-    assert sizes[:-1] == [stretch_rows] * (len(plan) - 1) and 0 < sizes[-1] <= stretch_rows
+    sizes = [len(rows_of([shard])) for shard in plan]
+    assert sizes[:-1] == [shard_rows] * (len(plan) - 1) and 0 < sizes[-1] <= shard_rows
 
 
 def test_the_order_follows_from_seed_and_epoch(url):
@@ -126,7 +126,7 @@ def test_steps_cover_the_rows_on_whatever_number_of_ranks(url, streamed, tokeniz
 # ---------------------------------------------------------------------------- the disk
 
 
-def test_two_stretches_are_on_the_disk_at_a_time_and_none_in_the_end(url, tmp_path):
+def test_two_shards_are_on_the_disk_at_a_time_and_none_in_the_end(url, tmp_path):
     stream = Stream([url])
     plan = stream.plan(12, 0, 0)
     fetcher = Fetcher(stream, plan, tmp_path / "stream")
@@ -153,13 +153,13 @@ def test_runs_with_one_out_dir_keep_apart(streamed, tmp_path, monkeypatch):
     assert len(folders) == 2 and not any(folder.exists() for folder in folders)
 
 
-def test_a_stretch_that_was_left_behind_is_not_fetched_again(url, tmp_path, monkeypatch):
+def test_a_shard_that_was_left_behind_is_not_fetched_again(url, tmp_path, monkeypatch):
     stream = Stream([url])
     plan = stream.plan(41, 0, 0)
     path = Fetcher(stream, plan, tmp_path).get(0)
     monkeypatch.setattr(streaming, "open_parquet", lambda file: pytest.fail("fetched again"))
     assert Fetcher(stream, plan, tmp_path).get(0) == path
-    assert Fetcher(stream, stream.plan(41, 1, 0), tmp_path).path(0) != path  # while another order is another stretch
+    assert Fetcher(stream, stream.plan(41, 1, 0), tmp_path).path(0) != path  # while another order is another shard
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def windows(monkeypatch):
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_stretch_is_closed_before_it_is_removed(streamed, files, tmp_path, windows, workers):
+def test_a_shard_is_closed_before_it_is_removed(streamed, files, tmp_path, windows, workers):
     good, bad = (chat("<image>", "b"), [picture("red")]), ("no chat", [])
     write_parquet(files / "sft_0.parquet", [good] * 11 + [bad], row_group_size=12)
     write_parquet(files / "sft_1.parquet", [bad] * 12 + [good] * 12, row_group_size=12)
@@ -206,7 +206,7 @@ def test_no_thread_of_ours_is_there_when_worker_processes_are_forked(streamed, w
     rows = ["--val_path", str(world / "val.jsonl"), "--val_images_path", str(world / "pictures")]
     rows += ["--val_interval", "1", "--batch_size", "6", "--stream_rows", "24"]
     main([*streamed, *rows, "--num_workers", "1"])
-    assert len(found) == 3  # for the validation and two stretches
+    assert len(found) == 3  # for the validation and two shards
     assert set.union(*found) <= {"QueueFeederThread"}  # PyTorch's own, which hands out work to other workers
 
 
@@ -240,24 +240,24 @@ def test_a_bad_row_of_a_stream_is_named_by_its_place_there(streamed, files, caps
     assert re.search(r"1 of \d+ rows are not usable", capsys.readouterr().out)
 
 
-def test_a_stretch_of_bad_rows_is_left_out_of_a_run_that_skips_them(streamed, files, capsys):
+def test_a_shard_of_bad_rows_is_left_out_of_a_run_that_skips_them(streamed, files, capsys):
     for name in ("sft_0.parquet", "sft_1.parquet"):
         write_parquet(files / name, [("no chat", [])] * 12, row_group_size=12)
     write_parquet(files / "sft_2.parquet", [(chat("<image>", f"{i}"), [picture("red")]) for i in range(12)])
     run = main([*streamed, "--on_bad_row", "skip"])
     assert (run.state.step, run.state.rows) == (12, 12)
-    assert capsys.readouterr().out.count("no usable row in a stretch of the stream") == 2
+    assert capsys.readouterr().out.count("no usable row in a shard of the stream") == 2
 
 
-def test_a_row_group_larger_than_a_stretch_is_read_once(files, tmp_path, monkeypatch, streamed, capsys):
+def test_a_row_group_larger_than_a_shard_is_read_once(files, tmp_path, monkeypatch, streamed, capsys):
     write_parquet(files / "sft_0.parquet", [(chat("<image>", f"{i}"), [picture("red")]) for i in range(40)])
     stream = Stream([f"file://{files}/sft_0.parquet"])
     read, real = [], pyarrow.parquet.ParquetFile.read_row_group
     monkeypatch.setattr(
         pyarrow.parquet.ParquetFile, "read_row_group", lambda self, *a, **k: read.append(a) or real(self, *a, **k)
     )
-    for number, stretch in enumerate(stream.plan(6, 0, 0)):
-        stream.fetch(stretch, tmp_path / f"{number}/rows.arrow")
+    for number, shard in enumerate(stream.plan(6, 0, 0)):
+        stream.fetch(shard, tmp_path / f"{number}/rows.arrow")
     assert len(read) == 1
     main([*streamed, "--data_path", f"file://{files}/sft_0.parquet"])
     assert "row groups of 40 rows are fetched whole" in capsys.readouterr().out
@@ -288,7 +288,7 @@ def test_a_network_that_is_gone_for_half_an_hour_does_not_end_the_run(url, tmp_p
 def test_a_file_that_is_gone_is_not_waited_for(url, tmp_path, monkeypatch):
     stream, waited, gone = Stream([url]), [], "file:///nowhere/x.parquet"
     monkeypatch.setattr(streaming.time, "sleep", waited.append)
-    plan = [[replace(piece, file=gone) for piece in stretch] for stretch in stream.plan(41, 0, 0)]
+    plan = [[replace(row_group, file=gone) for row_group in shard] for shard in stream.plan(41, 0, 0)]
     with pytest.raises(ValueError, match="x.parquet cannot be read"):
         Fetcher(stream, plan, tmp_path).get(0)
     assert waited == []
@@ -415,7 +415,7 @@ def test_a_data_set_on_a_hub_is_learned_from_without_being_downloaded(streamed, 
         main([*far, "--data_path", "hf://datasets/owner/name/none_*.parquet"])
 
 
-def test_inspect_data_looks_at_a_stretch_of_a_hub_and_says_so(
+def test_inspect_data_looks_at_a_shard_of_a_hub_and_says_so(
     hub, tmp_path, tokenizer_folder, clip_folder, monkeypatch, capsys
 ):
     far = "hf://datasets/owner/name/sft_*.parquet"
@@ -425,9 +425,9 @@ def test_inspect_data_looks_at_a_stretch_of_a_hub_and_says_so(
     (tmp_path / "temporary").mkdir()
     inspect_data.main([far, *flags, "--stream_rows", "10", "--open_all"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "41 rows in 8 row groups" in out and "10 10 a stretch of the stream" in out and "10 usable rows" in out
+    assert "41 rows in 8 row groups" in out and "10 10 a shard of the stream" in out and "10 usable rows" in out
     assert "All 10 pictures were opened, 0 of them cannot be read" in out
-    assert "It was a stretch of 10 rows, of row groups drawn by --seed, of 41 streamed." in out
+    assert "It was a shard of 10 rows, of row groups drawn by --seed, of 41 streamed." in out
     assert f"--data_path '{far}'" in out.split("To train on it:")[1]
     assert "hf://datasets/owner/name/sft_" in (tmp_path / "out/inspect.html").read_text(encoding="utf-8")
     assert not list((tmp_path / "temporary").iterdir())

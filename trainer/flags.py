@@ -83,8 +83,8 @@ def add_training_arguments(
     add("--data_weights", nargs="+", type=positive(float), metavar="X", help=passes)
     add("--max_seq_len", type=positive(int), default=max_seq_len, help="tokens per row, placeholders included")
     add("--on_bad_row", choices=["error", "skip"], default="error", help=bad)
-    stretch = "rows of a streamed --data_path (hf://...) on the disk at a time; twice as many with those to come"
-    add("--stream_rows", type=positive(int), default=20_000, help=stretch)
+    streamed = "rows of a streamed --data_path (hf://...) on the disk at a time; twice as many with those to come"
+    add("--stream_rows", type=positive(int), default=20_000, help=streamed)
     if sees:
         add("--val_images_path", nargs="+", metavar="PATH", help="of --val_path; default: as --images_path")
         kept = "keep what CLIP makes of the pictures there, and never encode them again"

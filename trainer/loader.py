@@ -1,4 +1,4 @@
-"""Where the batches of a run come from: a data set on the disk, or one that is streamed a stretch at a time."""
+"""Where the batches of a run come from: a data set on the disk, or one that is streamed a shard at a time."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from common.distributed import main_first, rank, say, world_size
 from dataset.batches import StepSampler, collate
 from dataset.lm_dataset import NoUsableRow, VLMDataset
-from dataset.sources import MENDED, Stretch
+from dataset.sources import MENDED, Shard
 from dataset.streaming import Fetcher, Stream, is_remote
 
 # A bar's own thread would be there when worker processes are forked: what it holds then, they wait for in vain.
@@ -60,8 +60,8 @@ def load_data(args, model, tokenizer, paths, images_path=None, weights=None) -> 
             )
         say(f"looking at {', '.join(paths)} ...")
         stream = Stream(paths)
-        say(f"  {stream.rows:,} rows in {len(stream.pieces):,} row groups, streamed {args.stream_rows:,} at a time")
-        most = max(piece.end for piece in stream.pieces)
+        say(f"  {stream.rows:,} rows in {len(stream.row_groups):,} row groups, streamed {args.stream_rows:,} at a time")
+        most = max(row_group.end for row_group in stream.row_groups)
         if most > args.stream_rows:
             say(f"  row groups of {most:,} rows are fetched whole: neighbours stay together, and memory must hold one")
         return stream
@@ -131,31 +131,31 @@ class StepLoader:
 
 
 class StreamLoader:
-    """The same of a stream. A stretch that lacks rows ends with steps that have fewer, or none."""
+    """The same of a stream. A shard that lacks rows ends with steps that have fewer, or none."""
 
     def __init__(self, stream: Stream, args, accumulation: int, device, tokenizer, check, name: str):
-        """check: Stretch → VLMDataset; name: of the run's weights, as others may have the same out_dir."""
+        """check: Shard → VLMDataset; name: of the run's weights, as others may have the same out_dir."""
         self.stream, self.rows, self.data = stream, stream.rows, None
         self.rows_per_epoch = stream.rows
         self.args, self.accumulation, self.check, self.name = args, accumulation, check, name
         self.device, self.tokenizer = device, tokenizer
         self.step_rows = args.batch_size * accumulation * world_size()
-        self.stretch_steps = max(args.stream_rows // self.step_rows, 1)
+        self.shard_steps = max(args.stream_rows // self.step_rows, 1)
         self.steps_per_epoch = math.ceil(self.rows / self.step_rows)
 
     def batches_in_step(self, step: int) -> int:
         return self.accumulation
 
     def batches(self, epoch: int, first_step: int) -> Iterator[dict]:
-        plan = self.stream.plan(self.stretch_steps * self.step_rows, self.args.seed, epoch)
+        plan = self.stream.plan(self.shard_steps * self.step_rows, self.args.seed, epoch)
         # Machines may share out_dir, but each fetches for itself.
         fetcher = Fetcher(self.stream, plan, Path(self.args.out_dir) / "stream" / f"{socket.gethostname()}_{self.name}")
-        for number in range(first_step // self.stretch_steps, len(plan)):
-            steps = math.ceil(sum(piece.end - piece.first for piece in plan[number]) / self.step_rows)
-            done = max(first_step - number * self.stretch_steps, 0)
+        for number in range(first_step // self.shard_steps, len(plan)):
+            steps = math.ceil(sum(row_group.end - row_group.first for row_group in plan[number]) / self.step_rows)
+            done = max(first_step - number * self.shard_steps, 0)
             left = (steps - done) * self.accumulation  # batches of this rank
-            self.data = None  # the stretch before: Windows removes no file that is still mapped
-            self.data, batches = self.stretch(fetcher, number), ()
+            self.data = None  # the shard before: Windows removes no file that is still mapped
+            self.data, batches = self.shard(fetcher, number), ()
             if self.data:
                 sampler = StepSampler(
                     self.data.lengths, self.args.batch_size, self.accumulation, self.args.seed, rank(), world_size()
@@ -166,20 +166,20 @@ class StreamLoader:
             for batch in batches:
                 left -= 1
                 yield batch
-            batches = ()  # the workers of an iterator have the stretch mapped too
+            batches = ()  # the workers of an iterator have the shard mapped too
             for _ in range(left):
                 yield collate([], self.tokenizer.pad_token_id)
         self.data = None
-        with main_first() as leads:  # a run that stops before leaves its stretch for the one that goes on
+        with main_first() as leads:  # a run that stops before leaves its shard for the one that goes on
             if leads:
                 fetcher.remove()
 
-    def stretch(self, fetcher: Fetcher, number: int) -> VLMDataset | None:
+    def shard(self, fetcher: Fetcher, number: int) -> VLMDataset | None:
         """Its rows, checked; None if all of them are bad and --on_bad_row skip."""
         with main_first() as leads:
             path = fetcher.get(number) if leads else fetcher.path(number)
             try:
-                data = self.check(Stretch(path))
+                data = self.check(Shard(path))
             except NoUsableRow as error:
                 if self.args.on_bad_row == "error":
                     raise
