@@ -283,7 +283,7 @@ class Training:
         if "bf16" in has:  # of its own, as all share one encoder
             model.vision_encoder = cast_frozen(copy.deepcopy(model.vision_encoder), self.dtype)
         else:  # on a GPU too, where all else of the original way has autocast
-            model.encode_pictures = torch.autocast(self.device.type, enabled=False)(model.encode_pictures)
+            model.get_image_embeddings = torch.autocast(self.device.type, enabled=False)(model.get_image_embeddings)
         if "in_blocks" in has:
             choose_attention(model, self.device, self.dtype)
         if "compiled" in has:
