@@ -21,11 +21,15 @@ from torch import nn
 from transformers import CLIPVisionModel
 from transformers.utils import cached_file, logging
 
-# Relative, as these files also go into exported folders, where no package `model` is.
+# Relative, and all there are: exported folders have no package `model`, and Transformers 4 looks no further than here.
+from .attention import Attention as Attention
+from .config import MiniMindConfig
 from .defaults import DEFAULT_VISION_MODEL
+from .feed_forward import FeedForward as FeedForward
 from .files import impostor
-from .model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindOutput, as_cache
+from .model_minimind import MiniMindForCausalLM, MiniMindOutput, as_cache
 from .processing import ImageProcessor, vision_config
+from .rgb import to_rgb as to_rgb
 
 ENCODER_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 

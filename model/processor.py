@@ -9,7 +9,10 @@ import re
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image, make_flat_list_of_images
 
+# All files that are needed, as Transformers 4 copies what this one imports, but not what that imports in turn.
+from .files import read_json as read_json
 from .processing import IMAGE_TAG, ImageProcessor
+from .rgb import to_rgb as to_rgb
 
 # Chat templates put it into what people typed, so that a <|im_end|> there is no token that ends the turn. Private use:
 # it means nothing in any text, and is gone before the text becomes tokens.

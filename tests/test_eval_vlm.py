@@ -239,7 +239,7 @@ def test_a_picture_stands_where_most_rows_of_the_training_had_it(trained, world,
     path = folder / "sft_vlm_64.json"
     about = json.loads(path.read_text(encoding="utf-8"))
     asked = []
-    monkeypatch.setattr(generate, "generate", lambda *given: asked.append(given[2][0]["content"]) or (None, 0, None))
+    monkeypatch.setattr(asking, "generate", lambda *given: asked.append(given[2][0]["content"]) or (None, 0, None))
     ask = [*trained, "--out_dir", str(folder), "--image", str(world / "pictures/red.png"), "--prompt", "What?"]
     for first in (True, False, None):
         path.write_text(json.dumps(about | {"pictures_first": first}), encoding="utf-8")
@@ -380,7 +380,7 @@ def test_a_picture_may_have_an_address(trained, server, capsys):
     ],
 )
 def test_an_address_without_a_picture_says_why_in_a_line(server, monkeypatch, name, message):
-    monkeypatch.setattr(asking, "SILENT", 0.3)
+    monkeypatch.setattr(pictures, "SILENT", 0.3)
     with pytest.raises(ValueError, match=f"--image http.* is not a picture that can be read: {message}") as error:
         pictures.open_image(f"{server}/{name}", ImageProcessor())
     assert "\n" not in str(error.value)
@@ -392,7 +392,7 @@ def test_a_picture_may_not_be_too_large_too_slow_or_from_elsewhere(server, world
     for path in (red, world / "pictures/red.png"):
         with pytest.raises(ValueError, match="it has 0.00144 million pixels, at most 0.0005 are read: make it smaller"):
             pictures.open_image(path, ImageProcessor())
-    monkeypatch.setattr(asking, "LONGEST", -1)
+    monkeypatch.setattr(pictures, "LONGEST", -1)
     with pytest.raises(ValueError, match="takes longer than"):
         pictures.open_image(red, ImageProcessor())
     monkeypatch.setattr(pictures, "LARGEST", 50)
