@@ -316,10 +316,10 @@ def flat(pieces):
 
 
 def ids_and_labels(tokenizer, conversation):
-    lm_dataset = pytest.importorskip("dataset.lm_dataset", exc_type=ImportError)  # `datasets` wants its own versions
-    ids, labels, pictures = lm_dataset.fit(encode_chat(tokenizer, conversation, PLACEHOLDERS), 10_000)
-    row = lm_dataset.Row(conversation, ["a.jpg"] * pictures)
-    assert lm_dataset.encode_row(row, tokenizer, PLACEHOLDERS, 10_000)[:2] == (ids, labels)
+    examples = pytest.importorskip("dataset.examples", exc_type=ImportError)  # `datasets` wants its own versions
+    ids, labels, pictures = examples.cut_to_length(encode_chat(tokenizer, conversation, PLACEHOLDERS), 10_000)
+    row = examples.Row(conversation, ["a.jpg"] * pictures)
+    assert examples.encode_row(row, tokenizer, PLACEHOLDERS, 10_000)[:2] == (ids, labels)
     return ids, labels
 
 
