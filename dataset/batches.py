@@ -69,10 +69,10 @@ class StepSampler:
         window: int = 32,
         parts: list[tuple[int, int, float]] | None = None,
     ):
-        """window: rows are sorted by length among this many batches at a time, after shuffling.
+        """window: after shuffling, rows are sorted by length within this many batches, so that there is little padding.
 
-        parts: (first row, end, how many times an epoch passes over them); all rows once without it. Over epochs, each
-        row of a part comes as often as any other, so an epoch of half a part is followed by the other half.
+        parts: (first row, end, weight) of ranges of rows, of which an epoch takes weight times their number; all rows
+        once without it. With a weight of 0.5 an epoch takes half of them, and the next one the other half.
         """
         self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
         self.rank, self.world_size, self.accumulation_steps = rank, world_size, accumulation_steps
@@ -102,7 +102,7 @@ class StepSampler:
         # The batches of a step are neighbours in length: ranks that wait for each other should have as much to do.
         per_step = self.world_size * self.accumulation_steps
         steps = [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
-        whole = len(batches) // per_step  # a step that is not must stay the last
+        whole = len(batches) // per_step  # an incomplete step stays the last
         return [batch for i in (*random.permutation(whole), *range(whole, len(steps))) for batch in steps[i]]
 
     def rows_of_part(self, part: int) -> np.ndarray:

@@ -20,6 +20,7 @@ def cut_to_length(pieces, max_length: int) -> tuple[list[int], list[int], int]:
         if not is_answer and len(piece) > room:
             break
         ids += piece[:room]
+        # The same ids: the decoder scores position t against label t + 1 by itself.
         labels += piece[:room] if is_answer else [IGNORE] * len(piece)
         pictures += piece_pictures
         if len(piece) > room:
@@ -32,7 +33,7 @@ def cut_to_length(pieces, max_length: int) -> tuple[list[int], list[int], int]:
 def encode_row(row: Row, tokenizer, placeholders: str, max_length: int):
     """A row → input_ids, labels, names of its pictures, and how many tokens its answers have. Raises BadRow.
 
-    What the labels have less than the answers is what max_length cost.
+    The last counts the answers' tokens before they are cut: minus the labels, it is what max_length cost.
 
     Without placeholders the pictures are left out: what remains is text.
     """

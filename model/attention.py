@@ -84,7 +84,7 @@ class Attention(nn.Module):
     def forward(self, x, position_embeddings, past_key_values=None, attention_mask=None, past=0, attentions=None):
         """x (B, T, D) → (B, T, D). `attention_mask`: None, (B, S) with 1 = real token, or bool (B, 1, T, S).
 
-        attentions: a list that gets the weights (B, H, T, S), which only the slower way in the open has.
+        attentions: a list that gets the weights (B, H, T, S), which only `plain_attention` computes.
         """
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
@@ -92,7 +92,9 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         v = v.type_as(k)
-        if past_key_values is not None:  # what earlier calls computed for earlier tokens comes before
+        # The cache: while an answer is written, a call gets the new token alone, and keys and values of all before it,
+        # pictures among them, are taken from earlier calls.
+        if past_key_values is not None:
             where = {"cache_position": past + torch.arange(T, device=x.device)}  # static caches of Transformers 4 ask
             k, v = past_key_values.update(k, v, self.layer_idx, where)  # (B, K, S, d)
         mask, is_causal = what_is_seen(attention_mask, T, k.shape[2], past, past_key_values, x.device)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import zipfile
 from pathlib import Path
 
 
@@ -39,3 +40,31 @@ def check_number(path, key: str, value, least: float, most: float, kind: type = 
     if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
         what = "an integer" if kind is int else "a number"
         raise ValueError(f"{path}: {key} is {value!r}, expected {what} from {least:g} to {most:g}")
+
+
+def why_unreadable(error: BaseException) -> str:
+    """A line about weights that could not be read, without PyTorch's advice to switch its protection off."""
+    causes = [error]
+    while causes[-1].__context__ is not None:  # some versions of Transformers raise an error of their own on top
+        causes.append(causes[-1].__context__)
+    for cause in causes:
+        if found := re.search(r"GLOBAL (\S+)", str(cause)):
+            return f"it would call {found[1]}, where only tensors are read. Do not use a file that runs code"
+    reason = (str(error) or type(error).__name__).split("\n")[0]
+    return "it is no file of tensors that PyTorch wrote, or a damaged one" if "weights_only" in reason else reason
+
+
+def check_records(path: Path) -> None:
+    """ValueError if a file of PyTorch, a zip of records, is damaged: PyTorch itself ignores the checksums in it.
+
+    Files from before PyTorch 1.6 are no zip, and have none.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as records:
+        size = path.stat().st_size
+        for record in records.infolist():
+            if record.file_size > size:  # PyTorch does not compress: whoever did wants to fill the memory
+                raise ValueError(f"{record.filename} in it says to be larger than the file")
+        if damaged := records.testzip():
+            raise ValueError(f"{damaged} in it is damaged, its checksum is another. Fetch or copy the file again")

@@ -180,8 +180,8 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module):
         # Only nn.init functions: Transformers 5 guards those against overwriting weights it has just loaded.
         if isinstance(module, nn.Embedding) or module is getattr(self, "lm_head", None):  # one matrix
-            # Small, as what a word has in common with others is learned on top of it. Began all words far apart, later
-            # layers would learn each by heart, and what they learn of one would not hold for the next.
+            # Small, so that words start close together, and what later layers learn about one holds for the next. If
+            # all began far apart, they would learn each by heart.
             nn.init.normal_(module.weight, std=0.01)
         elif isinstance(module, nn.Linear):
             # 0.088 at a width of 128. With the 0.02 of wide models, queries and keys of a narrow one are too small for
@@ -263,7 +263,8 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         learn = needed = None
         if labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # (B·T): the token after each
-            # Before the layers: the host must know how many there are, and waits for what is computed so far.
+            # Only positions with a label need logits. nonzero() makes the CPU wait for the GPU, so it comes before the
+            # layers, while little is queued.
             learn = (targets != -100).nonzero().squeeze(1)  # (labels): where it is one to be learned
             needed = None if return_logits or self.config.use_moe else learn
         hidden_states = [] if output_hidden_states else None

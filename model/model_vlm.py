@@ -10,8 +10,6 @@ V the encoder's width.
 Reading path, 5 of 10; next: model/processing.py
 """
 
-import re
-import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from .attention import Attention as Attention
 from .config import MiniMindConfig
 from .defaults import DEFAULT_VISION_MODEL
 from .feed_forward import FeedForward as FeedForward
-from .files import impostor
+from .files import check_records, impostor, why_unreadable
 from .model_minimind import MiniMindForCausalLM, MiniMindOutput, as_cache
 from .processing import ImageProcessor, vision_config
 from .rgb import to_rgb as to_rgb
@@ -46,6 +44,8 @@ class VLMConfig(MiniMindConfig):
         ve_hidden_size: int = 768,
         **kwargs,
     ):
+        # CLIP ViT-B/16 cuts 224 x 224 pixels into 16 x 16 patches: 14 * 14 = 196 patches, so a picture is 196 tokens.
+        # Each "@" keeps the place of one patch; 34 is its id in the public tokenizer.
         self.image_special_token = image_special_token
         self.image_ids = [34] * 196 if image_ids is None else list(image_ids)
         self.ve_hidden_size = ve_hidden_size  # V
@@ -88,34 +88,6 @@ def quiet_transformers():
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def why_unreadable(error: BaseException) -> str:
-    """A line about weights that could not be read, without PyTorch's advice to switch its protection off."""
-    causes = [error]
-    while causes[-1].__context__ is not None:  # some versions of Transformers raise an error of their own on top
-        causes.append(causes[-1].__context__)
-    for cause in causes:
-        if found := re.search(r"GLOBAL (\S+)", str(cause)):
-            return f"it would call {found[1]}, where only tensors are read. Do not use a file that runs code"
-    reason = (str(error) or type(error).__name__).split("\n")[0]
-    return "it is no file of tensors that PyTorch wrote, or a damaged one" if "weights_only" in reason else reason
-
-
-def check_records(path: Path) -> None:
-    """ValueError if a file of PyTorch, a zip of records, is damaged: PyTorch itself ignores the checksums in it.
-
-    Files from before PyTorch 1.6 are no zip, and have none.
-    """
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as records:
-        size = path.stat().st_size
-        for record in records.infolist():
-            if record.file_size > size:  # PyTorch does not compress: whoever did wants to fill the memory
-                raise ValueError(f"{record.filename} in it says to be larger than the file")
-        if damaged := records.testzip():
-            raise ValueError(f"{damaged} in it is damaged, its checksum is another. Fetch or copy the file again")
 
 
 class MiniMindVLM(MiniMindForCausalLM):
@@ -219,14 +191,15 @@ class MiniMindVLM(MiniMindForCausalLM):
     @torch.no_grad()
     def get_image_embeddings(image_tensors, vision_model) -> torch.Tensor:
         """float (N, 3, H, W) → patch features (N, P, V), without the class token, before the pooled norm."""
+        # A ViT puts a class token, a summary of the picture, before the patches. The patches know what is where.
         return vision_model(pixel_values=image_tensors.to(vision_model.dtype)).last_hidden_state[:, 1:, :]
 
     def find_pictures(self, tokens) -> torch.Tensor:
         """Which of tokens (B, T) are placeholders of a picture: bool (B, T).
 
-        A run of k·P placeholder tokens, and up to P - 1 more, is k pictures from its left end; the rest is ordinary
-        text. Every position learns from running maxima and minima where its run starts and ends, so that there is
-        no loop and the host need not know. With P = 2:
+        In a run of L placeholder tokens the first L // P * P belong to pictures, the rest is ordinary text. Running
+        maxima and minima tell each position where its run starts and ends: no loop, and the CPU need not wait for the
+        GPU. With P = 2:
 
             token     a  @  @  @  b  @
             before    0  0  0  0  4  4    the last other token up to here
@@ -243,7 +216,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         return placeholder & (position - before - 1 < length // P * P)
 
     def count_vision_proj(self, tokens, h, vision_tensors=None, seqlen: int | None = None) -> torch.Tensor:
-        """Overwrites the embeddings of the placeholders with the projected features of the pictures.
+        """The merge: overwrites the embedding of each placeholder with the projected feature of its patch.
 
         Args:
             tokens: int64 (B, T).
@@ -257,7 +230,7 @@ class MiniMindVLM(MiniMindForCausalLM):
             self.check_pictures(mask, (0,) if vision_tensors is None else vision_tensors.shape[:-2])
         if vision_tensors is not None:
             features = self.vision_proj(vision_tensors)
-            h = h.masked_scatter(mask[..., None], features.type_as(h))  # row by row, as the pictures come
+            h = h.masked_scatter(mask[..., None], features.type_as(h))  # the i-th placeholder gets the i-th patch
         return h[:, :seqlen]
 
     def check_pictures(self, mask, given) -> None:
@@ -304,8 +277,8 @@ class MiniMindVLM(MiniMindForCausalLM):
         first = isinstance(past, int) and past == 0  # a static cache in use has a tensor
         # Later calls too short for a picture are the next token of a text, whose pictures are in the cache.
         if first or len(self.config.image_ids) <= T:
-            # What the encoder sees of a patch, made as wide as a word, takes the place of a placeholder. From here on
-            # the decoder knows no difference: a picture is P more tokens in front of it.
+            # The merge: the encoder gives a vector per patch, the projector makes it as wide as a word, and it replaces
+            # the embedding of a placeholder. To the decoder a picture is P ordinary positions of the sequence.
             features = self.encode_pictures(pixel_values, image_features)
             h = self.count_vision_proj(input_ids, h, features, T)
         if features is None and self.training:

@@ -250,7 +250,9 @@ def load_tokenizer(path, placeholders: str = "@" * 196):
 
 
 def encode_chat(tokenizer, conversations: list[dict], placeholders: str) -> list[tuple[list[int], bool, int]]:
-    """A conversation as pieces (ids, is_answer, pictures), in order; their concatenation is the model's input.
+    """A conversation as pieces (ids, is_answer, number of pictures), in order; joined, they are the model's input.
+
+    Only answers get labels: the model learns to write them, not questions or placeholders.
 
     `<|im_start|>system\\n...<|im_end|>\\n<|im_start|>user\\n...<|im_end|>\\n<|im_start|>assistant\\n` is a prompt
     piece, `answer<|im_end|>` an answer piece: the boundary is where generation starts, so a model is trained on exactly

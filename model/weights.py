@@ -20,9 +20,9 @@ import transformers
 
 from common.files import write_json, write_safely
 from common.start import script
-from model.files import check_number, impostor, read_json
+from model.files import check_number, check_records, impostor, read_json, why_unreadable
 from model.model_minimind import MiniMindConfig
-from model.model_vlm import VLMConfig, check_records, why_unreadable
+from model.model_vlm import VLMConfig
 
 ABOUT = "minimind.json"  # in a Transformers folder: the JSON of the weights it was made of
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")

@@ -34,7 +34,8 @@ def train_epoch(run: Run, epoch: int) -> None:
     """
     args, state = run.args, run.state
     for batches, end_of_epoch in run.steps_left(epoch):
-        # All ranks count together: the loss is divided by the labels of the whole step, wherever they are.
+        # Counted over all ranks: divided by all labels of the step, every answer token weighs the same. A mean of
+        # batch means would give more weight to the tokens of batches that have few.
         labels, rows, broken, tokens, stop = all_sum(
             sum(map(count_labels, batches)),
             sum(len(batch["rows"]) for batch in batches),
@@ -82,7 +83,7 @@ def train_step(run: Run, batches: list[dict], labels: float, rows: float) -> tup
             # Pictures overwrite their placeholders, the decoder reads all, and the answers' tokens are scored.
             out = run.forward(**to_device(batch, run.model), num_items_in_batch=max(labels, 1), return_logits=False)
             aux_loss = out.aux_loss * (len(batch["rows"]) / max(rows, 1))  # both: this batch's share of the step
-            # DistributedDataParallel averages gradients over ranks; a step wants their sum.
+            # The loss is divided by the labels of all ranks already, so gradients must add up, and DDP averages them.
             scaler.scale((out.loss + aux_loss) * world_size()).backward()
         losses.append(out.loss.detach())
         aux_losses.append(aux_loss.detach())
