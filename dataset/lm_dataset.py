@@ -1,13 +1,12 @@
-"""Rows → tensors → batches.
+"""Rows → training examples.
 
     {"conversations": [{"role": "user", "content": "What is this?\\n<image>"},
                        {"role": "assistant", "content": "A cat."}], "image": "cat.jpg"}
 
-`VLMDataset` takes such rows from where they lie (dataset/sources.py), checks them before the first step, and makes each
-a training example; `collate` pads examples to a batch; `StepSampler` decides which rows go into which batch of which
-step.
+`VLMDataset` reads such rows (dataset/sources.py), checks them before the first step, and makes each a training example
+(dataset/examples.py). Batches of these are made in dataset/batches.py.
 
-Shapes: B batch, T tokens, N pictures of a row or batch, H and W pixels; P patches and V width of the encoder.
+Shapes: T tokens, N pictures of a row, H and W pixels; P patches and V width of the encoder.
 """
 
 import hashlib
@@ -41,7 +40,7 @@ KINDS = {
 }
 
 
-# ---------------------------------------------------------------------------- one row
+# ---------------------------------------------------------------------------- checks
 
 
 CHECKED = datasets.Features(
@@ -316,6 +315,3 @@ class VLMDataset(torch.utils.data.Dataset):
 
 def as_list(value) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-# ---------------------------------------------------------------------------- batches

@@ -1,4 +1,4 @@
-"""Asking a model: how eval_vlm.py and the web page load one and get answers from it, alone or scored over many rows."""
+"""eval_vlm.py's questions about pictures: which are asked about which, and how answers are shown."""
 
 import json
 import sys
@@ -12,11 +12,6 @@ from inference.generate import generate, question
 from inference.models import pictures_first, prompts_of
 from inference.pictures import open_image, pictures_in
 from model.processing import IMAGE_TAG
-
-# ---------------------------------------------------------------------------- models
-
-
-# ---------------------------------------------------------------------------- asking
 
 
 def prompts_to_ask(args, weights: Path) -> tuple[list[str], str]:
@@ -89,9 +84,3 @@ def ask_about_pictures(model, tokenizer, args, weights: Path) -> None:
                 path = path if figures == 1 else path.with_stem(f"{path.stem}_{figures}")
                 draw_attention(path, model, tokenizer, ids, start, pixels, images, prompt)
                 print(f"written, where it looked for each word: {path}", file=sys.stderr if args.json else sys.stdout)
-
-
-# ---------------------------------------------------------------------------- many at once
-
-
-# ---------------------------------------------------------------------------- scoring

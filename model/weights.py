@@ -3,8 +3,8 @@
 Beside each stands a small JSON that says what it is: configuration, tokenizer, encoder, data, step. Everything is
 written beside, flushed and renamed, so that a full disk or a lost power supply leaves the last good file.
 
-`build_model` is how every script comes to its model. It reads these files, those of the public MiniMind-V without a
-JSON, those from before April 2025 under their older names, and Transformers folders; what does not fit is refused.
+Also read are those of the public MiniMind-V without a JSON, those from before April 2025 under their older names, and
+Transformers folders; what does not fit is refused. build.py makes models of them.
 """
 
 import hashlib
