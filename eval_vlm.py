@@ -17,7 +17,7 @@ also with the pictures shuffled between rows, which shows whether the model look
 import sys
 from contextlib import nullcontext, redirect_stdout
 
-from common.cli import Parser, add_model_arguments, not_negative, positive, run_main, share
+from common.cli import Parser, add_model_arguments, add_urls_argument, not_negative, positive, run_main, share
 from common.start import begin
 
 
@@ -54,6 +54,7 @@ def parse_args(argv=None):
     add = parser.group("scores").add_argument
     add("--images_path", nargs="+", metavar="PATH", help="pictures of --data_path, folder or zip; default: beside it")
     add("--refs_path", nargs="+", default=[], metavar="JSON", help='further references, {"name.jpg": ["caption", ...]}')
+    add_urls_argument(parser)
     add("--no_loss", action="store_true", help="score answers alone, which takes a third less time")
     add("--max_seq_len", type=positive(int), default=1536, help="tokens per row, placeholders included")
     add("--on_bad_row", choices=["error", "skip"], default="error", help="what to do with rows that cannot be used")
@@ -69,7 +70,7 @@ def parse_args(argv=None):
     if args.use_multi == 2:
         args.model_mode = 2
     alone = {  # what a mode has no use for
-        "data_path": ["image", "image_dir", "prompt", "prompts_path", "json", "show_attention"],
+        "data_path": ["image", "image_dir", "prompts_path", "json", "show_attention"],
         "captions": ["image", "json", "show_attention"],
         "chat": ["prompt", "prompts_path", "image_dir", "json", "show_attention"],
         "prompt": ["prompts_path"],
@@ -81,7 +82,7 @@ def parse_args(argv=None):
                 parser.error(f"--{flag} has no use for --{other}: give either")
     if args.use_multi == 2 and args.captions:
         parser.error("--captions asks about each picture alone: give --model_mode 2 instead of --use_multi 2")
-    for flag in ("images_path", "refs_path", "no_loss", "output"):
+    for flag in ("images_path", "refs_path", "no_loss", "output", "allow_urls"):
         if getattr(args, flag) and not args.data_path:
             parser.error(f"--{flag} is for scores: give rows with --data_path, or leave it out")
     return args

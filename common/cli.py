@@ -247,6 +247,16 @@ class Parser(argparse.ArgumentParser):
 # ---------------------------------------------------------------------------- flags that scripts share
 
 
+def add_urls_argument(parser) -> None:
+    urls = "fetch pictures that rows name by http(s)://..., once: they are kept in the cache of `datasets`"
+    parser.group("the data").add_argument("--allow_urls", action="store_true", help=urls)
+
+
+def add_prompt_argument(parser) -> None:
+    prompt = "what is asked about pictures that have captions alone; default: a few, in the caption's language"
+    parser.group("the data").add_argument("--prompt", nargs="+", metavar="TEXT", help=prompt)
+
+
 def add_parts_arguments(parser, sees: bool = True) -> None:
     add = parser.group("the model").add_argument
     own = "default: that of the weights, else {}"

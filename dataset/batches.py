@@ -68,16 +68,23 @@ class StepSampler:
         shuffle: bool = True,
         window: int = 32,
         parts: list[tuple[int, int, float]] | None = None,
+        groups: np.ndarray | None = None,
     ):
         """window: after shuffling, rows are sorted by length within this many batches, so that there is little padding.
 
         parts: (first row, end, weight) of ranges of rows, of which an epoch takes weight times their number; all rows
         once without it. With a weight of 0.5 an epoch takes half of them, and the next one the other half.
+
+        groups: int64, the first row of each group, of which an epoch takes one row, drawn by chance: another caption of
+        the same picture, say. Without it each row is a group. Without shuffle all rows are taken.
         """
         self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
         self.rank, self.world_size, self.accumulation_steps = rank, world_size, accumulation_steps
         self.shuffle, self.window = shuffle, window
         parts = parts or [(0, len(self.lengths), 1)]
+        self.groups = groups if shuffle else None
+        if self.groups is not None:
+            parts = [(*np.searchsorted(self.groups, (first, end)).tolist(), weight) for first, end, weight in parts]
         self.parts = [(first, end, round((end - first) * weight)) for first, end, weight in parts]
         self.batches = -(-sum(rows for *_, rows in self.parts) // batch_size)
         self.steps_per_epoch = -(-self.batches // (world_size * accumulation_steps))
@@ -106,13 +113,22 @@ class StepSampler:
         return [batch for i in (*random.permutation(whole), *range(whole, len(steps))) for batch in steps[i]]
 
     def rows_of_part(self, part: int) -> np.ndarray:
-        """The rows of a part in this epoch: the next ones of an endless row of passes, each in another order."""
+        """The rows of a part in this epoch: the next ones of an endless row of passes, each in another order, and with
+        another draw of each group."""
         first, end, rows = self.parts[part]
         size = max(end - first, 1)
         start = self.epoch * rows
         passes = range(start // size, -(-(start + rows) // size))
-        order = [first + np.random.default_rng((self.seed, part, i)).permutation(end - first) for i in passes]
+        order = [self.one_pass(first, end, np.random.default_rng((self.seed, part, i))) for i in passes]
         return np.concatenate([*order, np.empty(0, np.int64)])[start % size :][:rows]
+
+    def one_pass(self, first: int, end: int, random) -> np.ndarray:
+        """Each row of first to end once, or one of each of these groups."""
+        order = first + random.permutation(end - first)
+        if self.groups is None:
+            return order
+        sizes = np.diff(self.groups, append=len(self.lengths))
+        return self.groups[order] + random.integers(0, sizes[order])
 
     def batches_in_step(self, step: int) -> int:
         """How many batches each rank runs in this step of an epoch: accumulation_steps, or fewer in the last."""

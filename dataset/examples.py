@@ -3,7 +3,8 @@
 Reading path, 7 of 10; next: dataset/batches.py
 """
 
-from dataset.sources import BadRow, Row
+from dataset.rows import Row
+from dataset.shapes import BadRow
 from model.processing import IGNORE, IMAGE_TAG, encode_chat
 
 

@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from common.cli import reason
 from common.files import write_safely
 from dataset.lm_dataset import VLMDataset
-from dataset.sources import BadRow
+from dataset.shapes import BadRow
 
 FORMAT = 3  # raise it when the files, or what our code makes of a picture before the encoder sees it, change
 SEGMENT = 2**28  # bytes; a rank holds as many in memory until they are written
@@ -205,7 +205,7 @@ class Pictures(Dataset):
         """Of the file that a picture lies in and its name there, the same as long as size and times of the file are;
         NO_KEY where these do not tell whether it has changed."""
         data, row, name = self.at(i)
-        path = data.sources[data.place(row)[0]].file(name)
+        path = data.sources[data.locate(row)[0]].file(name)
         try:
             about = path.stat()
         except OSError:

@@ -3,8 +3,9 @@
     {"conversations": [{"role": "user", "content": "What is this?\\n<image>"},
                        {"role": "assistant", "content": "A cat."}], "image": "cat.jpg"}
 
-`VLMDataset` reads such rows (dataset/sources.py), checks them before the first step, and makes each a training example
-(dataset/examples.py). Batches of these are made in dataset/batches.py.
+`VLMDataset` reads such rows, or those of any other shape (dataset/sources.py, dataset/shapes.py), checks them before
+the first step, and makes each a training example (dataset/examples.py). dataset/batches.py has
+batches of these.
 
 Shapes: T tokens, N pictures of a row, H and W pixels; P patches and V width of the encoder.
 """
@@ -23,10 +24,13 @@ import torch
 
 from common.machine import usable_cores
 from dataset.examples import encode_row
-from dataset.sources import BadRow, Jsonl, Parquet, Row, blame_cache, open_rows, printable, use_picture
+from dataset.pictures import is_url, use_picture
+from dataset.rows import Row
+from dataset.shapes import DEFAULT, BadRow, ReadOptions, printable
+from dataset.sources import Source, blame_cache, open_rows
 from model.processing import IGNORE, IMAGE_TAG, language
 
-FORMAT = 7  # raise it when `check_rows` or what it calls finds something else: results are cached on disk
+FORMAT = 8  # raise it when `check_rows` or what it calls finds something else: results are cached on disk
 ASKED, PROMPTS = 2000, 3  # rows in which the commonest questions are looked for, and how many of them are kept
 KINDS = {
     "json": "not valid JSON",
@@ -45,11 +49,14 @@ KINDS = {
 
 CHECKED = datasets.Features(
     {
+        "record": datasets.Value("int64"),  # which of the source it is from
+        "which": datasets.Value("int32"),  # of the rows that this record makes, which
         "length": datasets.Value("int32"),  # tokens
         "answers": datasets.Value("int32"),  # tokens of its answers
         "lost": datasets.Value("int32"),  # how many of these max_length cost
         "images": datasets.List(datasets.Value("string")),
         "mended": datasets.Value("string"),
+        "shape": datasets.Value("string"),  # what it was read as
         "kind": datasets.Value("string"),
         "problem": datasets.Value("string"),
     }
@@ -58,9 +65,9 @@ CHECKED = datasets.Features(
 
 def check_rows(batch, numbers: list[int], parse, tokenizer, placeholders: str, max_length: int) -> dict:
     """For `datasets.map`: what can be known of rows without opening their pictures. parse: of their source."""
-    found = {key: [] for key in CHECKED}
-    for row in parse(batch, numbers[0]):
-        length, answers, lost, images, mended, kind, problem = 0, 0, 0, [], "", "", ""
+    checked = {key: [] for key in CHECKED}
+    for number, which, row in parse(batch, numbers[0]):
+        length, answers, lost, images, mended, shape, kind, problem = 0, 0, 0, [], "", "", "", ""
         try:
             if row is None:
                 kind = "blank"
@@ -68,13 +75,14 @@ def check_rows(batch, numbers: list[int], parse, tokenizer, placeholders: str, m
                 kind, problem = row.kind, str(row)  # not raised: the traceback would keep the table open
             else:
                 ids, labels, images, answers = encode_row(row, tokenizer, placeholders, max_length)
-                length, mended = len(ids), row.mended
+                length, mended, shape = len(ids), row.mended, row.shape
                 lost = answers - sum(label != IGNORE for label in labels)
         except BadRow as error:
             kind, problem = error.kind, str(error)
-        for key, value in zip(found, (length, answers, lost, images, mended, kind, problem)):
-            found[key].append(value)
-    return found
+        values = (number, which, length, answers, lost, images, mended, shape, kind, problem)
+        for key, value in zip(checked, values):
+            checked[key].append(value)
+    return checked
 
 
 # ---------------------------------------------------------------------------- the data set
@@ -94,7 +102,10 @@ class VLMDataset(torch.utils.data.Dataset):
         without_picture: how many usable rows have none.
         answer_tokens, lost_tokens: of the answers of usable rows, and how many of these max_length cost.
         mended: {key of MENDED: how many usable rows}.
+        shapes: {what rows were read as, in words: how many usable rows}.
         parts: [(first row, end, weight)] of the usable rows of each path.
+        groups: int64, the first row of each picture that has several captions, of which an epoch draws one, and each
+            row that stands for itself; None if all do.
         features: a `RowFeatures` of these rows, or None: pictures are then opened as rows are asked for.
     """
 
@@ -108,6 +119,7 @@ class VLMDataset(torch.utils.data.Dataset):
         image_special_token: str = "@" * 196,
         on_bad_row: str = "error",
         weights: list[float] | None = None,
+        options: ReadOptions = DEFAULT,
     ):
         """
         Args:
@@ -120,6 +132,7 @@ class VLMDataset(torch.utils.data.Dataset):
             image_special_token: the placeholders of one picture; "" leaves pictures out, for a model of text only.
             on_bad_row: "error" raises ValueError with a table of what is wrong, "skip" leaves bad rows out.
             weights: how many times an epoch passes over each data_path; 1 without it.
+            options: how rows are read.
         """
         self.tokenizer, self.preprocess, self.features = tokenizer, preprocess, None
         self.max_length, self.placeholders = max_length, image_special_token
@@ -130,17 +143,16 @@ class VLMDataset(torch.utils.data.Dataset):
             if len(values) != len(paths):
                 raise ValueError(f"--{flag} names {len(values)}, --data_path {len(paths)}: give as many, in this order")
 
-        found = [open_rows(path, store) for path, store in zip(paths, stores)]
-        self.sources = [source for of_path in found for source in of_path]
-        self.starts = np.cumsum([0, *(len(source.table) for source in self.sources)])  # the first row of each
-        self.bad, self.mended, self.parts = defaultdict(list), Counter(), []
+        by_path = [open_rows(path, store, options=options) for path, store in zip(paths, stores)]
+        self.options, self.sources, self.starts, self.records = options, [], [0], []
+        self.bad, self.mended, self.shapes, self.parts = defaultdict(list), Counter(), Counter(), []
         self.shortened = self.without_picture = self.answer_tokens = self.lost_tokens = 0
         rows, lengths, end = [], [], 0
-        for of_path, weight in zip(found, weights):
+        for of_path, weight in zip(by_path, weights):
             begin = end
             for source in of_path:
                 good, length = self._usable(source)
-                rows.append(good + self.starts[len(rows)])
+                rows.append(good)
                 lengths.append(length)
                 end += len(good)
             self.parts.append((begin, end, weight))
@@ -148,27 +160,32 @@ class VLMDataset(torch.utils.data.Dataset):
                 raise ValueError(
                     f"--data_weights {weight}: of the {end - begin} rows of {of_path[0].path} that is none"
                 )
+        self.starts = np.array(self.starts)  # the first row of each source, in a count of usable rows and others
         self.rows, self.lengths = np.concatenate(rows), np.concatenate(lengths)
+        self.groups = self._groups() if options.captions == "one" else None
         if self.bad and on_bad_row == "error":
             raise ValueError(f"{self.report()}\nMend the data, or leave these rows out with --on_bad_row skip")
+        if options.prompts and not any(shape.startswith("caption") for shape in self.shapes):
+            raise ValueError("--prompt is asked about pictures with captions, and no row has these: leave it out")
         if not len(self.rows):
             raise NoUsableRow(f"no usable row in {', '.join(map(str, paths))}\n{self.report()}")
 
-    def _check(self, source: Jsonl | Parquet) -> datasets.Dataset:
+    def _check(self, source: Source) -> datasets.Dataset:
         """The columns CHECKED of all rows of a source; computed once per data, tokenizer and setting."""
         settings = (self.tokenizer.backend_tokenizer.to_str(), self.placeholders, self.max_length, FORMAT)
+        settings += (source.is_json, self.options.prompts)
         # `datasets` would fingerprint the pickled tokenizer, which changes from run to run and so never hits.
         fingerprint = hashlib.sha256(repr((source.table._fingerprint, settings)).encode()).hexdigest()[:32]
         many = len(source.table) > 50_000  # rows: below, neither more processes nor a progress bar are worth it
         (datasets.enable_progress_bars if many else datasets.disable_progress_bars)()
         try:
-            return source.table.with_format("arrow").map(
+            return source.records.map(
                 check_rows,
                 batched=True,
                 with_indices=True,
                 num_proc=usable_cores() if many else None,
                 fn_kwargs={
-                    "parse": source.parse,
+                    "parse": source.parse(),
                     "tokenizer": self.tokenizer,
                     "placeholders": self.placeholders,
                     "max_length": self.max_length,
@@ -182,14 +199,15 @@ class VLMDataset(torch.utils.data.Dataset):
             blame_cache(error)
             raise
 
-    def _usable(self, source: Jsonl | Parquet) -> tuple[np.ndarray, np.ndarray]:
+    def _usable(self, source: Source) -> tuple[np.ndarray, np.ndarray]:
         """Numbers and lengths of the rows of a source that can be learned from; notes what is wrong with the others."""
         checked = self._check(source).with_format("arrow")[:]
+        records = checked["record"].to_numpy()
         good = pc.equal(checked["kind"], "").to_numpy()
         for number in np.flatnonzero(~good).tolist():
             kind = checked["kind"][number].as_py()
             if kind != "blank":
-                self.bad[kind].append(f"{source.place(number)}: {checked['problem'][number]}")
+                self.bad[kind].append(f"{source.where(int(records[number]))}: {checked['problem'][number]}")
 
         images = checked["images"].combine_chunks()
         names = images.flatten()
@@ -198,21 +216,32 @@ class VLMDataset(torch.utils.data.Dataset):
         numbers, names = pc.list_parent_indices(images).filter(lost).to_pylist(), names.filter(lost).to_pylist()
         for number, name in sorted(dict(zip(numbers, names)).items()):
             good[number] = False
-            several = len(checked["images"][number]) > 1 and isinstance(source, Jsonl)
-            comma = '; a name with a comma in it goes into a list: ["a,b.jpg"]' * several
-            self.bad["missing"].append(
-                f"{source.place(number)}: {printable(name)} is not in {source.pictures_path}{comma}"
-            )
+            comma = '; a name with a comma in it goes into a list: ["a,b.jpg"]' * (len(checked["images"][number]) > 1)
+            why = f"is not in {source.pictures_path}{comma}"
+            why = "is on the web: --allow_urls fetches pictures from there" if is_url(name) else why
+            self.bad["missing"].append(f"{source.where(int(records[number]))}: {printable(name)} {why}")
 
         usable = checked.filter(pa.array(good))
         self.shortened += pc.sum(pc.greater(usable["lost"], 0)).as_py() or 0
         self.without_picture += pc.sum(pc.equal(pc.list_value_length(usable["images"]), 0)).as_py() or 0
         self.answer_tokens += pc.sum(usable["answers"]).as_py() or 0
         self.lost_tokens += pc.sum(usable["lost"]).as_py() or 0
-        for found in usable["mended"].value_counts().to_pylist():
-            if found["values"]:
-                self.mended[found["values"]] += found["counts"]
-        return np.flatnonzero(good), usable["length"].to_numpy().astype(np.int64)
+        for column, counter in (("mended", self.mended), ("shape", self.shapes)):
+            counts = usable[column].value_counts().to_pylist()
+            counter.update({count["values"]: count["counts"] for count in counts if count["values"]})
+        self.sources.append(source)
+        self.records.append(records if len(records) > len(source.table) else None)
+        self.starts.append(self.starts[-1] + len(checked))
+        return np.flatnonzero(good) + self.starts[-2], usable["length"].to_numpy().astype(np.int64)
+
+    def _groups(self) -> np.ndarray | None:
+        """See the attribute `groups`."""
+        if all(records is None for records in self.records):
+            return None
+        records = [np.arange(end - start) for start, end in zip(self.starts, self.starts[1:])]
+        records = [plain if several is None else several for plain, several in zip(records, self.records)]
+        records = np.concatenate([each + start for each, start in zip(records, self.starts)])[self.rows]
+        return np.flatnonzero(np.diff(records, prepend=-1))
 
     @cached_property
     def about(self) -> dict:
@@ -247,23 +276,27 @@ class VLMDataset(torch.utils.data.Dataset):
             lines += [f"            {example}" for example in found[:examples]]
         return "\n".join(lines)
 
-    def place(self, row: int) -> tuple[int, int]:
-        """Which source a usable row is from, and its number there."""
+    def locate(self, row: int) -> tuple[int, int, int]:
+        """Which source a usable row is from, the number of its record there, and which of the record's rows it is."""
         at = int(self.rows[row])
         source = int(np.searchsorted(self.starts, at, side="right")) - 1
-        return source, at - int(self.starts[source])
+        at -= int(self.starts[source])
+        records = self.records[source]
+        if records is None:
+            return source, at, 0
+        return source, int(records[at]), at - int(np.searchsorted(records, records[at]))
 
     def where(self, row: int) -> str:
         """file:line of a usable row."""
-        source, number = self.place(row)
-        return self.sources[source].place(number)
+        source, record, _ = self.locate(row)
+        return self.sources[source].where(record)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def row(self, row: int) -> Row:
-        source, number = self.place(row)
-        return self.sources[source].row(number)
+        source, record, which = self.locate(row)
+        return self.sources[source].row(record, which)
 
     def __getitem__(self, row: int) -> dict:
         """{"row", "input_ids" int64 (T,), "labels" int64 (T,), "pictures" uint8 (N, 3, H, W)}; or, where `features` has
@@ -292,15 +325,15 @@ class VLMDataset(torch.utils.data.Dataset):
             return self.preprocess.resize(image)
 
     def use_picture(self, row: int, name: str, use):
-        """See `dataset.sources.use_picture`."""
-        return use_picture(self.sources[self.place(row)[0]], name, use)
+        """See `dataset.pictures.use_picture`."""
+        return use_picture(self.sources[self.locate(row)[0]], name, use)
 
     def pictures(self) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
         """All pictures that the rows show, each once: (a row that shows it, its name, which of them the rows show one
         after another, where in this each row begins). int64 but for the names."""
         rows, names, shown, counts = [], [], [np.empty(0, np.int64)], [np.zeros(1, np.int64)]
-        for source, start in zip(self.sources, self.starts):
-            first, end = np.searchsorted(self.rows, (start, start + len(source.table)))
+        for source, start, stop in zip(self.sources, self.starts, self.starts[1:]):
+            first, end = np.searchsorted(self.rows, (start, stop))
             images = self._check(source).with_format("arrow")[:]["images"].combine_chunks()
             images = images.take(pa.array(self.rows[first:end] - start))
             encoded = images.flatten().dictionary_encode()

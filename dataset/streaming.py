@@ -9,22 +9,21 @@ resumed runs agree without talking, and a run that is resumed fetches only the s
 """
 
 import hashlib
-import os
 import shutil
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
 from common.cli import disk_full, reason
+from dataset.remote import file_system, is_remote, list_remote, one_sentence
+from dataset.shapes import BadRow, shape_of
 
-COLUMNS = ["conversations", "image_bytes"]
 # Seconds before a shard that could not be fetched is tried again: an hour in all, as long as a network may be away.
 PAUSES = (1, 2, 4, 8, 15, 30, *[60] * 59)
 
@@ -40,44 +39,17 @@ class RowGroup:
     offset: int  # number of its first row in the file
 
 
-def is_remote(path) -> bool:
-    return "://" in str(path)
-
-
-@contextmanager
-def told(url: str):
-    """Whatever goes wrong inside, of the library, of HTTP or in the file, becomes one sentence: OSError."""
-    try:
-        yield
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise OSError(
-            f"--data_path {url} cannot be read: {reason[0]}.\n"
-            "Is the name right, the network there, HF_TOKEN set, HF_ENDPOINT if it is a mirror?"
-        ) from None
-
-
-def file_system(url: str):
-    """(fsspec's file system, path in it)"""
-    options = {"endpoint": os.environ.get("HF_ENDPOINT")} if url.startswith("hf://") else {}
-    return fsspec.core.url_to_fs(url, **options)
-
-
 def open_parquet(url: str) -> pyarrow.parquet.ParquetFile:
-    with told(url):
+    with one_sentence(url):
         system, path = file_system(url)
         return pyarrow.parquet.ParquetFile(system.open(path, "rb"), pre_buffer=True)
 
 
-def find_files(pattern: str) -> list[str]:
-    """The URLs that a pattern such as hf://datasets/owner/name/*.parquet stands for."""
-    with told(pattern):
-        system, path = file_system(pattern)
-        files = sorted(system.glob(path))
-        there = ", ".join(sorted(Path(name).name for name in system.glob(f"{path.rpartition('/')[0]}/*"))[:20])
-    if not files:
-        raise FileNotFoundError(f"--data_path {pattern}: no such file. There is: {there or 'nothing that can be seen'}")
-    return [system.unstrip_protocol(file) for file in files]
+WHOLE = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".tar", ".arrow")  # files that are fetched before they are read
+
+
+def is_streamed(path) -> bool:
+    return is_remote(path) and not str(path).lower().endswith(WHOLE)
 
 
 class Stream:
@@ -91,17 +63,17 @@ class Stream:
     def __init__(self, patterns: list[str]):
         """Raises FileNotFoundError if a pattern finds nothing, ValueError for other columns, OSError without answer."""
         self.row_groups, self.schema, self.last = [], None, (None, None)
-        for file in dict.fromkeys(file for pattern in patterns for file in find_files(pattern)):
+        for file in dict.fromkeys(file for pattern in patterns for file in list_remote(pattern)):
             with open_parquet(file) as parquet:
                 schema, metadata = parquet.schema_arrow, parquet.metadata
-            missing = [name for name in COLUMNS if name not in schema.names]
-            if missing:
-                names = ", ".join(schema.names)
-                raise ValueError(f"--data_path {file} has no column {' and '.join(missing)}, but {names}")
-            own = pa.schema([schema.field(name) for name in COLUMNS]).remove_metadata()
-            self.schema = self.schema or own
-            if own.types != self.schema.types:
-                raise ValueError(f"--data_path {file}: its columns are {own.types}, those before {self.schema.types}")
+            try:
+                columns = shape_of(tuple(schema.names)).columns(schema.names)
+            except BadRow as error:
+                raise ValueError(f"--data_path {file}: {error}") from None
+            schema = pa.schema([schema.field(name).remove_metadata() for name in columns])
+            self.schema = self.schema or schema
+            if schema != self.schema:
+                raise ValueError(f"--data_path {file}: its columns are\n{schema}\nThose before are\n{self.schema}")
             offset = 0
             for group in range(metadata.num_row_groups):
                 rows = metadata.row_group(group).num_rows
@@ -138,8 +110,8 @@ class Stream:
             for row_group in shard:
                 # A large one is cut into parts, which follow each other.
                 if self.last[0] != (row_group.file, row_group.group):
-                    with told(row_group.file):
-                        rows = opened[row_group.file].read_row_group(row_group.group, columns=COLUMNS)
+                    with one_sentence(row_group.file):
+                        rows = opened[row_group.file].read_row_group(row_group.group, columns=self.schema.names)
                     self.last = (row_group.file, row_group.group), rows
                 rows = self.last[1].slice(row_group.first, row_group.end - row_group.first)
                 numbers = range(row_group.offset + row_group.first + 1, row_group.offset + row_group.end + 1)

@@ -20,7 +20,8 @@ from common.devices import pick_dtype
 from common.files import write_json
 from dataset.batches import StepSampler, collate
 from dataset.lm_dataset import VLMDataset
-from dataset.sources import BadRow, Row
+from dataset.rows import Row
+from dataset.shapes import BadRow, ReadOptions
 from inference.generate import answer_batches, collate_prompts
 from model.files import read_json
 from model.processing import encode_chat, language
@@ -80,10 +81,13 @@ class Question:
 
 
 def questions_of(data: VLMDataset, captions: dict[str, list[str]]) -> list[Question]:
-    """A question for each assistant turn. captions: more references, by name of the picture, any language."""
+    """A question for each assistant turn. captions: more references, by name of the picture, any language. Of several
+    captions that a row has for its picture, the first is asked for, and the others are references, too."""
     questions = []
-    for row in range(len(data)):
+    firsts = range(len(data)) if data.groups is None else data.groups.tolist()
+    for row, end in zip(firsts, [*firsts[1:], len(data)]):
         found = data.row(row)
+        others = [data.row(other).conversations[-1]["content"] for other in range(row + 1, end)]
         conversations, images, kind = found.conversations, found.images, found.kind
         pieces = encode_chat(data.tokenizer, conversations, data.placeholders)
         answers = [turn["content"] for turn in conversations if turn["role"] == "assistant"]
@@ -96,6 +100,7 @@ def questions_of(data: VLMDataset, captions: dict[str, list[str]]) -> list[Quest
                 break
             references = [answers[turn]]
             more = captions.get(images[0], []) if len(images) == 1 and len(answers) == 1 else []
+            more = [*others, *more]
             references += [text for text in more if language(text) == language(answers[turn]) and text != answers[turn]]
             shown, tokens = images[:pictures], len(answer[0])
             questions.append(Question(row, ids, pictures, shown, users[turn], references, tokens, kinds[turn]))
@@ -129,7 +134,7 @@ class ShuffledPictures(VLMDataset):
 
     def shown(self, row: int, images: list[str]) -> tuple:
         """The source of a row and what its pictures are, given their names."""
-        source = self.place(row)[0]
+        source = self.locate(row)[0]
         return source, *map(self.sources[source].identity, images)
 
     def row(self, row: int) -> Row:
@@ -310,7 +315,14 @@ def score_rows(model, tokenizer, args, weights: Path, device) -> dict:
             captions.setdefault(image, []).extend(texts)
     placeholders = model.config.image_special_token
     data = VLMDataset(
-        args.data_path, args.images_path, tokenizer, model.processor, args.max_seq_len, placeholders, args.on_bad_row
+        args.data_path,
+        args.images_path,
+        tokenizer,
+        model.processor,
+        args.max_seq_len,
+        placeholders,
+        args.on_bad_row,
+        options=ReadOptions(tuple(filter(None, [args.prompt])), allow_urls=args.allow_urls),
     )
     if data.bad:
         print(data.report())

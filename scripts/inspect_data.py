@@ -4,6 +4,7 @@ conversations and exactly which tokens carry loss. It ends with the command that
     python -m scripts.inspect_data rows.jsonl --images_path pictures
     python -m scripts.inspect_data 'data/*.parquet' --samples 40
     python -m scripts.inspect_data "hf://datasets/owner/name/sft_*.parquet"     # a shard of it
+    python -m scripts.inspect_data llava.json --images_path coco --to rows.parquet  # for other programs
 
 Rows are read, checked, mended and shortened by the code that training uses, which finds them checked afterwards.
 Pictures are looked for in all rows, but opened in the samples only. The page is one file that loads nothing.
@@ -29,15 +30,26 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.cli import Parser, add_parts_arguments, not_negative, positive, run_main
+from common.cli import (
+    Parser,
+    add_parts_arguments,
+    add_prompt_argument,
+    add_urls_argument,
+    not_negative,
+    positive,
+    run_main,
+)
 from common.display import WIDTH, typed
 from common.files import write_text
 from common.machine import usable_cores
 from dataset.examples import encode_row
 from dataset.features import Pictures
 from dataset.lm_dataset import KINDS, VLMDataset
-from dataset.sources import MENDED, Shard, each_row
-from dataset.streaming import is_remote
+from dataset.rows import MENDED
+from dataset.shapes import ReadOptions
+from dataset.sources import Shard
+from dataset.streaming import is_streamed
+from dataset.writing import write_rows
 from inference.models import export_of, list_models
 from model.build import find_part
 from model.model_vlm import VLMConfig
@@ -60,7 +72,7 @@ MANY = 50_000  # rows that take more than a moment
 def survey(data: VLMDataset) -> np.ndarray:
     """uint8 (usable rows, 3): which of LANGUAGES the answers are in, pictures, answers, all as they stand in the files.
     One pass, which holds 100 rows at a time."""
-    rows = chain.from_iterable(map(each_row, data.sources))
+    rows = (row for *_, row in chain.from_iterable(data.sources))
     total, usable = data.starts[-1], np.zeros(data.starts[-1], bool)
     usable[data.rows] = True
     rows = tqdm(rows, "looking at rows", total, unit="row", dynamic_ncols=True, disable=total < MANY)
@@ -108,6 +120,7 @@ def facts(data: VLMDataset) -> list[tuple[str, str]]:
     return [
         (f"{len(data):,}", "usable rows"),
         (f"{sum(map(len, data.bad.values())):,}", "bad rows"),
+        *((f"{rows:,}", f"rows read as {shape}") for shape, rows in data.shapes.items()),
         *((f"{rows:,}", f"rows {MENDED[key]}") for key, rows in data.mended.items()),
         (f"{data.lengths.min():,}", "tokens in the shortest row"),
         (f"{np.median(data.lengths):,.0f}", "tokens in the median row"),
@@ -123,7 +136,7 @@ def files(data: VLMDataset) -> list[tuple[str, int, int]]:
     """(path, rows, usable rows)"""
     usable = np.diff(np.searchsorted(data.rows, data.starts)).tolist()
     names = [str(source if isinstance(source, Shard) else source.path) for source in data.sources]
-    return [(name, len(source.table), good) for name, source, good in zip(names, data.sources, usable)]
+    return list(zip(names, np.diff(data.starts).tolist(), usable))
 
 
 def wrap(text: str) -> str:
@@ -257,20 +270,27 @@ def page(data: VLMDataset, figures: dict, samples: list[dict], notes: list[str],
 def parse_args(argv=None):
     parser = Parser(__file__, __doc__)
     add = parser.start.add_argument
-    rows = "rows as training takes them: JSONL or Parquet, files or patterns, hf://..."
+    rows = "rows as training takes them: JSON, JSONL, Parquet, Arrow, CSV, tar; files, patterns, hf://..."
     add("data_path", nargs="+", metavar="PATH", help=rows)
     add("--images_path", nargs="+", metavar="PATH", help="folder or zip of pictures, one for all or one each")
     add("--stream_rows", type=positive(int), default=1000, help="how many of hf://... are fetched and looked at")
     add("--html", default="out/inspect.html", metavar="FILE", help="the page")
     add("--samples", type=positive(int), default=12, help="rows on the page")
+    written = "write the usable rows as they were read, pictures too, for other programs: rows.parquet or rows.jsonl"
+    add("--to", metavar="FILE", help=written)
     add("--open_all", action="store_true", help="open every picture, on all cores: does training meet a broken one?")
     add = parser.group("as training will read them").add_argument
     add("--max_seq_len", type=positive(int), default=1536, help="tokens per row, placeholders included")
     newest = "weights to train from, or none; default: the newest in out/ and the folders in it"
     add("--from_weight", metavar="FILE", help=newest)
     add("--seed", type=not_negative, default=0, help="which samples")
+    add_prompt_argument(parser)
+    add_urls_argument(parser)
     add_parts_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.to and Path(args.to).suffix not in (".parquet", ".jsonl"):
+        parser.error(f"--to {args.to}: expected a name that ends in .parquet or .jsonl")
+    return args
 
 
 def choose_weights(args) -> Path | None:
@@ -288,6 +308,8 @@ def next_command(args, weights: Path | None, rows: int, skip: bool) -> list[str]
     command = ["python", "train_sft_vlm.py", "--from_weight", str(weights or "none"), "--data_path", *args.data_path]
     if args.images_path:
         command += ["--images_path", *args.images_path]
+    command += ["--prompt", *args.prompt] if args.prompt else []
+    command += ["--allow_urls"] * args.allow_urls
     for flag in ("tokenizer_path", "vision_model_path"):
         if getattr(args, flag):
             command += [f"--{flag}", getattr(args, flag)]
@@ -301,7 +323,7 @@ def next_command(args, weights: Path | None, rows: int, skip: bool) -> list[str]
 
 def main(argv=None):
     args = parse_args(argv)
-    if not any(map(is_remote, args.data_path)):
+    if args.to or not any(map(is_streamed, args.data_path)):  # --to needs all rows
         return look(args, args.data_path)
     stream = load_data(args, None, None, args.data_path, args.images_path)
     unwind()  # there is a temporary file
@@ -326,7 +348,16 @@ def look(args, rows: list[str] | Shard, total: int | None = None) -> None:
         notes.append(f"No encoder in {eyes}: 196 tokens per picture are assumed, the public CLIP's.")
     tokenizer = load_tokenizer(words, placeholders)
     print(wrap(f"checking {', '.join(args.data_path)} ..."), flush=True)
-    data = VLMDataset(rows, args.images_path, tokenizer, processor, args.max_seq_len, placeholders, on_bad_row="skip")
+    data = VLMDataset(
+        rows,
+        args.images_path,
+        tokenizer,
+        processor,
+        args.max_seq_len,
+        placeholders,
+        on_bad_row="skip",
+        options=ReadOptions(tuple(args.prompt or ()), allow_urls=args.allow_urls),
+    )
     found = survey(data)
     figures = charts(data, found)
     print(f"\n{terminal(data, figures)}\n")
@@ -341,6 +372,8 @@ def look(args, rows: list[str] | Shard, total: int | None = None) -> None:
         broken = [example["broken"] for example in examples if "broken" in example]
         if broken:
             notes.append(f"{len(broken)} of {len(chosen)} samples have a picture that cannot be read: {broken[0]}")
+    if args.to:
+        notes.append(write_rows(data, Path(args.to)))
     if total:
         notes.append(
             f"It was a shard of {data.starts[-1]:,} rows, of row groups drawn by --seed, of {total:,} streamed."

@@ -47,10 +47,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel
 
-from common.cli import Parser, not_negative, positive, run_main
+from common.cli import Parser, add_urls_argument, not_negative, positive, run_main
 from common.devices import make_deterministic, pick_device
 from common.files import write_json, write_safely
-from dataset.sources import BadRow, Jsonl, Parquet, Row, read_rows, use_picture
+from dataset.pictures import is_url, use_picture
+from dataset.rows import Row, inline_place
+from dataset.shapes import BadRow, ReadOptions
+from dataset.sources import Source, read_rows
 from model.processing import ImageProcessor, load_tokenizer
 from trainer.optimizer import Muon, set_learning_rate
 
@@ -62,25 +65,24 @@ END_OF_CAPTION = 0
 # ---------------------------------------------------------------------------- data
 
 
-def read_captions(paths, images_path, flag: str) -> tuple[dict[str, list[str]], list[tuple[Jsonl | Parquet, str]]]:
+def read_captions(
+    paths, images_path, flag: str, options: ReadOptions
+) -> tuple[dict[str, list[str]], list[tuple[Source, str]]]:
     """Rows → {picture: its captions}, and where each picture is found: its source and its name there.
 
     Captions are what the assistant says, of rows with exactly one picture. Rows that show the same share an entry.
     """
     captions, places, skipped = {}, {}, 0
-    for source, row in read_rows(paths, images_path, flag):
+    for source, row in read_rows(paths, images_path, flag, options):
         turns = row.conversations if isinstance(row, Row) and len(row.images) == 1 else []
         caption = " ".join(turn["content"] for turn in turns if turn["role"] == "assistant").strip()
         if not caption:
             skipped += 1
             continue
         (name,) = row.images
-        if isinstance(source, Parquet):
-            picture = source.identity(name)
-        elif source.pictures is None:
+        if source.pictures is None and not inline_place(name) and not is_url(name):
             raise ValueError(f"--images_path: needed, as no pictures lie beside {source.path}")
-        else:
-            picture = source.where(name)
+        picture = source.identity(name)
         captions.setdefault(picture, []).append(caption)
         places.setdefault(picture, (source, name))
     if not captions:
@@ -100,6 +102,8 @@ class Pictures:
         if missing:
             source, name = missing[0]
             gone = f"{len(missing)} of {len(places)} pictures are not there, first {name}"
+            if is_url(name):
+                raise ValueError(f"{gone}: --allow_urls fetches pictures from the web")
             raise FileNotFoundError(f"--images_path {source.pictures_path}: {gone}")
         gigabytes = len(places) * 3 * math.prod(processor.crop_size) / 1e9
         fits = gigabytes <= cache_gb
@@ -124,7 +128,7 @@ class Pictures:
         try:
             return use_picture(source, name, resized)
         except BadRow as error:
-            flag = "--data_path" if isinstance(source, Parquet) else "--images_path"
+            flag = "--data_path" if inline_place(name) or is_url(name) else "--images_path"
             raise ValueError(f"{flag}: {error}") from None
 
     def __getitem__(self, indices) -> torch.Tensor:
@@ -292,7 +296,7 @@ def save(model, config: dict, processor: ImageProcessor, folder: Path, vision_on
 def parse_args(argv):
     parser = Parser(__file__, __doc__)
     add = parser.start.add_argument
-    add("--data_path", nargs="+", required=True, metavar="PATH", help="JSONL or Parquet; answers are captions")
+    add("--data_path", nargs="+", required=True, metavar="PATH", help="rows of any shape; answers are captions")
     add("--images_path", metavar="PATH", help="folder or zip of the pictures; default: beside the rows")
     add("--tokenizer_path", type=Path, required=True, metavar="DIR", help="folder with tokenizer.json")
     add("--out_dir", type=Path, required=True, help="folder for the encoder, made if needed")
@@ -327,6 +331,7 @@ def parse_args(argv):
     add("--flip", action="store_true", help="mirror half of the pictures; teaches that left and right are the same")
     add("--val_interval", type=positive(int), default=10, help="epochs between validations, each of which also saves")
     add("--seed", type=not_negative, default=42, help="of weights, order, captions and windows")
+    add_urls_argument(parser)
     kept = "keep decoded pictures in memory if they take no more GB than this"
     add("--cache_gb", type=float, default=8.0, metavar="GB", help=kept)
     return parser.parse_args(argv)
@@ -354,7 +359,7 @@ def load_split(args, paths, flag, tokenizer, processor):
     """→ pictures, and captions: the different texts (M, T), and which of them each picture has (N, n), both int64,
     filled up with M.
     """
-    captions, places = read_captions(paths, args.images_path, flag)
+    captions, places = read_captions(paths, args.images_path, flag, ReadOptions(allow_urls=args.allow_urls))
     pictures = Pictures(places, processor, args.cache_gb)
     texts, number = encode_captions(
         tokenizer, [text for own in captions.values() for text in own], args.max_text_len

@@ -41,8 +41,8 @@ def parse_args(argv=None):
 
 def check_paths(args) -> None:
     """FileNotFoundError that says how to come by data, before anything is loaded."""
+    from dataset.remote import is_remote
     from dataset.sources import row_files
-    from dataset.streaming import is_remote
 
     for flag, paths in (("--data_path", args.data_path), ("--val_path", args.val_path or [])):
         for path in paths:

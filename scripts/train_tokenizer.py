@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from common.cli import Parser, run_main
+from common.cli import Parser, add_prompt_argument, run_main
 from common.files import write_text
 from model.processing import DEFAULT_SYSTEM, IMAGE_TAG, load_tokenizer
 
@@ -48,12 +48,14 @@ CHAT_TEMPLATE = (
 # ---------------------------------------------------------------------------- reading
 
 
-def read_texts(paths) -> list[str]:
+def read_texts(paths, prompts=()) -> list[str]:
     """The texts of all conversations, see `texts_of`, but those that training does not take either."""
-    from dataset.sources import BadRow, read_rows  # only here, so that all else works beside any Transformers
+    # Only here, so that all else works beside any Transformers.
+    from dataset.shapes import BadRow, ReadOptions
+    from dataset.sources import read_rows
 
     texts, unusable = [], 0
-    for _, row in read_rows(paths):
+    for _, row in read_rows(paths, options=ReadOptions(prompts=tuple(prompts or ()))):
         if isinstance(row, BadRow):
             unusable += 1
         else:
@@ -144,19 +146,20 @@ def check(folder: Path, texts) -> None:
 def main(argv=None):
     parser = Parser(__file__, __doc__)
     add = parser.start.add_argument
-    add("--data_path", nargs="+", required=True, metavar="PATH", help="conversations to learn from, JSONL or Parquet")
+    add("--data_path", nargs="+", required=True, metavar="PATH", help="rows of any shape, whose text it learns from")
     add("--out_dir", type=Path, required=True, metavar="DIR", help="folder for it, made if needed")
     size = f"entries in the vocabulary, {SMALLEST} at least; fewer where the text has no more"
     add("--vocab_size", type=int, default=6400, help=size)
     why = "one token per Chinese character at most, for little text"
     add("--split_chinese", action="store_true", help=why)
+    add_prompt_argument(parser)
     args = parser.parse_args(argv)
     if args.vocab_size < SMALLEST:
         parts = f"{len(SPECIAL)} special tokens and 256 bytes"
         raise ValueError(f"--vocab_size {args.vocab_size}: {SMALLEST} at least, {parts}")
     if (args.out_dir / "tokenizer.json").exists():  # weights may depend on it, and cannot be told which it was
         raise ValueError(f"--out_dir {args.out_dir} holds a tokenizer already: choose another folder, or remove it")
-    texts = read_texts(args.data_path)
+    texts = read_texts(args.data_path, args.prompt)
     print(f"{len(texts):,} turns, {sum(map(len, texts)):,} characters")
     tokenizer = train(texts, args.vocab_size, args.split_chinese)
     reached = tokenizer.get_vocab_size()

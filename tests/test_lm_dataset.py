@@ -189,7 +189,7 @@ BAD = [
     ("key", json.dumps(row(1, "b")).encode(), "both text"),
     ("key", json.dumps(row("a", "b", image=5)).encode(), '"image" must be text'),
     ("key", json.dumps(row("a", "b", image=[5])).encode(), '"image" must be text'),
-    ("role", b'{"conversations": [{"role": "human", "content": "a"}, {"role": "assistant", "content": "b"}]}', "human"),
+    ("role", b'{"conversations": [{"role": "robot", "content": "a"}, {"role": "assistant", "content": "b"}]}', "robot"),
     ("role", b'{"conversations": [{"role": "assistant", "content": "b"}]}', "assistant after system"),
     ("answer", json.dumps(row("a")).encode(), "nothing to learn"),
     ("answer", b'{"conversations": []}', "nothing to learn"),

@@ -16,7 +16,9 @@ from PIL import Image
 from dataset import sources
 from dataset.batches import StepSampler
 from dataset.lm_dataset import VLMDataset
-from dataset.sources import BadRow, Folder, Zip, drop_tags, parse_line, parse_record
+from dataset.pictures import Folder, Zip
+from dataset.rows import drop_tags, parse_line, rows_of
+from dataset.shapes import BadRow
 from inference.scoring import ShuffledPictures
 from model import weights
 from model.files import read_json
@@ -39,6 +41,12 @@ def picture(colour, size=(32, 32)) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", size, colour).save(file, "PNG")
     return file.getvalue()
+
+
+def parsed(line):
+    """The one row of a line."""
+    (only,) = parse_line(line)
+    return only
 
 
 BLACK = picture("black", (8, 8))  # what text rows of the public Parquet files carry
@@ -225,16 +233,21 @@ def test_pictures_without_a_tag_come_before_the_first_question(read, tokenizer, 
     assert data.mended == {"untagged": 1, "placeholder": 1} and colours(data) == [[RED], []]
 
 
-@pytest.mark.parametrize(
-    "key", ["images", "image_path", "img", "image_paths", "picture", "file_name", "image_url", "imageUrl", "photos"]
-)
+@pytest.mark.parametrize("key", ["images", "image_path", "img", "image_paths", "picture", "file_name", "image_url"])
+def test_pictures_are_read_under_the_names_that_others_have_for_them(key):
+    read = parsed(json.dumps(row("What?", "red") | {key: ["a.jpg"]}))
+    assert read.images == ["a.jpg"] and read.shape == f'conversations in "conversations", pictures in "{key}"'
+
+
+@pytest.mark.parametrize("key", ["imageUrl", "photos", "Image", "image_base64", "video"])
 def test_pictures_under_a_key_that_is_not_read_are_an_error(key):
     """Otherwise the run would train blind without a word."""
     line = json.dumps(row("What?", "red") | {key: ["a.jpg"]})
-    with pytest.raises(BadRow, match=f'"{key}" seems to name pictures, which are read from "image": rename it'):
-        parse_line(line)
-    assert parse_line(json.dumps(row("What?", "red", image="a.jpg") | {key: "b.jpg"})).images == ["a.jpg"]
-    assert parse_line(json.dumps(row("What?", "red") | {key: None, "image_id": 7, "image_width": 9})).images == []
+    with pytest.raises(BadRow, match=f'"{key}" is not read, pictures are from "image": rename it'):
+        parsed(line)
+    if key != "video":
+        assert parsed(json.dumps(row("What?", "red", image="a.jpg") | {key: "b.jpg"})).images == ["a.jpg"]
+    assert parsed(json.dumps(row("What?", "red") | {key: None, "image_id": 7, "image_width": 9})).images == []
 
 
 def test_blank_answers_and_keys_that_come_twice_are_counted(read, tmp_path):
@@ -339,24 +352,24 @@ def test_what_data_say_cannot_command_the_terminal(read, tmp_path):
 
 def test_a_tag_in_an_answer_or_pictures_without_a_question_are_not_mended():
     with pytest.raises(BadRow, match="0 <image> in the user's turns, 1 pictures"):
-        parse_line(json.dumps(row("a", "<image>", image="a.png")))
+        parsed(json.dumps(row("a", "<image>", image="a.png")))
     with pytest.raises(BadRow, match="1 pictures, and no user turn to show them in"):
-        parse_line(json.dumps({"conversations": [turn("assistant", "A cat.")], "image": "a.png"}))
+        parsed(json.dumps({"conversations": [turn("assistant", "A cat.")], "image": "a.png"}))
 
 
 def test_surplus_tags_go_with_their_line_break_wherever_they_stand():
     found = drop_tags(chat("<image>\nWhich?", "<image>", "And\n<image>", "d", "<image>\nthis?", "f"), 2)
     assert [turn["content"] for turn in found] == ["<image>\nWhich?", "<image>", "And\n<image>", "d", "this?", "f"]
     line = json.dumps(row("<image>\n<image>\n<image>", "b", image="a.jpg, b.jpg"))
-    assert (parse_line(line).mended, parse_line(line).conversations[0]["content"]) == ("surplus", "<image>\n<image>")
+    assert (parsed(line).mended, parsed(line).conversations[0]["content"]) == ("surplus", "<image>\n<image>")
 
 
 @pytest.mark.parametrize("image", [", b.jpg", ["", "b.jpg"]])
 def test_an_empty_picture_before_another_does_not_move_that_one(image):
     with pytest.raises(BadRow, match="picture 1 is empty"):
-        parse_line(json.dumps(row("<image> then <image>", "b", image=image)))
+        parsed(json.dumps(row("<image> then <image>", "b", image=image)))
     with pytest.raises(BadRow, match="picture 2 is empty"):
-        parse_record(json.dumps(chat("<image><image><image>", "b")), [b"a", None, b"c"], 0)
+        rows_of({"conversations": chat("<image><image><image>", "b"), "image_bytes": [b"a", None, b"c"]}, 0)
 
 
 def test_a_name_that_is_none_is_a_missing_picture(read, tmp_path):
@@ -389,8 +402,8 @@ def test_a_file_that_is_no_parquet_or_has_other_columns_is_refused(read, tmp_pat
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(ValueError, match="--data_path .*cut.parquet cannot be read: .* Expected Parquet"):
         read(tmp_path / "cut.parquet")
-    pyarrow.parquet.write_table(pa.table({"text": ["a"], "conversations": ["b"]}), tmp_path / "other.parquet")
-    with pytest.raises(ValueError, match="has no column image_bytes, but text, conversations. Expected"):
+    pyarrow.parquet.write_table(pa.table({"text": ["a"], "label": ["b"]}), tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match='other.parquet: the columns are text, label, and "label" has no question'):
         read(tmp_path / "other.parquet")
     with pytest.raises(ValueError, match="empty.parquet cannot be read: it has no rows"):
         read(write_parquet(tmp_path / "empty.parquet", []))
@@ -481,7 +494,7 @@ def test_what_stands_in_place_of_a_file_is_called_what_it_is(
     path.write_bytes(content)
     read = {
         "weights": weights.read_weights, "safetensors": weights.read_weights, "json": read_json,
-        "rows": sources.open_rows, "parquet": sources.open_rows, "zip": sources.Zip,
+        "rows": sources.open_rows, "parquet": sources.open_rows, "zip": Zip,
         "encoder": lambda path: MiniMindVLM.get_vision_model(path.parent),
         "tokenizer": lambda path: load_tokenizer(path.parent),
     }[what]  # fmt: skip

@@ -14,7 +14,9 @@ from common.display import WIDTH, duration, gigabytes, typed
 from common.distributed import gather, is_main, say, world_size
 from dataset.examples import encode_row
 from dataset.lm_dataset import VLMDataset
-from dataset.sources import BadRow, Folder, Row
+from dataset.pictures import Folder
+from dataset.rows import Row
+from dataset.shapes import BadRow
 from model.processing import IGNORE, IMAGE_TAG
 
 FEW, ENOUGH, PLENTY = 50, 250, 5000  # steps: what is too short to learn from, what suits 100 rows, what suits 10,000
@@ -159,10 +161,10 @@ def next_step(run) -> tuple[str, list[str]]:
     command = ["python", "eval_vlm.py", "--weights", weights, "--image"]
     data = run.val_loader.dataset if run.val_loader is not None else run.loader.data
     for row in range(min(len(data or []), 100)):
-        source = data.sources[data.place(row)[0]]
-        if isinstance(getattr(source, "pictures", None), Folder):  # rather than a zip or Parquet
+        source = data.sources[data.locate(row)[0]]
+        if isinstance(source.pictures, Folder):  # rather than a zip
             found = data.row(row)
             if len(found.images) == 1 and 0 < len(asked(found)) <= WIDTH and "\n" not in asked(found):
-                picture = source.where(found.images[0])
+                picture = source.where_picture(found.images[0])
                 return "To ask it:", [*command, picture, "--prompt", asked(found), "--greedy"]
     return "To ask it:", [*command, "dataset/eval_images/scene_1.png", "--greedy"]

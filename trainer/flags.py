@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from common.cli import SWITCH, add_model_arguments, not_negative, positive
+from common.cli import SWITCH, add_model_arguments, add_prompt_argument, add_urls_argument, not_negative, positive
 
 
 def parse_training(parser, argv):
@@ -44,7 +44,7 @@ def add_training_arguments(
     sees = trainable is not None
     by_width = "default: follows from the model's width"  # by `follow_width`, which prints them
     add = parser.start.add_argument
-    rows = "training rows: JSONL or Parquet, files or patterns; without suffix: whichever is there; hf://...: streamed"
+    rows = "training rows of any shape: JSON, JSONL, Parquet, Arrow, CSV, tar; files, patterns, hf://..., also streamed"
     add("--data_path", nargs="+", default=[data_path], metavar="PATH", help=rows)
     if sees:
         beside = (
@@ -83,9 +83,13 @@ def add_training_arguments(
     add("--data_weights", nargs="+", type=positive(float), metavar="X", help=passes)
     add("--max_seq_len", type=positive(int), default=max_seq_len, help="tokens per row, placeholders included")
     add("--on_bad_row", choices=["error", "skip"], default="error", help=bad)
+    add_prompt_argument(parser)
+    several = "of several captions of a picture: one in each epoch, drawn by chance, or all, as rows"
+    add("--captions_per_epoch", choices=["one", "all"], default="one", help=several)
     streamed = "rows of a streamed --data_path (hf://...) on the disk at a time; twice as many with those to come"
     add("--stream_rows", type=positive(int), default=20_000, help=streamed)
     if sees:
+        add_urls_argument(parser)
         add("--val_images_path", nargs="+", metavar="PATH", help="of --val_path; default: as --images_path")
         kept = "keep what CLIP makes of the pictures there, and never encode them again"
         add("--cache_features", metavar="DIR", help=kept)

@@ -14,8 +14,10 @@ from tqdm import tqdm
 from common.distributed import main_first, rank, say, world_size
 from dataset.batches import StepSampler, collate
 from dataset.lm_dataset import NoUsableRow, VLMDataset
-from dataset.sources import MENDED, Shard
-from dataset.streaming import Fetcher, Stream, is_remote
+from dataset.rows import MENDED
+from dataset.shapes import ReadOptions
+from dataset.sources import Shard
+from dataset.streaming import Fetcher, Stream, is_streamed
 
 # A bar's own thread would be there when worker processes are forked: what it holds then, they wait for in vain.
 tqdm.monitor_interval = 0
@@ -33,6 +35,7 @@ def check_data(args, model, tokenizer, paths, images_path=None, weights=None) ->
             getattr(model.config, "image_special_token", ""),
             args.on_bad_row,
             weights,
+            ReadOptions(tuple(args.prompt or ()), args.captions_per_epoch, getattr(args, "allow_urls", False)),
         )
 
 
@@ -47,17 +50,19 @@ def val_images(args) -> list[str] | None:
 
 def load_data(args, model, tokenizer, paths, images_path=None, weights=None) -> VLMDataset | Stream:
     """The rows of --data_path; prints how many, and what was left out, mended and shortened."""
-    if any(map(is_remote, paths)):
+    if any(map(is_streamed, paths)):
         if getattr(args, "cache_features", None):
             raise ValueError(
                 "--cache_features: streamed rows (hf://...) do not stay on the disk, nor would their features. Leave "
                 "it out, or fetch the files first"
             )
-        if weights or images_path or not all(map(is_remote, paths)):
+        if weights or images_path or not all(map(is_streamed, paths)):
             raise ValueError(
                 "--data_path: streamed rows hold their pictures and go alone, without rows on the disk, without "
                 "--images_path and --data_weights"
             )
+        if args.captions_per_epoch == "all":
+            raise ValueError("--captions_per_epoch all: of streamed rows it is not known how many captions they have")
         say(f"looking at {', '.join(paths)} ...")
         stream = Stream(paths)
         say(f"  {stream.rows:,} rows in {len(stream.row_groups):,} row groups, streamed {args.stream_rows:,} at a time")
@@ -73,7 +78,11 @@ def load_data(args, model, tokenizer, paths, images_path=None, weights=None) -> 
 
 
 def tell(data: VLMDataset, args) -> None:
-    """What was mended, shortened and left out."""
+    """What was mended, shortened and left out, and what rows were taken for."""
+    for shape, count in data.shapes.items():
+        say(f"  {count:,} rows read as {shape}")
+    if data.groups is not None:
+        say(f"  {len(data.groups):,} in an epoch, as of several captions it takes one")
     for kind, count in data.mended.items():
         say(f"  {count:,} rows {MENDED[kind]}")
     if data.shortened:
@@ -115,7 +124,14 @@ class StepLoader:
     def __init__(self, data: VLMDataset, args, accumulation: int, device, tokenizer):
         self.data, self.rows = data, len(data)
         self.sampler = StepSampler(
-            data.lengths, args.batch_size, accumulation, args.seed, rank(), world_size(), parts=data.parts
+            data.lengths,
+            args.batch_size,
+            accumulation,
+            args.seed,
+            rank(),
+            world_size(),
+            parts=data.parts,
+            groups=data.groups,
         )
         self.loader = make_loader(data, self.sampler, args, device, tokenizer)
         self.steps_per_epoch = self.sampler.steps_per_epoch
@@ -158,9 +174,15 @@ class StreamLoader:
             self.data, batches = self.shard(fetcher, number), ()
             if self.data:
                 sampler = StepSampler(
-                    self.data.lengths, self.args.batch_size, self.accumulation, self.args.seed, rank(), world_size()
+                    self.data.lengths,
+                    self.args.batch_size,
+                    self.accumulation,
+                    self.args.seed,
+                    rank(),
+                    world_size(),
+                    groups=self.data.groups,
                 )
-                sampler.set_epoch(0, done)
+                sampler.set_epoch(epoch, done)
                 batches = iter(make_loader(self.data, sampler, self.args, self.device, self.tokenizer))
             fetcher.ahead()  # workers are forked by now, and no thread was there to be forked with them
             for batch in batches:

@@ -1,0 +1,135 @@
+"""One row, checked: a record of any shape → a Row, whose turns have as many <image> as it has pictures.
+
+What public data sets are known to get wrong is mended here, and counted: see MENDED.
+"""
+
+import codecs
+import json
+import re
+from dataclasses import dataclass, replace
+from io import BytesIO
+
+from PIL import Image
+
+from dataset.shapes import DEFAULT, BadRow, ReadOptions, normal
+from model.processing import IMAGE_TAG
+
+MENDED = {
+    "untagged": "had pictures and no <image>: it was put before the first question",
+    "surplus": "had more <image> than pictures: the last ones were left out",
+    "placeholder": "had no <image> and a picture of at most 8×8: read as text",
+    "blank": "have a blank answer, from which a model learns to say nothing",
+    "twice": "have a key twice, of which the last counts",
+}
+
+# A byte that is no UTF-8 is read as this, which no text may hold (a "noncharacter" of Unicode), and found by row.
+NO_TEXT = "\ufdd0"
+codecs.register_error("mark", lambda error: (NO_TEXT, error.start + 1))
+
+
+@dataclass
+class Row:
+    conversations: list[dict]  # {"role", "content"}, as many <image> in the user's turns as there are images
+    images: list[str]  # names, to be opened by the row's source
+    kind: str | list = ""  # what the row says of its questions, as drawn scenes do; see inference/scoring.py
+    mended: str = ""  # a key of MENDED
+    shape: str = ""  # what it was read as, in words
+
+
+def rows_of(record: dict, number: int, options: ReadOptions = DEFAULT) -> list[Row | BadRow]:
+    """A record of any shape → its rows: one, or one for each caption of its picture. Pictures that lie in the record
+    are called as `inline` does. Raises BadRow."""
+    row = normal(record, options)
+    names = [
+        inline(number, i) if isinstance(picture, bytes) or picture.startswith("data:") else picture
+        for i, picture in enumerate(row.pictures)
+    ]
+    if len(names) == 1 and not any(IMAGE_TAG in str(turn) for turn in row.chats[0]) and is_placeholder(row.pictures[0]):
+        return [checked(row.chats[0], [], kind=row.kind, shape=row.shape, mended="placeholder")]
+    return [checked(turns, names, kind=row.kind, shape=row.shape) for turns in row.chats]
+
+
+def inline(number: int, which: int) -> str:
+    """The name of a picture that lies in a record: #12.0 is the first of record 12."""
+    return f"#{number}.{which}"
+
+
+def inline_place(name: str) -> tuple[int, int] | None:
+    """(record, which of its pictures) of a name of `inline`; None: another name."""
+    place = re.fullmatch(r"#(\d+)\.(\d+)", name)
+    return place and (int(place[1]), int(place[2]))
+
+
+def checked(conversations: list[dict], images: list[str], **info) -> Row:
+    """Turns and names of pictures → a Row. Raises BadRow."""
+    if not any(turn["role"] == "assistant" for turn in conversations):
+        raise BadRow("answer", "no assistant turn, nothing to learn")
+    if images and not any(IMAGE_TAG in turn["content"] for turn in conversations):
+        return checked(add_tags(conversations, len(images)), images, **{"mended": "untagged"} | info)
+    tags = sum(turn["content"].count(IMAGE_TAG) for turn in conversations if turn["role"] == "user")
+    if tags > len(images) > 0:
+        return Row(drop_tags(conversations, len(images)), images, **info, mended="surplus")
+    if tags != len(images):
+        raise BadRow("count", f"{tags} {IMAGE_TAG} in the user's turns, {len(images)} pictures")
+    blank = any(turn["role"] == "assistant" and not turn["content"].strip() for turn in conversations)
+    return Row(conversations, images, **{"mended": "blank" if blank else ""} | info)
+
+
+def add_tags(conversations: list[dict], count: int) -> list[dict]:
+    """The conversation with so many tags before its first question. Raises BadRow if there is none."""
+    for at, turn in enumerate(conversations):
+        if turn["role"] == "user":
+            asked = turn | {"content": f"{IMAGE_TAG}\n" * count + turn["content"]}
+            return [*conversations[:at], asked, *conversations[at + 1 :]]
+    raise BadRow("role", f"{count} pictures, and no user turn to show them in")
+
+
+def drop_tags(conversations: list[dict], keep: int) -> list[dict]:
+    """The conversation with its first `keep` tags, each other one gone with the line break before it."""
+
+    def tag(match):
+        nonlocal keep
+        keep -= 1
+        return match[0] if keep >= 0 else ""
+
+    return [
+        turn | {"content": re.sub(rf"\n?{IMAGE_TAG}", tag, turn["content"]).strip()} if turn["role"] == "user" else turn
+        for turn in conversations
+    ]
+
+
+def from_json(text: str, pairs_hook=None):
+    """What a JSON text holds. Raises BadRow. pairs_hook: makes an object of its pairs, see `json.loads`."""
+    if NO_TEXT in text:
+        raise BadRow("json", f"character {text.index(NO_TEXT) + 1} is no UTF-8")
+    try:
+        value = json.loads(text, object_pairs_hook=pairs_hook)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is valid JSON, but no text
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRow("json", str(error)) from None
+    return value
+
+
+def parse_line(line: str, number: int = 0, options: ReadOptions = DEFAULT) -> list[Row]:
+    """A record as JSON → its rows. Raises BadRow."""
+    twice = []
+
+    def noting(pairs: list) -> dict:
+        record = dict(pairs)
+        twice.extend(record if len(record) < len(pairs) else ())
+        return record
+
+    record = from_json(line, noting)
+    if not isinstance(record, dict):
+        raise BadRow("key", f'expected an object, {{...}}, not {type(record).__name__}: no "conversations" list')
+    rows = rows_of(record, number, options)
+    return [replace(row, mended=row.mended or "twice") for row in rows] if twice else rows
+
+
+def is_placeholder(picture: str | bytes) -> bool:
+    """Text rows of the public Parquet files carry a black picture of 8×8, as the column may not be empty."""
+    try:
+        with Image.open(BytesIO(picture)) as image:
+            return max(image.size) <= 8
+    except Exception:  # a name, or not a picture: said when the row is used
+        return False

@@ -1,0 +1,558 @@
+"""dataset/shapes.py: the layouts in which the world keeps pictures and text give the same training examples."""
+
+import base64
+import csv
+import gzip
+import io
+import json
+import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+
+from dataset import pictures as picture_stores
+from dataset.batches import StepSampler
+from dataset.lm_dataset import VLMDataset
+from dataset.shapes import PROMPTS, BadRow, ReadOptions, normal
+from dataset.sources import CHUNK, elements
+from model.processing import ImageProcessor
+from scripts import inspect_data
+from tests.conftest import write_rows
+from tests.test_loop import losses
+from tests.test_sources import chat, picture
+from train_sft_vlm import main as train
+
+P = 16  # placeholders of a picture in the tests' world
+CHATS = [  # turns and pictures
+    (chat("<image>\nWhat colour is this?", "It is red."), ["red"]),
+    (chat("<image>\n这是什么颜色？", "绿色。", "确定吗？", "是的。"), ["green"]),
+    (chat("<image>\n<image>\nWhich colours are these?", "Red and blue."), ["red", "blue"]),
+    (chat("Say hello.", "Hello."), []),
+]
+CAPTIONS = [("A red square.", "red"), ("一个绿色的方块。", "green"), ("A blue square.", "blue")]
+
+
+def names(colours):
+    return [f"{colour}.png" for colour in colours]
+
+
+def files(colours):
+    return [{"bytes": picture(colour), "path": f"{colour}.png"} for colour in colours]
+
+
+def data_url(colour):
+    return f"data:image/png;base64,{base64.b64encode(picture(colour)).decode()}"
+
+
+def sharegpt(turns):
+    return [{"from": {"user": "human", "assistant": "gpt"}[t["role"]], "value": t["content"]} for t in turns]
+
+
+def parts(turns, colours, show):
+    """Content as parts; show: colour → the part of a picture."""
+    colours = iter(colours)
+    content = []
+    for t in turns:
+        *pictures, text = t["content"].split("<image>\n")
+        content.append([show(next(colours)) for _ in pictures] + [{"type": "text", "text": text}])
+    return [{"role": t["role"], "content": c} for t, c in zip(turns, content)]
+
+
+def openai(colour):
+    return {"type": "image_url", "image_url": {"url": data_url(colour)}}
+
+
+def llava(image="image"):
+    rows = [{"id": str(i), "conversations": sharegpt(turns)} for i, (turns, _) in enumerate(CHATS)]
+    for row, (_, colours) in zip(rows, CHATS):
+        if colours:
+            row[image] = names(colours) if len(colours) > 1 or image == "images" else names(colours)[0]
+    return rows
+
+
+def messages(show=None, **columns):
+    rows = [{"messages": parts(turns, colours, show) if show else turns} for turns, colours in CHATS]
+    return [row | {key: of(colours) for key, of in columns.items()} for row, (_, colours) in zip(rows, CHATS)]
+
+
+def write_json(path, rows, **options):
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding="utf-8") as file:
+        json.dump(rows, file, ensure_ascii=False, **options)
+    return path
+
+
+def write_table(path, rows):
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def as_dataset(rows, **features):
+    table = datasets.Dataset.from_list(rows)
+    for name, kind in features.items():
+        table = table.cast_column(name, kind)
+    return table
+
+
+def write_tar(path, samples):
+    """samples: [{suffix: content}]"""
+    with tarfile.open(path, "w") as tar:
+        for i, sample in enumerate(samples):
+            for suffix, content in sample.items():
+                info = tarfile.TarInfo(f"{i:05}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_text(path, rows, sep=","):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter=sep)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def jsonl_gz(path):
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in llava())
+    return path
+
+
+def on_disk(path):
+    rows = [{"conversations": sharegpt(turns), "images": files(colours)} for turns, colours in CHATS]
+    as_dataset(rows, images=datasets.List(datasets.Image())).save_to_disk(path)
+    return path
+
+
+def arrow(path):
+    rows = [{"conversations": sharegpt(turns), "images": files(colours)} for turns, colours in CHATS]
+    with pa.OSFile(str(path), "wb") as file:
+        table = pa.Table.from_pylist(rows)
+        with pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    return path
+
+
+# Name of the file → what writes it: all of CHATS, in a shape that somebody has.
+LAYOUTS = {
+    "llava.json": lambda path: write_json(path, llava()),
+    "indented.json": lambda path: write_json(path, llava(), indent=2),
+    "onevision.json.gz": lambda path: write_json(path, llava("images")),
+    "lines.jsonl.gz": jsonl_gz,
+    "lines.json": lambda path: write_rows(path, llava()),
+    "struct.parquet": lambda path: write_table(
+        path, [{"conversations": sharegpt(turns), "images": files(colours)} for turns, colours in CHATS]
+    ),
+    "raw.parquet": lambda path: write_table(
+        path, [{"conversations": turns, "images": [*map(picture, colours)]} for turns, colours in CHATS]
+    ),
+    "names.parquet": lambda path: write_table(
+        path, [{"conversations": sharegpt(turns), "image": names(colours)} for turns, colours in CHATS]
+    ),
+    "hub.parquet": lambda path: (
+        as_dataset(
+            [{"messages": turns, "images": files(colours)} for turns, colours in CHATS],
+            images=datasets.List(datasets.Image()),
+        ).to_parquet(path),
+        path,
+    )[1],
+    "stream.arrow": arrow,
+    "disk": on_disk,
+    "swift.jsonl": lambda path: write_rows(path, messages(images=names)),
+    "openai.jsonl": lambda path: write_rows(path, messages(openai)),
+    "trl.json": lambda path: write_json(path, messages(lambda colour: {"type": "image"}, images=names)),
+    "transformers.jsonl": lambda path: write_rows(
+        path, messages(lambda colour: {"type": "image", "path": f"{colour}.png"})
+    ),
+    "trl.parquet": lambda path: write_table(
+        path, messages(lambda colour: {"type": "image", "text": None}, images=files)
+    ),
+    "texts.parquet": lambda path: write_table(
+        path,
+        [
+            {
+                "images": files(colours),
+                "texts": [
+                    {"user": q["content"].replace("<image>\n", ""), "assistant": a["content"], "source": "x"}
+                    for q, a in zip(turns[::2], turns[1::2])
+                ],
+            }
+            for turns, colours in CHATS
+        ],
+    ),
+    "query.jsonl": lambda path: write_rows(
+        path,
+        [
+            {
+                "query": turns[-2]["content"],
+                "response": turns[-1]["content"],
+                "history": [[q["content"], a["content"]] for q, a in zip(turns[:-2:2], turns[1:-2:2])],
+                "images": names(colours),
+            }
+            for turns, colours in CHATS
+        ],
+    ),
+    "completion.jsonl": lambda path: write_rows(
+        path,
+        [{"prompt": turns[:-1], "completion": turns[-1:], "images": names(colours)} for turns, colours in CHATS],
+    ),
+    "web.tar": lambda path: write_tar(
+        path,
+        [
+            {"json": json.dumps({"conversations": sharegpt(turns)}).encode(), "jpg": picture(colours[0])}
+            for turns, colours in CHATS[:2]
+        ],
+    ),
+}
+# The same of CAPTIONS.
+CAPTION_LAYOUTS = {
+    "captions.csv": lambda path: write_text(path, [{"image": f"{c}.png", "caption": text} for text, c in CAPTIONS]),
+    "captions.tsv": lambda path: write_text(
+        path, [{"text": text, "image_path": f"{c}.png"} for text, c in CAPTIONS], "\t"
+    ),
+    "captions.parquet": lambda path: write_table(
+        path, [{"image": files([c])[0], "text": text} for text, c in CAPTIONS]
+    ),
+    "list.jsonl": lambda path: write_rows(path, [{"image": f"{c}.png", "captions": [text]} for text, c in CAPTIONS]),
+    "folder": lambda path: metadata(path, "csv"),
+    "folder_of_lines": lambda path: metadata(path, "jsonl"),
+    "captions.tar": lambda path: write_tar(path, [{"png": picture(c), "txt": text.encode()} for text, c in CAPTIONS]),
+    "coco.json": lambda path: write_json(path, coco(CAPTIONS), indent=1),
+}
+
+
+def metadata(path, kind):
+    path.mkdir()
+    rows = [{"file_name": f"{colour}.png", "text": text} for text, colour in CAPTIONS]
+    for _, colour in CAPTIONS:
+        (path / f"{colour}.png").write_bytes(picture(colour))
+    (write_text if kind == "csv" else write_rows)(path / f"metadata.{kind}", rows)
+    return path
+
+
+def coco(captions):
+    colours = dict.fromkeys(colour for _, colour in captions)
+    ids = {colour: 100 + i for i, colour in enumerate(colours)}
+    images = [{"license": 1, "file_name": f"{colour}.png", "id": ids[colour]} for colour in colours]
+    annotations = [{"image_id": ids[colour], "id": i, "caption": text} for i, (text, colour) in enumerate(captions)]
+    return {"info": {"year": 2017}, "images": images, "annotations": annotations}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    (tmp_path / "images").mkdir()
+    for colour in ("red", "green", "blue"):
+        (tmp_path / "images" / f"{colour}.png").write_bytes(picture(colour))
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def read(tokenizer, clip_folder):
+    def read(data_path, images_path=None, **options):
+        processor = ImageProcessor.from_pretrained(clip_folder)
+        return VLMDataset(data_path, images_path, tokenizer, processor, 200, "@" * P, options=ReadOptions(**options))
+
+    return read
+
+
+def same(data, others, rows=None):
+    rows = range(len(others)) if rows is None else rows
+    assert len(data) == len(rows)
+    for i, other in enumerate(rows):
+        for key in ("input_ids", "labels", "pictures"):
+            ours, theirs = data[i][key], others[other][key]
+            assert (ours is None and theirs is None) or torch.equal(ours, theirs), (i, key)
+
+
+# ---------------------------------------------------------------------------- every layout
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_conversations_of_every_layout_give_the_same_examples(read, pictures, tmp_path, name):
+    plain = [
+        {"conversations": turns, "image": names(colours)} if colours else {"conversations": turns}
+        for turns, colours in CHATS
+    ]
+    expected = read(write_rows(tmp_path / "plain.jsonl", plain))
+    data = read(LAYOUTS[name](tmp_path / name), pictures)
+    same(data, expected, [0, 1] if name == "web.tar" else None)
+    assert not data.bad and not data.mended and len(data.shapes) <= 2
+
+
+@pytest.mark.parametrize("name", CAPTION_LAYOUTS)
+def test_captions_of_every_layout_give_the_same_examples(read, pictures, tmp_path, name):
+    data = read(CAPTION_LAYOUTS[name](tmp_path / name), None if name.startswith("folder") else pictures)
+    rows = []
+    for text, colour in CAPTIONS:
+        question = normal({"image": "a", "caption": text}).chats[0][0]["content"]
+        rows.append({"conversations": chat(question, text), "image": f"{colour}.png"})
+    same(data, read(write_rows(tmp_path / "plain.jsonl", rows)))
+    assert [shape.split(" ")[0] for shape in data.shapes] == ["caption"]
+
+
+def test_what_is_asked_about_captions_can_be_given_and_else_is_in_their_language(read, pictures, tmp_path):
+    path = CAPTION_LAYOUTS["captions.csv"](tmp_path / "captions.csv")
+    data = read(path, pictures, prompts=("What is it?",))
+    assert all(data.row(i).conversations[0]["content"] == "<image>\nWhat is it?" for i in range(3))
+    asked = [read(path, pictures).row(i).conversations[0]["content"].removeprefix("<image>\n") for i in range(3)]
+    assert [text in PROMPTS["en"] for text in asked] == [True, False, True] and asked[1] in PROMPTS["zh"]
+    chats = LAYOUTS["llava.json"](tmp_path / "llava.json")
+    with pytest.raises(ValueError, match="--prompt is asked about pictures with captions, and no row has these"):
+        read(chats, pictures, prompts=("What is it?",))
+
+
+def test_questions_with_several_answers_take_the_commonest(read, pictures, tmp_path):
+    vqa = [{"answer": "red", "answer_id": 1}, {"answer": "blue", "answer_id": 2}, {"answer": "blue", "answer_id": 3}]
+    rows = [
+        {"question": "Which?", "answers": vqa, "image": "blue.png"},
+        {"question": "Which?", "answers": ["red", "blue", "red"], "image": "red.png"},
+        {"question": "How many?", "answer": 3, "image": "red.png"},
+        {"query": "Which?", "label": ["blue"], "image": "blue.png"},
+    ]
+    data = read(write_rows(tmp_path / "rows.jsonl", rows), pictures)
+    assert [data.row(i).conversations[-1]["content"] for i in range(4)] == ["blue", "red", "3", "blue"]
+    assert data.shapes == {
+        'question "question" with answer "answers", pictures in "image"': 2,
+        'question "question" with answer "answer", pictures in "image"': 1,
+        'question "query" with answer "label", pictures in "image"': 1,
+    }
+
+
+@pytest.mark.parametrize(
+    "row, why",
+    [
+        ({"image": "a.jpg"}, '"image" has no text beside it'),
+        ({"caption": "A cat."}, '"caption" has no picture beside it: name that "image"'),
+        ({"image": "a.jpg", "question": "What?"}, '"question" has no answer beside it: name that "answer"'),
+        ({"image": "a.jpg", "answer": "A cat."}, '"answer" has no question beside it: name that "question"'),
+        ({"id": 1, "url": "x"}, "the columns are id, url, of which none is"),
+        ({"image": None, "caption": "A cat."}, 'a caption in "caption" and no picture'),
+        ({"image": "a.jpg", "caption": ["", " "]}, 'no caption in "caption"'),
+        ({"image": "a.jpg", "question": "Which?", "answer": 1, "choices": ["a", "b"]}, "is the number of a choice"),
+        ({"image": "a.jpg", "question": "Which?", "label": 1}, "is the number of a choice"),
+        ({"image": "a.jpg", "question": {"en": "What?"}, "answer": "A cat."}, '"question" must be text'),
+        ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a"}]}]}, "of type 'video'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "1 parts of turns stand for a picture"),
+        ({"messages": chat("a", "b"), "image": ["a.jpg", 3]}, '"image" must be text'),
+        ({"messages": chat("a", "b"), "image": "a.jpg", "videos": ["b.mp4"]}, '"videos" is not read'),
+    ],
+)
+def test_what_no_rule_reads_is_an_error_that_names_it(row, why):
+    with pytest.raises(BadRow) as error:
+        normal(row)
+    assert why in str(error.value)
+
+
+def test_a_table_that_no_shape_fits_is_refused_with_its_columns(read, tmp_path):
+    path = write_table(tmp_path / "rows.parquet", [{"image": b"a", "label": 3}])
+    with pytest.raises(
+        ValueError, match='--data_path .*rows.parquet: the columns are image, label, and "label" has no'
+    ):
+        read(path)
+
+
+def test_turns_of_systems_and_tools_are_text_that_every_tokenizer_knows():
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "1 + 1, 2 + 2?"},
+        {"role": "assistant", "content": None, "tool_calls": [call, call]},
+        {"role": "tool", "content": "2"},
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": "2 and 4."},
+    ]
+    (turns,) = normal({"messages": messages}).chats
+    assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user", "assistant"]
+    text = '<tool_call>\n{"name": "add", "arguments": "{\\"a\\": 1}"}\n</tool_call>'
+    assert turns[2]["content"] == f"{text}\n{text}"
+    assert turns[3]["content"] == "<tool_response>\n2\n</tool_response>\n<tool_response>\n4\n</tool_response>"
+    row = {
+        "conversations": [
+            {"from": "human", "value": "1 + 1?"},
+            {"from": "function_call", "value": '{"name": "add"}'},
+            {"from": "observation", "value": "2"},
+            {"from": "gpt", "value": "2."},
+        ],
+        "system": "Be brief.",
+        "tools": '[{"name": "add"}]',
+    }
+    (turns,) = normal(row).chats
+    assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user", "assistant"]
+    assert turns[0]["content"] == 'Be brief.\n\n<tools>\n[{"name": "add"}]\n</tools>'
+
+
+def test_pictures_stand_where_the_parts_have_them(read, pictures, tmp_path):
+    show = [{"type": "text", "text": "Is"}, {"type": "image", "image": "red.png"}, {"type": "text", "text": "like"}]
+    show += [openai("blue"), {"type": "text", "text": "?"}]
+    messages = [{"role": "user", "content": show}, {"role": "assistant", "content": "No."}]
+    data = read(write_rows(tmp_path / "rows.jsonl", [{"messages": messages}]), pictures)
+    assert data.row(0).conversations[0]["content"] == "Is\n<image>\nlike\n<image>\n?"
+    assert data[0]["pictures"][:, :, 0, 0].tolist() == [[255, 0, 0], [0, 0, 255]]
+
+
+# ---------------------------------------------------------------------------- several captions
+
+SEVERAL = [(f"Caption {i} of {colour}.", colour) for colour in ("red", "green", "blue") for i in range(4)]
+
+
+def test_of_several_captions_an_epoch_takes_one_or_all(read, pictures, tmp_path):
+    path = write_json(tmp_path / "coco.json", coco(SEVERAL))
+    data = read(path, pictures)
+    assert len(data) == 12 and data.groups.tolist() == [0, 4, 8] and data.where(5) == f"{path}:2"
+    assert [data.row(i).conversations[-1]["content"] for i in range(12)] == [text for text, _ in SEVERAL]
+    drawn = []
+    for epoch in range(40):
+        sampler = StepSampler(data.lengths, 2, seed=1, parts=data.parts, groups=data.groups)
+        sampler.set_epoch(epoch)
+        rows = np.concatenate(list(sampler)).astype(int)
+        assert sorted(rows // 4) == [0, 1, 2] and sampler.steps_per_epoch == 2
+        ranks = [StepSampler(data.lengths, 1, 1, 1, rank, 2, parts=data.parts, groups=data.groups) for rank in (0, 1)]
+        for rank in ranks:
+            rank.set_epoch(epoch)
+        assert sorted(row for rank in ranks for batch in rank for row in batch) == sorted(rows)
+        drawn += rows.tolist()
+    assert set(drawn) == set(range(12))
+    everything = read(path, pictures, captions="all")
+    assert everything.groups is None and len(everything) == 12
+
+
+def test_rows_with_one_and_with_several_captions_share_an_epoch(read, pictures, tmp_path):
+    several = write_json(tmp_path / "coco.json", coco(SEVERAL))
+    data = read([LAYOUTS["llava.json"](tmp_path / "llava.json"), several], pictures)
+    assert data.groups.tolist() == [0, 1, 2, 3, 4, 8, 12]
+    sampler = StepSampler(data.lengths, 3, parts=[(0, 4, 1), (4, 16, 2)], groups=data.groups)
+    rows = np.concatenate(list(sampler)).astype(int)
+    assert sorted(rows[rows < 4]) == [0, 1, 2, 3] and sorted(rows[rows >= 4] // 4) == [1, 1, 2, 2, 3, 3]
+
+
+# ---------------------------------------------------------------------------- JSON arrays
+
+
+@pytest.mark.parametrize("size", [7, 64, CHUNK])
+def test_an_array_is_read_in_parts_of_any_size(tmp_path, monkeypatch, size):
+    monkeypatch.setattr("dataset.sources.CHUNK", size)
+    rows = [{"a": 'x"]},{' * 3, "b": [1, {"c": "\\\n\t中"}]}, {}, {"d": 1.5e-3, "e": None}] * 5
+    for indent in (None, 3):
+        path = write_json(tmp_path / "rows.json", rows, indent=indent)
+        assert [json.loads(text) for text in elements(path)] == rows
+
+
+def test_an_element_that_is_no_row_is_named_by_its_number(read, pictures, tmp_path):
+    path = write_json(tmp_path / "rows.json", [*llava(), {"image": "red.png"}, *llava()])
+    with pytest.raises(ValueError, match=r'rows.json:5: the columns are image, and "image" has no text beside it'):
+        read(path, pictures)
+    path.write_text(json.dumps(llava())[:-30])
+    with pytest.raises(ValueError, match=r"--data_path .*rows.json cannot be read: row 4 is not valid JSON"):
+        read(path, pictures)
+    path.write_text('{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "bbox": []}]}')
+    with pytest.raises(ValueError, match="its annotations have no caption, but image_id, bbox"):
+        read(path, pictures)
+
+
+# ---------------------------------------------------------------------------- the web
+
+
+@pytest.fixture
+def web():
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            content = picture(Path(self.path).stem) if self.path != "/none.png" else b""
+            self.send_response(200 if content else 404)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_pictures_on_the_web_are_fetched_once_and_only_if_allowed(read, web, tmp_path, monkeypatch):
+    url, asked = web
+    rows = [{"image_url": f"{url}/{name}.png", "caption": "A square."} for name in ("red", "none")]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: http.*/red.png is on the web: --allow_urls fetches"):
+        read(path)
+    data = read(path, allow_urls=True)
+    assert not asked and data[0]["pictures"][0, :, 0, 0].tolist() == data[0]["pictures"][0, :, 5, 5].tolist()
+    assert data[0]["pictures"][0, :, 0, 0].tolist() == [255, 0, 0] and asked == ["/red.png"]
+    assert "404" in data[1]["broken"] and f"{url}/none.png cannot be read" in data[1]["broken"]
+    monkeypatch.setattr(picture_stores, "FETCHED", 10)
+    rows = [{"image_url": f"{url}/blue.png", "caption": "A square."}]
+    data = read(write_rows(tmp_path / "more.jsonl", rows), allow_urls=True)
+    assert "it takes more than 0 MB or 30 seconds" in data[0]["broken"]
+
+
+# ---------------------------------------------------------------------------- end to end
+
+
+@pytest.fixture
+def everything(tmp_path, pictures):
+    """All layouts, in one folder."""
+    return [str(write(tmp_path / name)) for name, write in (LAYOUTS | CAPTION_LAYOUTS).items()]
+
+
+@pytest.fixture
+def parts_flags(tokenizer_folder, clip_folder):
+    return ["--tokenizer_path", str(tokenizer_folder), "--vision_model_path", str(clip_folder)]
+
+
+def test_inspect_data_names_what_rows_were_read_as(everything, pictures, parts_flags, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    inspect_data.main([*everything, "--images_path", str(pictures), *parts_flags, "--html", str(page)])
+    out = capsys.readouterr().out
+    assert (
+        f"{4 * len(LAYOUTS) - 2 + 3 * len(CAPTION_LAYOUTS):>12}  usable rows" in out and "           0  bad rows" in out
+    )
+    for shape in ('conversations in "conversations", pictures in "image"', 'caption "text", pictures in "file_name"'):
+        assert f"rows read as {shape}" in out and f"read as {shape}".replace('"', "&#34;") in page.read_text()
+
+
+@pytest.mark.slow
+def test_all_shapes_learn_in_one_run_which_resumes(everything, pictures, parts_flags, tmp_path, capsys):
+    weights = ["1"] * (len(everything) - 1) + ["2"]
+    flags = [*parts_flags, "--from_weight", "none", "--hidden_size", "32", "--num_hidden_layers", "1"]
+    flags += ["--data_path", *everything, "--images_path", str(pictures), "--data_weights", *weights]
+    flags += ["--batch_size", "32", "--num_workers", "0", "--log_interval", "1", "--max_seq_len", "200"]
+    train([*flags, "--out_dir", str(tmp_path / "whole"), "--epochs", "2"])
+    assert 'rows read as question and answer pairs in "texts", pictures in "images"' in capsys.readouterr().out
+    whole = losses(tmp_path / "whole")
+    assert len(whole) >= 6 and all(np.isfinite([loss for *_, loss in whole]))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_rows_go_out_and_come_back_the_same(everything, pictures, read, parts_flags, tmp_path, capsys, name):
+    out = tmp_path / "out" / name
+    flags = [*parts_flags, "--html", str(tmp_path / "page.html"), "--to", str(out)]
+    inspect_data.main([*everything, "--images_path", str(pictures), *flags])
+    assert f"written: {out}" in " ".join(capsys.readouterr().out.split())
+    same(read(out), read(everything, pictures))
+    if name.endswith("parquet"):
+        table = datasets.load_dataset("parquet", data_files=str(out), split="train")
+        assert isinstance(table.features["images"].feature, datasets.Image)  # which hubs show
+        assert table[0]["conversations"][0] == {"from": "human", "value": "<image>\nWhat colour is this?"}
+    else:
+        assert json.loads(out.read_text(encoding="utf-8").splitlines()[0])["image"].startswith("rows_images/")
+        assert len(list((out.parent / "rows_images").iterdir())) == 3
+
+
+def test_another_kind_of_file_is_no_place_to_write_to(parts_flags, capsys):
+    with pytest.raises(SystemExit):
+        inspect_data.main(["rows.jsonl", "--to", "rows.csv"])
+    assert "--to rows.csv: expected a name that ends in .parquet or .jsonl" in capsys.readouterr().err
