@@ -28,6 +28,7 @@ from urllib.parse import unquote_to_bytes
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet
 
 from common.cli import disk_full, reason
 from dataset.pictures import fetch, is_url, open_pictures, pictures_beside
@@ -148,6 +149,8 @@ def load_table(path: Path) -> datasets.Dataset:
     if path.is_dir():
         return datasets.load_from_disk(str(path))
     kind, options = TABLES.get(suffix(path)), {}
+    if kind == "parquet" and not pyarrow.parquet.read_metadata(path).num_rows:
+        raise ValueError("it has no rows")  # which `datasets` says in other words
     if kind == "csv":  # everything is text, also NA and 007
         sep = "\t" if suffix(path) == ".tsv" else ","
         with open_text(path) as file:

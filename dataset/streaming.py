@@ -70,7 +70,7 @@ class Stream:
                 columns = shape_of(tuple(schema.names)).columns(schema.names)
             except BadRow as error:
                 raise ValueError(f"--data_path {file}: {error}") from None
-            schema = pa.schema([schema.field(name).remove_metadata() for name in columns])
+            schema = pa.schema([schema.field(name).remove_metadata() for name in sorted(columns)])
             self.schema = self.schema or schema
             if schema != self.schema:
                 raise ValueError(f"--data_path {file}: its columns are\n{schema}\nThose before are\n{self.schema}")

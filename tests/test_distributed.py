@@ -12,6 +12,7 @@ import torch
 import train_sft_vlm
 import trainer.loop
 from common import distributed
+from tests.test_shapes import LAYOUTS, SEVERAL, coco, write_json
 from tests.test_sources import chat, picture, write_parquet
 from trainer.progress import read_metrics
 
@@ -22,7 +23,7 @@ RUNS = {  # name: flags; with 14 rows, batches of 3 leave the second rank withou
     "moe": [*ONE_ROW, "--use_moe", "--log_interval", "1"],
     "attention": [*ONE_ROW, "--trainable", "attention", "--gradient_checkpointing", "--log_interval", "1"],
 }
-ACCUMULATION = {"dense": 1, "moe": 1, "attention": 2}  # of two ranks; one rank has twice as much
+ACCUMULATION = {"dense": 1, "moe": 1, "attention": 2, "shapes": 1}  # of two ranks; one rank has twice as much
 
 # What each of the two ranks does: all runs in one process group, for it takes long to start one.
 RANK = """
@@ -85,7 +86,9 @@ def assert_same_weights(one, other):
 @pytest.mark.slow
 def test_two_ranks_make_the_steps_of_one(flags, world, tmp_path, monkeypatch):
     validate = ["--val_path", str(world / "val.jsonl")]
-    for name, extra in RUNS.items():
+    shapes = [write_json(tmp_path / "coco.json", coco(SEVERAL)), LAYOUTS["trl.json"](tmp_path / "trl.json")]
+    runs = RUNS | {"shapes": [*RUNS["dense"], "--batch_size", "2", "--data_path", *map(str, shapes)]}
+    for name, extra in runs.items():
         train_sft_vlm.main(into(tmp_path / "one" / name, flags, *extra, *validate, *accumulate(2 * ACCUMULATION[name])))
 
     # stopped on one rank, to go on with two
@@ -102,7 +105,7 @@ def test_two_ranks_make_the_steps_of_one(flags, world, tmp_path, monkeypatch):
         (broken / path.name).write_bytes(path.read_bytes() if path.stem != "red" else b"broken")
     cases = {
         name: into(tmp_path / "two" / name, flags, *extra, *validate, *accumulate(ACCUMULATION[name]))
-        for name, extra in RUNS.items()
+        for name, extra in runs.items()
     }
     cases["resumed"] = [*resumed, "--from_resume"]
     for name in ("stopped", "nan", "broken"):
@@ -128,7 +131,7 @@ def test_two_ranks_make_the_steps_of_one(flags, world, tmp_path, monkeypatch):
     first, second = json.loads(done.stdout.split("REPORT")[1].splitlines()[0])
     assert first == second  # all ranks agree on everything, also on how it went wrong
 
-    for name, steps, rows in (("dense", 6, 28), ("moe", 7, 14), ("attention", 4, 14)):
+    for name, steps, rows in (("dense", 6, 28), ("moe", 7, 14), ("attention", 4, 14), ("shapes", 4, 14)):
         (one,) = (tmp_path / "one" / name).glob("*.pth")
         assert_same_weights(one, tmp_path / "two" / name / one.name)
         lines = [

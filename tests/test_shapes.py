@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import signal
 import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,7 +26,7 @@ from dataset.sources import CHUNK, elements
 from model.processing import ImageProcessor
 from scripts import inspect_data
 from tests.conftest import write_rows
-from tests.test_loop import losses
+from tests.test_loop import interrupt, losses
 from tests.test_sources import chat, picture
 from train_sft_vlm import main as train
 
@@ -43,7 +44,7 @@ def names(colours):
     return [f"{colour}.png" for colour in colours]
 
 
-def files(colours):
+def files_of(colours):
     return [{"bytes": picture(colour), "path": f"{colour}.png"} for colour in colours]
 
 
@@ -127,13 +128,13 @@ def jsonl_gz(path):
 
 
 def on_disk(path):
-    rows = [{"conversations": sharegpt(turns), "images": files(colours)} for turns, colours in CHATS]
+    rows = [{"conversations": sharegpt(turns), "images": files_of(colours)} for turns, colours in CHATS]
     as_dataset(rows, images=datasets.List(datasets.Image())).save_to_disk(path)
     return path
 
 
 def arrow(path):
-    rows = [{"conversations": sharegpt(turns), "images": files(colours)} for turns, colours in CHATS]
+    rows = [{"conversations": sharegpt(turns), "images": files_of(colours)} for turns, colours in CHATS]
     with pa.OSFile(str(path), "wb") as file:
         table = pa.Table.from_pylist(rows)
         with pa.ipc.new_stream(file, table.schema) as writer:
@@ -149,7 +150,7 @@ LAYOUTS = {
     "lines.jsonl.gz": jsonl_gz,
     "lines.json": lambda path: write_rows(path, llava()),
     "struct.parquet": lambda path: write_table(
-        path, [{"conversations": sharegpt(turns), "images": files(colours)} for turns, colours in CHATS]
+        path, [{"conversations": sharegpt(turns), "images": files_of(colours)} for turns, colours in CHATS]
     ),
     "raw.parquet": lambda path: write_table(
         path, [{"conversations": turns, "images": [*map(picture, colours)]} for turns, colours in CHATS]
@@ -159,7 +160,7 @@ LAYOUTS = {
     ),
     "hub.parquet": lambda path: (
         as_dataset(
-            [{"messages": turns, "images": files(colours)} for turns, colours in CHATS],
+            [{"messages": turns, "images": files_of(colours)} for turns, colours in CHATS],
             images=datasets.List(datasets.Image()),
         ).to_parquet(path),
         path,
@@ -173,13 +174,13 @@ LAYOUTS = {
         path, messages(lambda colour: {"type": "image", "path": f"{colour}.png"})
     ),
     "trl.parquet": lambda path: write_table(
-        path, messages(lambda colour: {"type": "image", "text": None}, images=files)
+        path, messages(lambda colour: {"type": "image", "text": None}, images=files_of)
     ),
     "texts.parquet": lambda path: write_table(
         path,
         [
             {
-                "images": files(colours),
+                "images": files_of(colours),
                 "texts": [
                     {"user": q["content"].replace("<image>\n", ""), "assistant": a["content"], "source": "x"}
                     for q, a in zip(turns[::2], turns[1::2])
@@ -219,7 +220,7 @@ CAPTION_LAYOUTS = {
         path, [{"text": text, "image_path": f"{c}.png"} for text, c in CAPTIONS], "\t"
     ),
     "captions.parquet": lambda path: write_table(
-        path, [{"image": files([c])[0], "text": text} for text, c in CAPTIONS]
+        path, [{"image": files_of([c])[0], "text": text} for text, c in CAPTIONS]
     ),
     "list.jsonl": lambda path: write_rows(path, [{"image": f"{c}.png", "captions": [text]} for text, c in CAPTIONS]),
     "folder": lambda path: metadata(path, "csv"),
@@ -525,15 +526,26 @@ def test_inspect_data_names_what_rows_were_read_as(everything, pictures, parts_f
 
 
 @pytest.mark.slow
-def test_all_shapes_learn_in_one_run_which_resumes(everything, pictures, parts_flags, tmp_path, capsys):
-    weights = ["1"] * (len(everything) - 1) + ["2"]
-    flags = [*parts_flags, "--from_weight", "none", "--hidden_size", "32", "--num_hidden_layers", "1"]
-    flags += ["--data_path", *everything, "--images_path", str(pictures), "--data_weights", *weights]
-    flags += ["--batch_size", "32", "--num_workers", "0", "--log_interval", "1", "--max_seq_len", "200"]
-    train([*flags, "--out_dir", str(tmp_path / "whole"), "--epochs", "2"])
+@pytest.mark.parametrize("extra", [[], ["--cache_features", "features"], ["--captions_per_epoch", "all"]])
+def test_all_shapes_learn_in_one_run_that_resumes_as_if_it_had_not_stopped(
+    everything, pictures, parts_flags, tmp_path, monkeypatch, capsys, extra
+):
+    monkeypatch.chdir(tmp_path)
+    captions = str(write_json(tmp_path / "several.json", coco(SEVERAL)))
+    paths, weights = [*everything, captions], ["1"] * len(everything) + ["2"]
+    flags = [*parts_flags, "--from_weight", "none", "--hidden_size", "32", "--num_hidden_layers", "1", *extra]
+    flags += ["--data_path", *paths, "--images_path", str(pictures), "--data_weights", *weights, "--dtype", "float32"]
+    flags += ["--batch_size", "32", "--num_workers", "0", "--log_interval", "1", "--epochs", "2", "--device", "cpu"]
+    flags += ["--save_interval", "2"]
+    train([*flags, "--out_dir", "whole"])
     assert 'rows read as question and answer pairs in "texts", pictures in "images"' in capsys.readouterr().out
-    whole = losses(tmp_path / "whole")
-    assert len(whole) >= 6 and all(np.isfinite([loss for *_, loss in whole]))
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train([*flags, "--out_dir", "parts"])
+    train([*flags, "--out_dir", "parts", "--from_resume"])
+    whole, resumed = losses("whole"), losses("parts")
+    assert resumed == whole and len(whole) >= 8 and all(np.isfinite([loss for *_, loss in whole]))
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import tempfile
 import threading
@@ -28,6 +29,7 @@ from model.processing import ImageProcessor
 from scripts import inspect_data
 from tests.conftest import no_space
 from tests.test_loop import interrupt, losses
+from tests.test_shapes import CAPTIONS, LAYOUTS, files_of, same, write_table
 from tests.test_sources import chat, picture, write_parquet
 from train_sft_vlm import main, parse_args
 from trainer.loader import StreamLoader
@@ -305,14 +307,17 @@ def test_a_file_that_is_gone_is_not_waited_for(url, tmp_path, monkeypatch):
         (["--images_path", "x"], "streamed rows hold their pictures and go alone"),
         (["--data_weights", "2"], "streamed rows hold their pictures and go alone"),
         (["--val_path", "URL"], "--val_path: held-out rows are read again and again, so they must be on the disk"),
-        (["--data_path", "file://OTHER"], "other.parquet has no column image_bytes, but conversations"),
+        (["--data_path", "file://OTHER"], 'other.parquet: the columns are image, and "image" has no text beside it'),
         (["--data_path", "file://BROKEN"], "broken.parquet cannot be read: "),
-        (["--data_path", "file://SINGLE", "URL"], "sft_0.parquet: its columns are [DataType(string), ListType"),
+        (
+            ["--data_path", "file://SINGLE", "URL"],
+            "sft_0.parquet: its columns are\nconversations: string\nimage_bytes: list<element: binary>",
+        ),
         (["--data_path", "file://EMPTY"], "empty.parquet has no rows"),
     ],
 )
 def test_what_cannot_be_streamed_is_refused(streamed, url, files, world, extra, reason):
-    pyarrow.parquet.write_table(pa.table({"conversations": ["a"]}), files / "other.parquet")
+    pyarrow.parquet.write_table(pa.table({"image": ["a"]}), files / "other.parquet")
     (files / "broken.parquet").write_bytes(b"PAR1")
     write_parquet(files / "single.parquet", [(chat("<image>", "b"), [picture("red")])], several=False)
     write_parquet(files / "empty.parquet", [])
@@ -447,3 +452,37 @@ def test_a_hub_without_the_repository_or_the_network_is_told_in_one_sentence(str
     hub.server_close()
     with pytest.raises(OSError, match="(?s)(no such file|cannot be read: .* the network there, HF_TOKEN set)"):
         main([*streamed, "--data_path", "hf://datasets/owner/third/sft_*.parquet"])
+
+
+# ---------------------------------------------------------------------------- other shapes
+
+
+def test_what_is_no_parquet_is_fetched_from_a_hub_once_also_a_zip_of_pictures(hub, tokenizer, clip_folder, tmp_path):
+    (tmp_path / "images").mkdir()
+    for colour in ("red", "green", "blue"):
+        (tmp_path / "images" / f"{colour}.png").write_bytes(picture(colour))
+    for name in ("llava.json", "struct.parquet"):
+        LAYOUTS[name](hub.folder / name)
+    shutil.make_archive(hub.folder / "images", "zip", tmp_path / "images")
+
+    def read(*paths):
+        return VLMDataset(*paths, tokenizer, ImageProcessor.from_pretrained(clip_folder), 200, "@" * 16)
+
+    expected, far = read(hub.folder / "llava.json", tmp_path / "images"), "hf://datasets/owner/name/"
+    same(read(f"{far}llava.json", f"{far}images.zip"), expected)
+    sent = hub.sent
+    assert sent > 0
+    same(read(f"{far}llava.json", f"{far}images.zip"), expected)
+    assert hub.sent == sent
+    same(read(f"{far}struct.parquet", None), expected)  # whole, as scores and tokenizers read it
+
+
+def test_parquet_of_any_shape_is_streamed(files, streamed, capsys):
+    rows = [{"image": files_of([colour])[0], "text": [text, "Another."]} for text, colour in CAPTIONS * 4]
+    write_table(files / "captions.parquet", rows)
+    flags = [*streamed, "--data_path", f"file://{files}/captions.parquet", "--stream_rows", "6", "--epochs", "2"]
+    assert main(flags).state.step == 8
+    out = capsys.readouterr().out
+    assert '12 rows read as caption "text", pictures in "image"' in out and "6 in an epoch, as of several" in out
+    with pytest.raises(ValueError, match="--captions_per_epoch all: of streamed rows"):
+        main([*flags, "--captions_per_epoch", "all"])

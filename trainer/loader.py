@@ -61,7 +61,7 @@ def load_data(args, model, tokenizer, paths, images_path=None, weights=None) -> 
                 "--data_path: streamed rows hold their pictures and go alone, without rows on the disk, without "
                 "--images_path and --data_weights"
             )
-        if args.captions_per_epoch == "all":
+        if getattr(args, "captions_per_epoch", "one") == "all":
             raise ValueError("--captions_per_epoch all: of streamed rows it is not known how many captions they have")
         say(f"looking at {', '.join(paths)} ...")
         stream = Stream(paths)
