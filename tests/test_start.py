@@ -15,7 +15,7 @@ from scripts.quickstart.steps import read_records
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
     path.relative_to(ROOT)
-    for folder in (".", "scripts", "scripts/quickstart", "scripts/convert_vlm", "dataset")
+    for folder in (".", "scripts", "scripts/benchmark", "scripts/quickstart", "scripts/convert_vlm", "dataset")
     for path in sorted((ROOT / folder).glob("*.py"))
     if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8") and path.stem != "check_export"
 ]  # check_export.py is started by its path, where nothing of this repository can be seen
