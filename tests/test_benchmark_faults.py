@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from scripts import benchmark_faults
-from scripts.benchmark_faults import RESUME, WEIGHTS, Bench, flips, mutate, same
+from scripts.benchmark import faults_files
+from scripts.benchmark.faults_files import RESUME, WEIGHTS, Bench, flips, same
+from scripts.benchmark.faults_rows import mutate
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def bench(tmp_path):
 def test_flips_that_load_are_faults_where_nothing_checks_the_file(bench, monkeypatch):
     flips(bench)
     assert not bench.faults
-    monkeypatch.setattr(benchmark_faults, "read_weights", lambda path: torch.load(path, weights_only=True))
+    monkeypatch.setattr(faults_files, "read_weights", lambda path: torch.load(path, weights_only=True))
     flips(bench)
     assert any("other values were loaded" in fault for fault in bench.faults)
 
