@@ -48,7 +48,7 @@ from trainer.loader import make_loader
 ROW_GROUP = 10_000  # rows
 START = (
     "{seconds:.0f} s to the first batch of {rows:,} rows ({text_rows:,} of text only); then {rows_per_s:,.0f} rows/s; "
-    "main process {main_gb:.2f} GB; all together {own_gb:.2f} GB of their own and {files_gb:.2f} GB of mapped files"
+    "main process {main_gb:.2f} GB; all together {private_gb:.2f} GB of their own and {files_gb:.2f} GB of mapped files"
 )
 SCHEMA = pa.schema({"conversations": pa.string(), "image_bytes": pa.binary()})
 
@@ -66,12 +66,12 @@ def write_rows(path: Path, rows: int) -> None:
     black = encoded(Image.new("RGB", (8, 8)), "PNG")
 
     def row(i):
-        seen = i % 10 > 0
-        question = f"What is in picture {i}?" + "\n<image>" * seen
+        sees = i % 10 > 0
+        question = f"What is in picture {i}?" + "\n<image>" * sees
         answer = caption(scenes[i % 64], ("en", "zh")[i % 2])
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        picture = pictures[i % 64] if seen else black
-        return {"conversations": json.dumps(turns, ensure_ascii=False), "image_bytes": picture}
+        text = json.dumps(turns, ensure_ascii=False)
+        return {"conversations": text, "image_bytes": pictures[i % 64] if sees else black}
 
     def write(file):
         with pyarrow.parquet.ParquetWriter(file, SCHEMA) as writer:
@@ -90,7 +90,7 @@ def watch(peak: dict[str, float]) -> None:
         for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
             with suppress(psutil.Error):  # gone meanwhile
                 for area in process.memory_maps(grouped=True):
-                    now["files_gb" if area.path.endswith(".arrow") else "own_gb"] += area.pss / 1e9
+                    now["files_gb" if area.path.endswith(".arrow") else "private_gb"] += area.pss / 1e9
         peak.update({key: max(peak[key], now[key]) for key in peak})
         time.sleep(1)
 
@@ -105,16 +105,16 @@ def start(args) -> dict:
     loader = make_loader(data, sampler, args, torch.device("cpu"), tokenizer)
     batches = chain.from_iterable(repeat(loader))  # over and over
     next(batches)
-    found = {"rows": len(data), "text_rows": data.mended["placeholder"], "seconds": time.perf_counter() - started}
-    idle, peak = psutil.Process().memory_info().rss / 1e9, {"own_gb": 0.0, "files_gb": 0.0}
+    facts = {"rows": len(data), "text_rows": data.mended["placeholder"], "seconds": time.perf_counter() - started}
+    facts["main_gb"], peak = psutil.Process().memory_info().rss / 1e9, {"private_gb": 0.0, "files_gb": 0.0}
     threading.Thread(target=watch, args=(peak,), daemon=True).start()
     rows, started = 0, time.perf_counter()
     while time.perf_counter() < started + args.seconds:
         rows += len(next(batches)["rows"])
-    return found | peak | {"rows_per_s": rows / args.seconds, "main_gb": idle}
+    return facts | peak | {"rows_per_s": rows / args.seconds}
 
 
-def main(argv=None):
+def parse_args(argv):
     parser = Parser(__file__, __doc__)
     add = parser.start.add_argument
     add("--rows", type=int, default=2_900_000, help="rows of the file")
@@ -124,7 +124,11 @@ def main(argv=None):
     add("--tokenizer_path", type=Path, default=Path("model/tiny"), metavar="DIR", help="folder with tokenizer.json")
     add("--work_dir", type=Path, default=Path("out/benchmark_data"), help="the file and its cache")
     add("--file", type=Path, help=argparse.SUPPRESS)  # a start on this file, in a process of its own
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     if args.file:
         print(json.dumps(start(args)))
         return
@@ -133,13 +137,12 @@ def main(argv=None):
     if not file.is_file():
         write_rows(file, args.rows)
     print(f"{file}: {args.rows:,} rows, {file.stat().st_size / 1e9:.2f} GB; {usable_cores()} cores")
-    cache = os.environ | {"HF_DATASETS_CACHE": str(args.work_dir / "cache")}
+    environment = os.environ | {"HF_DATASETS_CACHE": str(args.work_dir / "cache")}
+    flags = sys.argv[1:] if argv is None else argv
+    command = [sys.executable, "-m", "scripts.benchmark_data", *flags, "--file", str(file)]
     for which in ("first", "second"):
-        flags = sys.argv[1:] if argv is None else argv
-        command = [sys.executable, "-m", "scripts.benchmark_data", *flags, "--file", str(file)]
-        out = subprocess.run(command, env=cache, check=True, stdout=subprocess.PIPE).stdout
-        found = json.loads(out.splitlines()[-1])
-        print(f"{which} start: {START.format_map(found)}", flush=True)
+        out = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout
+        print(f"{which} start: {START.format_map(json.loads(out.splitlines()[-1]))}", flush=True)
 
 
 if __name__ == "__main__":

@@ -31,20 +31,20 @@ from pathlib import Path
 
 from common.cli import Parser, positive, run_main
 from common.display import markdown
-from common.files import write_json, write_text
+from common.files import read_json, write_json, write_text
 
 
 def recipes(rate: float, batch_size: int) -> dict[str, dict]:
     """{name: flags}; the first is the original."""
     base = {"learning_rate": rate, "projector_learning_rate": rate, "warmup_iters": 0, "schedule": "cosine"}
     base |= {"batch_size": batch_size, "optimizer": "adamw"}
+    embeddings = {"embedding_learning_rate": 3 * rate, "projector_learning_rate": 3 * rate}
     muon = base | {"optimizer": "muon", "warmup_iters": 20}
     faster = muon | {"learning_rate": 2 * rate, "embedding_learning_rate": rate}
     return {
         "original: AdamW, one rate, no warmup": base,
         "warmup of 50 steps": base | {"warmup_iters": 50},
-        "embeddings and projector at three times the rate": base
-        | {"embedding_learning_rate": 3 * rate, "projector_learning_rate": 3 * rate},
+        "embeddings and projector at three times the rate": base | embeddings,
         "a line to zero instead of a cosine to a tenth": base | {"schedule": "linear"},
         "twice the batch": base | {"batch_size": batch_size * 2},
         "half the batch": base | {"batch_size": batch_size // 2},
@@ -87,9 +87,9 @@ def last_loss(command: list[str], out: Path) -> float:
     out.mkdir(parents=True, exist_ok=True)
     with (out / "log").open("w") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        code = subprocess.run([sys.executable, *command], stdout=log, stderr=log, env=environment).returncode
-    if code:
-        raise ValueError(f"a run ended with status {code}, see {out / 'log'}")
+        status = subprocess.run([sys.executable, *command], stdout=log, stderr=log, env=environment).returncode
+    if status:
+        raise ValueError(f"a run ended with status {status}, see {out / 'log'}")
     metrics = next(out.glob("*.metrics.jsonl")).read_text().splitlines()
     for file in out.glob("*.p*"):  # weights and checkpoints: megabytes that nobody asked for
         file.unlink()
@@ -103,10 +103,10 @@ def train(job: dict, args) -> dict:
     done, command = out / "result.json", command_of(job, args, out)
     if not done.exists():
         write_json(done, {"command": command, "val_loss": last_loss(command, out)})
-    result = json.loads(done.read_text())
+    result = read_json(done)
     if result["command"] != command:
-        was = shlex.join(result["command"])
-        raise ValueError(f"{done} is of another run, {was}. Choose another --out_dir, or remove it")
+        before = shlex.join(result["command"])
+        raise ValueError(f"{done} is of another run, {before}. Choose another --out_dir, or remove it")
     loss, share = result["val_loss"], f"{job['share']:.0%}"
     print(f"{loss:.4f}  {share} of the rows, seed {job['seed']}, {job['recipe']} at {job['rate']}", flush=True)
     return job | {"val_loss": loss}
@@ -125,8 +125,8 @@ def compare(args, run) -> tuple[list[dict], list[dict], dict]:
     base = run([job(original, rate, seed=seed) for seed in args.seeds])
     groups = {}
     for share in sorted(args.shares, reverse=True):  # the original, too: what are so many rows worth?
-        for found in run([job(name, rate, share, seed) for name in names for seed in args.seeds]):
-            groups.setdefault((found["recipe"], share), []).append(found)
+        for done in run([job(name, rate, share, seed) for name in names for seed in args.seeds]):
+            groups.setdefault((done["recipe"], share), []).append(done)
         names = [name for name in names if statistics.mean(gaps(groups[name, share], base)) <= 0]
     return tuned, base, groups
 
@@ -147,6 +147,16 @@ def cells(jobs: list[dict], base: list[dict]) -> list[str]:
     return [*row, gap, f"{sum(gap <= 0 for gap in above)} of {len(above)}"]
 
 
+def report(args, tuned: list[dict], base: list[dict], groups: dict) -> str:
+    names = list(recipes(1, args.batch_size))
+    order = sorted(groups, key=lambda group: names.index(group[0]))  # of a recipe the largest share stays first
+    rows = [cells(jobs, base) for jobs in (base, *(groups[group] for group in order))]
+    head = ["recipe", "rows", "validation loss", "lowest to highest", "above the original's", "seeds that reach it"]
+    tried = ", ".join(f"{job['rate']:g}: {job['val_loss']:.4f}" for job in tuned)
+    scope = f"{args.rows} rows of {args.data_path.name}, batches of {args.batch_size}, seeds {args.seeds}"
+    return f"{scope}. Rates tried for the original: {tried}.\n\n{markdown(head, rows)}\n"
+
+
 def parse_args(argv):
     parser = Parser(__file__, __doc__)
     add = parser.start.add_argument
@@ -156,9 +166,7 @@ def parse_args(argv):
     add = parser.group("the comparison").add_argument
     add("--rows", type=positive(int), default=8000, help="that the original recipe sees")
     add("--batch_size", type=positive(int), default=16, help="of the original recipe")
-    add(
-        "--rates", nargs="+", type=positive(float), default=[1e-3, 2e-3, 4e-3], help="that the original may choose from"
-    )
+    add("--rates", nargs="+", type=positive(float), default=[1e-3, 2e-3, 4e-3], help="that the original chooses from")
     add("--shares", nargs="+", type=positive(float), default=[0.4, 0.6], help="of the rows, for all other recipes")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of the order of rows, and of weights that start anew")
     add("--jobs", type=positive(int), default=2, help="runs at a time, a thread each")
@@ -173,20 +181,11 @@ def main(argv=None):
         subset(args.data_path, round(args.rows * share), rows_file(args, share))
     with ThreadPoolExecutor(args.jobs) as pool:
         tuned, base, groups = compare(args, lambda jobs: list(pool.map(lambda job: train(job, args), jobs)))
-    names = list(recipes(1, args.batch_size))
-    order = sorted(groups, key=lambda group: names.index(group[0]))  # of a recipe the largest share stays first
-    rows = [cells(jobs, base) for jobs in (base, *(groups[group] for group in order))]
-    head = ["recipe", "rows", "validation loss", "lowest to highest", "above the original's", "seeds that reach it"]
-    tried = ", ".join(f"{job['rate']:g}: {job['val_loss']:.4f}" for job in tuned)
-    text = (
-        f"{args.rows} rows of {args.data_path.name}, batches of {args.batch_size}, seeds {args.seeds}. Rates tried for "
-        f"the original: {tried}.\n\n{markdown(head, rows)}\n"
-    )
+    jobs = [*tuned, *base[1:], *(job for group in groups.values() for job in group)]
+    write_json(args.results.with_suffix(".json"), jobs)
+    text = report(args, tuned, base, groups)
     write_text(args.results.with_suffix(".md"), text)
-    found = [job for jobs in groups.values() for job in jobs]
-    write_json(args.results.with_suffix(".json"), [*tuned, *base[1:], *found])
     print(f"\n{text}")
-    return rows
 
 
 if __name__ == "__main__":

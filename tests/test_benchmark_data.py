@@ -14,9 +14,7 @@ def test_the_second_start_finds_the_rows_checked(tmp_path, capfd):
     lines = [line for line in capfd.readouterr().out.splitlines() if "start: " in line]
     assert len(lines) == 2
     for line, which in zip(lines, ("first", "second")):
-        found = re.match(
-            rf"{which} start: \d+ s to the first batch of 300 rows \(30 of text only\); .* GB of mapped", line
-        )
-        assert found, line
+        expected = rf"{which} start: \d+ s to the first batch of 300 rows \(30 of text only\); .* GB of mapped"
+        assert re.match(expected, line), line
     benchmark_data.main(flags)  # again on the same file
     assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["300.parquet"]

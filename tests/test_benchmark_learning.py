@@ -54,7 +54,7 @@ def test_a_recipe_that_reaches_the_original_is_tried_with_fewer_rows(flags, tmp_
     assert {row.split()[0] for row in rows} == {"train.jsonl", "train_zh.jsonl"}
 
 
-def test_too_few_rows_are_told_before_anything_runs(flags):
+def test_too_few_rows_are_refused_before_anything_runs(flags):
     with pytest.raises(ValueError, match="--rows 8000: .* has 100"):
         benchmark_learning.main([*flags, "--rows", "8000"])
 
@@ -62,9 +62,9 @@ def test_too_few_rows_are_told_before_anything_runs(flags):
 def test_a_run_is_one_of_the_training_script_and_is_not_made_twice(tmp_path, monkeypatch):
     monkeypatch.chdir(TINY.parents[1])  # from where the scripts run
     scenes.write_world(tmp_path / "data", scenes=6, val_scenes=2)
-    own = ["--tokenizer_path", TINY, "--vision_model_path", TINY / "clip", "--from_weight", TINY / "llm_128.pth"]
+    parts = ["--tokenizer_path", TINY, "--vision_model_path", TINY / "clip", "--from_weight", TINY / "llm_128.pth"]
     flags = ["--data_path", tmp_path / "data", "--out_dir", tmp_path, "--results", tmp_path / "table", "--rows", 16]
-    args = benchmark_learning.parse_args([*map(str, flags), "--batch_size", "8", "--", *map(str, own)])
+    args = benchmark_learning.parse_args([*map(str, flags), "--batch_size", "8", "--", *map(str, parts)])
     job = {"recipe": "Muon, a line to zero", "rate": 1e-3, "share": 0.5, "seed": 3}
     benchmark_learning.subset(args.data_path, 8, benchmark_learning.rows_file(args, 0.5))
     first = benchmark_learning.train(dict(job), args)
