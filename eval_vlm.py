@@ -17,8 +17,10 @@ also with the pictures shuffled between rows, which shows whether the model look
 import sys
 from contextlib import nullcontext, redirect_stdout
 
-from common.cli import Parser, add_model_arguments, add_urls_argument, not_negative, positive, run_main, share
+from common.cli import Parser, not_negative, positive, run_main, share
 from common.start import begin
+from dataset.flags import add_urls_argument
+from model.flags import add_model_arguments
 
 
 def parse_args(argv=None):

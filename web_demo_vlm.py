@@ -18,8 +18,9 @@ import tempfile
 from contextlib import suppress
 from ipaddress import ip_address
 
-from common.cli import Parser, add_model_arguments, positive, run_main, share
+from common.cli import Parser, positive, run_main, share
 from common.start import begin, unwind
+from model.flags import add_model_arguments
 
 AUTH = "MINIMIND_AUTH"  # environment variable in place of --auth
 

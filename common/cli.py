@@ -1,4 +1,4 @@
-"""The command line that all scripts share: flags, and how a mistake is told.
+"""The command line of all scripts: how flags are read, and how a mistake is reported.
 
 Nothing here imports PyTorch, so that --help and a mistyped flag are answered at once.
 """
@@ -17,7 +17,6 @@ import warnings
 from pathlib import Path
 
 from common.start import UNREAD, missing, tell_stopped, unread
-from model import DEFAULT_VISION_MODEL
 
 FULL = "the disk is full; what stood there is untouched"
 
@@ -242,47 +241,3 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"error: {message.removeprefix('argument ')}\n")
-
-
-# ---------------------------------------------------------------------------- flags that scripts share
-
-
-def add_urls_argument(parser) -> None:
-    urls = "fetch pictures that rows name by http(s)://..., once: they are kept in the cache of `datasets`"
-    parser.group("the data").add_argument("--allow_urls", action="store_true", help=urls)
-
-
-def add_prompt_argument(parser) -> None:
-    prompt = "what is asked about pictures that have captions alone; default: a few, in the caption's language"
-    parser.group("the data").add_argument("--prompt", nargs="+", metavar="TEXT", help=prompt)
-
-
-def add_parts_arguments(parser, sees: bool = True) -> None:
-    add = parser.group("the model").add_argument
-    own = "default: that of the weights, else {}"
-    add("--tokenizer_path", metavar="DIR", help="folder with tokenizer.json; " + own.format("./model"))
-    if sees:
-        add("--vision_model_path", metavar="DIR", help="CLIP folder; " + own.format(DEFAULT_VISION_MODEL))
-
-
-def add_model_arguments(parser, sees: bool = True) -> None:
-    """sees: a vision-language model, rather than a language model alone."""
-    add = parser.start.add_argument
-    add("--out_dir", default="./out", help="folder of the weights")
-    add("--device", default="auto", metavar="NAME", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
-    add = parser.group("the model").add_argument
-    add("--hidden_size", type=positive(int), help="width; read off the weights, 512 from nothing")
-    add("--num_hidden_layers", type=positive(int), help="blocks; read off the weights, 8 from nothing")
-    own = "; read off the weights and their JSON, {} from nothing"
-    add("--num_attention_heads", type=positive(int), help="of queries" + own.format(8))
-    add("--num_key_value_heads", type=positive(int), help="of keys and values" + own.format(2))
-    add("--use_moe", **SWITCH, help="mixture of experts; read off the weights")
-    add_parts_arguments(parser, sees)
-    add = parser.group("speed, precision, repeatability").add_argument
-    add(
-        "--dtype",
-        default="auto",
-        choices=["auto", "bfloat16", "float16", "float32"],
-        help="precision of the arithmetic; auto: bfloat16 where the hardware has it, else float16, on a CPU float32",
-    )
-    add("--seed", type=not_negative, default=42, help="of everything random")

@@ -14,6 +14,7 @@ if __spec__ is None:  # started by its path, from where Python finds no other fo
     raise SystemExit("type -m scripts.inspect_data instead of scripts/inspect_data.py")
 
 from common.start import begin, unwind
+from dataset.flags import add_prompt_argument, add_urls_argument
 
 if __name__ == "__main__":
     begin()  # Ctrl-C or a missing package is one sentence from here on
@@ -30,15 +31,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common.cli import (
-    Parser,
-    add_parts_arguments,
-    add_prompt_argument,
-    add_urls_argument,
-    not_negative,
-    positive,
-    run_main,
-)
+from common.cli import Parser, not_negative, positive, run_main
 from common.display import WIDTH, typed
 from common.files import write_text
 from common.machine import usable_cores
@@ -52,6 +45,7 @@ from dataset.streaming import is_streamed
 from dataset.writing import write_rows
 from inference.models import export_of, list_models
 from model.build import find_part
+from model.flags import add_parts_arguments
 from model.model_vlm import VLMConfig
 from model.processing import IGNORE, ImageProcessor, load_tokenizer
 from model.weights import find_weights, read_sidecar

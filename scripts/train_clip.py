@@ -47,9 +47,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel
 
-from common.cli import Parser, add_urls_argument, not_negative, positive, run_main
+from common.cli import Parser, not_negative, positive, run_main
 from common.devices import make_deterministic, pick_device
 from common.files import write_json, write_safely
+from dataset.flags import add_urls_argument
 from dataset.pictures import is_url, use_picture
 from dataset.rows import Row, inline_place
 from dataset.shapes import BadRow, ReadOptions

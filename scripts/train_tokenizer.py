@@ -25,8 +25,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from common.cli import Parser, add_prompt_argument, run_main
+from common.cli import Parser, run_main
 from common.files import write_text
+from dataset.flags import add_prompt_argument
 from model.processing import DEFAULT_SYSTEM, IMAGE_TAG, load_tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2

@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
-from common.cli import SWITCH, add_model_arguments, add_prompt_argument, add_urls_argument, not_negative, positive
+from common.cli import SWITCH, not_negative, positive
+from dataset.flags import add_prompt_argument, add_urls_argument
+from model.flags import add_model_arguments
 
 
 def parse_training(parser, argv):

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.cli import SWITCH, Parser, add_parts_arguments, positive, run_main
+from common.cli import SWITCH, Parser, positive, run_main
 from common.files import write_json
 from inference.models import choose_model, prompts_of
 from inference.pictures import open_image
@@ -38,6 +38,7 @@ from inference.scoring import count_parameters
 from model.build import build_model
 from model.export import write_pth, write_transformers
 from model.files import read_json
+from model.flags import add_parts_arguments
 from model.llava import unpacked, write_llava
 from model.processing import IMAGE_TAG, encode_chat
 from model.rgb import to_rgb
