@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common.start import UNREAD, missing, tell_stopped, unread
 
-FULL = "the disk is full; what stood there is untouched"
+FULL, UNTOUCHED = "the disk is full", "what stood there is untouched"
 
 
 class Stopped(SystemExit):
@@ -37,13 +37,13 @@ def can_be_mended(error: Exception) -> bool:
 
 
 def disk_full(error: BaseException | None) -> bool:
-    """By its number, as the words of an OSError differ from system to system."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    """By its number, as the words of an OSError differ from system to system; torch.save says "unexpected pos"."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "unexpected pos" in str(error)
 
 
 def reason(error: Exception) -> str:
     """What an error says; a full disk in the same words everywhere."""
-    return FULL if disk_full(error) else str(error)
+    return f"{FULL}; {UNTOUCHED}" if disk_full(error) else str(error)
 
 
 def run_main(main) -> None:

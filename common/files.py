@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from common.cli import disk_full
+from common.cli import FULL, UNTOUCHED, disk_full
 
 
 def write_safely(path, write) -> None:
@@ -29,16 +29,10 @@ def write_safely(path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError, "unexpected pos"
-        full = disk_full(error) or "unexpected pos" in str(error)
-        reason = "the disk is full" if full else error
-        raise OSError(f"could not write {path} ({reason}); what stood there is untouched") from error
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"could not write {path} ({FULL if disk_full(error) else error}); {UNTOUCHED}") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def read_json(path) -> dict | list:
-    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def write_text(path, text: str) -> None:

@@ -28,9 +28,9 @@ from pathlib import Path
 
 from common.cli import Parser, reason
 from common.display import duration, gigabytes
-from common.files import read_json
 from common.lock import only_one
 from common.metrics import points, read_metrics
+from model.files import read_json
 from scripts.quickstart.steps import Step, add_device_argument, launcher, open_folder, resolve, run_steps
 
 HIDDEN_SIZE = 128  # of the language model

@@ -29,9 +29,10 @@ from markupsafe import Markup, escape
 
 from common.cli import Parser
 from common.display import WIDTH, duration, gigabytes, typed
-from common.files import read_json, write_text
+from common.files import write_text
 from common.machine import usable_cores
 from common.metrics import points, read_metrics
+from model.files import read_json
 from scripts.quickstart.report_words import WORDS
 from scripts.templates import data_url, render
 

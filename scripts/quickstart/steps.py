@@ -5,6 +5,7 @@ that could not be done by hand. What is done stands in folder/steps.json, with t
 start skips it. No torch here: importing it would take seconds, and memory beside that of the steps.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from common.display import duration, gigabytes, typed
-from common.files import read_json, write_json
+from common.files import write_json
 from common.machine import physical_cores
 from common.start import STEP, STOPS, UNREAD, handle
 
@@ -48,7 +49,7 @@ def read_records(folder: Path) -> list[dict]:
     if not path.is_file():
         return []
     try:
-        return read_json(path)
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): remove it to begin anew") from None
 
