@@ -17,7 +17,7 @@ also with the pictures shuffled between rows, which shows whether the model look
 import sys
 from contextlib import nullcontext, redirect_stdout
 
-from common.cli import Parser, not_negative, positive, run_main, share
+from common.cli import Parser, fraction, not_negative, positive, run_main
 from common.start import begin
 from dataset.flags import add_urls_argument
 from model.flags import add_model_arguments
@@ -41,14 +41,14 @@ def parse_args(argv=None):
     add("--prompts_path", metavar="FILE", help="questions, one a line, each asked for itself")
     together = "2: --model_mode 2, all of --image_dir in one question"
     add("--use_multi", type=int, choices=[1, 2], default=1, help=together)
-    about = "lines of JSON: picture (a list, where several), prompt, answer, seconds, tokens; or picture, error"
-    add("--json", action="store_true", help=about)
-    looked = "a figure of where on the picture the decoder looked for each word; several: FILE_2 and so on"
-    add("--show_attention", metavar="FILE", help=looked)
+    lines = "lines of JSON: picture (a list, where several), prompt, answer, seconds, tokens; or picture, error"
+    add("--json", action="store_true", help=lines)
+    figure = "a figure of where on the picture the decoder looked for each word; several: FILE_2 and so on"
+    add("--show_attention", metavar="FILE", help=figure)
 
     add = parser.group("how it answers").add_argument
     add("--temperature", type=positive(float), default=0.65, help="below 1: likelier words, above: more surprising")
-    add("--top_p", type=share, default=0.85, help="draw from the likeliest words that make up this share")
+    add("--top_p", type=fraction, default=0.85, help="draw from the likeliest words that make up this share")
     add("--max_new_tokens", type=positive(int), default=512, help="longest answer, in tokens")
     eight = "weights of 8 bits, on a CPU: about twice as fast, answers may differ a little"
     add("--int8", action="store_true", help=eight)

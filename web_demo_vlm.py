@@ -18,7 +18,7 @@ import tempfile
 from contextlib import suppress
 from ipaddress import ip_address
 
-from common.cli import Parser, positive, run_main, share
+from common.cli import Parser, fraction, positive, run_main
 from common.start import begin, unwind
 from model.flags import add_model_arguments
 
@@ -38,7 +38,7 @@ def parse_args(argv=None):
     spread = "0: the likeliest word; to 2: more surprising; the page's start"
     add("--temperature", type=float, default=0.65, help=spread)
     likely = "the page starts with; share of the likeliest words to draw from"
-    add("--top_p", type=share, default=0.85, help=likely)
+    add("--top_p", type=fraction, default=0.85, help=likely)
 
     add = parser.group("limits for visitors").add_argument
     add("--max_upload", type=positive(float), default=10, metavar="MB", help="largest file")

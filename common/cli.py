@@ -16,7 +16,7 @@ import time
 import warnings
 from pathlib import Path
 
-from common.start import UNREAD, missing, tell_stopped, unread
+from common.start import BROKEN_PIPE, missing_package, report_stopped, silence_broken_pipe
 
 FULL, UNTOUCHED = "the disk is full", "what stood there is untouched"
 
@@ -28,7 +28,7 @@ class Stopped(SystemExit):
         super().__init__(130)
 
 
-def can_be_mended(error: Exception) -> bool:
+def is_user_error(error: Exception) -> bool:
     """By the user: a flag, a file, a package, the size of a batch. Anything else is our mistake."""
     kinds = (ValueError, OSError, ImportError)
     if torch := sys.modules.get("torch"):
@@ -53,19 +53,19 @@ def run_main(main) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        tell_stopped("stopped")
+        report_stopped("stopped")
         sys.exit(130)
     except Exception as error:
         several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-        if unread(error):
-            os._exit(UNREAD) if several else sys.exit(UNREAD)  # as below
-        if os.environ.get("MINIMIND_TRACEBACK") or not can_be_mended(error):
+        if silence_broken_pipe(error):
+            os._exit(BROKEN_PIPE) if several else sys.exit(BROKEN_PIPE)  # as below
+        if os.environ.get("MINIMIND_TRACEBACK") or not is_user_error(error):
             raise
         if several and os.environ["RANK"] != "0":
-            time.sleep(2)  # what all ranks found, the first says: torchrun then ends the others
-        about = f"\nerror: {reason(error)}\n(MINIMIND_TRACEBACK=1 shows where)"
-        about = f"error: {missing(error)}" if isinstance(error, ImportError) else about
-        print(about, file=sys.stderr, flush=True)
+            time.sleep(2)  # what all ranks meet, the first reports: torchrun then ends the others
+        message = f"\nerror: {reason(error)}\n(MINIMIND_TRACEBACK=1 shows where)"
+        message = f"error: {missing_package(error)}" if isinstance(error, ImportError) else message
+        print(message, file=sys.stderr, flush=True)
         if several:
             os._exit(2)  # at once, so that torchrun ends the others: leaving the group would wait for them
         sys.exit(2)
@@ -84,7 +84,7 @@ def positive(kind):
     return parse
 
 
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     if not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
     return float(text)
@@ -96,7 +96,7 @@ def not_negative(text: str) -> int:
     return int(text)
 
 
-share.__name__, not_negative.__name__ = "float", "int"  # argparse puts them into its messages
+fraction.__name__, not_negative.__name__ = "float", "int"  # argparse puts them into its messages
 
 
 def switch(text: str) -> bool:
@@ -175,13 +175,13 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Its --help begins with the few flags that a newcomer needs, those of `start`; it tells a mistake in one line.
+    """Its --help begins with the few flags that a newcomer needs, those of `start`; it reports a mistake in one line.
 
-    file: __file__ of the script; about: its docstring. Abbreviations are refused: one means something else, or nothing,
-    as soon as another flag comes along. The message names the flag.
+    file: __file__ of the script; description: its docstring. Abbreviations are an error: one means something else, or
+    nothing, as soon as another flag comes along. The message names the flag.
     """
 
-    def __init__(self, file: str, about: str):
+    def __init__(self, file: str, description: str):
         path = Path(file)
         if path.name == "__main__.py":  # of a package
             path = path.parent.with_suffix(".py")
@@ -190,7 +190,7 @@ class Parser(argparse.ArgumentParser):
         command = f"-m {module}" if module.startswith(("scripts.", "dataset.")) else self.name
         super().__init__(
             prog=f"python {command} [options]",
-            description=about,
+            description=description,
             formatter_class=HelpFormatter,
             add_help=False,
             allow_abbrev=False,
@@ -200,22 +200,23 @@ class Parser(argparse.ArgumentParser):
 
     def group(self, title: str):
         """The flags under this heading, which is made if needed."""
-        there = (group for group in self._action_groups if group.title == title)
-        return next(there, None) or self.add_argument_group(title)
+        same = (group for group in self._action_groups if group.title == title)
+        return next(same, None) or self.add_argument_group(title)
 
     def parse_known_args(self, args=None, namespace=None):
-        namespace, left = super().parse_known_args(self.understand(sys.argv[1:] if args is None else args), namespace)
-        if left:
-            self.error(f"{left[0]}: expected a flag before it (--help lists all)")
-        return namespace, left
+        args = self.rename_flags(sys.argv[1:] if args is None else args)
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"{unknown[0]}: expected a flag before it (--help lists all)")
+        return namespace, unknown
 
-    def understand(self, argv: list[str]) -> list[str]:
+    def rename_flags(self, argv: list[str]) -> list[str]:
         """argv with RENAMED flags under our names. What is no flag ends the program here, before argparse can say that
         others are missing."""
-        flags, found, rest = self._option_string_actions, [], iter(argv)
+        flags, renamed, rest = self._option_string_actions, [], iter(argv)
         for arg in rest:
             if arg == "--":
-                return [*found, arg, *rest]
+                return [*renamed, arg, *rest]
             flag, equals, value = arg.partition("=")
             if re.fullmatch("--?[A-Za-z][^ ]*", flag) and flag not in flags:  # neither a value nor a negative number
                 ours = next((name for name in RENAMED.get(flag, []) if name in flags), None)
@@ -226,8 +227,8 @@ class Parser(argparse.ArgumentParser):
                     if value in ("model", "./model"):  # the public default: .pth weights, as without the flag
                         continue
                 arg = ours + equals + value
-            found.append(arg)
-        return found
+            renamed.append(arg)
+        return renamed
 
     def hint(self, flag: str) -> str:
         if flag in GONE:

@@ -59,8 +59,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def cpu_has(*instructions: str) -> bool:
     """Has this CPU any of them? With "avx512_bf16" or "amx_bf16" bfloat16 takes half the time of float32, or less."""
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in instructions)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in instructions)
 
 
 def autocast(device: torch.device, dtype: torch.dtype):

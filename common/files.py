@@ -16,12 +16,12 @@ def write_safely(path, write) -> None:
     """Calls write(temporary file) and renames it to `path`, so that there is a whole file at any moment."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # as by `kill -9`
-        pid = left.name.split(".")[-2]
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # as by `kill -9`
+        pid = old.name.split(".")[-2]
         with suppress(OSError):  # another process was faster
-            old = time.time() - left.stat().st_mtime > 60  # a younger one may be another machine's
-            if old and pid.isdigit() and not psutil.pid_exists(int(pid)):
-                left.unlink()
+            age = time.time() - old.stat().st_mtime  # below a minute it may be another machine's
+            if age > 60 and pid.isdigit() and not psutil.pid_exists(int(pid)):
+                old.unlink()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -1,4 +1,4 @@
-"""One process at a time writes a file: who comes second is told, before anything is mixed up."""
+"""One process at a time writes a file: who comes second gets an error, before anything is mixed up."""
 
 import contextlib
 import json
@@ -13,11 +13,11 @@ import psutil
 def holder(lock: Path) -> int | None:
     """The process that holds a lock; None if it has ended, however it did, or there is no lock."""
     try:
-        found = json.loads(lock.read_text(encoding="utf-8"))
-        pid, started = int(found["pid"]), float(found["started"])
+        record = json.loads(lock.read_text(encoding="utf-8"))
+        pid, started = int(record["pid"]), float(record["started"])
     except (OSError, ValueError, KeyError, TypeError):  # none, or half written by a process that was killed
         return None
-    if found.get("machine") != socket.gethostname():
+    if record.get("machine") != socket.gethostname():
         return pid  # which nobody here can ask; removing the file is for the user to decide
     with contextlib.suppress(psutil.Error):  # its number may by now be another's, who started later
         return pid if abs(psutil.Process(pid).create_time() - started) < 1 else None
@@ -31,15 +31,15 @@ def only_one(path, flag: str) -> Iterator[None]:
     Raises ValueError, which names `flag` and the process, while another one that is alive holds it. Processes that
     begin at the very same moment may both get it.
     """
-    path, own = Path(path), psutil.Process()
+    path, this = Path(path), psutil.Process()
     lock = path.absolute().with_name(f".{path.absolute().name}.lock")
-    if (pid := holder(lock)) not in (None, own.pid):
+    if (pid := holder(lock)) not in (None, this.pid):
         raise ValueError(
             f"{flag}: process {pid} is writing {path}. Wait for it or stop it, or choose\n"
             f"another {flag}. If there is no such process: remove {lock}"
         )
     lock.parent.mkdir(parents=True, exist_ok=True)
-    lock.write_text(json.dumps({"pid": own.pid, "started": own.create_time(), "machine": socket.gethostname()}))
+    lock.write_text(json.dumps({"pid": this.pid, "started": this.create_time(), "machine": socket.gethostname()}))
     try:
         yield
     finally:

@@ -11,9 +11,9 @@ def read_metrics(path) -> list[dict]:
     if Path(path).is_file():
         for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
-                found = json.loads(line)
-                if isinstance(found, dict) and isinstance(found.get("step"), int):
-                    lines.append(found)
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    lines.append(record)
     return lines
 
 

@@ -14,19 +14,19 @@ from pathlib import Path
 
 STEP = "MINIMIND_STEP"  # environment variable of a recipe's step, whose last words are the recipe's
 PROCESS = os.getpid()
-UNREAD = 141  # the status that a shell gives to what wrote into a pipe that nobody reads any more
+BROKEN_PIPE = 141  # the status that a shell gives to what wrote into a pipe that nobody reads any more
 # Ctrl-C, kill, and a terminal that was closed or an SSH connection that was lost (Windows knows no such signal)
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def begin() -> None:
-    """Called by a script before it imports anything: from here on what stops it, and a missing package, are told in
-    one message instead of a traceback; and where nobody reads what it prints (`| head`) it ends without a word.
+    """Called by a script before it imports anything: from here on what stops it, and a missing package, are one
+    message instead of a traceback; and where nobody reads what it prints (`| head`) it ends without a word.
 
     Ctrl-C leaves at once, whatever is half imported, half read or half written: all files of ours stand that, as they
     stand `kill -9`. Who has something to finish or to remove asks for an exception, see `unwind`, or sets a handler.
     """
-    sys.excepthook = told
+    sys.excepthook = excepthook
     atexit.register(flush)
     ranks, first = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0") == "0"
     silent = STEP in os.environ or not first
@@ -56,19 +56,19 @@ def leave(number, frame, *more: str) -> None:
     if os.getpid() == PROCESS:  # else a helper that was forked
         with suppress(RuntimeError, OSError):  # it came in the middle of a print(); or nobody reads any more
             sys.stdout.flush()
-        tell_stopped("stopped", *more)
+        report_stopped("stopped", *more)
     os._exit(130)
 
 
-def tell_stopped(what: str, *more: str) -> None:
+def report_stopped(what: str, *more: str) -> None:
     """The last words: once, on the first rank, and not in a step of a recipe, which has its own."""
     if STEP not in os.environ and os.environ.get("RANK", "0") == "0":
-        said = f"\n{what}. To go on, type:\n  {command(*more)}"
+        message = f"\n{what}. To go on, type:\n  {command(*more)}"
         try:
-            print(said, file=sys.stderr, flush=True)
+            print(message, file=sys.stderr, flush=True)
         except (RuntimeError, OSError):  # a signal came in the middle of a print(), or nobody reads any more
             with suppress(OSError):
-                os.write(2, f"{said}\n".encode())
+                os.write(2, f"{message}\n".encode())
 
 
 def script() -> list[str]:
@@ -96,14 +96,14 @@ def command(*more: str) -> str:
     return f"{launcher} {shlex.join([*script(), *flags, *more])}"
 
 
-def missing(error: ImportError) -> str:
+def missing_package(error: ImportError) -> str:
     """What to type when a package is not there, or is another version."""
     activate = r".venv\Scripts\activate" if os.name == "nt" else ". .venv/bin/activate"
     outside = sys.prefix == sys.base_prefix and Path(".venv").is_dir()
     return f"{error}. Type: {activate if outside else 'pip install -r requirements.txt'}"
 
 
-def unread(error: BaseException) -> bool:
+def silence_broken_pipe(error: BaseException) -> bool:
     """Whether printing failed because nobody reads any more; whatever is printed then goes nowhere."""
     if getattr(error, "errno", None) != (errno.EINVAL if os.name == "nt" else errno.EPIPE):
         return False
@@ -121,15 +121,15 @@ def flush() -> None:
     try:
         sys.stdout.flush()
     except OSError as error:
-        unread(error)
+        silence_broken_pipe(error)
 
 
-def told(kind, error, traceback) -> None:
+def excepthook(kind, error, traceback) -> None:
     """sys.excepthook: a package that is missing, while modules are imported, is the user's to mend."""
-    if unread(error):
-        sys.exit(UNREAD)
+    if silence_broken_pipe(error):
+        sys.exit(BROKEN_PIPE)
     if not isinstance(error, ImportError) or os.environ.get("MINIMIND_TRACEBACK"):
         sys.__excepthook__(kind, error, traceback)
     else:
-        print(f"error: {missing(error)}", file=sys.stderr)
+        print(f"error: {missing_package(error)}", file=sys.stderr)
         sys.exit(2)

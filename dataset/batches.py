@@ -36,8 +36,8 @@ def collate(examples: list[dict], pad_token_id: int = 0) -> dict:
         batch["attention_mask"][row, :n] = 1
 
     def joined(key):
-        found = [example[key] for example in examples if example.get(key) is not None]
-        return torch.cat(found) if found else None
+        tensors = [example[key] for example in examples if example.get(key) is not None]
+        return torch.cat(tensors) if tensors else None
 
     return {
         **batch,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import TextStreamer
 
-from common.cli import can_be_mended
+from common.cli import is_user_error
 from inference.generate import generate, question
 from inference.models import needs_picture, pictures_first
 from inference.pictures import open_image
@@ -106,7 +106,7 @@ def chat(model, tokenizer, args, weights: Path) -> None:
             except KeyboardInterrupt:
                 print("\nCtrl-D leaves")
             except Exception as error:
-                if not can_be_mended(error):
+                if not is_user_error(error):
                     raise
                 print(error)
                 if turns and not line.startswith("/"):  # it may be the conversation that does not fit

@@ -19,7 +19,7 @@ import trainer.advice
 from scripts import train_llm
 from tests.conftest import turn, write_rows
 from tests.test_loop import losses
-from trainer.advice import cost, peak_memory, sizes
+from trainer.advice import describe_memory, peak_memory, sizes
 
 SCRIPTS = [train_pretrain_vlm, train_sft_vlm, train_llm]
 ALL = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
@@ -95,8 +95,8 @@ def test_a_run_that_ends_worse_than_guessing_is_said_to_have_diverged(script, fl
     everything = [] if script is train_llm else ["--trainable", "all"]
     script.main([*flags_of(script), *everything, "--epochs", "5", "--learning_rate", "3", "--grad_clip", "100"])
     out = capsys.readouterr().out
-    told = r"It diverged: a loss of (\S+) is worse than guessing, (\S+)\. Start again from\nthe weights of before with "
-    ((loss, guessing, rates),) = re.findall(told + "(.+)", out)
+    text = r"It diverged: a loss of (\S+) is worse than guessing, (\S+)\. Start again from\nthe weights of before with "
+    ((loss, guessing, rates),) = re.findall(text + "(.+)", out)
     assert float(loss) > 6 and guessing == "5.70"  # ln 300
     assert rates.startswith("--learning_rate 0.6") and "eval_vlm.py" not in out
     script.parse_args(rates.split())
@@ -134,9 +134,9 @@ def test_it_ends_with_what_it_took_an_answer_and_the_next_command(script, flags_
         return
     assert command[:2] == ["python", "eval_vlm.py"] and f"--image {world / 'pictures' / 'red.png'}" in " ".join(command)
     eval_vlm.main([*command[2:], "--device", "cpu"])
-    told = capsys.readouterr().out
-    assert "What colour is this?" in told
-    assert trainer.advice.answer(run, run.val_loader.dataset.tokenizer, run.val_loader.dataset, 0).strip() in told
+    printed = capsys.readouterr().out
+    assert "What colour is this?" in printed
+    assert trainer.advice.answer(run, run.val_loader.dataset.tokenizer, run.val_loader.dataset, 0).strip() in printed
 
 
 @pytest.mark.parametrize("extra", [[], ["--dtype", "bfloat16", "--gradient_checkpointing", "--use_moe"]])
@@ -197,7 +197,7 @@ def test_other_ranks_say_nothing_and_answer_nothing(flags, world, monkeypatch):
     run = train_sft_vlm.main([*flags, "--val_path", str(world / "val.jsonl")])
     monkeypatch.setattr(trainer.advice, "is_main", lambda: False)
     monkeypatch.setattr(trainer.advice, "answer", None)
-    trainer.advice.tell_end(run, None, 1)
+    trainer.advice.report_end(run, None, 1)
 
 
 # ---------------------------------------------------------------------------- memory
@@ -225,8 +225,8 @@ def test_on_windows_and_macs_memory_is_what_they_report(monkeypatch):
 def test_the_memory_of_the_gpu_is_told_too(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3_400_000_000 if device.index == 1 else 0)
     gpu = torch.device("cuda", 1)
-    assert cost(1_200_000_000, gpu, 2) == "1.2 GB of memory, on the GPU 3.4 GB, in each of 2 processes"
-    assert cost(1_200_000_000, torch.device("cpu"), 1) == "1.2 GB of memory"
+    assert describe_memory(1_200_000_000, gpu, 2) == "1.2 GB of memory, on the GPU 3.4 GB, in each of 2 processes"
+    assert describe_memory(1_200_000_000, torch.device("cpu"), 1) == "1.2 GB of memory"
 
 
 # ---------------------------------------------------------------------------- going on from what is finished

@@ -1,4 +1,4 @@
-"""common/cli.py: how a mistake is told, and the command lines of the public MiniMind-V."""
+"""common/cli.py: how a mistake is reported, and the command lines of the public MiniMind-V."""
 
 import pytest
 
@@ -123,5 +123,5 @@ def test_public_flags_without_an_equal_are_told_in_one_line_with_what_to_do(scri
 def test_a_full_disk_is_called_so_whatever_the_system_says(capsys):
     with pytest.raises(SystemExit):
         run_main(no_space)
-    told = capsys.readouterr().err
-    assert told.startswith("\nerror: the disk is full; what stood there is untouched\n") and "Errno" not in told
+    error = capsys.readouterr().err
+    assert error.startswith("\nerror: the disk is full; what stood there is untouched\n") and "Errno" not in error

@@ -29,15 +29,15 @@ SOMETHING = "SOMETHING"  # in place of what a message fills in
 
 def texts_of(tree) -> list[str]:
     """All texts in a source: f-strings with SOMETHING in their gaps, docstrings, parts that are joined by +."""
-    found, inside = [], set()
+    texts, inside = [], set()
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             inside.update(map(id, ast.walk(node)))
             parts = [part.value if isinstance(part, ast.Constant) else SOMETHING for part in node.values]
-            found.append("".join(parts))
+            texts.append("".join(parts))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
-            found.append(node.value)
-    return found
+            texts.append(node.value)
+    return texts
 
 
 def readme_text(name: str) -> str:
@@ -48,12 +48,12 @@ def readme_text(name: str) -> str:
 
 def commands_in(text: str) -> list[tuple[str, list[str]]]:
     """[(file of the script, its flags)], without the commands of others, and without those that code goes on with."""
-    found = []
+    commands = []
     for command in COMMAND.findall(re.sub(r"\\\n\s*", "", text)):
         goes_on = command.endswith(" ") and text.endswith(command)
         if not goes_on and not command.removeprefix("-m ").startswith(OTHERS):
-            found.append(named(shlex.split(command, comments=True)))
-    return [(script, flags) for script, flags in found if re.search(r"\.py$|/", script)]
+            commands.append(named(shlex.split(command, comments=True)))
+    return [(script, flags) for script, flags in commands if re.search(r"\.py$|/", script)]
 
 
 def named(command: list) -> tuple[str, list[str]]:
@@ -91,25 +91,25 @@ def parse(parsers, capsys):  # noqa: F811
 
 def users_of(module: Path, imports: dict) -> list[Path]:
     """The scripts that import a module, directly or not; itself, if it is one."""
-    found, todo = {module}, [module]
+    users, todo = {module}, [module]
     while todo:
         name = todo.pop()
-        new = [path for path, own in imports.items() if name in own and path not in found]
-        found.update(new)
+        new = [path for path, imported in imports.items() if name in imported and path not in users]
+        users.update(new)
         todo += new
-    return [path for path in SCRIPTS if path in found]
+    return [path for path in SCRIPTS if path in users]
 
 
 def imports_of(tree) -> set[Path]:
-    found = set()
+    files = set()
     for node in ast.walk(tree):
         modules = []
         if isinstance(node, ast.ImportFrom) and node.module:
             modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
-        found.update(ROOT / (module.replace(".", "/") + ".py") for module in modules)
-    return found
+        files.update(ROOT / (module.replace(".", "/") + ".py") for module in modules)
+    return files
 
 
 @pytest.mark.parametrize("source", [*READMES, *map(names, SOURCES)])

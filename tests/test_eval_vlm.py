@@ -72,8 +72,9 @@ def test_it_scores_rows_and_shuffled_pictures_score_less(trained, world, tmp_pat
     parameters = saved["parameters"]  # of CLIP the vision half: positions, patches, 2 layers and 2 norms at least
     assert parameters["projector"] == 32 * 64 + 64 and parameters["llm"] > 300 * 64 and parameters["encoder"] > 17000
     assert saved["device"] == "cpu"
-    assert all(found["right"] for found in saved["answers"]) and saved["by_kind"] == {}  # the rows name no kind
-    assert all(found["images"] != found["images_shuffled"] for found in saved["answers"] if len(found["images"]) == 1)
+    answers = saved["answers"]
+    assert all(answer["right"] for answer in answers) and saved["by_kind"] == {}  # the rows name no kind
+    assert all(answer["images"] != answer["images_shuffled"] for answer in answers if len(answer["images"]) == 1)
     assert "exact match" in capsys.readouterr().out
 
 
@@ -139,21 +140,21 @@ def several(tmp_path):
 
 
 def test_the_newest_weights_that_fit_are_taken(several):
-    def found(*more):
+    def find(*more):
         return [
             str(path.relative_to(several)) for path in models.find_models(flags_of("--out_dir", str(several), *more))
         ]
 
     mine, quickstart, public = "mine/sft_vlm_128_moe.pth", "quickstart/sft_vlm_128.pth", "sft_vlm_512.pth"
-    assert found() == found("--weights", "sft_vlm") == [mine, quickstart, public]
-    assert found("--hidden_size", "128") == [mine, quickstart] and found("--use_moe") == [mine]
-    assert found("--hidden_size", "512") == [public]
-    assert found("--model_mode", "0") == found("--weights", "pretrain_vlm") == ["quickstart/pretrain_vlm_128.pth"]
-    assert found("--load", "1") == ["export"]
+    assert find() == find("--weights", "sft_vlm") == [mine, quickstart, public]
+    assert find("--hidden_size", "128") == [mine, quickstart] and find("--use_moe") == [mine]
+    assert find("--hidden_size", "512") == [public]
+    assert find("--model_mode", "0") == find("--weights", "pretrain_vlm") == ["quickstart/pretrain_vlm_128.pth"]
+    assert find("--load", "1") == ["export"]
     named = several / "quickstart/pretrain_vlm_128.pth"
-    assert found("--weights", str(named)) == ["quickstart/pretrain_vlm_128.pth"]
-    there = [str(path.relative_to(several)) for path in models.list_models(several)]
-    assert there == ["export", mine, quickstart, "quickstart/pretrain_vlm_128.pth", public]
+    assert find("--weights", str(named)) == ["quickstart/pretrain_vlm_128.pth"]
+    listed = [str(path.relative_to(several)) for path in models.list_models(several)]
+    assert listed == ["export", mine, quickstart, "quickstart/pretrain_vlm_128.pth", public]
 
 
 def test_the_public_folder_comes_before_other_exports(several, monkeypatch, tmp_path):
@@ -183,9 +184,9 @@ def test_who_finds_no_weights_is_told_in_two_lines_what_to_type(several, monkeyp
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         models.find_models(flags_of("--out_dir", "empty", *flags))
-    told = str(error.value)
-    assert message in told and len(told.splitlines()) <= 2 and max(map(len, told.splitlines())) <= 80
-    suggested = re.search(r"--weights (out/\S+)", told)
+    text = str(error.value)
+    assert message in text and len(text.splitlines()) <= 2 and max(map(len, text.splitlines())) <= 80
+    suggested = re.search(r"--weights (out/\S+)", text)
     assert "out" not in flags or Path(suggested[1]).exists()
 
 
@@ -215,7 +216,7 @@ def test_every_way_of_asking_puts_the_pictures_in_the_same_place():
 def test_the_first_question_is_one_that_the_weights_know(trained, world, tmp_path, capsys):
     folder = shutil.copytree(Path(trained[trained.index("--out_dir") + 1]), tmp_path / "out")
     weights, path = folder / "sft_vlm_64.pth", folder / "sft_vlm_64.json"
-    about = json.loads(path.read_text(encoding="utf-8"))
+    metadata = json.loads(path.read_text(encoding="utf-8"))
     image = str(world / "pictures/red.png")
     ask = [*trained, "--out_dir", str(folder), "--greedy", "--max_new_tokens", "12", "--image", image]
 
@@ -228,7 +229,7 @@ def test_the_first_question_is_one_that_the_weights_know(trained, world, tmp_pat
         ({"en": ["A?", "B?"], "zh several": ["一样吗？"]}, "A?", "一样吗？"),
         ({}, "Describe this picture.", "Compare these pictures."),
     ):
-        path.write_text(json.dumps(about | {"prompts": prompts}), encoding="utf-8")
+        path.write_text(json.dumps(metadata | {"prompts": prompts}), encoding="utf-8")
         assert (asked(), asked(image)) == (one, two)
     assert models.prompts_of(weights, "zh") == ["描述这张图片。"]
     assert asked("--prompt", "Mine?") == "Mine?"
@@ -237,12 +238,12 @@ def test_the_first_question_is_one_that_the_weights_know(trained, world, tmp_pat
 def test_a_picture_stands_where_most_rows_of_the_training_had_it(trained, world, tmp_path, monkeypatch):
     folder = shutil.copytree(Path(trained[trained.index("--out_dir") + 1]), tmp_path / "out")
     path = folder / "sft_vlm_64.json"
-    about = json.loads(path.read_text(encoding="utf-8"))
+    metadata = json.loads(path.read_text(encoding="utf-8"))
     asked = []
     monkeypatch.setattr(asking, "generate", lambda *given: asked.append(given[2][0]["content"]) or (None, 0, None))
     ask = [*trained, "--out_dir", str(folder), "--image", str(world / "pictures/red.png"), "--prompt", "What?"]
     for first in (True, False, None):
-        path.write_text(json.dumps(about | {"pictures_first": first}), encoding="utf-8")
+        path.write_text(json.dumps(metadata | {"pictures_first": first}), encoding="utf-8")
         eval_vlm.main(ask)
     assert asked == ["<image>\nWhat?", "What?\n<image>", "What?\n<image>"]
 

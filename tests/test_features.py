@@ -170,7 +170,7 @@ def test_a_broken_picture_is_told_like_without_the_cache(cached, pictures, tmp_p
         train_sft_vlm.main(flags)
     assert not list((tmp_path / "out").glob("*"))  # before the first step
 
-    monkeypatch.setattr(trainer.guard, "BEARABLE_SHARE", 1)
+    monkeypatch.setattr(trainer.guard, "MAX_BROKEN_SHARE", 1)
     skip = [*flags, "--on_bad_row", "skip"]
     told = []
     for extra in ([], ["--cache_features", ""], ["--num_workers", "2"]):

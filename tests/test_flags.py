@@ -27,17 +27,17 @@ def names(path):
 def read_by(path) -> set[str]:
     """Names that are read as an attribute anywhere (args.epochs), by getattr, or in the script itself where it passes
     all of them on: f(**vars(args))."""
-    found = set()
+    read = set()
     for source, tree in SOURCES.items():
         spread = source == path and "**vars(args)" in source.read_text(encoding="utf-8")
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                found.add(node.attr)
+                read.add(node.attr)
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
-                found.update(arg.value for arg in node.args[1:] if isinstance(arg, ast.Constant))
+                read.update(arg.value for arg in node.args[1:] if isinstance(arg, ast.Constant))
             if spread and isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-                found.add(node.id)
-    return found
+                read.add(node.id)
+    return read
 
 
 @pytest.fixture
@@ -49,21 +49,21 @@ def parsers(monkeypatch):
 
     def build(path):
         module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
-        found = []
+        built = []
 
         def parse_args(self, *args, **kwargs):
-            found.append(self)
+            built.append(self)
             raise Built
 
         with monkeypatch.context() as patch:
             patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
             with pytest.raises(Built):
                 module.main([])
-        for parser in found:
+        for parser in built:
             for action in parser._actions:
                 if isinstance(action, argparse._SubParsersAction):
-                    found.extend(action.choices.values())
-        return found
+                    built.extend(action.choices.values())
+        return built
 
     return build
 
@@ -101,8 +101,8 @@ def test_help_fits_a_terminal_and_begins_with_the_few_flags_that_a_newcomer_need
         command = f"python {names(script)}" if script.parent == ROOT else f"python -m {module}"
         usage, rest = shown.split("\n\n", 1)
         assert usage.startswith(f"usage: {command} [options]") and usage.count("\n") <= 3
-        about = rest.split("\n\nstart with these:\n")[0]
-        assert f"\n    {command}" in f"\n{about}", "the first thing to see is a command to type"
+        introduction = rest.split("\n\nstart with these:\n")[0]
+        assert f"\n    {command}" in f"\n{introduction}", "the first thing to see is a command to type"
         titled = [group for group in parser._action_groups if group._group_actions and group.title != "options"]
         assert titled[0].title == "start with these" and 1 <= len(titled[0]._group_actions) <= 12
         assert len(titled) <= 6 and "TEXT" not in shown.replace("--prompt TEXT", "")

@@ -56,11 +56,11 @@ def test_a_process_that_was_killed_locks_nobody_out(held):
 @pytest.mark.parametrize("change", [{"started": 5.0}, {"pid": "no"}, None])
 def test_a_number_that_is_now_another_process_and_a_broken_lock_lock_nobody_out(tmp_path, change):
     other = psutil.Process(psutil.Process().ppid())
-    told = {"pid": other.pid, "started": other.create_time(), "machine": socket.gethostname()}
-    (tmp_path / ".a.lock").write_text(json.dumps(told))
+    record = {"pid": other.pid, "started": other.create_time(), "machine": socket.gethostname()}
+    (tmp_path / ".a.lock").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="--captions: process"), only_one(tmp_path / "a", "--captions"):
         pass
-    (tmp_path / ".a.lock").write_text(json.dumps(told | change) if change else '{"pid')
+    (tmp_path / ".a.lock").write_text(json.dumps(record | change) if change else '{"pid')
     with only_one(tmp_path / "a", "--captions"):
         pass
 

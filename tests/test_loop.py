@@ -265,8 +265,8 @@ def test_under_skip_a_broken_picture_is_left_out_and_counted(many, tmp_path, cap
     run = main([*many(1), "--on_bad_row", "skip", "--epochs", "2"])
     printed = capsys.readouterr().out
     assert printed.count("left out: ") == 2 and "many.jsonl:150: " in printed
-    about = json.loads((tmp_path / "out" / "sft_vlm_64.json").read_text())
-    assert (about["rows"], about["broken"]) == (run.state.rows, run.state.broken) == (298, 2)
+    metadata = json.loads((tmp_path / "out" / "sft_vlm_64.json").read_text())
+    assert (metadata["rows"], metadata["broken"]) == (run.state.rows, run.state.broken) == (298, 2)
 
 
 @pytest.mark.parametrize("broken", [10, 11])
@@ -327,7 +327,7 @@ def test_a_step_without_a_label_moves_nothing_and_is_not_in_the_loss(flags, tmp_
 
     monkeypatch.setattr(trainer.loop, "train_step", step)
     monkeypatch.setattr(trainer.loop, "count_labels", count_labels)
-    monkeypatch.setattr(trainer.run, "tell_end", lambda *args: None)
+    monkeypatch.setattr(trainer.run, "report_end", lambda *args: None)
     main([*flags, *LONG, "--batch_size", "2", "--optimizer", optimizer])
     nothing = [i for i, (args, _) in enumerate(weights) if args[2] is None]
     assert nothing and nothing[0] >= 2
@@ -616,8 +616,8 @@ def test_a_seed_may_be_as_large_as_a_date(flags, seed):
 def test_every_precision_learns_and_keeps_fp32_weights(flags, tmp_path, dtype, make_vlm):
     rates = ["--learning_rate", "3e-3", "--projector_learning_rate", "3e-3"]
     run = main([*flags, *rates, "--dtype", dtype, "--epochs", "8", "--batch_size", "8", "--log_interval", "1"])
-    found = [loss for _, _, loss in losses(tmp_path / "out")]
-    assert found[-1] < found[0] - 1.5
+    curve = [loss for _, _, loss in losses(tmp_path / "out")]
+    assert curve[-1] < curve[0] - 1.5
     assert {weight.dtype for weight in run.model.text_state_dict().values()} == {torch.float32}
     sidecar = json.loads(run.checkpoint.path.with_suffix(".json").read_text(encoding="utf-8"))
     assert sidecar["vision_model"]["sha256"] == fingerprint(make_vlm().vision_encoder)  # of the encoder on the disk
@@ -703,19 +703,19 @@ def test_compiled_training_makes_the_same_losses(flags, tmp_path, monkeypatch):
 def test_the_json_names_questions_of_the_rows_and_else_those_of_the_weights_before(flags, world, tmp_path):
     out = tmp_path / "out"
 
-    def about(*more):
+    def train_and_read(*more):
         main([*flags, "--hidden_size", "64", *more])
         return json.loads((out / "sft_vlm_64.json").read_text(encoding="utf-8"))
 
-    said = about()
-    assert said["prompts"] == {"en": ["What colour is this?"], "zh": ["这是什么颜色？"]}
-    assert said["rows_without_picture"] == 1 and said["pictures_first"] is False
+    metadata = train_and_read()
+    assert metadata["prompts"] == {"en": ["What colour is this?"], "zh": ["这是什么颜色？"]}
+    assert metadata["rows_without_picture"] == 1 and metadata["pictures_first"] is False
     before = shutil.copytree(out, tmp_path / "before") / "sft_vlm_64.pth"
     start = ["--from_weight", str(before), "--data_path"]
     text = write_rows(tmp_path / "text.jsonl", [{"conversations": [turn("user", "Hello"), turn("assistant", "Hi.")]}])
-    said = about(*start, str(text))
-    assert said["rows_without_picture"] == 1 and said["prompts"]["zh"] == ["这是什么颜色？"]
+    metadata = train_and_read(*start, str(text))
+    assert metadata["rows_without_picture"] == 1 and metadata["prompts"]["zh"] == ["这是什么颜色？"]
     chat = {"conversations": [turn("user", "<image>\nWhat?"), turn("assistant", "That.")], "image": "red.png"}
-    said = about(*start, str(write_rows(tmp_path / "own.jsonl", [chat, chat])))
-    assert said["prompts"] == {"en": ["What?"], "zh": ["这是什么颜色？"]}
-    assert said["rows_without_picture"] == 0 and said["pictures_first"] is True
+    metadata = train_and_read(*start, str(write_rows(tmp_path / "own.jsonl", [chat, chat])))
+    assert metadata["prompts"] == {"en": ["What?"], "zh": ["这是什么颜色？"]}
+    assert metadata["rows_without_picture"] == 0 and metadata["pictures_first"] is True

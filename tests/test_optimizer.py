@@ -73,10 +73,10 @@ def test_every_weight_that_learns_has_its_decay_and_its_peak(make_vlm, choice):
     choose_trainable(model, choice)
     optimizer = make_optimizer(model, learning_rate=1e-4, projector_learning_rate=1e-3, weight_decay=0.2)
     names = {weight: name for name, weight in model.named_parameters()}
-    found = {names[weight]: group for group in optimizer.param_groups for weight in group["params"]}
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(found)
-    assert set(found) == PROJECTOR | LEARNS[choice]
-    for name, group in found.items():
+    groups = {names[weight]: group for group in optimizer.param_groups for weight in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(groups)
+    assert set(groups) == PROJECTOR | LEARNS[choice]
+    for name, group in groups.items():
         plain = "norm" in name or name.endswith("bias")
         assert group["weight_decay"] == (0.0 if plain else 0.2), name
         assert group["peak"] == (1e-3 if name in PROJECTOR else 1e-4), name
@@ -110,9 +110,9 @@ def settings_of(stage, width, *flags, choice="all"):
 def test_optimizer_rates_and_batch_follow_from_the_width(stage, width, capsys):
     optimizer, rate, projector, rows = FITTING[stage, width]
     assert settings_of(stage, width) == FITTING[stage, width]
-    told = f"--optimizer {optimizer} --learning_rate {rate} "
-    told += f"--projector_learning_rate {projector} " if projector else ""
-    assert capsys.readouterr().out == f"settings for a model {width} wide: {told}--batch_size {rows}\n"
+    flags = f"--optimizer {optimizer} --learning_rate {rate} "
+    flags += f"--projector_learning_rate {projector} " if projector else ""
+    assert capsys.readouterr().out == f"settings for a model {width} wide: {flags}--batch_size {rows}\n"
 
 
 def test_what_was_given_stays_and_is_not_told_again(capsys):
@@ -176,12 +176,12 @@ def test_embeddings_have_their_own_rate_if_there_is_one(make_vlm):
 def test_orthogonalize_makes_all_directions_about_equally_long():
     for rows, columns in ((16, 16), (8, 40), (40, 8)):
         matrices = torch.randn(3, rows, columns, generator=torch.Generator().manual_seed(0))
-        found = orthogonalize(matrices)
-        assert found.shape == matrices.shape
-        singular = torch.linalg.svdvals(found)
+        result = orthogonalize(matrices)
+        assert result.shape == matrices.shape
+        singular = torch.linalg.svdvals(result)
         assert singular.min() > 0.5 and singular.max() < 1.3
         u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-        assert torch.nn.functional.cosine_similarity(found.flatten(1), (u @ v).flatten(1)).min() > 0.95
+        assert torch.nn.functional.cosine_similarity(result.flatten(1), (u @ v).flatten(1)).min() > 0.95
 
 
 def test_muon_moves_the_matrices_of_the_blocks_as_far_as_adamw_would_and_all_else_as_adamw_does(make_vlm):

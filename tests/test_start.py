@@ -70,7 +70,7 @@ def test_an_environment_that_is_there_but_not_active_is_named(tmp_path, monkeypa
     for prefix, what in (("/usr", ". .venv/bin/activate"), ("/usr/venv", "pip install -r requirements.txt")):
         monkeypatch.setattr(sys, "prefix", prefix)
         monkeypatch.setattr(sys, "base_prefix", "/usr")
-        assert start.missing(ImportError("No module named 'torch'")) == f"No module named 'torch'. Type: {what}"
+        assert start.missing_package(ImportError("No module named 'torch'")) == f"No module named 'torch'. Type: {what}"
 
 
 # ---------------------------------------------------------------------------- when nobody reads any more
@@ -88,8 +88,8 @@ def head(last: str, *command, **options):
 
 def test_help_that_nobody_reads_ends_without_a_word():
     for path in ("train_sft_vlm.py", "scripts/quickstart/__main__.py", "dataset/toys.py"):
-        status, told = head("", *as_typed(Path(path)), "--help")
-        assert status in (0, start.UNREAD) and told == "", path
+        status, stderr = head("", *as_typed(Path(path)), "--help")
+        assert status in (0, start.BROKEN_PIPE) and stderr == "", path
 
 
 @pytest.mark.parametrize("rest", ["print('last')", "[print(i) for i in range(10**5)]"])
@@ -101,7 +101,7 @@ def test_a_pipe_that_is_closed_ends_a_script_without_a_word(rest):
         process.stdout.close()
         process.stdin.write("\n")
         process.stdin.close()
-        assert process.wait() in (0, start.UNREAD) and process.stderr.read() == ""
+        assert process.wait() in (0, start.BROKEN_PIPE) and process.stderr.read() == ""
 
 
 def test_another_pipe_that_breaks_is_told():
@@ -113,8 +113,8 @@ def test_another_pipe_that_breaks_is_told():
 def test_a_training_that_nobody_reads_any_more_has_saved(flags, tmp_path):
     (tmp_path / "held.py").write_text(HELD)
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    status, told = head("ready", str(tmp_path / "held.py"), "step", *flags, env=env)
-    assert status == start.UNREAD and "Traceback" not in told and "Broken" not in told
+    status, stderr = head("ready", str(tmp_path / "held.py"), "step", *flags, env=env)
+    assert status == start.BROKEN_PIPE and "Traceback" not in stderr and "Broken" not in stderr
     assert (tmp_path / "out/sft_vlm_64.json").is_file()
 
 
@@ -205,7 +205,7 @@ def stop(command, number, marker="ready", ranks=1, whole_group=True, again=False
 
 
 def last_words(printed, what="stopped"):
-    """The command that stands at the very end, below what was left; nothing else may be told."""
+    """The command that stands at the very end, below what was left; nothing else may be printed."""
     assert "Traceback" not in printed and "Error" not in printed and "death signal" not in printed, printed
     before, words, after = printed.partition(f"\n{what}. To go on, type:\n  ")
     assert words and after.count("\n") == 1 and "To go on" not in before, printed

@@ -30,9 +30,9 @@ SMALL = ["--hidden_size", "64", "--num_hidden_layers", "2"]
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def corpus(tmp_path_factory):
     """A folder with train.jsonl, val.jsonl, scenes in words and conversations about them, and their tokenizer."""
-    folder = tmp_path_factory.mktemp("told")
+    folder = tmp_path_factory.mktemp("corpus")
     used, other = Counter(), None
     rows = []
     for scene in scenes.scenes_of("train", 14, 0):
@@ -47,10 +47,10 @@ def told(tmp_path_factory):
 
 
 @pytest.fixture
-def text_flags(told, tmp_path):
+def text_flags(corpus, tmp_path):
     """Command-line flags of 4 steps on text, from nothing, on the CPU."""
     return [
-        *("--data_path", str(told / "train.jsonl"), "--tokenizer_path", str(told / "tokenizer")),
+        *("--data_path", str(corpus / "train.jsonl"), "--tokenizer_path", str(corpus / "tokenizer")),
         *("--out_dir", str(tmp_path / "out"), "--device", "cpu", "--num_workers", "0", "--batch_size", "8"),
         *SMALL,
     ]
@@ -59,16 +59,16 @@ def text_flags(told, tmp_path):
 # ---------------------------------------------------------------------------- learning
 
 
-def test_it_learns_from_text_and_tells_the_perplexity(text_flags, told, tmp_path, capsys):
+def test_it_learns_from_text_and_tells_the_perplexity(text_flags, corpus, tmp_path, capsys):
     rates = ["--learning_rate", "5e-3", "--epochs", "5", "--log_interval", "1"]
-    run = train_llm.main([*text_flags, *rates, "--val_path", str(told / "val.jsonl")])
+    run = train_llm.main([*text_flags, *rates, "--val_path", str(corpus / "val.jsonl")])
     printed = capsys.readouterr().out
     assert type(run.model) is MiniMindForCausalLM
     lines = read_metrics(tmp_path / "out" / "llm_64.metrics.jsonl")
-    found = [line["loss"] for line in lines if "loss" in line]
-    assert len(found) == run.state.step == 20
+    curve = [line["loss"] for line in lines if "loss" in line]
+    assert len(curve) == run.state.step == 20
     untaught = math.log(400)  # at the start all words are about as likely
-    assert found[0] == pytest.approx(untaught, abs=0.1) and found[-1] < found[0] - 1.5
+    assert curve[0] == pytest.approx(untaught, abs=0.1) and curve[-1] < curve[0] - 1.5
 
     total, labels = 0, 0
     model = run.model.eval()
@@ -101,7 +101,7 @@ def test_all_weights_learn_and_the_metrics_know_of_no_projector(text_flags, tmp_
 
 
 @pytest.mark.parametrize("moe", [False, True])
-def test_stage_1_takes_what_it_writes(text_flags, flags, told, tmp_path, capsys, moe):
+def test_stage_1_takes_what_it_writes(text_flags, flags, corpus, tmp_path, capsys, moe):
     """llm_64.pth has no projector, so that stage 1 makes a new one and takes the rest as it is."""
     moe, name = (["--use_moe"], "llm_64_moe") if moe else ([], "llm_64")
     run = train_llm.main([*text_flags, *moe])
@@ -112,24 +112,24 @@ def test_stage_1_takes_what_it_writes(text_flags, flags, told, tmp_path, capsys,
     state = torch.load(out / f"{name}.pth", weights_only=True)
     assert not any("vision" in key for key in state)
     assert all(torch.equal(value, run.model.state_dict()[key].half()) for key, value in state.items())
-    about = json.loads((out / f"{name}.json").read_text())
-    assert (about["stage"], about["step"], about["vision_model"]) == ("llm", 4, {})
-    assert about["config"]["vocab_size"] == 400 and "image_special_token" not in about["config"]
+    metadata = json.loads((out / f"{name}.json").read_text())
+    assert (metadata["stage"], metadata["step"], metadata["vision_model"]) == ("llm", 4, {})
+    assert metadata["config"]["vocab_size"] == 400 and "image_special_token" not in metadata["config"]
 
     capsys.readouterr()
-    given = ["--from_weight", "llm", "--tokenizer_path", str(told / "tokenizer"), "--trainable", "projector", *moe]
+    given = ["--from_weight", "llm", "--tokenizer_path", str(corpus / "tokenizer"), "--trainable", "projector", *moe]
     seeing = train_pretrain_vlm.main([*flags, *given])
     assert f"loaded {len(state)} tensors from {out / name}.pth; new: projector\n" in capsys.readouterr().out
     assert all(torch.equal(seeing.model.state_dict()[key], value.float()) for key, value in state.items())
 
 
-def test_training_goes_on_from_a_language_model_but_not_from_one_that_sees(text_flags, flags, told, tmp_path):
+def test_training_goes_on_from_a_language_model_but_not_from_one_that_sees(text_flags, flags, corpus, tmp_path):
     first = train_llm.main(text_flags)
     more = train_llm.main([*text_flags, "--from_weight", "llm", "--learning_rate", "1e-12"])
     assert first.state.step == more.state.step == 4
     for key, value in first.model.state_dict().items():
         torch.testing.assert_close(more.model.state_dict()[key], value, rtol=1e-3, atol=1e-5)  # fp16 in between
-    train_pretrain_vlm.main([*flags, "--from_weight", "llm", "--tokenizer_path", str(told / "tokenizer")])
+    train_pretrain_vlm.main([*flags, "--from_weight", "llm", "--tokenizer_path", str(corpus / "tokenizer")])
     with pytest.raises(ValueError, match="pretrain_vlm_64.pth does not fit .* first: vision_proj.vision_proj.0.weight"):
         train_llm.main([*text_flags, "--from_weight", "pretrain_vlm"])
 
@@ -195,8 +195,8 @@ def test_a_run_that_is_stopped_and_resumed_ends_as_one_that_never_stopped(
 
 
 @pytest.mark.slow
-def test_two_ranks_make_the_steps_of_one(text_flags, told, tmp_path):
-    given = [*text_flags, "--batch_size", "4", "--log_interval", "1", "--val_path", str(told / "val.jsonl")]
+def test_two_ranks_make_the_steps_of_one(text_flags, corpus, tmp_path):
+    given = [*text_flags, "--batch_size", "4", "--log_interval", "1", "--val_path", str(corpus / "val.jsonl")]
     train_llm.main(into(tmp_path / "one", [*given, "--accumulation_steps", "2"]))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(

@@ -71,10 +71,10 @@ def answers(world, capsys):
 
     def ask(folder):
         capsys.readouterr()
-        about = ["--image_dir", str(world / "pictures"), "--prompt", f"<image>\n{PROMPT}", "--max_new_tokens", "12"]
-        eval_vlm.main(["--load", "1", "--weights", folder, *about, "--greedy", "--json", "--device", "cpu"])
-        told = map(json.loads, capsys.readouterr().out.splitlines())
-        return {line["picture"].split("/")[-1]: line["answer"] for line in told}
+        question = ["--image_dir", str(world / "pictures"), "--prompt", f"<image>\n{PROMPT}", "--max_new_tokens", "12"]
+        eval_vlm.main(["--load", "1", "--weights", folder, *question, "--greedy", "--json", "--device", "cpu"])
+        lines = map(json.loads, capsys.readouterr().out.splitlines())
+        return {line["picture"].split("/")[-1]: line["answer"] for line in lines}
 
     return ask
 
@@ -123,8 +123,8 @@ def test_peft_trains_a_lora_that_is_merged_and_loaded_again(export, rows, answer
     processor.save_pretrained("mine")
     batch = collator(processor)(rows)
     with torch.no_grad():
-        trained, found = (one.eval()(**batch).logits for one in (lora, merged))
-    torch.testing.assert_close(found, trained, atol=1e-3, rtol=1e-3)
+        trained, exported = (one.eval()(**batch).logits for one in (lora, merged))
+    torch.testing.assert_close(exported, trained, atol=1e-3, rtol=1e-3)
     assert answers("mine") == EXPECTED
 
 

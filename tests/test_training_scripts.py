@@ -61,8 +61,8 @@ def test_a_language_model_goes_through_both_stages_by_their_defaults(flags, tmp_
     assert all(
         not torch.equal(weight.half(), pretrained[key]) for key, weight in second.model.text_state_dict().items()
     )
-    about = json.loads((out / "sft_vlm_64.json").read_text())
-    assert (about["stage"], about["step"], about["rows"], about["seed"]) == ("sft_vlm", 4, 14, 42)
+    metadata = json.loads((out / "sft_vlm_64.json").read_text())
+    assert (metadata["stage"], metadata["step"], metadata["rows"], metadata["seed"]) == ("sft_vlm", 4, 14, 42)
     assert {path.name for path in out.iterdir()} == {"llm_64.pth"} | {
         f"{stage}_vlm_64.{end}"
         for stage in ("pretrain", "sft")
@@ -145,8 +145,8 @@ def test_held_out_rows_need_not_be_as_many_files_as_the_others(flags, world, tmp
 def test_pictures_without_a_tag_are_told_before_training(flags, world, tmp_path, capsys):
     rows = [{"conversations": [turn("user", "Which?"), turn("assistant", "Red.")], "image": "red.png"}] * 2
     train_sft_vlm.main([*flags, "--data_path", str(write_rows(tmp_path / "rows.jsonl", rows))])
-    told = "  2 rows had pictures and no <image>: it was put before the first question\n"
-    assert told in capsys.readouterr().out
+    line = "  2 rows had pictures and no <image>: it was put before the first question\n"
+    assert line in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------- mistakes

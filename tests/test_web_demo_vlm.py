@@ -192,7 +192,7 @@ def test_an_empty_question_about_a_picture_asks_what_is_in_it(visitor, world, ex
 
 
 @contextmanager
-def about(out, name="sft_vlm_64.json", **facts):
+def facts(out, name="sft_vlm_64.json", **facts):
     """The JSON of weights says this too, meanwhile."""
     path = out / name
     before = path.read_text(encoding="utf-8")
@@ -204,7 +204,7 @@ def about(out, name="sft_vlm_64.json", **facts):
 def test_an_empty_question_is_one_that_the_model_knows_in_the_language_of_the_browser(address, out, world, expected):
     red, blue = world / "pictures/red.png", world / "pictures/blue.png"
     chinese = {"accept-language": "zh-CN,zh;q=0.9"}
-    with about(out, prompts={"en": ["What colour is this?"], "zh": ["这是什么？"], "en several": ["Which colours?"]}):
+    with facts(out, prompts={"en": ["What colour is this?"], "zh": ["这是什么？"], "en several": ["Which colours?"]}):
         assert Visitor(address).ask("", red) == expected([turn("user", "What colour is this?\n<image>")], [red])
         zh = Visitor(address, headers=chinese)
         assert zh.ask("", red) == expected([turn("user", "这是什么？\n<image>")], [red])
@@ -214,15 +214,15 @@ def test_an_empty_question_is_one_that_the_model_knows_in_the_language_of_the_br
 
 def test_the_picture_comes_first_for_a_model_that_learned_so(address, out, world, expected):
     red = world / "pictures/red.png"
-    with about(out, pictures_first=True):
+    with facts(out, pictures_first=True):
         assert Visitor(address).ask("What?", red) == expected([turn("user", "<image>\nWhat?")], [red])
 
 
 def test_who_gives_no_picture_to_a_model_that_always_had_one_is_told(address, out, world):
-    for rows, told in ((0, True), (3, False)):
-        with about(out, rows_without_picture=rows):
+    for rows, warned in ((0, True), (3, False)):
+        with facts(out, rows_without_picture=rows):
             visitor = Visitor(address)
-            assert visitor.ask("What?") and visitor.title.startswith(TEXT["en"]["unseen"]) == told
+            assert visitor.ask("What?") and visitor.title.startswith(TEXT["en"]["unseen"]) == warned
             visitor.ask("What?", world / "pictures/red.png")
             assert visitor.title.startswith("Pictures seen: 1 ·")
             visitor.ask("And?")
@@ -689,7 +689,7 @@ def test_the_page_streams_stops_retries_undoes_and_clears(address, stops, world,
 @needs_chromium
 def test_the_questions_are_those_of_the_model_that_is_chosen(address, out):
     below = {"en": ["What is below?", "And beside it?"], "zh": ["下面是什么？"]}
-    with about(out, "below/sft_vlm_64.json", prompts=below), browser_at(address, **LAPTOP) as page:
+    with facts(out, "below/sft_vlm_64.json", prompts=below), browser_at(address, **LAPTOP) as page:
         shown = page.locator("#questions button").all_inner_texts
         wait_until(lambda: shown() == ["Describe this picture."])
         page.get_by_text("Settings").click()

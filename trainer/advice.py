@@ -1,4 +1,4 @@
-"""What a run tells beside its progress: before, that it is too short; after, whether it diverged, what it took, one of
+"""What a run says beside its progress: before, that it is too short; after, whether it diverged, what it took, one of
 its answers, and what to type next."""
 
 import contextlib
@@ -35,7 +35,7 @@ def sizes(rows: int, batch_size: int, ranks: int = 1) -> tuple[int, int]:
     return max(math.ceil(ENOUGH / steps), min(PASSES, PLENTY // steps), 1), batch_size
 
 
-def tell_start(run) -> None:
+def report_start(run) -> None:
     """That the run is done already, or too short to teach much."""
     args, steps = run.args, run.total_steps
     if run.state.step >= steps:
@@ -49,10 +49,10 @@ def tell_start(run) -> None:
         say(f"What suits so many: --epochs {epochs} --batch_size {batch_size}{single}")
 
 
-def tell_end(run, tokenizer, seconds: float) -> None:
+def report_end(run, tokenizer, seconds: float) -> None:
     """After the last step. Called on all ranks."""
     memory = max(gather(peak_memory()))
-    say(f"It took {duration(seconds)} and at most {cost(memory, run.device, world_size())}")
+    say(f"It took {duration(seconds)} and at most {describe_memory(memory, run.device, world_size())}")
     if not is_main():
         return
     guessing = math.log(run.model.config.vocab_size)
@@ -83,12 +83,12 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def cost(memory: int, device: torch.device, ranks: int) -> str:
+def describe_memory(memory: int, device: torch.device, ranks: int) -> str:
     """memory: bytes of a process."""
-    told = f"{gigabytes(memory / 1e9)} of memory"
+    text = f"{gigabytes(memory / 1e9)} of memory"
     if device.type == "cuda":
-        told += f", on the GPU {gigabytes(torch.cuda.max_memory_reserved(device) / 1e9)}"
-    return told + f", in each of {ranks} processes" * (ranks > 1)
+        text += f", on the GPU {gigabytes(torch.cuda.max_memory_reserved(device) / 1e9)}"
+    return text + f", in each of {ranks} processes" * (ranks > 1)
 
 
 # ---------------------------------------------------------------------------- one answer
@@ -100,7 +100,7 @@ def first_turn(row: Row) -> Row:
     return replace(row, conversations=row.conversations[: end + 1])
 
 
-def asked(row: Row) -> str:
+def first_question(row: Row) -> str:
     """The question before the first answer, without its tags."""
     return first_turn(row).conversations[-2]["content"].replace(IMAGE_TAG, "").strip()
 
@@ -112,11 +112,11 @@ def answer(run, tokenizer, data: VLMDataset, row: int) -> str:
     ids, labels, names, _ = encode_row(first_turn(data.row(row)), tokenizer, data.placeholders, data.max_length)
     prompt = torch.tensor([ids[: next(i for i, label in enumerate(labels) if label != IGNORE)]], device=run.device)
     if not names:
-        shown = {}
+        inputs = {}
     elif data.features:  # of all turns; this one's come first
-        shown = {"image_features": data.features.of_row(row)[: len(names)].to(run.device)}
+        inputs = {"image_features": data.features.of_row(row)[: len(names)].to(run.device)}
     else:
-        shown = {"pixel_values": torch.stack([data.load_picture(row, name) for name in names]).to(run.device)}
+        inputs = {"pixel_values": torch.stack([data.load_picture(row, name) for name in names]).to(run.device)}
     run.model.eval()
     with autocast(run.device, run.dtype):
         out = run.model.generate(
@@ -125,7 +125,7 @@ def answer(run, tokenizer, data: VLMDataset, row: int) -> str:
             max_new_tokens=LONGEST,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
-            **shown,
+            **inputs,
         )
     run.model.train()
     return tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
@@ -134,18 +134,18 @@ def answer(run, tokenizer, data: VLMDataset, row: int) -> str:
 def show_answer(run, tokenizer) -> None:
     """The model's answer to the first held-out row, beside the expected one."""
 
-    def shown(title, text):
+    def show(title, text):
         text = " ".join(text.split())
         room = WIDTH - 12
         say(f"  {title:10}{text if len(text) <= room else text[: room - 3] + '...'}")
 
     data = run.val_loader.dataset
-    with contextlib.suppress(BadRow):  # told by the validation
+    with contextlib.suppress(BadRow):  # the validation has reported it
         given, row = answer(run, tokenizer, data, 0), data.row(0)
         say(f"One answer, to {data.where(0)}:")
-        shown("question", asked(row))
-        shown("expected", first_turn(row).conversations[-1]["content"])
-        shown("answer", given)
+        show("question", first_question(row))
+        show("expected", first_turn(row).conversations[-1]["content"])
+        show("answer", given)
 
 
 # ---------------------------------------------------------------------------- what to type next
@@ -160,11 +160,12 @@ def next_step(run) -> tuple[str, list[str]]:
         return "Next it learns to see, from rows with pictures (stage 1):", command
     command = ["python", "eval_vlm.py", "--weights", weights, "--image"]
     data = run.val_loader.dataset if run.val_loader is not None else run.loader.data
-    for row in range(min(len(data or []), 100)):
-        source = data.sources[data.locate(row)[0]]
+    for number in range(min(len(data or []), 100)):
+        source = data.sources[data.locate(number)[0]]
         if isinstance(source.pictures, Folder):  # rather than a zip
-            found = data.row(row)
-            if len(found.images) == 1 and 0 < len(asked(found)) <= WIDTH and "\n" not in asked(found):
-                picture = source.where_picture(found.images[0])
-                return "To ask it:", [*command, picture, "--prompt", asked(found), "--greedy"]
+            row = data.row(number)
+            question = first_question(row)
+            if len(row.images) == 1 and 0 < len(question) <= WIDTH and "\n" not in question:
+                picture = source.where_picture(row.images[0])
+                return "To ask it:", [*command, picture, "--prompt", question, "--greedy"]
     return "To ask it:", [*command, "dataset/eval_images/scene_1.png", "--greedy"]

@@ -37,11 +37,11 @@ FREE = {
 class Checkpoint:
     """The files of a run: fp16 weights for use, and all it takes to go on (fp32 weights, optimizer, position)."""
 
-    def __init__(self, path, args, about: dict, rows: int):
-        """path: of the weights, as in out/sft_vlm_512.pth; about: their JSON; rows: of the training data."""
-        self.path, self.about = Path(path), about
+    def __init__(self, path, args, metadata: dict, rows: int):
+        """path: of the weights, as in out/sft_vlm_512.pth; metadata: their JSON; rows: of the training data."""
+        self.path, self.metadata = Path(path), metadata
         self.flags = {key: value for key, value in vars(args).items() if key not in FREE} | {"rows of data": rows}
-        self.flags |= {f"sha256 of {key}": about[key].get("sha256") for key in ("tokenizer", "vision_model")}
+        self.flags |= {f"sha256 of {key}": metadata[key].get("sha256") for key in ("tokenizer", "vision_model")}
         self.flags["features kept as"] = args.cache_dtype if getattr(args, "cache_features", None) else None
         self.resume_path = self.path.with_suffix(".resume.pt")
 
@@ -57,14 +57,14 @@ class Checkpoint:
         }
         # First what a resumed run reads, in one file, then what is made from it.
         write_safely(self.resume_path, lambda file: torch.save(resume, file))
-        save_weights(self.path, model, self.about | asdict(state))
+        save_weights(self.path, model, self.metadata | asdict(state))
 
     def put_aside(self) -> None:
         """An earlier run's, so that this one, stopped before it saves, is not resumed from there."""
         if is_main() and self.resume_path.is_file():
-            kept = self.resume_path.with_suffix(".old.pt")
-            self.resume_path.replace(kept)
-            say(f"an earlier run's checkpoint is now {kept}; to go on with that one: its old name, and --from_resume")
+            old = self.resume_path.with_suffix(".old.pt")
+            self.resume_path.replace(old)
+            say(f"an earlier run's checkpoint is now {old}; to go on with that one: its old name, and --from_resume")
 
     def load(self, model, optimizer, scaler) -> State:
         """Fills all three and says where to go on: at step 0 if there is no checkpoint."""

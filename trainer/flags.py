@@ -24,11 +24,11 @@ def parse_training(parser, argv):
 
 def check_folder(parser, flag: str, folder: Path) -> None:
     """Ends the program, before anything takes its time, where no file can be written into a folder."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        parser.error(f"--{flag} {folder}: {there} is a file, expected a folder; choose another")
-    if not os.access(there, os.W_OK | os.X_OK):
-        parser.error(f"--{flag} {folder}: {there} may not be written to; choose another, or change its rights")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        parser.error(f"--{flag} {folder}: {existing} is a file, expected a folder; choose another")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        parser.error(f"--{flag} {folder}: {existing} may not be written to; choose another, or change its rights")
 
 
 FREEZE_LLM = {"0": "all", "1": "first_last_layer", "2": "projector"}  # as the public MiniMind-V has it → --trainable

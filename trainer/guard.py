@@ -9,7 +9,7 @@ from common.distributed import gather, say
 from common.start import STOPS, handle, leave
 
 # What --on_bad_row skip puts up with while training: so many rows with broken pictures, or this share, if it is more.
-BEARABLE, BEARABLE_SHARE = 10, 0.01
+MAX_BROKEN, MAX_BROKEN_SHARE = 10, 0.01
 
 
 class StopSignal:
@@ -17,15 +17,15 @@ class StopSignal:
     is closed may send its signal twice."""
 
     def __enter__(self):
-        self.asked, self.old = False, {}
+        self.requested, self.old = False, {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             self.old = {number: handle(number, self.note) for number in STOPS}
         return self
 
     def note(self, number, frame) -> None:
-        if self.asked and number != getattr(signal, "SIGHUP", None):
+        if self.requested and number != getattr(signal, "SIGHUP", None):
             leave(number, frame, "--from_resume")
-        self.asked = True
+        self.requested = True
         with contextlib.suppress(RuntimeError, OSError):  # in the middle of a print(); or nobody reads any more
             say("\nstopping after this step ...")
 
@@ -46,10 +46,10 @@ def check_broken(run, batches: list[dict], rows: int, broken: int) -> None:
     for message in messages:
         say(f"left out: {message}")
     seen = run.state.rows + rows + run.state.broken
-    if run.state.broken > max(BEARABLE, BEARABLE_SHARE * max(seen, run.loader.rows)):
+    if run.state.broken > max(MAX_BROKEN, MAX_BROKEN_SHARE * max(seen, run.loader.rows)):
         raise ValueError(
-            f"{run.state.broken} of {seen} rows have broken pictures, more than {BEARABLE} and {BEARABLE_SHARE:.0%}: "
-            f"the folder itself\nseems damaged. The last one: {messages[-1]}"
+            f"{run.state.broken} of {seen} rows have broken pictures, more than {MAX_BROKEN} and "
+            f"{MAX_BROKEN_SHARE:.0%}: the folder itself\nseems damaged. The last one: {messages[-1]}"
         )
 
 
@@ -65,10 +65,10 @@ def check_finite(run, batches: list[dict], losses, aux_losses, loss, aux_loss, g
     culprits = [batch for batch, a, b in zip(batches, losses, aux_losses) if not math.isfinite(a + b)]
     if finite:
         culprits = batches  # the gradient alone, and it is a sum over all
-    named = [run.loader.data.where(row) for batch in culprits for row in batch["rows"]]
-    named = [row for of_rank in gather(named) for row in of_rank]
+    places = [run.loader.data.where(row) for batch in culprits for row in batch["rows"]]
+    places = [place for of_rank in gather(places) for place in of_rank]
     raise ValueError(
         f"step {run.state.step + 1}: loss {loss}, gradient norm {grad_norm}. The step was not taken; the last "
-        f"checkpoint is good.\nIts rows: {', '.join(named[:64])}{', ...' if len(named) > 64 else ''}. Look at "
+        f"checkpoint is good.\nIts rows: {', '.join(places[:64])}{', ...' if len(places) > 64 else ''}. Look at "
         "them, or try a lower --learning_rate or --dtype float32"
     )

@@ -73,11 +73,11 @@ def load_data(args, model, tokenizer, paths, images_path=None, weights=None) -> 
     say(f"checking {', '.join(map(str, paths))} ...")  # minutes for a million rows, the first time
     data = check_data(args, model, tokenizer, paths, images_path, weights)
     say(f"  {len(data):,} rows, {int(data.lengths.mean())} tokens on average")
-    tell(data, args)
+    report_data(data, args)
     return data
 
 
-def tell(data: VLMDataset, args) -> None:
+def report_data(data: VLMDataset, args) -> None:
     """What was mended, shortened and left out, and what rows were taken for."""
     for shape, count in data.shapes.items():
         say(f"  {count:,} rows read as {shape}")
@@ -207,5 +207,5 @@ class StreamLoader:
                     raise
                 say(f"  {error}")
                 return None
-        tell(data, self.args)
+        report_data(data, self.args)
         return data

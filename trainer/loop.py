@@ -41,7 +41,7 @@ def train_epoch(run: Run, epoch: int) -> None:
             sum(len(batch["rows"]) for batch in batches),
             sum(len(batch["broken"]) for batch in batches),
             sum(int(batch["attention_mask"].sum()) for batch in batches),
-            run.stop.asked,
+            run.stop.requested,
         )
         if stop:
             run.save()
@@ -106,13 +106,13 @@ def train_step(run: Run, batches: list[dict], labels: float, rows: float) -> tup
 def validate(model: MiniMindVLM, loader, device, dtype, stop: StopSignal | None = None) -> float | None:
     """Loss per answer token (nats) over all rows of the loader, over all ranks. NaN if there is none.
 
-    None, on all ranks, if `stop` was asked for on one before the last row.
+    None, on all ranks, if `stop` was requested on one before the last row.
     """
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
     for batch in loader:
-        if stop is not None and stop.asked:
+        if stop is not None and stop.requested:
             break
         for message in batch["broken"]:
             print(f"left out of the validation: {message}", flush=True)
@@ -120,7 +120,7 @@ def validate(model: MiniMindVLM, loader, device, dtype, stop: StopSignal | None 
             out = model(**to_device(batch, model), num_items_in_batch=1, return_logits=False)
         total, tokens = total + out.loss.item(), tokens + count_labels(batch)
     model.train(was_training)
-    total, tokens, stopped = all_sum(total, tokens, stop is not None and stop.asked)
+    total, tokens, stopped = all_sum(total, tokens, stop is not None and stop.requested)
     if stopped:
         return None
     return total / tokens if tokens else math.nan

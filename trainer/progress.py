@@ -1,4 +1,4 @@
-"""What a run tells: a bar in the terminal, lines in a metrics file, a tracker if wanted, a picture of the loss."""
+"""What a run reports: a bar in the terminal, lines in a metrics file, a tracker if wanted, a picture of the loss."""
 
 import contextlib
 import json

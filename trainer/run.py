@@ -21,7 +21,7 @@ from common.cli import Stopped
 from common.devices import autocast, cpu_has, pick_dtype
 from common.distributed import gather, is_main, rank, say, world_size
 from common.lock import only_one
-from common.start import command, tell_stopped
+from common.start import command, report_stopped
 from dataset.batches import StepSampler
 from dataset.lm_dataset import VLMDataset
 from dataset.streaming import Stream
@@ -29,7 +29,7 @@ from model.build import Origin
 from model.model_vlm import MiniMindVLM
 from model.weights import describe, refuse_other_architecture, weights_name
 from trainer.acceleration import cast_frozen, choose_attention, compile_layers
-from trainer.advice import tell_end, tell_start
+from trainer.advice import report_end, report_start
 from trainer.checkpoint import Checkpoint, State
 from trainer.guard import StopSignal
 from trainer.loader import StepLoader, StreamLoader, check_data, make_loader
@@ -94,8 +94,8 @@ class Run:
 
     def save(self) -> None:
         if self.loader.data is not None:  # a stream's: the rows on the disk now stand for all
-            known, new = self.checkpoint.about, self.loader.data.about
-            known |= new | {"prompts": known["prompts"] | new["prompts"]}
+            metadata, new = self.checkpoint.metadata, self.loader.data.about
+            metadata |= new | {"prompts": metadata["prompts"] | new["prompts"]}
         self.checkpoint.save(self.model, self.optimizer, self.scaler, self.state)
         self.saved = self.state.step
 
@@ -116,8 +116,8 @@ def training(args, stage: str, origin: Origin, model, tokenizer, optimizer, data
     write the same files: ValueError names the process that does.
     """
     path = Path(args.out_dir) / weights_name(stage, model.config)
-    alone = only_one(path, "--out_dir") if is_main() else contextlib.nullcontext()
-    with alone:
+    lock = only_one(path, "--out_dir") if is_main() else contextlib.nullcontext()
+    with lock:
         dtype = choose_precision(args, model, device)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         checkpoint = open_checkpoint(path, args, stage, origin, model, data)
@@ -133,7 +133,7 @@ def training(args, stage: str, origin: Origin, model, tokenizer, optimizer, data
             with contextlib.closing(progress), StopSignal() as stop:
                 tools = (args, model, forward, optimizer, scaler, loader, val_loader, checkpoint, state, progress, stop)
                 run = Run(*tools, device, dtype)
-                tell_start(run)
+                report_start(run)
                 try:
                     yield run
                 except Stopped:
@@ -142,11 +142,11 @@ def training(args, stage: str, origin: Origin, model, tokenizer, optimizer, data
                     run.rescue(first_step)
                     raise
         except Stopped:
-            tell_stopped(f"stopped at step {state.step} of {state.total_steps}", "--from_resume")
+            report_stopped(f"stopped at step {state.step} of {state.total_steps}", "--from_resume")
             raise
         if state.step > first_step:
             say(f"{checkpoint.path}: {state.step} steps done. Beside it: its JSON, metrics and loss curve")
-            tell_end(run, tokenizer, time.perf_counter() - started)
+            report_end(run, tokenizer, time.perf_counter() - started)
 
 
 # ---------------------------------------------------------------------------- what is set up
@@ -166,9 +166,10 @@ def open_checkpoint(path: Path, args, stage: str, origin: Origin, model, data) -
     if damaged := refuse_other_architecture(path, model.config, resumable):
         say(damaged)
     settings = {key: getattr(args, key) for key in SETTINGS if hasattr(args, key)}
-    about = describe(model, origin, stage=stage, data=list(map(str, args.data_path)), seed=args.seed, settings=settings)
-    about["prompts"] = origin.prompts  # until rows have better ones
-    return Checkpoint(path, args, about, data.rows if isinstance(data, Stream) else len(data))
+    paths = list(map(str, args.data_path))
+    metadata = describe(model, origin, stage=stage, data=paths, seed=args.seed, settings=settings)
+    metadata["prompts"] = origin.prompts  # until rows have better ones
+    return Checkpoint(path, args, metadata, data.rows if isinstance(data, Stream) else len(data))
 
 
 def begin_or_resume(args, checkpoint: Checkpoint, model, optimizer, scaler) -> State:

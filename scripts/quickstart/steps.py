@@ -21,7 +21,7 @@ import psutil
 from common.display import duration, gigabytes, typed
 from common.files import write_json
 from common.machine import physical_cores
-from common.start import STEP, STOPS, UNREAD, handle
+from common.start import BROKEN_PIPE, STEP, STOPS, handle
 
 PROCESSES = 2  # that train together on a CPU, each with its own batch of a step
 MAX_THREADS = 8  # of each: a large machine should not spend its time on dividing the work of a small model
@@ -203,7 +203,7 @@ def run_steps(steps: list[Step], folder: Path, again: str) -> list[dict]:
         needed = [f"{name}={value}" for name, value in variables(command).items() if value != "1"]
         print(f"\n{title}{step.about}\n$ {typed([*needed, *command])}", flush=True)
         status, interrupted, seconds, peak_gb = run(command)
-        interrupted = interrupted or status in (130, -signal.SIGINT, UNREAD)
+        interrupted = interrupted or status in (130, -signal.SIGINT, BROKEN_PIPE)
         record["seconds"] = round(record["seconds"] + seconds, 2)
         record["peak_gb"] = round(max(record["peak_gb"], peak_gb), 3)
         record["status"] = "done" if status == 0 else "begun" if interrupted else "failed"
