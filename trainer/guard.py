@@ -67,8 +67,8 @@ def check_finite(run, batches: list[dict], losses, aux_losses, loss, aux_loss, g
         culprits = batches  # the gradient alone, and it is a sum over all
     places = [run.loader.data.where(row) for batch in culprits for row in batch["rows"]]
     places = [place for of_rank in gather(places) for place in of_rank]
+    rows = ", ".join(places[:64]) + ", ..." * (len(places) > 64)
     raise ValueError(
-        f"step {run.state.step + 1}: loss {loss}, gradient norm {grad_norm}. The step was not taken; the last "
-        f"checkpoint is good.\nIts rows: {', '.join(places[:64])}{', ...' if len(places) > 64 else ''}. Look at "
-        "them, or try a lower --learning_rate or --dtype float32"
+        f"step {run.state.step + 1}: loss {loss}, gradient norm {grad_norm}; not taken, the last checkpoint is good.\n"
+        f"Its rows: {rows}. Look at them, or try a lower --learning_rate or --dtype float32"
     )

@@ -52,15 +52,10 @@ def load_data(args, model, tokenizer, paths, images_path=None, weights=None) -> 
     """The rows of --data_path; prints how many, and what was left out, mended and shortened."""
     if any(map(is_streamed, paths)):
         if getattr(args, "cache_features", None):
-            raise ValueError(
-                "--cache_features: streamed rows (hf://...) do not stay on the disk, nor would their features. Leave "
-                "it out, or fetch the files first"
-            )
+            raise ValueError("--cache_features: streamed rows (hf://...) do not stay; leave it out, or fetch the files")
         if weights or images_path or not all(map(is_streamed, paths)):
-            raise ValueError(
-                "--data_path: streamed rows hold their pictures and go alone, without rows on the disk, without "
-                "--images_path and --data_weights"
-            )
+            rest = "rows on the disk, --images_path, --data_weights"
+            raise ValueError(f"--data_path: streamed rows hold their pictures and go alone; leave out {rest}")
         if getattr(args, "captions_per_epoch", "one") == "all":
             raise ValueError("--captions_per_epoch all: of streamed rows it is not known how many captions they have")
         say(f"looking at {', '.join(paths)} ...")

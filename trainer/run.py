@@ -224,7 +224,7 @@ def fit_accumulation(args, state: State) -> int:
         if state.batches_per_step % world_size():
             raise ValueError(
                 f"--from_resume: the run had {state.batches_per_step} batches of {args.batch_size} rows per step, "
-                f"which {world_size()} ranks cannot share equally"
+                f"which {world_size()} ranks cannot share equally.\nType a --nproc_per_node that divides them"
             )
         batches = state.batches_per_step
         say(f"resumed with --accumulation_steps {batches // world_size()}, to keep {batches} batches per step")
