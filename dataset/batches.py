@@ -23,7 +23,7 @@ def collate(examples: list[dict], pad_token_id: int = 0) -> dict:
     broken = [example["broken"] for example in examples if "broken" in example]
     examples = [example for example in examples if "broken" not in example]
     B, longest = max(len(examples), 1), max((len(example["input_ids"]) for example in examples), default=1)
-    T = -(-longest // 8) * 8
+    T = -(-longest // 8) * 8  # which matrix units of GPUs like
     batch = {
         "input_ids": torch.full((B, T), pad_token_id),
         "labels": torch.full((B, T), IGNORE),
@@ -37,7 +37,7 @@ def collate(examples: list[dict], pad_token_id: int = 0) -> dict:
 
     def joined(key):
         tensors = [example[key] for example in examples if example.get(key) is not None]
-        return torch.cat(tensors) if tensors else None
+        return torch.cat(tensors) if tensors else None  # one after another, in the order of their placeholders
 
     return {
         **batch,
@@ -101,6 +101,8 @@ class StepSampler:
             return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         random = np.random.default_rng((self.seed, self.epoch))
         order = random.permutation(np.concatenate([self.rows_of_part(part) for part in range(len(self.parts))]))
+        # Rows of like length share a batch, so that little of it is padding; but not always the same rows, so only the
+        # rows of a window, which chance has brought together, are sorted.
         batches = []
         for start in range(0, len(order), self.window * self.batch_size):
             rows = order[start : start + self.window * self.batch_size]

@@ -16,12 +16,13 @@ def cut_to_length(pieces, max_length: int) -> tuple[list[int], list[int], int]:
     Raises BadRow if not even the first question fits.
     """
     ids, labels, pictures = [], [], 0
-    for piece, is_answer, piece_pictures in pieces:
+    for piece, is_answer, piece_pictures in pieces:  # question, answer, question, ...
         room = max_length - len(ids)
         if not is_answer and len(piece) > room:
             break
         ids += piece[:room]
-        # The same ids: the decoder scores position t against label t + 1 by itself.
+        # Questions and pictures are read, answers are learned: they alone have labels. These are the same ids, as the
+        # decoder itself scores position t against label t + 1.
         labels += piece[:room] if is_answer else [IGNORE] * len(piece)
         pictures += piece_pictures
         if len(piece) > room:
@@ -47,6 +48,7 @@ def encode_row(row: Row, tokenizer, placeholders: str, max_length: int):
             for turn in conversations
         ]
         images = []
+    # Each turn becomes tokens, and each <image> in it a run of placeholders, which the model overwrites with features.
     try:
         pieces = encode_chat(tokenizer, conversations, placeholders)
     except ValueError as error:

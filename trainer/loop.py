@@ -53,6 +53,7 @@ def train_epoch(run: Run, epoch: int) -> None:
         run.step_done(int(rows))
         run.progress.step(state.step, epoch, loss, aux_loss, grad_norm, run.optimizer, int(rows), int(tokens))
 
+        # Saving comes first: should the validation fail, no step is lost.
         if end_of_epoch or state.step % args.save_interval == 0:
             run.save()
         due = end_of_epoch if args.val_interval is None else state.step % args.val_interval == 0
@@ -72,13 +73,14 @@ def train_step(run: Run, batches: list[dict], labels: float, rows: float) -> tup
     loss or the gradient is not finite; the weights are then still those of the step before.
     """
     args, optimizer, scaler = run.args, run.optimizer, run.scaler
+    # The rate rises while the first gradients are still wild, and then falls, for smaller and smaller corrections.
     set_learning_rate(optimizer, schedule(run.state.step, run.total_steps, args.warmup_iters, args.schedule))
     # Dropout draws from a stream of its own per step and rank, so that resuming needs no state of it.
     torch.manual_seed(((args.seed * 1_000_003 + run.state.step) * 4096 + rank()) % 2**63)
     optimizer.zero_grad(set_to_none=True)
 
     losses, aux_losses = [], []
-    for i, batch in enumerate(batches):
+    for i, batch in enumerate(batches):  # gradients of all add up: many small batches learn as a large one would
         with run.context(batch, last=i == len(batches) - 1):  # mixed precision; ranks exchange only the last gradient
             # Pictures overwrite their placeholders, the decoder reads all, and the answers' tokens are scored.
             out = run.forward(**to_device(batch, run.model), num_items_in_batch=max(labels, 1), return_logits=False)
@@ -88,7 +90,8 @@ def train_step(run: Run, batches: list[dict], labels: float, rows: float) -> tup
         losses.append(out.loss.detach())
         aux_losses.append(aux_loss.detach())
 
-    scaler.unscale_(optimizer)
+    scaler.unscale_(optimizer)  # in fp16 the loss was scaled up, so that small gradients do not become 0
+    # One odd batch must not undo what many taught: a longer gradient is cut to this length.
     learning = [weight for group in optimizer.param_groups for weight in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(learning, args.grad_clip).item()
     losses, aux_losses = torch.stack(losses).tolist(), torch.stack(aux_losses).tolist()
@@ -109,7 +112,7 @@ def validate(model: MiniMindVLM, loader, device, dtype, stop: StopSignal | None 
     None, on all ranks, if `stop` was requested on one before the last row.
     """
     was_training = model.training
-    model.eval()
+    model.eval()  # without dropout
     total, tokens = 0.0, 0
     for batch in loader:
         if stop is not None and stop.requested:
@@ -117,7 +120,7 @@ def validate(model: MiniMindVLM, loader, device, dtype, stop: StopSignal | None 
         for message in batch["broken"]:
             print(f"left out of the validation: {message}", flush=True)
         with autocast(device, dtype):
-            out = model(**to_device(batch, model), num_items_in_batch=1, return_logits=False)
+            out = model(**to_device(batch, model), num_items_in_batch=1, return_logits=False)  # a sum, divided below
         total, tokens = total + out.loss.item(), tokens + count_labels(batch)
     model.train(was_training)
     total, tokens, stopped = all_sum(total, tokens, stop is not None and stop.requested)
