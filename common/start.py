@@ -33,10 +33,10 @@ def begin() -> None:
     # SIG_DFL also ends a rank that waits for another in C++. Torchrun ends ranks by SIGTERM when one has failed, and
     # that one has said why.
     for number in STOPS:
-        handle(number, signal.SIG_DFL if silent or (ranks > 1 and number != signal.SIGINT) else leave)
+        set_handler(number, signal.SIG_DFL if silent or (ranks > 1 and number != signal.SIGINT) else leave)
 
 
-def handle(number, handler):
+def set_handler(number, handler):
     """signal.signal, but the end of a terminal stays ignored where `nohup` made it so. Returns the handler before."""
     before = signal.getsignal(number)
     # Not so SIGINT, which a shell has ignored by what it starts with `&`: `kill -INT` is to stop a training there too.
@@ -48,7 +48,7 @@ def handle(number, handler):
 def unwind() -> None:
     """From here on what stops the program raises KeyboardInterrupt."""
     for number in STOPS:
-        handle(number, signal.default_int_handler)
+        set_handler(number, signal.default_int_handler)
 
 
 def leave(number, frame, *more: str) -> None:

@@ -94,7 +94,7 @@ def describe_memory(memory: int, device: torch.device, ranks: int) -> str:
 # ---------------------------------------------------------------------------- one answer
 
 
-def first_turn(row: Row) -> Row:
+def up_to_first_answer(row: Row) -> Row:
     """A conversation up to its first answer."""
     end = next(i for i, turn in enumerate(row.conversations) if turn["role"] == "assistant")
     return replace(row, conversations=row.conversations[: end + 1])
@@ -102,14 +102,14 @@ def first_turn(row: Row) -> Row:
 
 def first_question(row: Row) -> str:
     """The question before the first answer, without its tags."""
-    return first_turn(row).conversations[-2]["content"].replace(IMAGE_TAG, "").strip()
+    return up_to_first_answer(row).conversations[-2]["content"].replace(IMAGE_TAG, "").strip()
 
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def answer(run, tokenizer, data: VLMDataset, row: int) -> str:
     """The greedy answer to the first question of a row. Raises BadRow for a broken picture."""
-    ids, labels, names, _ = encode_row(first_turn(data.row(row)), tokenizer, data.placeholders, data.max_length)
+    ids, labels, names, _ = encode_row(up_to_first_answer(data.row(row)), tokenizer, data.placeholders, data.max_length)
     prompt = torch.tensor([ids[: next(i for i, label in enumerate(labels) if label != IGNORE)]], device=run.device)
     if not names:
         inputs = {}
@@ -144,7 +144,7 @@ def show_answer(run, tokenizer) -> None:
         given, row = answer(run, tokenizer, data, 0), data.row(0)
         say(f"One answer, to {data.where(0)}:")
         show("question", first_question(row))
-        show("expected", first_turn(row).conversations[-1]["content"])
+        show("expected", up_to_first_answer(row).conversations[-1]["content"])
         show("answer", given)
 
 

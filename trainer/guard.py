@@ -6,7 +6,7 @@ import signal
 import threading
 
 from common.distributed import gather, say
-from common.start import STOPS, handle, leave
+from common.start import STOPS, leave, set_handler
 
 # What --on_bad_row skip puts up with while training: so many rows with broken pictures, or this share, if it is more.
 MAX_BROKEN, MAX_BROKEN_SHARE = 10, 0.01
@@ -19,7 +19,7 @@ class StopSignal:
     def __enter__(self):
         self.requested, self.old = False, {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self.old = {number: handle(number, self.note) for number in STOPS}
+            self.old = {number: set_handler(number, self.note) for number in STOPS}
         return self
 
     def note(self, number, frame) -> None:
@@ -31,7 +31,7 @@ class StopSignal:
 
     def __exit__(self, *exception) -> None:
         for number, handler in self.old.items():
-            handle(number, handler)
+            set_handler(number, handler)
 
 
 def check_broken(run, batches: list[dict], rows: int, broken: int) -> None:

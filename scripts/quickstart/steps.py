@@ -21,7 +21,7 @@ import psutil
 from common.display import duration, gigabytes, typed
 from common.files import write_json
 from common.machine import physical_cores
-from common.start import BROKEN_PIPE, STEP, STOPS, handle
+from common.start import BROKEN_PIPE, STEP, STOPS, set_handler
 
 PROCESSES = 2  # that train together on a CPU, each with its own batch of a step
 MAX_THREADS = 8  # of each: a large machine should not spend its time on dividing the work of a small model
@@ -148,14 +148,14 @@ def run(command: list[str]) -> tuple[int, bool, float, float]:
         if number == signal.SIGTERM:  # `kill` reaches this process alone, so it is passed on
             process.terminate()
 
-    before = {number: handle(number, stop) for number in STOPS}
+    before = {number: set_handler(number, stop) for number in STOPS}
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         process.wait()
     finally:
         for number, handler in before.items():
-            handle(number, handler)
+            set_handler(number, handler)
         ended.set()
         watcher.join()
     return process.returncode, interrupted, time.perf_counter() - started, peak / 1e9
