@@ -7,7 +7,7 @@ from pathlib import Path
 from model.build import build_model
 from model.files import read_json
 from model.llava import unpacked
-from model.weights import ABOUT, STAGES, read_sidecar
+from model.weights import SIDECAR, STAGES, read_sidecar
 
 PROMPTS = {  # what weights are asked whose JSON names no question
     "en": "Describe this picture.",
@@ -87,7 +87,7 @@ def load(args):
 
 def known_of(weights: Path) -> dict:
     """What the JSON of the weights tells, also where they are a folder, as `read_sidecar` has it."""
-    return read_sidecar(weights / ABOUT if weights.is_dir() else weights)
+    return read_sidecar(weights / SIDECAR if weights.is_dir() else weights)
 
 
 def prompts_of(weights: Path, language: str = "en", several: bool = False) -> list[str]:

@@ -239,7 +239,7 @@ def build(plan: Plan, saved: Pretrained):
     """(model, its Origin). Raises ValueError if the weights do not fit, or have learned to see with another encoder."""
     encoder = plan.vision_model_path
     model = MiniMindForCausalLM(plan.config) if encoder is None else MiniMindVLM(plan.config, encoder)
-    note = plan.warning + fill(model, saved)
+    note = plan.warning + fill_model(model, saved)
     prompts = saved.sidecar.get("prompts", {})
     origin = Origin(plan.tokenizer_path, encoder, getattr(model, "vision_encoder", None), prompts, note)
     known = saved.sidecar.get("vision_model", {})
@@ -251,7 +251,7 @@ def build(plan: Plan, saved: Pretrained):
     return model, origin
 
 
-def fill(model, saved: Pretrained) -> str:
+def fill_model(model, saved: Pretrained) -> str:
     """Puts weights into the model, as experts where it has them and they do not, and returns a line that says so."""
     if saved.path is None:
         return "started from nothing"
@@ -270,25 +270,25 @@ def load_weights(model, state: dict, path) -> str:
     Everything must fit by name and shape but the projector, which is not in the file of a language model. Raises
     ValueError with the first misfits and their likely cause otherwise.
     """
-    own = model.text_state_dict()
-    new = [key for key in own if key not in state]
-    projector = [key for key in own if key.startswith("vision_proj.")]
+    wanted = model.text_state_dict()
+    new = [key for key in wanted if key not in state]
+    projector = [key for key in wanted if key.startswith("vision_proj.")]
     missing = [key for key in new if key not in projector or not set(projector) <= set(new)]
-    unknown = [key for key in state if key not in own]
+    unknown = [key for key in state if key not in wanted]
     shapes = [
-        f"{key} is {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
+        f"{key} is {tuple(state[key].shape)}, expected {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in state and state[key].shape != wanted[key].shape
     ]
     if missing or unknown or shapes:
         kinds = {"missing": missing, "unknown": unknown, "of another shape": shapes}
-        problems = "; ".join(f"{len(found)} {kind}, first: {found[0]}" for kind, found in kinds.items() if found)
+        problems = "; ".join(f"{len(names)} {kind}, first: {names[0]}" for kind, names in kinds.items() if names)
         cause = next(cause for pattern, cause in CAUSES if re.search(pattern, problems))
         raise ValueError(f"{path} does not fit this model: {problems}. Likely: {cause}")
     if not torch.equal(state["lm_head.weight"], state["model.embed_tokens.weight"]):
         raise ValueError(f"{path} does not fit this model: lm_head and embed_tokens differ, here they are one matrix")
     model.load_state_dict(state, strict=False)  # checked above: absent are the encoder and perhaps the projector
-    return f"loaded {len(own) - len(new)} tensors from {path}{'; new: projector' if new else ''}"
+    return f"loaded {len(wanted) - len(new)} tensors from {path}{'; new: projector' if new else ''}"
 
 
 def upcycle(state: dict[str, torch.Tensor], config: MiniMindConfig) -> dict[str, torch.Tensor]:
@@ -302,14 +302,14 @@ def upcycle(state: dict[str, torch.Tensor], config: MiniMindConfig) -> dict[str,
         raise ValueError(
             "--use_moe: dense weights become experts only with num_experts_per_tok >= 2 and norm_topk_prob"
         )
-    found = {}
+    experts = {}
     for key, value in state.items():
         block, mlp, matrix = key.partition(".mlp.")
         if not mlp:
-            found[key] = value
+            experts[key] = value
             continue
         copies = [f"experts.{i}" for i in range(config.n_routed_experts)]
         copies += [f"shared_experts.{i}" for i in range(config.n_shared_experts)]
         share = value / (1 + config.n_shared_experts) if matrix == "down_proj.weight" else value
-        found |= {f"{block}.mlp.{copy}.{matrix}": share for copy in copies}
-    return found
+        experts |= {f"{block}.mlp.{copy}.{matrix}": share for copy in copies}
+    return experts

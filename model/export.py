@@ -96,8 +96,8 @@ def token_ids(tokenizer) -> dict[str, int]:
 
 def clip_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The vision tower under the names of CLIP's files, which not all versions of Transformers use in memory."""
-    found = {"vision_model." + re.sub(r"^vision_model\.", "", key): value for key, value in state.items()}
-    return {key: value for key, value in found.items() if "position_ids" not in key}  # a buffer
+    named = {"vision_model." + re.sub(r"^vision_model\.", "", key): value for key, value in state.items()}
+    return {key: value for key, value in named.items() if "position_ids" not in key}  # a buffer
 
 
 def encoder_config(encoder) -> dict:
@@ -119,25 +119,25 @@ def write_parts(folder: Path, model, tokenizer, tokenizer_path) -> None:
     shutil.copyfile(Path(tokenizer_path) / "tokenizer.json", folder / "tokenizer.json")  # its sha256 stays
     write_tokenizer_config(folder, tokenizer.pad_token)
     eyes = model.vision_encoder
-    about_eyes = encoder_config(eyes), model.processor.to_dict()
-    write_encoder(folder / "vision_encoder", eyes.state_dict(), *about_eyes)
+    description = encoder_config(eyes), model.processor.to_dict()
+    write_encoder(folder / "vision_encoder", eyes.state_dict(), *description)
 
 
 # ---------------------------------------------------------------------------- our architecture
 
 
-def write_pth(folder: Path, model, tokenizer, tokenizer_path, about: dict) -> None:
+def write_pth(folder: Path, model, tokenizer, tokenizer_path, sidecar: dict) -> None:
     """The weights as training leaves them, with the tokenizer and encoder that eval_vlm.py needs beside them."""
     write_parts(folder, model, tokenizer, tokenizer_path)
-    stage = about.get("stage") if about.get("stage") in STAGES.values() else "sft_vlm"
-    save_weights(folder / weights_name(stage, model.config), model, about)
+    stage = sidecar.get("stage") if sidecar.get("stage") in STAGES.values() else "sft_vlm"
+    save_weights(folder / weights_name(stage, model.config), model, sidecar)
 
 
-def write_transformers(folder: Path, model, tokenizer, tokenizer_path, about: dict) -> None:
+def write_transformers(folder: Path, model, tokenizer, tokenizer_path, sidecar: dict) -> None:
     """MiniMindVLM with its code. The encoder is a folder in it, where `from_pretrained` finds it."""
     write_parts(folder, model, tokenizer, tokenizer_path)
     config = {"model_type": "minimind-v", "architectures": ["MiniMindVLM"], "auto_map": AUTO_MAP, "dtype": "float32"}
-    config |= about["config"] | token_ids(tokenizer)
+    config |= sidecar["config"] | token_ids(tokenizer)
     config |= {"image_ids": model.config.image_ids, "tie_word_embeddings": True}
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", token_ids(tokenizer) | {"max_new_tokens": 512})

@@ -48,8 +48,8 @@ def why_unreadable(error: BaseException) -> str:
     while causes[-1].__context__ is not None:  # some versions of Transformers raise an error of their own on top
         causes.append(causes[-1].__context__)
     for cause in causes:
-        if found := re.search(r"GLOBAL (\S+)", str(cause)):
-            return f"it would call {found[1]}, where only tensors are read. Do not use a file that runs code"
+        if match := re.search(r"GLOBAL (\S+)", str(cause)):
+            return f"it would call {match[1]}, where only tensors are read. Do not use a file that runs code"
     reason = (str(error) or type(error).__name__).split("\n")[0]
     return "it is no file of tensors that PyTorch wrote, or a damaged one" if "weights_only" in reason else reason
 

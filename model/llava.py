@@ -21,7 +21,7 @@ from model.files import read_json
 from model.model_minimind import MiniMindConfig
 from model.processing import IMAGE_TAG
 from model.processor import HIDE
-from model.weights import ABOUT, read_weights, tokenizer_hash
+from model.weights import SIDECAR, read_weights, tokenizer_hash
 
 SAME_FIELDS = (  # of the configuration of a Llama, a Granite and ours
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -75,17 +75,17 @@ def llava_config(model, tokenizer) -> dict:
 def to_llava(state: dict, config: MiniMindConfig) -> dict[str, torch.Tensor]:
     """Our weights under LLaVA's names, in the layout before Transformers 5, which all versions read."""
     experts = re.compile(r"\.mlp\.(gate|experts|shared_experts)\.")
-    found = {f"language_model.{k}": v for k, v in state.items() if k.startswith("model.") and not experts.search(k)}
+    llava = {f"language_model.{k}": v for k, v in state.items() if k.startswith("model.") and not experts.search(k)}
     # The row of <image>, which the picture overwrites. As the head, it gives <image> a logit of 0: the
     # generation_config.json sees to it that it is never said.
     embed = F.pad(state["model.embed_tokens.weight"], (0, 0, 0, 1))
-    found |= {"language_model.model.embed_tokens.weight": embed, "language_model.lm_head.weight": embed.clone()}
+    llava |= {"language_model.model.embed_tokens.weight": embed, "language_model.lm_head.weight": embed.clone()}
     first = [state[f"vision_proj.vision_proj.0.{name}"] for name in ("weight", "bias")]
     second = [torch.eye(config.hidden_size), torch.zeros(config.hidden_size)]  # LLaVA has two layers, here of no effect
     for layer, weights in (("linear_1", first), ("linear_2", second)):
-        found |= {f"multi_modal_projector.{layer}.{name}": w for name, w in zip(("weight", "bias"), weights)}
+        llava |= {f"multi_modal_projector.{layer}.{name}": w for name, w in zip(("weight", "bias"), weights)}
     if not config.use_moe:
-        return found
+        return llava
     for i in range(config.num_hidden_layers):
 
         def stack(kind, matrix, count, i=i):  # (count, I, D), or (count, D, I) of "down"
@@ -93,19 +93,19 @@ def to_llava(state: dict, config: MiniMindConfig) -> dict[str, torch.Tensor]:
 
         layer, E, S = f"language_model.model.layers.{i}.", config.n_routed_experts, config.n_shared_experts
         gate, up, down = (stack("experts", matrix, E) for matrix in ("gate", "up", "down"))
-        found[f"{layer}block_sparse_moe.router.layer.weight"] = state[f"model.layers.{i}.mlp.gate.weight"]  # (E, D)
-        found[f"{layer}block_sparse_moe.input_linear.weight"] = torch.cat([gate, up], dim=1)  # (E, 2·I, D)
-        found[f"{layer}block_sparse_moe.output_linear.weight"] = down  # (E, D, I)
+        llava[f"{layer}block_sparse_moe.router.layer.weight"] = state[f"model.layers.{i}.mlp.gate.weight"]  # (E, D)
+        llava[f"{layer}block_sparse_moe.input_linear.weight"] = torch.cat([gate, up], dim=1)  # (E, 2·I, D)
+        llava[f"{layer}block_sparse_moe.output_linear.weight"] = down  # (E, D, I)
         if S:  # several are one, S times as wide
             gate, up, down = (stack("shared_experts", matrix, S) for matrix in ("gate", "up", "down"))
-            found[f"{layer}shared_mlp.input_linear.weight"] = torch.cat([gate, up]).flatten(0, 1)  # (2·S·I, D)
-            found[f"{layer}shared_mlp.output_linear.weight"] = down.transpose(0, 1).flatten(1)  # (D, S·I)
-    return found
+            llava[f"{layer}shared_mlp.input_linear.weight"] = torch.cat([gate, up]).flatten(0, 1)  # (2·S·I, D)
+            llava[f"{layer}shared_mlp.output_linear.weight"] = down.transpose(0, 1).flatten(1)  # (D, S·I)
+    return llava
 
 
 def from_llava(state: dict, config: dict) -> dict[str, torch.Tensor]:
     """The inverse of `to_llava`; config: our fields. Both layers of the projector, if trained further, become one."""
-    found = {}
+    ours = {}
     for key, value in state.items():
         name = key.removeprefix("language_model.")
         layer, routed, matrix = name.partition(".block_sparse_moe.")
@@ -114,7 +114,7 @@ def from_llava(state: dict, config: dict) -> dict[str, torch.Tensor]:
         if name == key or name.startswith("lm_head."):
             continue
         if matrix == "router.layer.weight":
-            found[f"{layer}.mlp.gate.weight"] = value
+            ours[f"{layer}.mlp.gate.weight"] = value
         elif matrix:
             into = "input" in matrix  # gate and up, else down
             if not routed:  # (2·S·I, D) → (S, 2·I, D), or (D, S·I) → (S, D, I)
@@ -123,16 +123,16 @@ def from_llava(state: dict, config: dict) -> dict[str, torch.Tensor]:
                 value = value.transpose(0, 1).flatten(1, 2) if into else value.transpose(0, 1)
             kind = "experts" if routed else "shared_experts"
             for part, experts in zip(("gate", "up") if into else ("down",), value.chunk(1 + into, dim=1)):
-                found |= {f"{layer}.mlp.{kind}.{e}.{part}_proj.weight": expert for e, expert in enumerate(experts)}
+                ours |= {f"{layer}.mlp.{kind}.{e}.{part}_proj.weight": expert for e, expert in enumerate(experts)}
         else:
-            found[name] = value
-    found["model.embed_tokens.weight"] = found["model.embed_tokens.weight"][:-1]
+            ours[name] = value
+    ours["model.embed_tokens.weight"] = ours["model.embed_tokens.weight"][:-1]
     first, bias, second, shift = (
         state[f"multi_modal_projector.linear_{i}.{name}"].double() for i in (1, 2) for name in ("weight", "bias")
     )
-    found["vision_proj.vision_proj.0.weight"] = (second @ first).float()
-    found["vision_proj.vision_proj.0.bias"] = (second @ bias + shift).float()
-    return found
+    ours["vision_proj.vision_proj.0.weight"] = (second @ first).float()
+    ours["vision_proj.vision_proj.0.bias"] = (second @ bias + shift).float()
+    return ours
 
 
 # ---------------------------------------------------------------------------- folders
@@ -145,7 +145,7 @@ def edit_tokenizer(source: Path, target: Path, change) -> None:
     (target / "tokenizer.json").write_text(changed + text[len(text.rstrip()) :], encoding="utf-8")
 
 
-def write_llava(folder: Path, model, tokenizer, tokenizer_path, about: dict) -> None:
+def write_llava(folder: Path, model, tokenizer, tokenizer_path, sidecar: dict) -> None:
     config = llava_config(model, tokenizer)
     image = {"id": config["image_token_index"], "content": IMAGE_TAG, "special": True, "normalized": False}
     image |= {"single_word": False, "lstrip": False, "rstrip": False}
@@ -218,8 +218,8 @@ def unpack_llava(folder: Path, to: Path) -> None:
     path = folder / "preprocessor_config.json"  # Transformers 5, saving again, has it in another file
     pixels = read_json(path) if path.is_file() else read_json(folder / "processor_config.json")["image_processor"]
     write_encoder(to / "vision_encoder", eyes, llava["vision_config"], pixels)
-    if (folder / ABOUT).is_file():
-        write_json(to / ABOUT, read_json(folder / ABOUT) | {"tokenizer": {"sha256": tokenizer_hash(to)}})
+    if (folder / SIDECAR).is_file():
+        write_json(to / SIDECAR, read_json(folder / SIDECAR) | {"tokenizer": {"sha256": tokenizer_hash(to)}})
 
 
 @contextmanager

@@ -76,19 +76,19 @@ class ImageProcessor:
             size = size["shortest_edge"] if "shortest_edge" in size else pair(size)
         whole = size if isinstance(size, tuple) else pair(size)
         crop = pair(config["crop_size"]) if "crop_size" in config and config.get("do_center_crop", True) else whole
-        found = cls(size, crop)
+        processor = cls(size, crop)
         for key, values in (("size", whole), ("crop_size", crop)):
             for value in values:
                 check_number(path, key, value, 1, 10_000)
         for key, least, most in (("resample", 0, 5), ("image_mean", -1e3, 1e3), ("image_std", 1e-6, 1e3)):
-            value = config.get(key, getattr(found, key))
+            value = config.get(key, getattr(processor, key))
             several = value if isinstance(value, list) else [value]
             if key != "resample" and len(several) != 3:
                 raise ValueError(f"{path}: {key} is {value!r}, expected three numbers")
             for number in several:
                 check_number(path, key, number, least, most, int if key == "resample" else float)
-            setattr(found, key, value)
-        return found
+            setattr(processor, key, value)
+        return processor
 
     def save_pretrained(self, folder) -> None:
         """Writes `preprocessor_config.json`."""
@@ -198,12 +198,12 @@ def vision_config(folder) -> dict:
             "For the public one, type: python -m scripts.download --what clip"
         )
     config = read_json(path)
-    found = config.get("vision_config", config)
+    vision = config.get("vision_config", config)
     base = {"image_size": 224, "patch_size": 32, "hidden_size": 768}  # what Transformers leaves out as default
-    found = base | {key: found[key] for key in base if key in found}
-    for key, value in found.items():
+    vision = base | {key: vision[key] for key in base if key in vision}
+    for key, value in vision.items():
         check_number(path, key, value, 1, 100_000)
-    return found
+    return vision
 
 
 # ---------------------------------------------------------------------------- text
@@ -294,7 +294,7 @@ def encode_chat(tokenizer, conversations: list[dict], placeholders: str) -> list
         tags = content.count(IMAGE_TAG) if role == "user" else 0
         if tags:
             content = content.replace(IMAGE_TAG, placeholders)
-        if sum(len(found) // len(placeholders) for found in run.findall(content)) != tags:
+        if sum(len(match) // len(placeholders) for match in run.findall(content)) != tags:
             raise ValueError(
                 f"{role}: the text has {len(placeholders)} or more {placeholders[0]!r} in a row, as a picture has. "
                 f"Shorten the run; pictures are written {IMAGE_TAG}"

@@ -24,7 +24,7 @@ from model.files import check_number, check_records, impostor, read_json, why_un
 from model.model_minimind import MiniMindConfig
 from model.model_vlm import VLMConfig
 
-ABOUT = "minimind.json"  # in a Transformers folder: the JSON of the weights it was made of
+SIDECAR = "minimind.json"  # in a Transformers folder: the JSON of the weights it was made of
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 OLDER_NAMES = (  # before April 2025 → now
@@ -108,31 +108,31 @@ def read_sidecar(weights: Path) -> dict:
     """The JSON beside weights; "config", "tokenizer", "vision_model" and "prompts" are objects, empty if it is absent.
 
     In a Transformers folder config.json is the "config", of which only what our configuration knows is taken; the
-    others, where ABOUT is there, are the folder's own.
+    others, where SIDECAR is there, are the folder's own.
     """
     path = sidecar_path(weights)
-    about = read_json(path) if path.is_file() else {}
+    sidecar = read_json(path) if path.is_file() else {}
     if weights.is_dir():
-        if about.get("model_type") not in ("minimind", "minimind-v"):
-            kind = about.get("model_type")
+        if sidecar.get("model_type") not in ("minimind", "minimind-v"):
+            kind = sidecar.get("model_type")
             back = f". Make one of it: python -m scripts.convert_vlm --to pth --weights {weights}" * (kind == "llava")
             raise ValueError(f"{path}: expected a MiniMind with model_type minimind-v, got {kind}{back}")
         fields = [*signature(MiniMindConfig).parameters, "image_ids", "image_special_token"]
-        config = {key: about[key] for key in fields if about.get(key) is not None}
-        about = (read_json(weights / ABOUT) if (weights / ABOUT).is_file() else {}) | {"config": config}
-        for key, own in (("tokenizer", weights), ("vision_model", weights / "vision_encoder")):
-            if about.get(key):
-                about[key]["path"] = str(own)
+        config = {key: sidecar[key] for key in fields if sidecar.get(key) is not None}
+        sidecar = (read_json(weights / SIDECAR) if (weights / SIDECAR).is_file() else {}) | {"config": config}
+        for key, folder in (("tokenizer", weights), ("vision_model", weights / "vision_encoder")):
+            if sidecar.get(key):
+                sidecar[key]["path"] = str(folder)
     for key in ("config", "tokenizer", "vision_model", "prompts"):
-        if not isinstance(about.setdefault(key, {}), dict):
+        if not isinstance(sidecar.setdefault(key, {}), dict):
             raise ValueError(f"{path}: {key!r} must be an object. Without the file, shapes alone tell what they are")
-    check_config(about["config"], path)
-    for found in about["prompts"].values():
-        if not isinstance(found, list) or not found or not all(isinstance(prompt, str) for prompt in found):
+    check_config(sidecar["config"], path)
+    for prompts in sidecar["prompts"].values():
+        if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(
-                f'{path}: "prompts" holds {found!r}, expected lists of questions, {{"en": ["What is this?"]}}'
+                f'{path}: "prompts" holds {prompts!r}, expected lists of questions, {{"en": ["What is this?"]}}'
             )
-    return about
+    return sidecar
 
 
 def known_names(state: dict) -> tuple[dict[str, torch.Tensor], bool, list[str]]:
@@ -141,21 +141,21 @@ def known_names(state: dict) -> tuple[dict[str, torch.Tensor], bool, list[str]]:
     Prefixes of wrappers go; buffers, the encoder and what is no tensor are left out; the one matrix that is embedding
     and head stands under both names. Returns (state, is it an older one that needs `half_split` too, what is left out).
     """
-    found, ignored = {}, []
+    named, ignored = {}, []
     for key, value in state.items():
         key = re.sub(r"^((module|_orig_mod)\.)+", "", str(key))
         if not isinstance(value, torch.Tensor) or re.search(r"^vision_encoder\.|mask|pos_cis|freqs_", key):
             ignored.append(key)
         else:
-            found[key] = value
-    older = "layers.0.attention.wq.weight" in found
+            named[key] = value
+    older = "layers.0.attention.wq.weight" in named
     if older:
         for pattern, name in OLDER_NAMES:
-            found = {re.sub(pattern, name, key): value for key, value in found.items()}
+            named = {re.sub(pattern, name, key): value for key, value in named.items()}
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
-    if embed in found or head in found:
-        found = {embed: found.get(head), head: found.get(embed)} | found
-    return found, older, ignored
+    if embed in named or head in named:
+        named = {embed: named.get(head), head: named.get(embed)} | named
+    return named, older, ignored
 
 
 def half_split(state: dict[str, torch.Tensor], heads: int) -> dict[str, torch.Tensor]:
@@ -198,13 +198,13 @@ def find_weights(name: str, out_dir, hidden_size: int | None, use_moe: bool) -> 
     width, moe = hidden_size or r"\d+", "_moe" if use_moe else "(_moe)?"
     fits = re.compile(rf"({'|'.join(map(re.escape, stages))})_{width}{moe}\.pth")
     there = sorted(path.name for path in out_dir.glob("*.pth"))
-    found = list(filter(fits.fullmatch, there))
-    if len(found) == 1:
-        return out_dir / found[0]
-    if found:
+    matches = list(filter(fits.fullmatch, there))
+    if len(matches) == 1:
+        return out_dir / matches[0]
+    if matches:
         raise ValueError(
-            f"--from_weight {name}: {out_dir} holds {', '.join(found)}\n"
-            f"Say which by its path: --from_weight {out_dir / found[0]}"
+            f"--from_weight {name}: {out_dir} holds {', '.join(matches)}\n"
+            f"Say which by its path: --from_weight {out_dir / matches[0]}"
         )
     how = {
         "pretrain_vlm": "make it: python train_pretrain_vlm.py",
@@ -263,7 +263,7 @@ def config_of(state: dict, path: Path, known: dict) -> dict:
             what = "a CLIP, whose folder belongs to --vision_model_path" if clip else "not MiniMind of a known naming"
             raise ValueError(f"{path} has no {key}, but {next(iter(state), 'no tensor')}: this is {what}")
     vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
-    layers = 1 + max(int(found[1]) for key in state if (found := re.match(r"model\.layers\.(\d+)\.", key)))
+    layers = 1 + max(int(match[1]) for key in state if (match := re.match(r"model\.layers\.(\d+)\.", key)))
     heads = known.get("num_attention_heads", 8)
     read = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_hidden_layers": layers, "use_moe": use_moe}
     read["num_attention_heads"] = heads
@@ -323,7 +323,7 @@ def tokenizer_hash(folder) -> str:
     return hashlib.sha256((Path(folder) / "tokenizer.json").read_bytes()).hexdigest()
 
 
-def describe(model, origin, **facts) -> dict:
+def make_sidecar(model, origin, **facts) -> dict:
     """What stands in the JSON beside the weights. origin: of the model, as `build_model` returns it."""
     fields = [*signature(MiniMindConfig).parameters, "ve_hidden_size", "image_special_token"]
     eyes = origin.encoder_sha256
@@ -337,7 +337,7 @@ def describe(model, origin, **facts) -> dict:
     }
 
 
-def save_weights(path, model, about: dict) -> None:
+def save_weights(path, model, sidecar: dict) -> None:
     """fp16 weights without the encoder, and their JSON. Raises ValueError rather than save a NaN or infinity."""
     state = {key: value.detach().to("cpu", torch.float16) for key, value in model.text_state_dict().items()}
     for key, value in state.items():
@@ -345,7 +345,7 @@ def save_weights(path, model, about: dict) -> None:
             raise ValueError(f"{key} holds values that are not finite in fp16; {path} was left as it is")
     state["lm_head.weight"] = state["model.embed_tokens.weight"]  # stored once
     write_safely(path, lambda file: torch.save(state, file))
-    write_json(Path(path).with_suffix(".json"), about)
+    write_json(Path(path).with_suffix(".json"), sidecar)
 
 
 STAGES = {0: "pretrain_vlm", 1: "sft_vlm", 2: "sft_vlm_multi"}

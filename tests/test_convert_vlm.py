@@ -27,7 +27,7 @@ from model.build import build_model
 from model.model_minimind import MiniMindForCausalLM
 from model.processing import encode_chat
 from model.processor import MiniMindVProcessor
-from model.weights import describe, read_sidecar, save_weights, tokenizer_hash, weights_name
+from model.weights import make_sidecar, read_sidecar, save_weights, tokenizer_hash, weights_name
 from scripts.convert_vlm import __main__ as convert_vlm
 from scripts.convert_vlm import check_export
 from tests.conftest import lively
@@ -52,7 +52,7 @@ def save(flags, tmp_path):
         with torch.no_grad():
             model.model.norm.weight *= 6  # logits of some tens
         path = tmp_path / "trained" / weights_name("sft_vlm", model.config)
-        save_weights(path, model, describe(model, origin, stage="sft_vlm", step=7, data=["/home/me/rows.jsonl"]))
+        save_weights(path, model, make_sidecar(model, origin, stage="sft_vlm", step=7, data=["/home/me/rows.jsonl"]))
         return path
 
     return make

@@ -14,7 +14,7 @@ from model.build import Origin
 from model.export import write_transformers
 from model.llava import write_llava
 from model.model_vlm import MiniMindVLM
-from model.weights import describe
+from model.weights import make_sidecar
 from tests.conftest import COLOURS, small_config
 
 pytestmark = pytest.mark.slow
@@ -42,7 +42,7 @@ def export(tokenizer, tokenizer_folder, clip_folder, tmp_path, monkeypatch):
         model = MiniMindVLM(small_config(clip_folder, vocab_size=len(tokenizer)), clip_folder)
         origin = Origin(str(tokenizer_folder), str(clip_folder), model.vision_encoder)
         (tmp_path / "made").mkdir()
-        write(tmp_path / "made", model, tokenizer, tokenizer_folder, describe(model, origin))
+        write(tmp_path / "made", model, tokenizer, tokenizer_folder, make_sidecar(model, origin))
         trust = {"trust_remote_code": write is write_transformers}
         model = AutoModelForImageTextToText.from_pretrained("made", dtype=torch.float32, **trust)
         return model, AutoProcessor.from_pretrained("made", **trust)

@@ -29,7 +29,7 @@ from inference.page import TEXT, serve, show_as_text
 from model.build import Origin
 from model.model_vlm import MiniMindVLM
 from model.processing import ImageProcessor
-from model.weights import describe, save_weights
+from model.weights import make_sidecar, save_weights
 from tests.conftest import lively, small_config, turn
 
 LIMITS = [
@@ -62,7 +62,7 @@ def out(tmp_path_factory, clip_folder, tokenizer_folder, tokenizer):
         config = small_config(clip_folder, vocab_size=len(tokenizer), max_position_embeddings=8192)
         model = lively(MiniMindVLM(config, clip_folder), seed)
         origin = Origin(str(tokenizer_folder), str(clip_folder), model.vision_encoder)
-        save_weights(path, model, describe(model, origin))
+        save_weights(path, model, make_sidecar(model, origin))
         os.utime(path, (1e9 - seed, 1e9 - seed))
     model = load_model(out / "sft_vlm_64.pth", flags(out))[0]
     model.save_pretrained(out / "export")

@@ -24,9 +24,9 @@ from model.build import build_model, load_weights, upcycle
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.weights import (
-    describe,
     find_weights,
     known_names,
+    make_sidecar,
     read_sidecar,
     read_weights,
     refuse_other_architecture,
@@ -57,7 +57,7 @@ def save(args, stage="sft_vlm", **config) -> tuple[Path, MiniMindVLM]:
         setattr(args, key, value)
     model, _, origin = build_model(args, None)
     path = Path(args.out_dir) / weights_name(stage, model.config)
-    save_weights(path, model, describe(model, origin, step=7))
+    save_weights(path, model, make_sidecar(model, origin, step=7))
     return path, model
 
 
@@ -291,7 +291,7 @@ def test_the_json_tells_what_shapes_cannot(args, bare):
     model, _, origin = build_model(args, None)
     model = MiniMindVLM(VLMConfig(**model.config.to_dict() | {"rope_theta": 5e5}), args.vision_model_path)
     path = Path(args.out_dir) / "sft_vlm_64.pth"
-    save_weights(path, model, describe(model, origin))
+    save_weights(path, model, make_sidecar(model, origin))
     loaded, _, _ = build_model(bare, path)
     assert (loaded.config.num_attention_heads, loaded.config.num_key_value_heads) == (4, 1)
     assert loaded.config.rope_theta == 5e5
@@ -793,7 +793,7 @@ def test_a_dense_file_with_use_moe_becomes_experts_that_are_saved_and_loaded_as_
 
     moe_path = path.with_name(weights_name("sft_vlm", experts.config))
     assert moe_path.name == "sft_vlm_64_moe.pth"
-    save_weights(moe_path, experts, describe(experts, origin))
+    save_weights(moe_path, experts, make_sidecar(experts, origin))
     for asked in (False, True):  # with or without the flag: the file says what it is
         bare.use_moe = asked
         again, _, origin = build_model(bare, moe_path)
@@ -823,7 +823,7 @@ def test_a_language_model_of_text_becomes_experts_that_see(args, bare, json_ther
     model, _, origin = build_model(train_llm.parse_args(flags), None, sees=False)
     assert type(model) is MiniMindForCausalLM and origin.note == "started from nothing"
     path = Path(args.out_dir) / "llm_64.pth"
-    save_weights(path, model, describe(model, origin))
+    save_weights(path, model, make_sidecar(model, origin))
     if not json_there:
         path.with_suffix(".json").unlink()
     bare.use_moe = True

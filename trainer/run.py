@@ -27,7 +27,7 @@ from dataset.lm_dataset import VLMDataset
 from dataset.streaming import Stream
 from model.build import Origin
 from model.model_vlm import MiniMindVLM
-from model.weights import describe, refuse_other_architecture, weights_name
+from model.weights import make_sidecar, refuse_other_architecture, weights_name
 from trainer.acceleration import cast_frozen, choose_attention, compile_layers
 from trainer.advice import report_end, report_start
 from trainer.checkpoint import Checkpoint, State
@@ -167,7 +167,7 @@ def open_checkpoint(path: Path, args, stage: str, origin: Origin, model, data) -
         say(damaged)
     settings = {key: getattr(args, key) for key in SETTINGS if hasattr(args, key)}
     paths = list(map(str, args.data_path))
-    metadata = describe(model, origin, stage=stage, data=paths, seed=args.seed, settings=settings)
+    metadata = make_sidecar(model, origin, stage=stage, data=paths, seed=args.seed, settings=settings)
     metadata["prompts"] = origin.prompts  # until rows have better ones
     return Checkpoint(path, args, metadata, data.rows if isinstance(data, Stream) else len(data))
 

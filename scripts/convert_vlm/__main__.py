@@ -42,7 +42,7 @@ from model.flags import add_parts_arguments
 from model.llava import unpacked, write_llava
 from model.processing import IMAGE_TAG, encode_chat
 from model.rgb import to_rgb
-from model.weights import ABOUT, bare_name, describe
+from model.weights import SIDECAR, bare_name, make_sidecar
 from scripts.convert_vlm.check_export import QUESTIONS
 
 WRITE = {"llava": write_llava, "transformers": write_transformers, "pth": write_pth}
@@ -78,11 +78,11 @@ def parse_args(argv=None):
 
 def about_of(weights: Path, model, origin, to: str, output: Path) -> dict:
     """The JSON for what is made: that of the weights, which may have none, without the folders of this machine."""
-    path = weights / ABOUT if weights.is_dir() else weights.with_suffix(".json")
+    path = weights / SIDECAR if weights.is_dir() else weights.with_suffix(".json")
     known = read_json(path) if path.is_file() else {"command": None}
     # "/home/me/data/train.jsonl" → "train.jsonl", but hf://owner/name and ./out/train.jsonl stay
     known = json.loads(re.sub(r"(?<![\w:/.])~?/(?:[^/\s\"]+/)+", "", json.dumps(known)))
-    found = describe(model, origin)
+    found = make_sidecar(model, origin)
     for key, own in (("tokenizer", output), ("vision_model", output / "vision_encoder")):
         path = {"path": str(own)} if to == "pth" else {}
         known[key] = path | {"sha256": found[key]["sha256"]}
@@ -238,7 +238,7 @@ def convert(args, weights: Path, output: Path, temporary: Path) -> None:
         about = about_of(weights, model.eval(), origin, args.to, output)
         WRITE[args.to](made, model, tokenizer, origin.tokenizer_path, about)
     if args.to != "pth":
-        write_json(made / ABOUT, about)
+        write_json(made / SIDECAR, about)
         prompts = dict.fromkeys([*prompts_of(weights, "en"), *prompts_of(weights, "zh")])
         card = model_card(args.to, args.push or output.name, model, about, [*prompts])
         (made / "README.md").write_text(card, encoding="utf-8")
