@@ -95,12 +95,12 @@ def main(argv=None):
     # Only now, so that --help and a mistyped flag need not wait for PyTorch.
     from common.devices import pick_device
     from inference.asking import ask_about_pictures
-    from inference.models import load
+    from inference.models import load_model
     from model.int8 import to_int8
 
     device = pick_device(args.device)
     with redirect_stdout(sys.stderr) if args.json else nullcontext():
-        model, tokenizer, weights = load(args)
+        model, tokenizer, weights = load_model(args)
     model.to(device)
     if args.int8:
         to_int8(model)

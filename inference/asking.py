@@ -1,4 +1,4 @@
-"""eval_vlm.py's questions about pictures: which are asked about which, and how answers are shown."""
+"""eval_vlm.py's questions about pictures: which are asked about which, and how answers are line."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import TextStreamer
 
-from inference.generate import generate, question
+from inference.generate import generate, user_turn
 from inference.models import pictures_first, prompts_of
 from inference.pictures import open_image, pictures_in
 from model.processing import IMAGE_TAG
@@ -39,12 +39,12 @@ def pictures_to_ask(args) -> list[list]:
         return [args.image]
     default = "dataset/eval_images_multi" if args.use_multi == 2 else "dataset/eval_images"
     folder = Path(args.image_dir or default)
-    found, others = pictures_in(folder, "*")
+    paths, others = pictures_in(folder, "*")
     if others:
         print(f"{folder}: {others} files are no pictures and are left out", file=sys.stderr)
-    if not found:
+    if not paths:
         raise FileNotFoundError(f"no pictures in {folder}. Name one with --image, or another folder with --image_dir")
-    return [found] if args.use_multi == 2 else [[path] for path in found]
+    return [paths] if args.use_multi == 2 else [[path] for path in paths]
 
 
 def ask_about_pictures(model, tokenizer, args, weights: Path) -> None:
@@ -54,16 +54,16 @@ def ask_about_pictures(model, tokenizer, args, weights: Path) -> None:
     figures = 0
     for paths in pictures_to_ask(args):
         names = [str(path) for path in paths]
-        about = {"picture": names[0] if len(names) == 1 else names}
+        line = {"picture": names[0] if len(names) == 1 else names}
         try:
             images = [open_image(path, model.processor, "--image" if args.image else "--image_dir") for path in paths]
         except (OSError, ValueError) as error:
             if args.image or args.use_multi == 2:
                 raise
-            print(json.dumps(about | {"error": str(error)}, ensure_ascii=False) if args.json else f"\n{error}")
+            print(json.dumps(line | {"error": str(error)}, ensure_ascii=False) if args.json else f"\n{error}")
             continue
         for prompt in prompts:
-            text = question(prompt, len(paths), first, flag)
+            text = user_turn(prompt, len(paths), first, flag)
             streamer = None
             if not args.json:
                 streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -74,7 +74,7 @@ def ask_about_pictures(model, tokenizer, args, weights: Path) -> None:
             if args.json:
                 answer = tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
                 cost = {"seconds": round(time.perf_counter() - began, 3), "tokens": ids.shape[1] - start}
-                print(json.dumps(about | {"prompt": prompt, "answer": answer} | cost, ensure_ascii=False), flush=True)
+                print(json.dumps(line | {"prompt": prompt, "answer": answer} | cost, ensure_ascii=False), flush=True)
             if args.show_attention:
                 from inference.attention import draw_attention
 

@@ -23,7 +23,7 @@ COLUMNS = 6
 
 
 @torch.no_grad()
-def looked(model, ids, start: int, pixels):
+def attention_to_pictures(model, ids, start: int, pixels):
     """How much each token of the answer looked at each patch: float (A, N, P), mean over layers and heads.
 
     ids: int64 (1, T), question and answer; start: where in them the answer begins; pixels: uint8 (N, 3, H, W).
@@ -66,14 +66,14 @@ def fonts(text: str) -> list[str]:
 
     names = ["DejaVu Sans"]
     if re.search("[\u3000-\u9fff\uff00-\uffef]", text):
-        found = sorted(path for path in font_manager.findSystemFonts() if CHINESE.search(Path(path).name))
-        found.sort(key=lambda path: "Regular" not in path)
-        if found:
-            font_manager.fontManager.addfont(found[0])
-            names.append(font_manager.get_font(found[0]).family_name)
+        paths = sorted(path for path in font_manager.findSystemFonts() if CHINESE.search(Path(path).name))
+        paths.sort(key=lambda path: "Regular" not in path)
+        if paths:
+            font_manager.fontManager.addfont(paths[0])
+            names.append(font_manager.get_font(paths[0]).family_name)
         else:
-            told = "no font with Chinese characters here: install one (apt install fonts-noto-cjk), or write FILE.svg"
-            print(told, file=sys.stderr)
+            advice = "no font with Chinese characters here: install one (apt install fonts-noto-cjk), or write FILE.svg"
+            print(advice, file=sys.stderr)
     return names
 
 
@@ -97,7 +97,7 @@ def draw_attention(path: Path, model, tokenizer, ids, start: int, pixels, images
 
     answer = ids[0, start:].tolist()
     words = words_of(tokenizer, answer)
-    heat = looked(model, ids, start, pixels)  # (A, N, P)
+    heat = attention_to_pictures(model, ids, start, pixels)  # (A, N, P)
     g, N = round(heat.shape[-1] ** 0.5), len(images)
     heats = [heat[places].mean(dim=0) for _, places in words]  # (N, P) each
     brightest = max((float(each.max()) for each in heats), default=1.0)

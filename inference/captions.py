@@ -17,7 +17,7 @@ from tqdm import tqdm
 from common.devices import pick_dtype
 from common.lock import only_one
 from inference.asking import prompts_to_ask
-from inference.generate import answer_batches, collate_prompts, question
+from inference.generate import answer_batches, collate_prompts, user_turn
 from inference.models import pictures_first
 from inference.pictures import open_image, pictures_in
 from model.processing import encode_chat
@@ -26,15 +26,15 @@ from trainer.loader import ignore_interrupt
 BEGIN = b'{"image": "'  # of every line, by which a half-written one is known
 
 
-def find_pictures(folder: Path) -> tuple[list[str], int]:
+def list_pictures(folder: Path) -> tuple[list[str], int]:
     """The pictures of a folder and those below it: names relative to it, with / on every system, sorted; how many other
     files there are."""
     if not folder.is_dir():
         raise FileNotFoundError(f"--image_dir {folder}: no such folder")
-    found, others = pictures_in(folder, "**/*")
-    if not found:
+    paths, others = pictures_in(folder, "**/*")
+    if not paths:
         raise FileNotFoundError(f"--image_dir {folder}: no pictures there, {others} other files")
-    return sorted(path.relative_to(folder).as_posix() for path in found), others
+    return sorted(path.relative_to(folder).as_posix() for path in paths), others
 
 
 def is_json(line: bytes) -> bool:
@@ -44,7 +44,7 @@ def is_json(line: bytes) -> bool:
     return False
 
 
-def read_captions(path: Path) -> tuple[set[tuple[str, str]], set[str]]:
+def read_answers(path: Path) -> tuple[set[tuple[str, str]], set[str]]:
     """What an earlier run wrote: (image, prompt) of the answers, and the broken images. Cuts off a half-written last
     line. Raises ValueError for a file of something else, which is left as it is."""
     if path.is_dir():
@@ -62,8 +62,8 @@ def read_captions(path: Path) -> tuple[set[tuple[str, str]], set[str]]:
             else:
                 answered.add((row["image"], row["prompt"]))
         except (ValueError, TypeError, KeyError):
-            told = f"--captions {path}:{number} is no line of captions, so nothing was changed. Name another file"
-            raise ValueError(told) from None
+            message = f"--captions {path}:{number} is no line of captions, so nothing was changed. Name another file"
+            raise ValueError(message) from None
     if last:
         with path.open("r+b") as file:
             end = file.seek(0, os.SEEK_END)
@@ -74,7 +74,7 @@ def read_captions(path: Path) -> tuple[set[tuple[str, str]], set[str]]:
     return answered, broken
 
 
-class Pictures(Dataset):
+class PictureQuestions(Dataset):
     """Questions about pictures, as `collate_prompts` takes them."""
 
     def __init__(self, folder: Path, asked: list[tuple[str, str]], ids: dict[str, list[int]], processor):
@@ -96,10 +96,10 @@ class Pictures(Dataset):
 def write_captions(model, tokenizer, args, weights: Path, device) -> Path:
     """Asks every prompt about every picture of args.image_dir, greedily, and appends the answers to args.captions."""
     folder, path = Path(args.image_dir or "dataset/eval_images"), Path(args.captions)
-    (names, others), (prompts, flag) = find_pictures(folder), prompts_to_ask(args, weights)
+    (names, others), (prompts, flag) = list_pictures(folder), prompts_to_ask(args, weights)
     ids = {}
     for prompt in prompts:
-        chat = [{"role": "user", "content": question(prompt, 1, pictures_first(weights), flag)}]
+        chat = [{"role": "user", "content": user_turn(prompt, 1, pictures_first(weights), flag)}]
         [(ids[prompt], _, _)] = encode_chat(tokenizer, chat, model.config.image_special_token)
     with only_one(path, "--captions"):
         append_captions(model, tokenizer, args, device, folder, path, names, ids)
@@ -110,11 +110,11 @@ def write_captions(model, tokenizer, args, weights: Path, device) -> Path:
 
 def append_captions(model, tokenizer, args, device, folder: Path, path: Path, names: list[str], ids: dict) -> None:
     """names: of the pictures; ids: the tokens of each prompt."""
-    answered, broken = read_captions(path)
+    answered, broken = read_answers(path)
     wanted = [(name, prompt) for name in names for prompt in ids]
     asked = [pair for pair in wanted if pair not in answered and pair[0] not in broken]
     loader = DataLoader(
-        Pictures(folder, asked, ids, model.processor),
+        PictureQuestions(folder, asked, ids, model.processor),
         batch_size=args.batch_size,
         collate_fn=partial(collate_prompts, pad_token_id=tokenizer.pad_token_id),
         num_workers=args.num_workers,

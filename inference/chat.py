@@ -14,8 +14,8 @@ from PIL import Image
 from transformers import StoppingCriteria, TextIteratorStreamer
 
 from common.devices import pick_device
-from inference.generate import ask, question
-from inference.models import load
+from inference.generate import ask, user_turn
+from inference.models import load_model
 from model.processing import IMAGE_TAG, ImageProcessor, TooManyPixels, encode_chat
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
@@ -23,11 +23,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 # ---------------------------------------------------------------------------- models
 
 
-def load_model(weights: Path, args):
+def load_for_page(weights: Path, args):
     """Model on its device and tokenizer."""
     flags = {"load": int(weights.is_dir()), "weights": str(weights)}
     flags |= {"hidden_size": None, "use_moe": False}  # they chose the weights to start with, these may be others
-    model, tokenizer, _ = load(argparse.Namespace(**vars(args) | flags))
+    model, tokenizer, _ = load_model(argparse.Namespace(**vars(args) | flags))
     return model.to(pick_device(args.device)), tokenizer
 
 
@@ -100,18 +100,18 @@ def check_question(text: str, pictures: list, args) -> None:
 
 
 def chat_of(turns: list, first: bool) -> list[dict]:
-    """The turns as `encode_chat` takes them; the last one may wait for its answer. first: see `question`."""
+    """The turns as `encode_chat` takes them; the last one may wait for its answer. first: see `user_turn`."""
     chat = []
     for text, files, answer in turns:
-        chat.append({"role": "user", "content": question(text, len(files), first)})
+        chat.append({"role": "user", "content": user_turn(text, len(files), first)})
         chat += [{"role": "assistant", "content": answer}] if answer else []
     return chat
 
 
-def fit(turns: list, tokenizer, placeholders: str, args, first: bool = False) -> list:
+def truncate(turns: list, tokenizer, placeholders: str, args, first: bool = False) -> list:
     """The last turns that fit into --max_seq_len tokens, and hold at most four questions' worth of pictures."""
 
-    def size(turn):
+    def tokens_in(turn):
         text, files, answer = turn
         check_question(text, files, args)  # earlier ones too: a page that was tampered with sends any history
         if len(answer) > 64 * args.max_new_tokens:  # characters, far more than so many tokens can be: likewise
@@ -125,7 +125,7 @@ def fit(turns: list, tokenizer, placeholders: str, args, first: bool = False) ->
 
     kept, tokens, pictures = [], 0, 0
     for turn in reversed(turns):
-        tokens, pictures = tokens + size(turn), pictures + len(turn[1])
+        tokens, pictures = tokens + tokens_in(turn), pictures + len(turn[1])
         if tokens > args.max_seq_len or pictures > 4 * args.max_pictures:
             break
         kept.insert(0, turn)
@@ -139,7 +139,7 @@ class Stop(StoppingCriteria):
 
     def __init__(self, seconds: float):
         self.start, self.seconds, self.tokens = time.monotonic(), seconds, 0
-        self.told, self.late = threading.Event(), False
+        self.stopped, self.late = threading.Event(), False
 
     def took(self) -> float:
         return time.monotonic() - self.start
@@ -147,7 +147,7 @@ class Stop(StoppingCriteria):
     def __call__(self, input_ids, scores, **kwargs):
         self.tokens += 1
         self.late = self.took() > self.seconds
-        return torch.full(input_ids.shape[:1], self.late or self.told.is_set(), device=input_ids.device)
+        return torch.full(input_ids.shape[:1], self.late or self.stopped.is_set(), device=input_ids.device)
 
 
 def stream(model, tokenizer, chat: list[dict], pictures: list, args, stop: Stop):
@@ -171,7 +171,7 @@ def stream(model, tokenizer, chat: list[dict], pictures: list, args, stop: Stop)
             if streamer.text_queue.empty():  # the page may be slower than the model: it gets the latest
                 yield answer.strip()
     finally:
-        stop.told.set()
+        stop.stopped.set()
         thread.join()
     if failures:
         raise failures[0]

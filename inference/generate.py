@@ -44,7 +44,7 @@ def ask(model, tokenizer, conversations: list[dict], images: list, args, streame
     return tokenizer.decode(out[0, start:], skip_special_tokens=True).strip()
 
 
-def question(prompt: str, pictures: int, first: bool = False, flag: str = "--prompt") -> str:
+def user_turn(prompt: str, pictures: int, first: bool = False, flag: str = "--prompt") -> str:
     """The user's turn, the same for eval_vlm.py, --chat, --captions and the web page: an <image> tag for each picture.
 
     Where the text has none, they stand where the data had them. first: one picture comes before the text, as most rows

@@ -33,8 +33,8 @@ def list_models(out_dir) -> list[Path]:
     """Weights that can be asked and exported folders, in `out_dir` and the folders in it, the newest first."""
     below = [path for pattern in ("*", "*/*") for path in Path(out_dir).glob(pattern)]
     name = re.compile(rf"({'|'.join(STAGES.values())})_\d+(_moe)?\.pth")
-    found = [path for path in below if name.fullmatch(path.name) or export_of(path)]
-    return sorted(found, key=lambda path: (-path.stat().st_mtime, path))
+    paths = [path for path in below if name.fullmatch(path.name) or export_of(path)]
+    return sorted(paths, key=lambda path: (-path.stat().st_mtime, path))
 
 
 def find_models(args) -> list[Path]:
@@ -54,30 +54,30 @@ def find_models(args) -> list[Path]:
     there = list_models(args.out_dir)
     if args.load == 1:
         wanted = "Transformers folder"
-        found = [path] if export_of(path) else [path for path in there if path.is_dir()]
+        paths = [path] if export_of(path) else [path for path in there if path.is_dir()]
     else:
         width, moe = args.hidden_size or r"\d+", "_moe" if args.use_moe else "(_moe)?"
         wanted = f"{name}_{args.hidden_size or '*'}{'_moe' * args.use_moe}.pth"
-        found = [path for path in there if re.fullmatch(rf"{name}_{width}{moe}\.pth", path.name)]
+        paths = [path for path in there if re.fullmatch(rf"{name}_{width}{moe}\.pth", path.name)]
     where = f"no {wanted} in {Path(args.out_dir)} and the folders in it"
-    if not found and there:
+    if not paths and there:
         raise FileNotFoundError(f"{where}. Name another one, as in\n--weights {there[0]}")
-    if not found:
+    if not paths:
         commands = "python -m scripts.quickstart; or python -m scripts.download --what clip vlm"
         raise FileNotFoundError(f"{where}. Make or fetch one:\n{commands}")
-    return found
+    return paths
 
 
 def choose_model(args) -> Path:
     """The first of `find_models`; says how to choose another one."""
-    found = find_models(args)
-    if len(found) > 1:
-        print(f"the newest of {len(found)} that fit; to choose another: --weights {found[1]}")
-    return found[0]
+    paths = find_models(args)
+    if len(paths) > 1:
+        print(f"the newest of {len(paths)} that fit; to choose another: --weights {paths[1]}")
+    return paths[0]
 
 
-def load(args):
-    """Model on its device in eval mode, tokenizer, path of the weights."""
+def load_model(args):
+    """Model in eval mode, its tokenizer, path of the weights."""
     path = choose_model(args)
     with unpacked(path) as source:
         model, tokenizer, origin = build_model(args, source)

@@ -18,7 +18,7 @@ from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from inference.chat import Stop, UserError, chat_of, fit, load_model, open_picture, paths_of, stream, turns_of
+from inference.chat import Stop, UserError, chat_of, load_for_page, open_picture, paths_of, stream, truncate, turns_of
 from inference.models import find_models, list_models, needs_picture, pictures_first, prompts_of
 
 MOST_LOADED = 2  # models in memory
@@ -152,17 +152,17 @@ def build_page(args, models: list[Path]) -> gr.Blocks:
     lock, loaded = threading.Lock(), {}  # {path: (model, tokenizer)}, the one used last at the end
 
     def get_model(path):
-        found = loaded.pop(path, None)
-        if not found:
+        pair = loaded.pop(path, None)
+        if not pair:
             while len(loaded) >= MOST_LOADED:  # let go before the next one takes as much
                 del loaded[next(iter(loaded))]
-            found = load_model(Path(path), args)
-        loaded[path] = found
-        return found
+            pair = load_for_page(Path(path), args)
+        loaded[path] = pair
+        return pair
 
     get_model(str(models[0]))  # a mistake is told before the page is there
 
-    def answer(message, history, weights, temperature, top_p, max_new_tokens, language, say):
+    def respond(message, history, weights, temperature, top_p, max_new_tokens, language, phrase):
         turns = [*turns_of(history), (message["text"].strip(), paths_of(message["files"]), "")]
         if not turns[-1][0] and not turns[-1][1]:
             raise UserError("empty")
@@ -170,47 +170,47 @@ def build_page(args, models: list[Path]) -> gr.Blocks:
         turns = [(text or prompts_of(path, language, len(files) > 1)[0], files, said) for text, files, said in turns]
         model, tokenizer = get_model(weights)
         first = pictures_first(path)
-        kept = fit(turns, tokenizer, model.config.image_special_token, args, first)
+        kept = truncate(turns, tokenizer, model.config.image_special_token, args, first)
         stop = Stop(args.max_seconds)
         paths = [file for _, files, _ in kept for file in files]
         pictures = [model.processor.resize(open_picture(file, model.processor, args.max_pixels)) for file in paths]
         shown = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
         shown = [{"path": save_pil_to_cache(picture, get_upload_folder(), format="png")} for picture in shown]
         earlier = len(paths) - len(kept[-1][1])
-        title = say("seen", n=len(paths)) + (say("earlier", n=earlier) if earlier else "")
+        title = phrase("seen", n=len(paths)) + (phrase("earlier", n=earlier) if earlier else "")
         if not paths and needs_picture(path):
-            title = say("unseen")
-        about = [weights, *([say("forgotten", n=len(turns) - len(kept))] if len(kept) < len(turns) else [])]
+            title = phrase("unseen")
+        lines = [weights, *([phrase("forgotten", n=len(turns) - len(kept))] if len(kept) < len(turns) else [])]
         flags = {"temperature": float(temperature), "greedy": not temperature, "top_p": float(top_p)}
         flags = argparse.Namespace(**vars(args) | flags | {"max_new_tokens": int(max_new_tokens)})
-        note = reply("\n".join(about), "seen", title=title, status="done")
+        note = reply("\n".join(lines), "seen", title=title, status="done")
         seen = [note, *([reply(shown, "seen")] if shown else [])]
         text = ""
         for text in stream(model, tokenizer, chat_of(kept, first), pictures, flags, stop):
             yield [*seen, text]
-        note["metadata"]["title"] += " · " + say("took", tokens=stop.tokens, seconds=stop.took())
+        note["metadata"]["title"] += " · " + phrase("took", tokens=stop.tokens, seconds=stop.took())
         if stop.late:
-            note["metadata"]["title"] += " · " + say("late", seconds=args.max_seconds)
+            note["metadata"]["title"] += " · " + phrase("late", seconds=args.max_seconds)
         yield [*seen, text or reply("…", "seen")]
 
-    def chat(message, history, weights, temperature, top_p, max_new_tokens, request: gr.Request):
+    def on_message(message, history, weights, temperature, top_p, max_new_tokens, request: gr.Request):
         """Ask about pictures: text and files, the model's path, temperature (0: greedy), top-p, longest answer."""
         language = language_of(request)
 
-        def say(key, **values):
+        def phrase(key, **values):
             return TEXT[language][key].format(**values)
 
         try:
             with lock:
-                yield from answer(message, history, weights, temperature, top_p, max_new_tokens, language, say)
+                yield from respond(message, history, weights, temperature, top_p, max_new_tokens, language, phrase)
         except UserError as error:
-            yield reply("⚠️ " + say(error.key, **error.values), "notice")
+            yield reply("⚠️ " + phrase(error.key, **error.values), "notice")
         except Exception as error:
             traceback.print_exc()
             memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
             if memory and torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            yield reply("⚠️ " + say("memory" if memory else "failed"), "notice")
+            yield reply("⚠️ " + phrase("memory" if memory else "failed"), "notice")
 
     tr, slider = gr.I18n(**TEXT), partial(gr.Slider, step=0.05, render=False)
     chatbot = gr.Chatbot(
@@ -239,7 +239,7 @@ def build_page(args, models: list[Path]) -> gr.Blocks:
             slider(1, max(2, args.max_new_tokens), args.max_new_tokens, step=1, label=tr("length")),
         ]
         gr.ChatInterface(
-            chat,
+            on_message,
             multimodal=True,
             chatbot=chatbot,
             textbox=box,
@@ -251,7 +251,7 @@ def build_page(args, models: list[Path]) -> gr.Blocks:
             api_name="chat",
         )
 
-        def questions_of(weights, request: gr.Request):
+        def suggest(weights, request: gr.Request):
             return gr.Dataset(samples=[[prompt] for prompt in prompts_of(Path(weights), language_of(request))])
 
         def add_sample(value, index):
@@ -269,7 +269,7 @@ def build_page(args, models: list[Path]) -> gr.Blocks:
             questions = gr.Dataset(label=tr("questions"), components=["textbox"], samples=[], elem_id="questions")
         samples.click(add_sample, [box, samples], box, **quiet)
         questions.click(add_question, [box, questions], box, **quiet)
-        gr.on([page.load, settings[0].change], questions_of, settings[0], questions, **quiet)
+        gr.on([page.load, settings[0].change], suggest, settings[0], questions, **quiet)
     return page.queue(max_size=args.max_queue)
 
 

@@ -26,15 +26,15 @@ def pictures_in(folder: Path, pattern: str) -> tuple[list[Path], int]:
     """The pictures of a folder, sorted, without what macOS puts beside them; how many other files there are."""
     files = sorted(path for path in folder.glob(pattern) if not path.is_dir() and not path.name.startswith("._"))
     files = [path for path in files if "__MACOSX" not in path.parts]
-    found = [path for path in files if path.suffix.lower() in picture_suffixes()]
-    return found, len(files) - len(found)
+    pictures = [path for path in files if path.suffix.lower() in picture_suffixes()]
+    return pictures, len(files) - len(pictures)
 
 
 # What a picture from the network may take: bytes, seconds, and seconds of silence.
 LARGEST, LONGEST, SILENT = 50 * 10**6, 60, 20
 
 
-def fetch(url: str) -> BytesIO:
+def fetch_picture(url: str) -> BytesIO:
     """What an address holds. Raises ValueError, without the address, for more than LARGEST or LONGEST, or nothing."""
     import requests  # here: only an address needs it
 
@@ -70,7 +70,7 @@ def open_image(path, processor: ImageProcessor, flag: str = "--image") -> Image.
     if not address and not Path(path).is_file():
         raise FileNotFoundError(f"{flag} {path}: no such file")
     try:
-        with processor.open(fetch(path) if address else path) as image:
+        with processor.open(fetch_picture(path) if address else path) as image:
             image.load()
             return image
     except UnidentifiedImageError:

@@ -48,13 +48,13 @@ def exact_match(answer: str, references: list[str]) -> bool:
 def bleu(answers: list[str], references: list[list[str]], zh: bool) -> float:
     """sacreBLEU of a corpus, 0 to 100."""
     most = max(map(len, references))
-    streams = [[own[i] if i < len(own) else None for own in references] for i in range(most)]
+    streams = [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
     return sacrebleu.corpus_bleu(answers, streams, lowercase=True, tokenize="zh" if zh else "13a").score
 
 
 def cider(answers: list[str], references: list[list[str]]) -> float:
     """CIDEr-D of a corpus (Vedantam et al. 2015), on `words`; weights of n-grams from these references."""
-    given = {i: [" ".join(words(reference)) for reference in own] for i, own in enumerate(references)}
+    given = {i: [" ".join(words(reference)) for reference in texts] for i, texts in enumerate(references)}
     score, _ = Cider().compute_score(given, {i: [" ".join(words(answer))] for i, answer in enumerate(answers)})
     return float(score)
 
@@ -86,9 +86,9 @@ def questions_of(data: VLMDataset, captions: dict[str, list[str]]) -> list[Quest
     questions = []
     firsts = range(len(data)) if data.groups is None else data.groups.tolist()
     for row, end in zip(firsts, [*firsts[1:], len(data)]):
-        found = data.row(row)
+        example = data.row(row)
         others = [data.row(other).conversations[-1]["content"] for other in range(row + 1, end)]
-        conversations, images, kind = found.conversations, found.images, found.kind
+        conversations, images, kind = example.conversations, example.images, example.kind
         pieces = encode_chat(data.tokenizer, conversations, data.placeholders)
         answers = [turn["content"] for turn in conversations if turn["role"] == "assistant"]
         kinds = [*map(str, kind), *[""] * len(answers)] if isinstance(kind, list) else [str(kind)] * len(answers)
@@ -120,27 +120,27 @@ class ShuffledPictures(VLMDataset):
         names = {}
         for row in range(len(data)):
             images = data.row(row).images
-            names[self.shown(row, images)] = images
+            names[self.pictures_key(row, images)] = images
         self.other = {}
         for source, count in sorted({(key[0], len(key) - 1) for key in names if len(key) > 1}):
             alike = sorted(key for key in names if key[0] == source and len(key) == count + 1)
             random.Random(seed).shuffle(alike)
-            self.other |= {own: names[other] for own, other in zip(alike, alike[1:] + alike[:1]) if own != other}
+            self.other |= {key: names[other] for key, other in zip(alike, alike[1:] + alike[:1]) if key != other}
         if not self.other:
             raise ValueError(
                 "--data_path has no two different pictures to exchange, which would tell whether\n"
                 "the model looks. Add a row with another picture, or ask about one with --image"
             )
 
-    def shown(self, row: int, images: list[str]) -> tuple:
+    def pictures_key(self, row: int, images: list[str]) -> tuple:
         """The source of a row and what its pictures are, given their names."""
         source = self.locate(row)[0]
         return source, *map(self.sources[source].identity, images)
 
     def row(self, row: int) -> Row:
         """A row as it stands in its file, but for the names of its pictures."""
-        own = super().row(row)
-        return replace(own, images=self.other.get(self.shown(row, own.images), own.images))
+        example = super().row(row)
+        return replace(example, images=self.other.get(self.pictures_key(row, example.images), example.images))
 
 
 # ---------------------------------------------------------------------------- scores
@@ -193,11 +193,11 @@ def answer_all(model, tokenizer, prompts: Prompts, args, device, dtype, title: s
     return answers
 
 
-def figures(questions: list[Question], answers: list[str]) -> dict:
+def compute_metrics(questions: list[Question], answers: list[str]) -> dict:
     """Exact match (0 to 1), and for captions BLEU (0 to 100) and CIDEr, of one language."""
     references = [question.references for question in questions]
     scores = {"exact_match": sum(map(exact_match, answers, references)) / len(answers)}
-    if sum(len(words(own[0])) for own in references) / len(references) >= CAPTION:
+    if sum(len(words(texts[0])) for texts in references) / len(references) >= CAPTION:
         scores["bleu"] = bleu(answers, references, questions[0].language == "zh")
         scores["cider"] = cider(answers, references)
     return scores
@@ -211,19 +211,19 @@ def by_kind(answers: list[dict]) -> dict:
         if answer["kind"]:
             groups.setdefault(answer["kind"], {}).setdefault(answer["language"], []).append(answer)
 
-    def shares(found):
-        right, shuffled = (sum(answer[key] for answer in found) for key in ("right", "right_shuffled"))
-        return {"questions": len(found), "true": right / len(found), "shuffled": shuffled / len(found)}
+    def share_right(group):
+        right, shuffled = (sum(answer[key] for answer in group) for key in ("right", "right_shuffled"))
+        return {"questions": len(group), "true": right / len(group), "shuffled": shuffled / len(group)}
 
     return {
-        kind: {key: shares(found) for key, found in sorted(languages.items())}
+        kind: {key: share_right(group) for key, group in sorted(languages.items())}
         for kind, languages in sorted(groups.items())
     }
 
 
 def score(model, tokenizer, data: VLMDataset, captions, args, device, dtype) -> dict:
-    """{"true": {"en": {...}, "zh": {...}}, "shuffled": ..., "by_kind": ..., "answers": [...]}; see `figures`, "loss"
-    (nats; not with args.no_loss) and `by_kind`.
+    """{"true": {"en": {...}, "zh": {...}}, "shuffled": ..., "by_kind": ..., "answers": [...]}; see `by_kind`, and
+    `compute_metrics`, to which "loss" comes (nats; not with args.no_loss).
 
     captions: {name of a picture: further references}.
     """
@@ -231,17 +231,17 @@ def score(model, tokenizer, data: VLMDataset, captions, args, device, dtype) -> 
     by_language = {}
     for i, question in enumerate(questions):
         by_language.setdefault(question.language, []).append(i)
-    result = {"questions": {key: len(found) for key, found in by_language.items()}}
+    result = {"questions": {key: len(numbers) for key, numbers in by_language.items()}}
     asked = {"true": Prompts(questions, data), "shuffled": Prompts(questions, ShuffledPictures(data, args.seed))}
     given = {}
     for which, prompts in asked.items():
         given[which] = answer_all(model, tokenizer, prompts, args, device, dtype, f"{which} pictures")
         result[which] = {}
-        for key, found in sorted(by_language.items()):
-            result[which][key] = figures([questions[i] for i in found], [given[which][i] for i in found])
+        for key, numbers in sorted(by_language.items()):
+            result[which][key] = compute_metrics([questions[i] for i in numbers], [given[which][i] for i in numbers])
             if args.no_loss:
                 continue
-            chosen = sorted({questions[i].row for i in found})
+            chosen = sorted({questions[i].row for i in numbers})
             loader = DataLoader(
                 Subset(prompts.rows, chosen),
                 batch_sampler=StepSampler(data.lengths[chosen], args.batch_size, shuffle=False),
@@ -268,12 +268,12 @@ def score(model, tokenizer, data: VLMDataset, captions, args, device, dtype) -> 
     return result | {"by_kind": by_kind(answers), "answers": answers}
 
 
-def table(result: dict) -> str:
-    """The figures of `score` for a terminal."""
+def scores_table(result: dict) -> str:
+    """What `score` returns, for a terminal."""
     titles = {"exact_match": "exact match", "bleu": "BLEU", "cider": "CIDEr", "loss": "loss per answer token"}
     lines = [f"{'':34}{'true pictures':>15}{'shuffled':>12}"]
-    for key, found in result["true"].items():
-        for metric, value in found.items():
+    for key, metrics in result["true"].items():
+        for metric, value in metrics.items():
             other = result["shuffled"][key][metric]
             show = "{:.1%}" if metric == "exact_match" else "{:.1f}" if metric == "bleu" else "{:.3f}"
             label = f"{key} ({result['questions'][key]:,}): {titles[metric]}"
@@ -285,14 +285,14 @@ def table(result: dict) -> str:
 
 def kinds_table(kinds: dict) -> list[str]:
     """Exact match by kind of question, a column for each language, first with the true pictures, then shuffled."""
-    languages = sorted({key for found in kinds.values() for key in found})
+    languages = sorted({key for cells in kinds.values() for key in cells})
     lines = [f"{'exact match':14}{'questions':>10}" + "".join(f"{key:>9}" for key in languages)]
     lines[0] += "".join(f"{'shuffled ' + key:>14}" for key in languages)
-    for kind, found in kinds.items():
-        line = f"{kind:14}{sum(cell['questions'] for cell in found.values()):>10,}"
+    for kind, cells in kinds.items():
+        line = f"{kind:14}{sum(cell['questions'] for cell in cells.values()):>10,}"
         for which, width in (("true", 9), ("shuffled", 14)):
-            cells = [f"{found[key][which]:.1%}" if key in found else "-" for key in languages]
-            line += "".join(f"{cell:>{width}}" for cell in cells)
+            shares = [f"{cells[key][which]:.1%}" if key in cells else "-" for key in languages]
+            line += "".join(f"{share:>{width}}" for share in shares)
         lines.append(line)
     return lines
 
@@ -330,14 +330,14 @@ def score_rows(model, tokenizer, args, weights: Path, device) -> dict:
     # Now, rather than after an hour of answers, is the time to learn that it cannot be written. Earlier scores stay.
     write_json(output, read_json(output) if output.is_file() else {})
     result = score(model, tokenizer, data, captions, args, device, pick_dtype(args.dtype, device))
-    about = {
+    run = {
         "weights": str(weights),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "device": str(device),
         "parameters": count_parameters(model),
     }
-    result = about | result
-    print(table(result))
+    result = run | result
+    print(scores_table(result))
     write_json(output, result)
     print(f"written, with every answer: {output}")
     return result

@@ -11,7 +11,7 @@ import torch
 from transformers import TextStreamer
 
 from common.cli import is_user_error
-from inference.generate import generate, question
+from inference.generate import generate, user_turn
 from inference.models import needs_picture, pictures_first
 from inference.pictures import open_image
 
@@ -38,11 +38,11 @@ class Listened(TextStreamer):
 def complete(text: str, state: int) -> str | None:
     """Tab: the commands and files that begin with `text`, one for each `state`, then None."""
     folder, begin = text[: text.rfind("/") + 1], text[text.rfind("/") + 1 :]
-    found = [command for command in COMMANDS if command.startswith(text)]
+    matches = [command for command in COMMANDS if command.startswith(text)]
     with suppress(OSError, RuntimeError):  # no such folder, no such user
         files = sorted(Path(folder or ".").expanduser().iterdir())
-        found += [f"{folder}{file.name}{'/' * file.is_dir()}" for file in files if file.name.startswith(begin)]
-    return found[state] if state < len(found) else None
+        matches += [f"{folder}{file.name}{'/' * file.is_dir()}" for file in files if file.name.startswith(begin)]
+    return matches[state] if state < len(matches) else None
 
 
 @contextmanager
@@ -92,11 +92,11 @@ def chat(model, tokenizer, args, weights: Path) -> None:
                 elif re.fullmatch(r"/\w+", command):
                     print(f"{command} is no command\n{HELP}")
                 elif line:
-                    text = question(line, len(waiting), first, "the question")
+                    text = user_turn(line, len(waiting), first, "the question")
                     if blind and not (shown or waiting):
                         print("(no picture was given, and this model was never trained without one)")
                     asked = [*turns, {"role": "user", "content": text}]
-                    said = answer(model, tokenizer, asked, [*shown, *waiting], args)
+                    said = print_answer(model, tokenizer, asked, [*shown, *waiting], args)
                     if said:  # else it was stopped at once, and the pictures wait for another question
                         turns = [*asked, {"role": "assistant", "content": said}]
                         shown, waiting = [*shown, *waiting], []
@@ -129,7 +129,7 @@ def dropped(name: str) -> str:
     return name
 
 
-def answer(model, tokenizer, turns: list[dict], images: list, args) -> str:
+def print_answer(model, tokenizer, turns: list[dict], images: list, args) -> str:
     """Streams the answer; Ctrl-C stops it, and what was said stands."""
     streamer = Listened(tokenizer)
     try:

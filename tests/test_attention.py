@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import eval_vlm
-from inference.attention import as_seen, looked, spotlight, words_of
+from inference.attention import as_seen, attention_to_pictures, spotlight, words_of
 from model.attention import Attention
 from model.processing import ImageProcessor
 from tests.conftest import lively
@@ -19,7 +19,7 @@ def test_it_is_the_attention_that_the_model_pays_read_off_its_own_softmax(make_v
     ids = torch.tensor([[5, *model.config.image_ids, 6, *model.config.image_ids, 7, 8, 9, 10]])
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     start = ids.shape[1] - 3  # the answer is 8 9 10
-    found = looked(model, ids, start, pixels)
+    found = attention_to_pictures(model, ids, start, pixels)
 
     for layer in model.model.layers:
         layer.self_attn.flash_attn = False

@@ -82,7 +82,7 @@ def test_what_was_interrupted_goes_on_and_gives_the_same_file(caption, monkeypat
         caption.path.write_bytes(cut)
         assert caption(*ASK, "--num_workers", workers) == whole
     written = caption.path.stat().st_mtime_ns
-    monkeypatch.setattr(captions.Pictures, "__getitem__", None)  # nothing is left to ask
+    monkeypatch.setattr(captions.PictureQuestions, "__getitem__", None)  # nothing is left to ask
     assert caption(*ASK) == whole and caption.path.stat().st_mtime_ns == written
 
 

@@ -108,7 +108,7 @@ def test_batches_answer_as_single_questions_do(trained, world, tmp_path):
 
 
 def test_a_transformers_folder_answers_as_the_weights_do(trained, world, tokenizer, tmp_path, capsys):
-    model, _, _ = models.load(eval_vlm.parse_args(trained))
+    model, _, _ = models.load_model(eval_vlm.parse_args(trained))
     model.save_pretrained(tmp_path / "folder")
     tokenizer.save_pretrained(tmp_path / "folder")
     ask = ["--image", str(world / "pictures/green.png"), "--prompt", "What colour is this?", "--greedy"]
@@ -206,11 +206,11 @@ def test_eval_says_which_weights_it_took_and_how_to_choose_others(trained, world
 
 
 def test_every_way_of_asking_puts_the_pictures_in_the_same_place():
-    assert generate.question("What?", 0) == "What?"
-    assert generate.question("What?", 1) == "What?\n<image>"
-    assert generate.question("What?", 1, first=True) == "<image>\nWhat?"
-    assert generate.question("Which?", 2) == "<image>\n<image>\nWhich?"
-    assert generate.question("Is <image> like <image>?", 2) == "Is <image> like <image>?"
+    assert generate.user_turn("What?", 0) == "What?"
+    assert generate.user_turn("What?", 1) == "What?\n<image>"
+    assert generate.user_turn("What?", 1, first=True) == "<image>\nWhat?"
+    assert generate.user_turn("Which?", 2) == "<image>\n<image>\nWhich?"
+    assert generate.user_turn("Is <image> like <image>?", 2) == "Is <image> like <image>?"
 
 
 def test_the_first_question_is_one_that_the_weights_know(trained, world, tmp_path, capsys):
@@ -447,7 +447,7 @@ def test_earlier_scores_stay_until_there_are_new_ones(trained, world, tmp_path, 
 
 def test_a_question_asks_with_the_tokens_of_training(trained, world, tokenizer):
     seen = []
-    model, _, _ = models.load(eval_vlm.parse_args(trained))
+    model, _, _ = models.load_model(eval_vlm.parse_args(trained))
     model.generate = lambda input_ids, **kwargs: seen.append(input_ids) or torch.cat([input_ids, input_ids[:, :1]], 1)
     args = eval_vlm.parse_args([*trained, "--greedy"])
     image = pictures.open_image(world / "pictures/red.png", ImageProcessor())

@@ -9,11 +9,11 @@ from inference.scoring import (
     bleu,
     by_kind,
     cider,
+    compute_metrics,
     exact_match,
-    figures,
     language,
     questions_of,
-    table,
+    scores_table,
     words,
 )
 from model.model_vlm import MiniMindVLM
@@ -88,15 +88,15 @@ def test_shuffling_needs_two_different_pictures(world, tokenizer, clip_folder, t
 def test_captions_get_bleu_and_cider_short_answers_do_not(data):
     questions = questions_of(data, {})
     english = [question for question in questions if question.language == "en"][:6]  # "It is red."
-    scores = figures(english, ["It is red."] * 6)
+    scores = compute_metrics(english, ["It is red."] * 6)
     assert scores == {"exact_match": pytest.approx(1 / 6)}
     for question in english:
         question.references = [f"This is a picture that shows {question.references[0]}"]
-    assert set(figures(english, ["a"] * 6)) == {"exact_match", "bleu", "cider"}
+    assert set(compute_metrics(english, ["a"] * 6)) == {"exact_match", "bleu", "cider"}
 
 
 def test_results_are_json(data):
-    assert json.loads(json.dumps(figures(questions_of(data, {})[:1], ["It is red."]))) == {"exact_match": 1.0}
+    assert json.loads(json.dumps(compute_metrics(questions_of(data, {})[:1], ["It is red."]))) == {"exact_match": 1.0}
 
 
 # ---------------------------------------------------------------------------- by kind of question
@@ -160,9 +160,9 @@ def test_shares_by_kind_and_language_are_those_of_answers_made_by_hand():
 def test_the_table_by_kind_fits_a_terminal_and_is_there_only_if_rows_name_kinds():
     figure = {"en": {"exact_match": 0.5}, "zh": {"exact_match": 1.0}}
     result = {"questions": {"en": 6, "zh": 1}, "true": figure, "shuffled": figure, "by_kind": by_kind(ANSWERS)}
-    lines = table(result).splitlines()
+    lines = scores_table(result).splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[-3].split() == ["exact", "match", "questions", "en", "zh", *("shuffled", "en", "shuffled", "zh")]
     assert lines[-2].split() == ["count", "3", "66.7%", "-", "33.3%", "-"]
     assert lines[-1].split() == ["what", "3", "50.0%", "100.0%", "0.0%", "100.0%"]
-    assert "questions" not in table(result | {"by_kind": {}})
+    assert "questions" not in scores_table(result | {"by_kind": {}})

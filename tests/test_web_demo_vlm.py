@@ -22,7 +22,7 @@ from PIL import Image
 import inference.chat
 import inference.page
 import web_demo_vlm
-from inference.chat import Stop, UserError, fit, load_model, open_picture, turns_of
+from inference.chat import Stop, UserError, load_for_page, open_picture, truncate, turns_of
 from inference.generate import ask
 from inference.models import find_models, list_models
 from inference.page import TEXT, serve, show_as_text
@@ -64,7 +64,7 @@ def out(tmp_path_factory, clip_folder, tokenizer_folder, tokenizer):
         origin = Origin(str(tokenizer_folder), str(clip_folder), model.vision_encoder)
         save_weights(path, model, make_sidecar(model, origin))
         os.utime(path, (1e9 - seed, 1e9 - seed))
-    model = load_model(out / "sft_vlm_64.pth", flags(out))[0]
+    model = load_for_page(out / "sft_vlm_64.pth", flags(out))[0]
     model.save_pretrained(out / "export")
     tokenizer.save_pretrained(out / "export")
     shutil.copytree(clip_folder, out / "export/clip")
@@ -111,7 +111,7 @@ def visitor(address):
 def expected(out):
     """expected(conversation, paths of pictures) → what the model says, asked without any page."""
     args = flags(out)
-    model, tokenizer = load_model(out / "sft_vlm_64.pth", args)
+    model, tokenizer = load_for_page(out / "sft_vlm_64.pth", args)
     args.greedy = True
 
     def answer(chat, pictures, length=40):
@@ -240,7 +240,7 @@ def test_what_no_longer_fits_is_left_out_and_said(out, world):
 
 def test_an_answer_that_looks_like_a_picture_is_left_out_with_those_before_it(out, tokenizer):
     turns = [("One?", [], "1"), ("Two?", [], "@" * 20), ("Three?", [], "3"), ("Four?", [], "")]
-    assert fit(turns, tokenizer, "@" * 16, flags(out)) == turns[2:]
+    assert truncate(turns, tokenizer, "@" * 16, flags(out)) == turns[2:]
 
 
 def test_text_is_shown_as_it_is_and_read_back_as_it_was():
@@ -303,7 +303,7 @@ def test_the_page_and_the_api_together_ask_one_question_at_a_time_and_keep_two_m
 
     def load(path, args):
         before.append(sum(model() is not None for model in models))
-        model, tokenizer = load_model(path, args)
+        model, tokenizer = load_for_page(path, args)
         models.append(weakref.ref(model))
         return model, tokenizer
 
@@ -313,7 +313,7 @@ def test_the_page_and_the_api_together_ask_one_question_at_a_time_and_keep_two_m
             met.append(args)
         yield from inference.chat.stream(*args)
 
-    monkeypatch.setattr(inference.page, "load_model", load)
+    monkeypatch.setattr(inference.page, "load_for_page", load)
     monkeypatch.setattr(inference.page, "stream", watched)
     with serve(flags(out)) as (_, address):
         weights = [str(out / name) for name in ("sft_vlm_64.pth", "below/sft_vlm_64.pth", "export")]
@@ -455,7 +455,7 @@ def wait_until(true, seconds=60):
 
 def assert_ended(stop):
     """Nobody works on an answer any more, long before its 3,000 tokens."""
-    wait_until(stop.told.is_set)
+    wait_until(stop.stopped.is_set)
     wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name.endswith("(work)")])
     assert stop.tokens < 2900
 
