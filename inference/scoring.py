@@ -128,8 +128,8 @@ class ShuffledPictures(VLMDataset):
             self.other |= {key: names[other] for key, other in zip(alike, alike[1:] + alike[:1]) if key != other}
         if not self.other:
             raise ValueError(
-                "--data_path has no two different pictures to exchange, which would tell whether\n"
-                "the model looks. Add a row with another picture, or ask about one with --image"
+                "--data_path has no two different pictures to exchange, to see whether the model looks.\n"
+                "Add a row with another picture, or ask about one with --image"
             )
 
     def pictures_key(self, row: int, images: list[str]) -> tuple:

@@ -215,8 +215,8 @@ def check_tokenizer(tokenizer, folder: str, saved: Pretrained) -> str:
         )
     if expected and expected != sha256:
         raise ValueError(
-            f"{folder} is not the tokenizer of {weights}, which is {known.get('path')}: the same ids mean other words. "
-            "Pass that one with --tokenizer_path"
+            f"{folder} is not the tokenizer of {weights}, which is {known.get('path')}:\n"
+            "the same ids mean other words, so pass that one with --tokenizer_path"
         )
     at, placeholder = tokenizer.convert_tokens_to_ids("@"), saved.config.get("image_ids", [34])[0]
     if not expected and at != placeholder:

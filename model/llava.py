@@ -152,9 +152,7 @@ def write_llava(folder: Path, model, tokenizer, tokenizer_path, sidecar: dict) -
 
     def change(ours):
         if ours.get("normalizer"):
-            raise ValueError(
-                f"--to llava: {tokenizer_path}/tokenizer.json has a normalizer, those of MiniMind have none"
-            )
+            raise ValueError(f"--to llava: {tokenizer_path}/tokenizer.json has a normalizer, MiniMind's have none")
         added = [token | {"normalized": False} for token in ours["added_tokens"]]  # found before HIDE is taken out
         without = {"type": "Replace", "pattern": {"String": HIDE}, "content": ""}
         return ours | {"added_tokens": [*added, image], "normalizer": without}

@@ -194,8 +194,8 @@ def vision_config(folder) -> dict:
     path = Path(folder) / "config.json"
     if not path.exists():
         raise FileNotFoundError(
-            f"--vision_model_path {folder}: no config.json there. Expected a CLIP folder.\n"
-            "For the public one, type: python -m scripts.download --what clip"
+            f"--vision_model_path {folder}: no config.json there, as a CLIP folder has.\n"
+            "For the public one: python -m scripts.download --what clip"
         )
     config = read_json(path)
     vision = config.get("vision_config", config)
@@ -223,8 +223,8 @@ def load_tokenizer(path, placeholders: str = "@" * 196):
     path = Path(path)
     if not (path / "tokenizer.json").exists():
         raise FileNotFoundError(
-            f"--tokenizer_path {path}: no tokenizer.json there. Name the folder\n"
-            "of the weights' own; for the public one: python -m scripts.download --what llm"
+            f"--tokenizer_path {path}: no tokenizer.json there.\n"
+            "Name the weights' own folder; for the public one: python -m scripts.download --what llm"
         )
     try:  # AutoTokenizer would ask to run the code of an auto_map
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
@@ -243,8 +243,8 @@ def load_tokenizer(path, placeholders: str = "@" * 196):
     merged = [token for token in tokenizer.get_vocab() if placeholders[0] in token and token != placeholders[0]]
     if merged or len(ids) != len(placeholders) or len(set(ids)) > 1:
         raise ValueError(
-            f"{path / 'tokenizer.json'}: the {len(placeholders)} placeholders of a picture are {len(ids)} tokens. "
-            f"It merges {placeholders[0]!r} ({merged[:3]}).\nName the --tokenizer_path of the weights"
+            f"{path / 'tokenizer.json'}: the {len(placeholders)} placeholders of a picture are {len(ids)} tokens, "
+            f"as it merges {placeholders[0]!r} ({merged[:3]}).\nName the --tokenizer_path of the weights"
         )
     return tokenizer
 

@@ -125,7 +125,7 @@ def read_sidecar(weights: Path) -> dict:
                 sidecar[key]["path"] = str(folder)
     for key in ("config", "tokenizer", "vision_model", "prompts"):
         if not isinstance(sidecar.setdefault(key, {}), dict):
-            raise ValueError(f"{path}: {key!r} must be an object. Without the file, shapes alone tell what they are")
+            raise ValueError(f"{path}: {key!r} must be an object. Mend or remove the file: shapes tell the rest")
     check_config(sidecar["config"], path)
     for prompts in sidecar["prompts"].values():
         if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):

@@ -496,7 +496,7 @@ def test_a_tokenizer_that_merges_placeholders_is_refused(tokenizer_folder, tmp_p
         content["model"]["merges"].insert(0, [left, "@"])
 
     load_tokenizer(tokenizer_folder, PLACEHOLDERS)
-    with pytest.raises(ValueError, match=f"the {P} placeholders of a picture .*It merges '@' .*{left}@"):
+    with pytest.raises(ValueError, match=f"the {P} placeholders of a picture .*as it merges '@' .*{left}@"):
         load_tokenizer(changed(tokenizer_folder, tmp_path, merge), PLACEHOLDERS)
 
 
