@@ -169,18 +169,23 @@ class Prompts(Dataset):
         return {"number": i, "ids": question.prompt, "pictures": torch.stack(pictures) if pictures else None}
 
 
+def load_by_length(data: Dataset, lengths, collate_fn, tokenizer, args) -> DataLoader:
+    """Rows in batches of like length, the shortest first."""
+    return DataLoader(
+        data,
+        batch_sampler=StepSampler(lengths, args.batch_size, shuffle=False),
+        collate_fn=partial(collate_fn, pad_token_id=tokenizer.pad_token_id),
+        num_workers=args.num_workers,
+        worker_init_fn=ignore_interrupt,
+    )
+
+
 def answer_all(model, tokenizer, prompts: Prompts, args, device, dtype, title: str) -> list[str]:
     """Greedy answers to all questions, in batches of like length."""
     questions = prompts.questions
     # First by how long the answer should be, roughly, since a batch goes on until its longest one ends.
     lengths = [10**6 * question.tokens.bit_length() + len(question.prompt) for question in questions]
-    loader = DataLoader(
-        prompts,
-        batch_sampler=StepSampler(lengths, args.batch_size, shuffle=False),
-        collate_fn=partial(collate_prompts, pad_token_id=tokenizer.pad_token_id),
-        num_workers=args.num_workers,
-        worker_init_fn=ignore_interrupt,
-    )
+    loader = load_by_length(prompts, lengths, collate_prompts, tokenizer, args)
     answers = [""] * len(questions)
     with tqdm(total=len(questions), desc=title, unit="answer", dynamic_ncols=True) as bar:
         for texts, broken in answer_batches(model, tokenizer, loader, args, device, dtype):
@@ -242,13 +247,7 @@ def score(model, tokenizer, data: VLMDataset, captions, args, device, dtype) -> 
             if args.no_loss:
                 continue
             chosen = sorted({questions[i].row for i in numbers})
-            loader = DataLoader(
-                Subset(prompts.rows, chosen),
-                batch_sampler=StepSampler(data.lengths[chosen], args.batch_size, shuffle=False),
-                collate_fn=partial(collate, pad_token_id=tokenizer.pad_token_id),
-                num_workers=args.num_workers,
-                worker_init_fn=ignore_interrupt,
-            )
+            loader = load_by_length(Subset(prompts.rows, chosen), data.lengths[chosen], collate, tokenizer, args)
             result[which][key]["loss"] = validate(model, loader, device, dtype)
     answers = [
         {

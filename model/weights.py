@@ -113,8 +113,7 @@ def read_sidecar(weights: Path) -> dict:
     path = sidecar_path(weights)
     sidecar = read_json(path) if path.is_file() else {}
     if weights.is_dir():
-        if sidecar.get("model_type") not in ("minimind", "minimind-v"):
-            kind = sidecar.get("model_type")
+        if (kind := sidecar.get("model_type")) not in ("minimind", "minimind-v"):
             back = f". Make one of it: python -m scripts.convert_vlm --to pth --weights {weights}" * (kind == "llava")
             raise ValueError(f"{path}: expected a MiniMind with model_type minimind-v, got {kind}{back}")
         fields = [*signature(MiniMindConfig).parameters, "image_ids", "image_special_token"]
