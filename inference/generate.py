@@ -20,9 +20,14 @@ def generate(model, tokenizer, conversations: list[dict], images: list, args, st
     pieces = encode_chat(tokenizer, conversations, model.config.image_special_token)
     ids = [token for piece, _, _ in pieces for token in piece]
     input_ids = torch.tensor([ids], device=model.device)
+    # Pictures as in training: resized here, encoded in the first call; later calls find them in the cache.
     resized = [image if torch.is_tensor(image) else model.processor.resize(image) for image in images]
     pixels = torch.stack(resized).to(model.device) if images else None
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    # The decoder scores every token of the vocabulary. One is drawn and appended, again and again, until <|im_end|>.
+    # The scores are divided by the temperature: below 1 likely tokens gain, above 1 unlikely ones do. top_p draws only
+    # from the likeliest tokens that together hold this share of the probability, and so cuts off the long tail of
+    # wrong ones. Greedy always takes the likeliest.
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0}  # 0: no limit
     with autocast(model.device, pick_dtype(args.dtype, model.device)):
         out = model.generate(
             input_ids=input_ids,
@@ -31,7 +36,7 @@ def generate(model, tokenizer, conversations: list[dict], images: list, args, st
             max_new_tokens=args.max_new_tokens,
             do_sample=not args.greedy,
             pad_token_id=tokenizer.pad_token_id,
-            streamer=streamer,
+            streamer=streamer,  # shows each token as it comes
             stopping_criteria=stopping,
             **({} if args.greedy else sampling),
         )
@@ -72,7 +77,7 @@ def collate_prompts(examples: list[dict], pad_token_id: int) -> dict:
     input_ids, mask = torch.full((len(examples), T), pad_token_id), torch.zeros((len(examples), T), dtype=torch.int64)
     for i, example in enumerate(examples):
         n = len(example["ids"])
-        input_ids[i, T - n :], mask[i, T - n :] = torch.tensor(example["ids"]), 1
+        input_ids[i, T - n :], mask[i, T - n :] = torch.tensor(example["ids"]), 1  # the new tokens come behind T
     pictures = [example["pictures"] for example in examples if example["pictures"] is not None]
     return {
         "numbers": [example["number"] for example in examples],

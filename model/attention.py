@@ -21,6 +21,9 @@ def precompute_freqs_cis(dim: int, end: int, theta: float):
 
     The half-split layout: entry i is paired with i + dim/2, so the dim/2 frequencies stand twice.
     """
+    # Attention is a sum over tokens and knows no order. RoPE rotates queries and keys by an angle that grows with the
+    # position, so their product depends on the distance between two tokens. Each pair of entries rotates at its own
+    # speed: fast pairs tell neighbours apart, slow pairs tell the start of a long text from its end.
     freqs = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     angles = torch.outer(torch.arange(end, dtype=torch.float32), freqs).repeat(1, 2)
     return angles.cos(), angles.sin()
@@ -72,6 +75,8 @@ class Attention(nn.Module):
         self.layer_idx = layer_idx
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
+        # While an answer grows, the cache holds keys and values of all tokens. 8 heads of queries look for different
+        # things; 2 heads of keys and values serve them nearly as well, and the cache takes a quarter of the memory.
         self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
@@ -87,6 +92,7 @@ class Attention(nn.Module):
         attentions: a list that gets the weights (B, H, T, S), which only `plain_attention` computes.
         """
         B, T, _ = x.shape
+        # A query says what a token looks for, a key what it can be found by, a value what it passes on.
         q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
         k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
@@ -97,6 +103,7 @@ class Attention(nn.Module):
         if past_key_values is not None:
             where = {"cache_position": past + torch.arange(T, device=x.device)}  # static caches of Transformers 4 ask
             k, v = past_key_values.update(k, v, self.layer_idx, where)  # (B, K, S, d)
+        # A token sees no later token, so one pass trains all T positions to predict the next one, without a peek.
         mask, is_causal = what_is_seen(attention_mask, T, k.shape[2], past, past_key_values, x.device)
         dropout = self.dropout if self.training else 0.0
         attend = self.fastest(T, is_causal) if attentions is None else partial(plain_attention, attentions=attentions)
@@ -123,14 +130,14 @@ def plain_attention(q, k, v, mask, dropout: float, is_causal: bool, attentions: 
     T, S = q.shape[2], k.shape[2]
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5  # (B, H, T, S)
+    scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5  # (B, H, T, S); √d keeps their spread near 1
     if is_causal:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, float("-inf"))
     elif mask is not None:
         scores = scores + mask
-    weights = scores.float().softmax(dim=-1).type_as(q)
+    weights = scores.float().softmax(dim=-1).type_as(q)  # each query spreads 1 over the keys that it sees
     if attentions is not None:
         attentions.append(weights)
     return F.dropout(weights, dropout) @ v

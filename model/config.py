@@ -15,26 +15,26 @@ class MiniMindConfig(PretrainedConfig):
         self,
         dropout: float = 0.0,
         bos_token_id: int = 1,
-        eos_token_id: int = 2,
+        eos_token_id: int = 2,  # <|im_end|>, which ends an answer
         hidden_act: str = "silu",
-        hidden_size: int = 512,
-        intermediate_size: int | None = None,
-        max_position_embeddings: int = 32768,
-        num_attention_heads: int = 8,
-        num_hidden_layers: int = 8,
-        num_key_value_heads: int = 2,
-        vocab_size: int = 6400,
-        rms_norm_eps: float = 1e-5,
-        rope_theta: float = 1e6,
-        flash_attn: bool = True,
-        use_moe: bool = False,
-        num_experts_per_tok: int = 2,
-        n_routed_experts: int = 4,
-        n_shared_experts: int = 1,
+        hidden_size: int = 512,  # D: the vector of a token, in every layer
+        intermediate_size: int | None = None,  # width inside a feed-forward
+        max_position_embeddings: int = 32768,  # tokens of question and answer together, at most
+        num_attention_heads: int = 8,  # H: each head looks for something else
+        num_hidden_layers: int = 8,  # blocks, one after another
+        num_key_value_heads: int = 2,  # K: fewer than H keep the cache small
+        vocab_size: int = 6400,  # V: small, as each token costs D weights: 3.3M of 26M
+        rms_norm_eps: float = 1e-5,  # no norm divides by 0
+        rope_theta: float = 1e6,  # a larger one tells positions apart in longer texts
+        flash_attn: bool = True,  # attention by a kernel of PyTorch; False: by readable lines
+        use_moe: bool = False,  # a mixture of experts replaces each feed-forward
+        num_experts_per_tok: int = 2,  # k: experts that compute a token
+        n_routed_experts: int = 4,  # E: experts to choose from
+        n_shared_experts: int = 1,  # further experts, which compute every token
         scoring_func: str = "softmax",
-        aux_loss_alpha: float = 0.1,
-        seq_aux: bool = True,
-        norm_topk_prob: bool = True,
+        aux_loss_alpha: float = 0.1,  # weight of the loss for unequally busy experts
+        seq_aux: bool = True,  # balance the experts in each row, not only in the batch
+        norm_topk_prob: bool = True,  # the weights of a token's k experts sum to 1
         **kwargs,
     ):
         if hidden_size % num_attention_heads or num_attention_heads % num_key_value_heads:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
-# Relative, as these files also go into exported folders, where no package `model` is.
 from .config import MiniMindConfig
 
 
@@ -26,6 +25,8 @@ class FeedForward(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x):
+        # Attention moves information between tokens; this layer works on it, token by token. It holds two thirds of the
+        # 26M weights. The gate decides how much of each entry of `up` passes.
         return self.dropout(self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)))
 
 
@@ -46,6 +47,7 @@ class MoEGate(nn.Module):
         weights, experts = scores.topk(self.top_k, dim=-1, sorted=False)
         if self.top_k > 1 and self.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        # Left alone, the gate sends most tokens to a few experts that are good early, and the others never learn.
         if not (self.training and self.alpha > 0):
             return experts, weights, scores.new_zeros(())
         return experts, weights, self.alpha * self.balance(scores, experts, valid)
@@ -69,7 +71,7 @@ class MOEFeedForward(nn.Module):
 
     def __init__(self, config: MiniMindConfig):
         super().__init__()
-        self.gate = MoEGate(config)
+        self.gate = MoEGate(config)  # a token uses k experts: more weights at little more work
         self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_routed_experts))
         self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_shared_experts))
 

@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
-# Relative, as these files also go into exported folders, where no package `model` is.
 from .attention import Attention, precompute_freqs_cis
 from .config import MiniMindConfig
 from .feed_forward import FeedForward, MOEFeedForward, MoEGate
@@ -28,13 +27,13 @@ from .feed_forward import FeedForward, MOEFeedForward, MoEGate
 class MiniMindOutput(ModelOutput):
     """What a forward pass returns. `loss` is the cross entropy alone: add `aux_loss` to it to train a MoE."""
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: object | None = None
-    last_hidden_state: torch.Tensor | None = None
-    aux_loss: torch.Tensor | None = None
-    hidden_states: tuple | None = None
-    attentions: tuple | None = None
+    loss: torch.Tensor | None = None  # ()
+    logits: torch.Tensor | None = None  # (B, T, V): a score for each token that may come next
+    past_key_values: object | None = None  # the cache
+    last_hidden_state: torch.Tensor | None = None  # (B, T, D), or (n, D) where fewer are needed
+    aux_loss: torch.Tensor | None = None  # (): how unequally busy the experts are
+    hidden_states: tuple | None = None  # layers + 1 times (B, T, D)
+    attentions: tuple | None = None  # layers times (B, H, T, S)
 
 
 class RMSNorm(nn.Module):
@@ -75,6 +74,8 @@ class MiniMindBlock(nn.Module):
 
         needed: int64 (n,), which of the B·T tokens the result is wanted for; it is then (n, D).
         """
+        # Each part adds its result to x: through these sums gradients reach the first block undiminished. The norms
+        # give every part inputs of the same size.
         normed = self.input_layernorm(x)
         x = x + self.self_attn(normed, position_embeddings, past_key_values, attention_mask, past, attentions)
         if needed is not None:
@@ -93,7 +94,7 @@ class MiniMindModel(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False  # True: keep one activation per block, compute the others again
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)  # a learned vector for each token
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(MiniMindBlock(i, config) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -108,13 +109,7 @@ class MiniMindModel(nn.Module):
         return {"freqs_cos": cos, "freqs_sin": sin}
 
     def forward(
-        self,
-        inputs_embeds,
-        attention_mask=None,
-        past_key_values=None,
-        needed=None,
-        hidden_states=None,
-        attentions=None,
+        self, inputs_embeds, attention_mask=None, past_key_values=None, needed=None, hidden_states=None, attentions=None
     ):
         """inputs_embeds (B, T, D) → hidden states after the final norm (B, T, D), and the auxiliary loss ().
 
@@ -127,7 +122,7 @@ class MiniMindModel(nn.Module):
         past = 0 if past_key_values is None else past_key_values.get_seq_length() + 0
         if isinstance(past, int) and past + T > self.config.max_position_embeddings:
             raise ValueError(f"{past + T} tokens exceed max_position_embeddings={self.config.max_position_embeddings}")
-        positions = past + torch.arange(T, device=inputs_embeds.device)
+        positions = past + torch.arange(T, device=inputs_embeds.device)  # after the tokens in the cache
         position_embeddings = self.freqs_cos[positions], self.freqs_sin[positions]  # (T, d) each
         valid = None  # the real tokens among these T, for the balance of the experts
         if attention_mask is not None and attention_mask.ndim == 2:
@@ -174,6 +169,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         config = config or MiniMindConfig()
         super().__init__(config)
         self.model = MiniMindModel(config)
+        # The score of a token is the product of the last hidden state and the token's own embedding.
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()  # initialises, and ties the two matrices
 
@@ -278,6 +274,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             scored = self.lm_head(h if needed is not None else h.flatten(0, 1)[learn])  # (labels, V)
             count = max(len(learn), 1) if num_items_in_batch is None else num_items_in_batch
+            # In nats: -log of the probability that the model gave to the right token.
             loss = F.cross_entropy(scored.float(), targets[learn], reduction="sum") / count  # no label: 0, not 0/0
         return MiniMindOutput(
             loss=loss,

@@ -69,6 +69,8 @@ class VisionProj(nn.Module):
 
     def __init__(self, ve_hidden_size: int = 768, hidden_size: int = 512):
         super().__init__()
+        # CLIP was trained to match pictures with captions, so its features are close to language. One linear layer is
+        # enough to translate them into vectors that the decoder reads like words.
         self.vision_proj = nn.Sequential(nn.Linear(ve_hidden_size, hidden_size))
 
     def forward(self, image_encoders):
@@ -144,6 +146,8 @@ class MiniMindVLM(MiniMindForCausalLM):
         for key, value in model.state_dict().items():
             if not value.isfinite().all():
                 raise ValueError(f"{path}: {key} holds NaN or infinite values. Download the encoder anew")
+        # Frozen: CLIP learned from 400 million pictures, and our few would sooner spoil that. Frozen weights need no
+        # gradients, and their features never change, so --cache_features computes them once for all epochs.
         return model.requires_grad_(False).eval(), ImageProcessor.from_pretrained(path)
 
     @classmethod
@@ -225,11 +229,11 @@ class MiniMindVLM(MiniMindForCausalLM):
             seqlen: return at most this many tokens.
         Returns (B, min(T, seqlen), D). Raises ValueError if the tokens call for more or fewer pictures.
         """
-        mask = self.find_pictures(tokens)
+        mask = self.find_pictures(tokens)  # (B, T)
         if not torch.compiler.is_compiling():  # a look from the host, which a compiled graph cannot take
             self.check_pictures(mask, (0,) if vision_tensors is None else vision_tensors.shape[:-2])
         if vision_tensors is not None:
-            features = self.vision_proj(vision_tensors)
+            features = self.vision_proj(vision_tensors)  # (N, P, D): as wide as words
             h = h.masked_scatter(mask[..., None], features.type_as(h))  # the i-th placeholder gets the i-th patch
         return h[:, :seqlen]
 

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-# Relative, as these files also go into exported folders, where no package `model` is.
 from .files import check_number, impostor, read_json
 from .rgb import bands, to_rgb, upright, white_of
 
@@ -152,7 +151,7 @@ class ImageProcessor:
                 image = image.crop((left, top, width - left, height - top))
                 width, height = image.size
                 short, long = sorted((width, height))
-            scaled = int(self.size * long / short)
+            scaled = int(self.size * long / short)  # the long edge, in proportion
             width, height = (self.size, scaled) if width <= height else (scaled, self.size)
         else:
             height, width = self.size
@@ -174,11 +173,12 @@ class ImageProcessor:
         if (height, width) != self.crop_size:
             top, left = (height - self.crop_size[0]) // 2, (width - self.crop_size[1]) // 2
             bottom, right = height - self.crop_size[0] - top, width - self.crop_size[1] - left
-            pixels = F.pad(pixels, (-left, -right, -top, -bottom))  # less than none: crops
+            pixels = F.pad(pixels, (-left, -right, -top, -bottom))  # less than none: crops, the edges go unseen
         return pixels.contiguous()
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (..., 3, H, W) → float32 (..., 3, H, W): (pixels / 255 - mean) / std."""
+        # The mean and spread of CLIP's own training pictures: the encoder gets numbers like those it learned from.
         mean = torch.tensor(self.image_mean, device=pixels.device).view(3, 1, 1)
         std = torch.tensor(self.image_std, device=pixels.device).view(3, 1, 1)
         return (pixels.float() / 255 - mean) / std
@@ -293,19 +293,19 @@ def encode_chat(tokenizer, conversations: list[dict], placeholders: str) -> list
             raise ValueError(f"turn order: {role} after {last}; expected user, assistant, user, assistant, ...")
         tags = content.count(IMAGE_TAG) if role == "user" else 0
         if tags:
-            content = content.replace(IMAGE_TAG, placeholders)
+            content = content.replace(IMAGE_TAG, placeholders)  # a token for each patch
         if sum(len(match) // len(placeholders) for match in run.findall(content)) != tags:
             raise ValueError(
                 f"{role}: the text has {len(placeholders)} or more {placeholders[0]!r} in a row, as a picture has. "
                 f"Shorten the run; pictures are written {IMAGE_TAG}"
             )
         if role == "assistant":
-            pieces += [(prompt, False, pictures), ([*text(content), end], True, 0)]
+            pieces += [(prompt, False, pictures), ([*text(content), end], True, 0)]  # the second is learned
             prompt, pictures = [*newline], 0
         else:
             pictures += tags
             prompt = [*prompt, start, *text(f"{role}\n{content}"), end, *newline]
             if role == "user":
-                prompt += [start, *text("assistant\n")]
+                prompt += [start, *text("assistant\n")]  # the answer follows
         last = role
     return [*pieces, (prompt, False, pictures)]
