@@ -1,4 +1,4 @@
-"""Small scenes of coloured shapes and their pictures: what `dataset.scenes` asks about.
+"""Small scenes of coloured shapes and their pictures: what `dataset.scene_questions` asks about.
 
 A scene is a plain description, drawn at random; `draw` makes its picture, the same pixels every time.
 """

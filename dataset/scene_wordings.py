@@ -1,8 +1,8 @@
 """How people ask about the picture world: many wordings of each question, some of which training never shows.
 
-`dataset.scenes` knows what can be asked and what is right; `Words` says it: one of the wordings below, then the ways of
-people who type. Nouns become other nouns for the same ("circle", "round thing"; "图片", "照片"), colour loses its u, a
-question begins with "please tell me" or ends without a question mark, or all of it is lower case.
+`dataset.scene_questions` knows what can be asked and what is right; `Words` says it: one of the wordings below, then
+the ways of people who type. Nouns become other nouns for the same ("circle", "round thing"; "图片", "照片"), colour
+loses its u, a question begins with "please tell me" or ends without a question mark, or all of it is lower case.
 
 Wordings marked * are held out: they make up val_wording, which asks about the scenes of val what val asks, so that the
 two scores tell how much the model depends on the wordings that it was taught.
@@ -264,9 +264,9 @@ def wordings() -> dict[str, dict[str, dict[str, tuple[list[str], list[str]]]]]:
 def aliases(lang: str) -> tuple[dict[str, list[str]], re.Pattern]:
     """{word: other words for it}, and what finds one of these words (longest first) in a question."""
     entries = [entry.split(": ") for entry in re.split(r"\n| {4}", ALIASES[lang].strip())]
-    found = {word: others.split(", ") for word, others in entries}
-    words = "|".join(sorted(found, key=len, reverse=True))
-    return found, re.compile(rf"\b({words})((?:e?s)?)\b" if lang == "en" else f"({words})")
+    others_of = {word: others.split(", ") for word, others in entries}
+    words = "|".join(sorted(others_of, key=len, reverse=True))
+    return others_of, re.compile(rf"\b({words})((?:e?s)?)\b" if lang == "en" else f"({words})")
 
 
 def plural(noun: str) -> str:

@@ -114,12 +114,12 @@ KINDS = {"name": 2, "color": 2, "toy": 2, "has": 1.5, "is": 1, "not": 2}
 
 def read_wordings() -> dict[tuple[str, str], list[dict[str, str]]]:
     """{(kind, form): [{"en": a question, "zh": the same}, ...]}"""
-    found, form = {}, ("", "")
+    wordings, form = {}, ("", "")
     for line in WORDINGS.strip().splitlines():
         head, english, chinese = (part.strip() for part in line.split("|"))
         form = tuple(head.split()) or form
-        found.setdefault(form, []).append({"en": english, "zh": chinese})
-    return found
+        wordings.setdefault(form, []).append({"en": english, "zh": chinese})
+    return wordings
 
 
 ASK = read_wordings()
@@ -200,23 +200,23 @@ def rows_of(toy: Toy, image: str, rng: random.Random, used: Counter, rows: int, 
     """
     forms = [each for each in ASK if each[0] in kinds]
     shares = [KINDS[kind] / sum(kind == other for other, _ in forms) for kind, _ in forms]
-    found, first = {}, rng.randrange(2)
+    chats, first = {}, rng.randrange(2)
     for _ in range(8 * rows):
-        lang = LANGS[(first + len(found)) % 2]
+        lang = LANGS[(first + len(chats)) % 2]
         kind, form = rng.choices(forms, shares)[0]
         possible = list(answers(toy, kind, form, lang))
-        if len(found) == rows:
+        if len(chats) == rows:
             break
         rarest = min(used[kind, form, lang, answer] for *_, answer in possible)
         colour, name, answer = rng.choice([each for each in possible if used[kind, form, lang, each[2]] == rarest])
         wording = rng.choice(ASK[kind, form])[lang]
         question = wording.format(c=colour and say(colour, lang), x=name and say(name, lang))
-        if question not in found:
+        if question not in chats:
             used[kind, form, lang, answer] += 1
             asked = "\n".join(rng.sample(("<image>", question), 2))
             turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-            found[question] = {"conversations": turns, "image": image, "kind": kind, "lang": lang}
-    return list(found.values())
+            chats[question] = {"conversations": turns, "image": image, "kind": kind, "lang": lang}
+    return list(chats.values())
 
 
 # ---------------------------------------------------------------------------- the world

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import scene_wordings
+from dataset import scene_questions, scene_wordings
 from dataset import scenes as world
 from dataset.lm_dataset import VLMDataset
 from dataset.scene_pictures import COLOURS, NEW_PAIRS, PLACES, SHAPES, Scene, Thing, without_colour
@@ -24,7 +24,7 @@ from scripts import train_tokenizer
 from tests.conftest import no_space
 
 SCENES, VAL = 2000, 400
-ZH = world.CHINESE
+ZH = scene_questions.CHINESE
 COLOUR_WORDS = {"en": {word: word for word in COLOURS}, "zh": {ZH[word]: word for word in COLOURS}}
 SHAPE_WORDS = {"en": {word: word for word in SHAPES}, "zh": {ZH[word]: word for word in SHAPES}}
 
@@ -330,7 +330,7 @@ def answer(question, lang, shown):
             is_so = is_in(slots["x"]) if form == "place" else is_so
             return concluded(is_so, "是" if value == true else "不是"), [thing, denied]
         case "greet", _:
-            return world.ANSWERS["greet"][lang], []
+            return scene_questions.ANSWERS["greet"][lang], []
         case "compare", "more":
             first, second = (len(each.things) for each in shown)
             assert first != second
@@ -376,7 +376,7 @@ def test_every_question_can_be_taken_one_way_and_its_answer_is_right(rows, scene
                 assert held_out == (name == "val_wording"), row
                 seen.add((name == "val_wording", kind, form, lang))
                 if row["kind"] == "blind":
-                    assert not shown and given == world.ANSWERS["blind"][lang]
+                    assert not shown and given == scene_questions.ANSWERS["blind"][lang]
                     continue
                 assert given == answer(question, lang, shown)[0], (row, shown)
                 assert kind in row["kind"] if isinstance(row["kind"], list) else kind == row["kind"]
@@ -492,7 +492,7 @@ def test_languages_and_kinds_are_mixed(rows):
     for name, split in rows.items():
         languages = Counter(row["lang"] for row in split)
         assert abs(languages["en"] - languages["zh"]) <= 0.02 * len(split)
-        kinds = set(world.USUAL) - {"multi"} - (set(world.ANSWERS) if name == "val_new" else set())
+        kinds = set(world.USUAL) - {"multi"} - (set(scene_questions.ANSWERS) if name == "val_new" else set())
         assert {row["kind"] for row in split if isinstance(row["kind"], str)} == kinds
     for row in rows["train"]:
         chinese = [bool(re.search("[\u4e00-\u9fff]", "".join(pair))) for *pair, _ in exchanges(row)]
