@@ -1,4 +1,5 @@
-"""What the frozen encoder makes of pictures, kept on the disk: no epoch and no later run computes it again.
+"""What the frozen encoder makes of pictures, kept on the disk: no epoch and no later run computes it again. Filled by
+`trainer.feature_cache`.
 
     DIR/hashes.npy                      uint8 (n, 32): stamps of pictures, see `Pictures.stamp`, and their hashes
     DIR/<key>/about.json                what these are features of; the key is its hash
@@ -17,6 +18,8 @@ import hashlib
 import json
 import time
 import uuid
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,14 +42,19 @@ def hash_of(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def places(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Where keys stand first, uint8 (n, 16) and (N, 16) → int64 (N,); -1: nowhere."""
-    wanted = np.ascontiguousarray(wanted).view("S16").ravel()
-    if not len(keys):
-        return np.full(len(wanted), -1)
-    there, first = np.unique(np.ascontiguousarray(keys).view("S16"), return_index=True)
-    at = np.searchsorted(there, wanted).clip(max=len(there) - 1)
-    return np.where(there[at] == wanted, first[at], -1)
+def read_hashes(folder: Path) -> dict[bytes, bytes]:
+    """{stamp: hash} of pictures that earlier starts read; empty where hashes.npy is not there or damaged."""
+    with suppress(OSError, ValueError, EOFError):
+        table = np.load(folder / "hashes.npy")
+        if table.dtype == np.uint8 and table.shape[1:] == (32,):
+            return {pair[:16]: pair[16:] for pair in map(bytes, table)}
+    return {}
+
+
+def write_hashes(folder: Path, hashes: dict[bytes, bytes]) -> None:
+    table = np.frombuffer(b"".join(stamp + key for stamp, key in hashes.items()), np.uint8).reshape(-1, 32)
+    with suppress(OSError):  # all that is lost is time at the next start
+        write_safely(folder / "hashes.npy", lambda file: np.save(file, table))
 
 
 class FeatureCache:
@@ -58,10 +66,10 @@ class FeatureCache:
         pictures: how many were there at the last `refresh`. They are numbered, and the numbers stay.
     """
 
-    def __init__(self, folder, about: dict, patches: int, width: int, dtype: str):
-        """about: all that features depend on but the picture; dtype: "float16" or "int8" on the disk."""
-        self.about = about | {"format": FORMAT, "kept as": dtype, "patches": patches, "width": width}
-        text = json.dumps(self.about, sort_keys=True)
+    def __init__(self, folder, settings: dict, patches: int, width: int, dtype: str):
+        """settings: all that features depend on but the picture; dtype: "float16" or "int8" on the disk."""
+        self.settings = settings | {"format": FORMAT, "kept as": dtype, "patches": patches, "width": width}
+        text = json.dumps(self.settings, sort_keys=True)
         self.path = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
         record = np.dtype([("scale", "<f2"), ("values", "i1", (width,))])
         self.dtype, self.shape = (record, (patches,)) if dtype == "int8" else (np.dtype("<f2"), (patches, width))
@@ -74,7 +82,7 @@ class FeatureCache:
     def refresh(self) -> None:
         """Takes in the segments that came since. Raises ValueError for one that is damaged."""
         known = {segment for segment, _ in self.segments}
-        # By name, which begins with the time: what has been found is not replaced by what came later.
+        # By name, which begins with the time: the numbers of earlier features stay.
         new = sorted({path.name.removesuffix(".keys.npy") for path in self.path.glob("*.keys.npy")} - known)
         self.segments += [(segment, self.load_keys(segment)) for segment in new]
         self.ends = np.cumsum([len(keys) for _, keys in self.segments], dtype=np.int64)
@@ -83,16 +91,15 @@ class FeatureCache:
 
     def load_keys(self, segment: str) -> np.ndarray:
         try:
-            keys = np.load(self.path / f"{segment}.keys.npy")
-            features = self.load_features(segment)
-            if keys.dtype != np.uint8 or keys.shape != (len(features), 16):
-                raise ValueError(f"{len(features)} features, keys {keys.dtype} {keys.shape}")
-            if features.dtype != self.dtype or features.shape[1:] != self.shape:
-                raise ValueError(f"features {features.dtype} {features.shape}")
+            keys, features = np.load(self.path / f"{segment}.keys.npy"), self.load_features(segment)
+            if keys.dtype != np.uint8 or features.dtype != self.dtype or features.shape[1:] != self.shape:
+                raise ValueError(f"keys {keys.dtype}, features {features.dtype} {features.shape}")
+            if keys.shape != (len(features), 16):
+                raise ValueError(f"{len(features)} features, keys {keys.shape}")
         except (OSError, ValueError, EOFError) as error:
+            why = str(error).splitlines()[0]
             raise ValueError(
-                f"--cache_features: a segment is damaged ({str(error).splitlines()[0]}). Delete it, and its pictures "
-                f"are computed anew: rm {self.path / segment}.*"
+                f"--cache_features: a segment is damaged ({why}). To compute it anew: rm {self.path / segment}.*"
             ) from None
         return keys
 
@@ -100,20 +107,22 @@ class FeatureCache:
         """(n, ...), mapped: read when it is used, and shared by all processes of a machine."""
         return np.load(self.path / f"{segment}.features.npy", mmap_mode="r").view(np.ndarray)
 
-    def find(self, keys: np.ndarray) -> np.ndarray:
-        """uint8 (N, 16) → the numbers of their features, int64 (N,); -1: not there."""
-        return places(np.concatenate([np.empty((0, 16), np.uint8), *(own for _, own in self.segments)]), keys)
+    def find(self, keys: list[bytes]) -> np.ndarray:
+        """Hashes → the numbers of their features, int64 (N,); -1: not there."""
+        stored = [bytes(key) for _, keys in self.segments for key in keys]
+        numbers = {key: number for number, key in reversed(list(enumerate(stored)))}  # the earliest result counts
+        return np.array([numbers.get(key, -1) for key in keys], np.int64)
 
     def read(self, numbers) -> torch.Tensor:
         """Features by their numbers → float16 (N, P, V)."""
-        found = []
+        stored = []
         for number in numbers:
             i = int(np.searchsorted(self.ends, number, side="right"))
             segment, keys = self.segments[i]
             if segment not in self.open:
                 self.open[segment] = self.load_features(segment)
-            found.append(self.open[segment][number - self.ends[i] + len(keys)])
-        features = np.stack(found)
+            stored.append(self.open[segment][number - self.ends[i] + len(keys)])
+        features = np.stack(stored)
         if self.dtype.names is None:
             return torch.from_numpy(features)
         scale = torch.from_numpy(np.ascontiguousarray(features["scale"])).float()
@@ -134,7 +143,7 @@ class FeatureCache:
                 keys = path.with_name(path.name.replace(".features.", ".keys."))
                 if (path.suffix == ".tmp" or not keys.exists()) and time.time() - path.stat().st_mtime > ABANDONED:
                     path.unlink(missing_ok=True)
-            (self.path / "about.json").write_text(json.dumps(self.about, indent=1))  # for people
+            (self.path / "about.json").write_text(json.dumps(self.settings, indent=1))  # for people
         except OSError as error:
             raise OSError(f"--cache_features {self.path.parent}: {reason(error)}") from None
 
@@ -188,8 +197,8 @@ class Pictures(Dataset):
 
     def __init__(self, sets: list[VLMDataset]):
         self.sets, self.decode = sets, False
-        self.found = [data.pictures() for data in sets]
-        self.ends = np.cumsum([len(rows) for rows, *_ in self.found])
+        self.indexes = [data.pictures() for data in sets]
+        self.ends = np.cumsum([len(rows) for rows, *_ in self.indexes])
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -197,7 +206,7 @@ class Pictures(Dataset):
     def at(self, i: int) -> tuple[VLMDataset, int, str]:
         """Where a picture is: in which data set, a row that shows it, its name."""
         which = int(np.searchsorted(self.ends, i, side="right"))
-        rows, names, *_ = self.found[which]
+        rows, names, *_ = self.indexes[which]
         at = i - int(self.ends[which]) + len(rows)
         return self.sets[which], int(rows[at]), names[at]
 
@@ -207,22 +216,22 @@ class Pictures(Dataset):
         data, row, name = self.at(i)
         path = data.sources[data.locate(row)[0]].file(name)
         try:
-            about = path.stat()
+            status = path.stat()
         except OSError:
             return NO_KEY
-        times = about.st_mtime_ns, about.st_ctime_ns  # the second also shows what `cp -p` put there
+        times = status.st_mtime_ns, status.st_ctime_ns  # the second also shows what `cp -p` put there
         if time.time_ns() - max(times) < SETTLED:
             return NO_KEY
-        return hash_of(repr((str(path.absolute()), name, about.st_size, times)).encode())
+        return hash_of(repr((str(path.absolute()), name, status.st_size, times)).encode())
 
     def __getitem__(self, i: int) -> tuple:
         data, row, name = self.at(i)
 
-        def look(content):
+        def hashed(content):
             return hash_of(content), data.decode(content) if self.decode else None
 
         try:
-            return i, *data.use_picture(row, name, look), ""
+            return i, *data.use_picture(row, name, hashed), ""
         except BadRow as error:
             return i, NO_KEY, None, str(error)
 
@@ -233,15 +242,19 @@ class Pictures(Dataset):
 
     def attach(self, cache: FeatureCache, numbers: np.ndarray, broken: dict[int, str]) -> None:
         """From now on the rows come with features. numbers: int64 (len(self),), of each picture; broken: {i: why}."""
-        for data, (rows, _, shown, starts), end in zip(self.sets, self.found, self.ends):
+        for data, (rows, _, shown, starts), end in zip(self.sets, self.indexes, self.ends):
             data.features = RowFeatures(cache, numbers, broken, shown + end - len(rows), starts)
 
 
+@dataclass
 class RowFeatures:
-    """The features of the rows of a data set."""
+    """The features of the rows of a data set; row i shows the pictures shown[starts[i] : starts[i + 1]]."""
 
-    def __init__(self, cache: FeatureCache, numbers, broken: dict[int, str], shown, starts):
-        self.cache, self.numbers, self.broken, self.shown, self.starts = cache, numbers, broken, shown, starts
+    cache: FeatureCache
+    numbers: np.ndarray
+    broken: dict[int, str]
+    shown: np.ndarray
+    starts: np.ndarray
 
     def of_row(self, row: int) -> torch.Tensor | None:
         """float16 (N, P, V), None for a row without a picture. Raises BadRow."""

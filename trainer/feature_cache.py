@@ -1,18 +1,15 @@
 """--cache_features: the pictures of a run are encoded once, before its first step, or never if they were before."""
 
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from common.devices import autocast, pick_dtype
 from common.distributed import gather, is_main, rank, say, world_size
-from common.files import write_safely
-from dataset.features import NO_KEY, FeatureCache, Pictures, places
+from dataset.features import NO_KEY, FeatureCache, Pictures, read_hashes, write_hashes
 from trainer.loader import ignore_interrupt
 
 ARCHITECTURE = ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")  # no weight tells
@@ -31,28 +28,29 @@ def cache_features(args, model, encoder_sha256: str, device, *sets) -> None:
     if not args.cache_features:
         return
     sets = [data for data in sets if data is not None]
-    dtype = pick_dtype(args.dtype, device)
-    about = {
+    dtype, config = pick_dtype(args.dtype, device), model.config
+    settings = {
         "encoder": encoder_sha256,
         "architecture": {key: getattr(model.vision_encoder.config, key) for key in ARCHITECTURE},
         "preprocessing": vars(model.processor),
         "computed as": str(dtype),
     }
-    config = model.config
-    cache = FeatureCache(args.cache_features, about, len(config.image_ids), config.ve_hidden_size, args.cache_dtype)
+    cache = FeatureCache(args.cache_features, settings, len(config.image_ids), config.ve_hidden_size, args.cache_dtype)
     pictures = Pictures(sets)
     keys, broken = hash_all(pictures, args)
     numbers = cache.find(keys)
-    readable = (keys != np.frombuffer(NO_KEY, np.uint8)).any(axis=1)
-    _, first = np.unique(keys, axis=0, return_index=True)  # files with the same content are one picture
-    missing = gather([i for i in first.tolist() if readable[i] and numbers[i] < 0])[0]  # another run may be adding
-    tell(cache, len(keys), len(missing))
+    first = {key: i for i, key in reversed(list(enumerate(keys)))}  # files with the same content are one picture
+    missing = sorted(i for key, i in first.items() if key != NO_KEY and numbers[i] < 0)
+    missing = gather(missing)[0]  # as the first rank sees it: another run may be adding
+    check_room(cache, len(keys), len(missing))
     if missing:
         encode(pictures, missing, cache, broken, args, model, device, dtype)
         cache.refresh()
         numbers = cache.find(keys)
     pictures.decode = True
-    for i in sorted({*np.flatnonzero(readable & (numbers < 0)).tolist()} - broken.keys()):
+    for i, key in enumerate(keys):
+        if key == NO_KEY or numbers[i] >= 0 or i in broken:
+            continue
         broken[i] = pictures[i][-1]  # the same content as that of a broken picture
         if not broken[i]:
             raise ValueError(
@@ -68,10 +66,10 @@ def cache_features(args, model, encoder_sha256: str, device, *sets) -> None:
         model.vision_encoder.to("cpu")  # room for batches
 
 
-def tell(cache: FeatureCache, pictures: int, missing: int) -> None:
-    """How much there is to do. Raises ValueError if it does not fit on the disk."""
-    there = next(path for path in (cache.path, *cache.path.absolute().parents) if path.exists())
-    size, free = missing * cache.picture_bytes, min(gather(shutil.disk_usage(there).free))
+def check_room(cache: FeatureCache, pictures: int, missing: int) -> None:
+    """Prints how much there is to do. Raises ValueError if it does not fit on the disk."""
+    folder = next(path for path in (cache.path, *cache.path.absolute().parents) if path.exists())
+    size, free = missing * cache.picture_bytes, min(gather(shutil.disk_usage(folder).free))
     say(
         f"features of {pictures:,} pictures in {cache.path}: {missing:,} are missing, {size / 1e9:.3g} GB; the disk "
         f"has room for {free / 1e9:.1f} GB"
@@ -90,50 +88,33 @@ def batches_of(pictures: Pictures, numbers: list[int], args, batch_size: int, na
     return tqdm(batches, desc=name, unit="batch", disable=not is_main() or len(numbers) < 2000)
 
 
-def hash_all(pictures: Pictures, args) -> tuple[np.ndarray, dict[int, str]]:
-    """uint8 (pictures, 16), the hash of each, and {picture: why} of those that cannot be read; on all ranks."""
-    path = Path(args.cache_features) / "hashes.npy"
-    own, known = range(rank(), len(pictures), world_size()), read_hashes(path)
-    stamps = [pictures.stamp(i) for i in own]
-    at = places(known[:, :16], np.frombuffer(b"".join(stamps), np.uint8).reshape(-1, 16))
-    hashes, broken = {i: known[place, 16:].tobytes() for i, place in zip(own, at) if place >= 0}, {}
-    unread = [i for i in own if i not in hashes]
+def hash_all(pictures: Pictures, args) -> tuple[list[bytes], dict[int, str]]:
+    """The hash of each picture, and {picture: why} of those that cannot be read; on all ranks."""
+    folder = Path(args.cache_features)
+    known = read_hashes(folder)
+    stamps = {i: pictures.stamp(i) for i in range(rank(), len(pictures), world_size())}
+    hashes, broken = {i: known[stamp] for i, stamp in stamps.items() if stamp in known}, {}
+    unread = [i for i in stamps if i not in hashes]
     for batch in batches_of(pictures, unread, args, 256, "reading pictures"):
         for i, key, _, why in batch:
             hashes[i] = key
             if why:
                 broken[i] = why
-    fresh = [(stamp, hashes[i]) for i, stamp, place in zip(own, stamps, at) if place < 0]
-    new = [stamp + key for stamp, key in fresh if NO_KEY not in (stamp, key)]
-    keys, learned = np.zeros((len(pictures), 16), np.uint8), []
-    for found, why, more in gather((hashes, broken, new)):
-        broken |= why
-        learned += more
-        if found:
-            keys[list(found)] = np.frombuffer(b"".join(found.values()), np.uint8).reshape(-1, 16)
-    if learned and is_main():
-        table = np.concatenate([known, np.frombuffer(b"".join(learned), np.uint8).reshape(-1, 32)])
-        with suppress(OSError):  # all that is lost is time at the next start
-            write_safely(path, lambda file: np.save(file, table))
-    return keys, broken
-
-
-def read_hashes(path: Path) -> np.ndarray:
-    """What `hash_all` wrote at earlier starts, uint8 (n, 32); none where it is not there or damaged."""
-    with suppress(OSError, ValueError, EOFError):
-        known = np.load(path)
-        if known.dtype == np.uint8 and known.shape[1:] == (32,):
-            return known
-    return np.empty((0, 32), np.uint8)
+    new = {stamps[i]: hashes[i] for i in unread if NO_KEY not in (stamps[i], hashes[i])}
+    for of_rank in gather((hashes, broken, new)):
+        for merged, part in zip((hashes, broken, new), of_rank):
+            merged.update(part)
+    if new and is_main():
+        write_hashes(folder, known | new)
+    return [hashes[i] for i in range(len(pictures))], broken
 
 
 @torch.no_grad()
 def encode(pictures: Pictures, missing: list[int], cache: FeatureCache, broken: dict, args, model, device, dtype):
     """Computes features and adds them to the cache; notes in `broken` which pictures cannot be decoded."""
-    own = missing[rank() :: world_size()]
     cache.begin()
     pictures.decode = True
-    for batch in batches_of(pictures, own, args, args.batch_size, "encoding pictures"):
+    for batch in batches_of(pictures, missing[rank() :: world_size()], args, args.batch_size, "encoding pictures"):
         for i, _, _, why in batch:
             if why:
                 broken[i] = why
@@ -143,5 +124,5 @@ def encode(pictures: Pictures, missing: list[int], cache: FeatureCache, broken: 
             with autocast(device, dtype):
                 cache.add(list(keys), model.encode_pictures(torch.stack(pixels).to(device)))
     cache.flush()
-    for found in gather(broken):  # all have written what they have
-        broken |= found
+    for of_rank in gather(broken):  # all have written what they have
+        broken.update(of_rank)
