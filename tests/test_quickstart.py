@@ -277,7 +277,8 @@ def script_of(command):
     """(name of the module, its flags)"""
     command = command[2:] if command[0] == "torchrun" else command  # --nproc_per_node 2, or what follows python
     name, *flags = command[2 if command[1] == "-m" else 1 :]
-    return name.removesuffix(".py"), flags
+    is_package = (ROOT / name.replace(".", "/")).is_dir()
+    return name + ".__main__" if is_package else name.removesuffix(".py"), flags
 
 
 def run_here(command):

@@ -1,4 +1,4 @@
-"""scripts/train_clip.py: it learns to tell pictures apart, and what it saves is an ordinary CLIP folder."""
+"""scripts/train_clip: it learns to tell pictures apart, and what it saves is an ordinary CLIP folder."""
 
 import argparse
 import json
@@ -17,7 +17,9 @@ from common.cli import run_main
 from dataset.sources import Folder
 from model.model_vlm import MiniMindVLM
 from model.processing import ImageProcessor, load_tokenizer
-from scripts import train_clip, train_tokenizer
+from scripts import train_tokenizer
+from scripts.train_clip import __main__ as train_clip
+from scripts.train_clip.captions import END_OF_CAPTION, Pictures, augment, encode_captions, load_split, read_captions
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 30)}
 SAYINGS = ("The {1} half is {0}.", "On the {1} there is {0}.", "{0}, {1}")
@@ -132,7 +134,7 @@ def test_the_whole_clip_loads_and_scores_like_the_trained_model(trained, world):
     folder, model = trained
     loaded, info = CLIPModel.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    ids = train_clip.encode_captions(load_tokenizer(world / "tokenizer"), ["There is red on the left.", "green"], 24)
+    ids = encode_captions(load_tokenizer(world / "tokenizer"), ["There is red on the left.", "green"], 24)
     pixels = ImageProcessor.from_pretrained(folder)(pictures(world))["pixel_values"]
     with torch.no_grad():
         scores = loaded.eval()(input_ids=ids, pixel_values=pixels).logits_per_image
@@ -174,9 +176,9 @@ def test_the_folder_has_the_classic_names(trained):
 def test_captions_are_pooled_at_their_end_and_not_at_the_largest_id(trained, world):
     folder, model = trained
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["text_config"]
-    assert config["eos_token_id"] == train_clip.END_OF_CAPTION == 0
+    assert config["eos_token_id"] == END_OF_CAPTION == 0
     tokenizer = load_tokenizer(world / "tokenizer")
-    ids = train_clip.encode_captions(tokenizer, ["The red part is on the left."], 24)
+    ids = encode_captions(tokenizer, ["The red part is on the left."], 24)
     length = int((ids != 0).sum())
     with torch.no_grad():
         out = model.text_model(input_ids=ids)
@@ -190,7 +192,7 @@ def test_captions_are_pooled_at_their_end_and_not_at_the_largest_id(trained, wor
 
 def test_captions_too_long_are_cut_but_keep_their_end(world):
     tokenizer = load_tokenizer(world / "tokenizer")
-    ids = train_clip.encode_captions(tokenizer, ["red " * 50, "", "<|endoftext|> red"], 8)
+    ids = encode_captions(tokenizer, ["red " * 50, "", "<|endoftext|> red"], 8)
     assert ids.shape == (3, 8)
     assert ids[0, -1] == 0 and (ids[0, :-1] != 0).all()
     assert (ids[1] == 0).all()
@@ -306,7 +308,7 @@ def test_a_caption_of_another_picture_that_is_right_too_is_not_told_apart():
 
 
 def test_an_encoder_that_sees_no_difference_finds_nothing(trained, world):
-    ids = train_clip.encode_captions(load_tokenizer(world / "tokenizer"), ["red"] * 8, 24)
+    ids = encode_captions(load_tokenizer(world / "tokenizer"), ["red"] * 8, 24)
     blind = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
     figures = train_clip.retrieval(
         trained[1], ImageProcessor(32), blind, (ids, torch.arange(8)[:, None]), torch.device("cpu")
@@ -334,7 +336,7 @@ def test_augmentation_of_the_whole_window_without_flip_keeps_left_and_right():
     half = torch.zeros(16, 3, 32, 32)
     half[..., :16] = 1
     for flip, expected in ((False, {True}), (True, {True, False})):
-        out = train_clip.augment(half, 0.9, flip)
+        out = augment(half, 0.9, flip)
         assert out.shape == half.shape
         assert set((out[..., 4].mean((1, 2)) > out[..., 28].mean((1, 2))).tolist()) == expected
 
@@ -343,8 +345,8 @@ def test_without_a_cache_the_pictures_are_the_same(world, capsys):
     names = [path.name for path in sorted((world / "images").iterdir())]
     processor = ImageProcessor(32, (32, 32))
     places = [(Folder(world / "images"), name) for name in names]
-    kept = train_clip.Pictures(places, processor, cache_gb=1.0)
-    read = train_clip.Pictures(places, processor, cache_gb=0.0)
+    kept = Pictures(places, processor, cache_gb=1.0)
+    read = Pictures(places, processor, cache_gb=0.0)
     assert "decoded on every use" in capsys.readouterr().out
     chosen = torch.tensor([3, 0, 5])
     assert kept[chosen].dtype == torch.uint8
@@ -436,17 +438,17 @@ def test_a_missing_and_a_broken_picture_are_named(world, tmp_path):
 
 def test_rows_without_exactly_one_picture_are_counted_and_left_out(tmp_path, capsys):
     write_rows(tmp_path / "rows.jsonl", [("a.png", "one"), ("a.png, b.png", "two"), ("", "none"), ("a.png", "three")])
-    captions, places = train_clip.read_captions([tmp_path / "rows.jsonl"], tmp_path, "--data_path")
+    captions, places = read_captions([tmp_path / "rows.jsonl"], tmp_path, "--data_path")
     assert captions == {str(tmp_path / "a.png"): ["one", "three"]} and [name for _, name in places] == ["a.png"]
     assert "2 rows without exactly one picture and an answer left out" in capsys.readouterr().out
     lines = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
     lines = [line | {"image": image} for line, image in zip(lines, (["a.png"], None, [], ["a.png", "b.png"]))]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    captions, _ = train_clip.read_captions([tmp_path / "rows.jsonl"], tmp_path, "--data_path")
+    captions, _ = read_captions([tmp_path / "rows.jsonl"], tmp_path, "--data_path")
     assert captions == {str(tmp_path / "a.png"): ["one"]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(lines[0] | {"image": 5}))
     with pytest.raises(ValueError, match=r'--data_path .*rows.jsonl:1 .*\("image" must be text'):
-        train_clip.read_captions([tmp_path / "rows.jsonl"], tmp_path, "--data_path")
+        read_captions([tmp_path / "rows.jsonl"], tmp_path, "--data_path")
 
 
 @pytest.mark.parametrize("cache_gb", ["1", "0"])
@@ -503,10 +505,10 @@ def test_a_caption_is_right_for_every_picture_that_has_it(world, tmp_path):
         Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.png")
     args = argparse.Namespace(images_path=tmp_path, cache_gb=1, max_text_len=8)
     tokenizer = load_tokenizer(world / "tokenizer")
-    pictures, (texts, numbers) = train_clip.load_split(
+    pictures, (texts, numbers) = load_split(
         args, [tmp_path / "rows.jsonl"], "--data_path", tokenizer, ImageProcessor(32)
     )
-    said = train_clip.encode_captions(tokenizer, [text for _, text in rows], 8)
+    said = encode_captions(tokenizer, [text for _, text in rows], 8)
     assert len(pictures) == 3 and len(texts) == 3
     assert numbers[1, 1] == numbers[2, 1] == 3  # filled up
     for number, text in zip((numbers[0, 0], numbers[0, 1], numbers[1, 0], numbers[2, 0]), said):

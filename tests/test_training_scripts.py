@@ -19,7 +19,8 @@ from dataset.batches import collate
 from model import build
 from model.build import build_model
 from model.weights import save_weights
-from scripts import train_clip, train_llm
+from scripts import train_llm
+from scripts.train_clip import __main__ as train_clip
 from tests.conftest import turn, write_rows
 from tests.test_loop import LONG, into, losses, same
 

@@ -23,8 +23,8 @@ and is what retrieval measures.
 Shapes: B batch, T tokens, P patches, V width of the ViT, E of the shared space.
 """
 
-if __spec__ is None:  # started by its path, from where Python finds no other folder
-    raise SystemExit("type -m scripts.train_clip instead of scripts/train_clip.py")
+if __spec__ is None or __spec__.name == "__main__":  # started by its path, from where Python finds no other folder
+    raise SystemExit("type -m scripts.train_clip instead of scripts/train_clip")
 
 from common.start import begin
 
@@ -37,8 +37,6 @@ import os
 import shlex
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
 
 import safetensors.torch
@@ -51,123 +49,9 @@ from common.cli import Parser, not_negative, positive, run_main
 from common.devices import make_deterministic, pick_device
 from common.files import write_json, write_safely
 from dataset.flags import add_urls_argument
-from dataset.pictures import is_url, use_picture
-from dataset.rows import Row, inline_place
-from dataset.shapes import BadRow, ReadOptions
-from dataset.sources import Source, read_rows
 from model.processing import ImageProcessor, load_tokenizer
+from scripts.train_clip.captions import END_OF_CAPTION, augment, load_split
 from trainer.optimizer import Muon, set_learning_rate
-
-# Transformers pools a caption at its first `eos_token_id`, but at the *largest* id if that is 2, a courtesy to an old
-# mistake. Our <|im_end|> is 2, so captions end in <|endoftext|> instead, which also pads: the text tower is causal, so
-# that the first one has seen the whole caption and none of the padding.
-END_OF_CAPTION = 0
-
-# ---------------------------------------------------------------------------- data
-
-
-def read_captions(
-    paths, images_path, flag: str, options: ReadOptions
-) -> tuple[dict[str, list[str]], list[tuple[Source, str]]]:
-    """Rows → {picture: its captions}, and where each picture is found: its source and its name there.
-
-    Captions are what the assistant says, of rows with exactly one picture. Rows that show the same share an entry.
-    """
-    captions, places, skipped = {}, {}, 0
-    for source, row in read_rows(paths, images_path, flag, options):
-        turns = row.conversations if isinstance(row, Row) and len(row.images) == 1 else []
-        caption = " ".join(turn["content"] for turn in turns if turn["role"] == "assistant").strip()
-        if not caption:
-            skipped += 1
-            continue
-        (name,) = row.images
-        if source.pictures is None and not inline_place(name) and not is_url(name):
-            raise ValueError(f"--images_path: needed, as no pictures lie beside {source.path}")
-        picture = source.identity(name)
-        captions.setdefault(picture, []).append(caption)
-        places.setdefault(picture, (source, name))
-    if not captions:
-        raise ValueError(f"{flag}: none of the {skipped} rows has one picture and an answer")
-    total = sum(map(len, captions.values()))
-    print(f"{flag}: {total:,} captions; {skipped:,} rows without exactly one picture and an answer left out")
-    return captions, list(places.values())
-
-
-class Pictures:
-    """Pictures by number as uint8 (B, 3, S, S), decoded once if all of them fit into `cache_gb`, else every time."""
-
-    def __init__(self, places: list, processor: ImageProcessor, cache_gb: float):
-        """places: of each picture what it lies in, as of `dataset.sources`, and its name there."""
-        self.places, self.processor, self.cache = places, processor, None
-        missing = [(source, name) for source, name in places if not source.has(name)]
-        if missing:
-            source, name = missing[0]
-            gone = f"{len(missing)} of {len(places)} pictures are not there, first {name}"
-            if is_url(name):
-                raise ValueError(f"{gone}: --allow_urls fetches pictures from the web")
-            raise FileNotFoundError(f"--images_path {source.pictures_path}: {gone}")
-        gigabytes = len(places) * 3 * math.prod(processor.crop_size) / 1e9
-        fits = gigabytes <= cache_gb
-        kept = "kept in memory" if fits else f"decoded on every use, above --cache_gb {cache_gb:g}"
-        print(f"{len(places):,} pictures, {gigabytes:.2f} GB as uint8: {kept}")
-        if fits:
-            cache = torch.empty(len(places), 3, *processor.crop_size, dtype=torch.uint8)
-            with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-                for place, picture in zip(cache, pool.map(self.decode, range(len(places)))):
-                    place.copy_(picture)
-            self.cache = cache
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def decode(self, index: int) -> torch.Tensor:
-        def resized(content):
-            with self.processor.open(BytesIO(content)) as image:
-                return self.processor.resize(image)
-
-        source, name = self.places[index]
-        try:
-            return use_picture(source, name, resized)
-        except BadRow as error:
-            flag = "--data_path" if inline_place(name) or is_url(name) else "--images_path"
-            raise ValueError(f"{flag}: {error}") from None
-
-    def __getitem__(self, indices) -> torch.Tensor:
-        if self.cache is not None:
-            return self.cache[indices]
-        with ThreadPoolExecutor() as pool:
-            return torch.stack(list(pool.map(self.decode, indices.tolist())))
-
-
-def encode_captions(tokenizer, captions: list[str], max_text_len: int) -> torch.Tensor:
-    """int64 (len(captions), T): tokens, cut to make room for the end, the end, and padding with the end."""
-    encoded = tokenizer(captions, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    ids = torch.full((len(captions), max_text_len), END_OF_CAPTION)
-    for row, tokens in zip(ids, encoded):
-        tokens = tokens[: max_text_len - 1]
-        row[: len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-    return ids
-
-
-def augment(pixels: torch.Tensor, min_scale: float, flip: bool) -> torch.Tensor:
-    """Another random window of each picture, stretched to full size: float (B, 3, S, S) → the same shape.
-
-    A window has min_scale to 1 of the area and sides from 3:4 to 4:3, as in Inception; brightness and contrast vary a
-    little. All pictures at once, on the device they are on.
-    """
-    B, device = len(pixels), pixels.device
-    area = torch.empty(B, device=device).uniform_(min_scale, 1)
-    ratio = torch.empty(B, device=device).uniform_(-math.log(4 / 3), math.log(4 / 3)).exp()
-    size = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=1).clamp(max=1)  # (B, 2), 1 = the whole side
-    shift = (torch.rand(B, 2, device=device) * 2 - 1) * (1 - size)
-    if flip:
-        size[:, 0] *= torch.where(torch.rand(B, device=device) < 0.5, -1.0, 1.0)
-    window = torch.cat([torch.diag_embed(size), shift[:, :, None]], dim=2)  # (B, 2, 3)
-    grid = F.affine_grid(window, list(pixels.shape), align_corners=False)
-    pixels = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
-    contrast = torch.empty(B, 1, 1, 1, device=device).uniform_(0.7, 1.3)
-    return pixels * contrast + torch.empty(B, 1, 1, 1, device=device).uniform_(-0.3, 0.3)
-
 
 # ---------------------------------------------------------------------------- model
 
@@ -179,10 +63,10 @@ def heads(width: int) -> int:
 def build_config(args, vocab_size: int) -> dict:
     """What becomes config.json: both towers, in the classic form that every version of Transformers reads."""
 
-    def tower(kind, width, layers, **own):
+    def tower(kind, width, layers, **rest):
         common = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
         common |= {"num_attention_heads": heads(width), "projection_dim": args.projection_dim, "hidden_act": "gelu"}
-        return {"model_type": kind} | common | own
+        return {"model_type": kind} | common | rest
 
     vision = tower("clip_vision_model", args.hidden_size, args.num_hidden_layers, num_channels=3)
     text = tower("clip_text_model", args.text_hidden_size, args.text_num_hidden_layers, vocab_size=vocab_size)
@@ -254,7 +138,7 @@ def make_optimizer(model, args):
 def retrieval(model, processor, pictures, captions, device) -> dict[str, float]:
     """Recall@1 and @5 in percent: how often the right one is among the k best of the whole set, both ways.
 
-    captions: as of `load_split`. With several captions, a picture has found its way with any of them; a caption of
+    captions: see `load_split`. With several captions, a picture has found its way with any of them; a caption of
     several pictures has found its way with any of those.
     """
     model.eval()
@@ -264,12 +148,12 @@ def retrieval(model, processor, pictures, captions, device) -> dict[str, float]:
     read = torch.cat([encode_texts(model, part.to(device)) for part in texts.split(128)])
     model.train()
     scores = (seen @ read.T).cpu()  # (N, M)
-    own = torch.zeros(len(numbers), len(texts) + 1, dtype=torch.bool).scatter(1, numbers, True)[:, :-1]  # (N, M)
+    pairs = torch.zeros(len(numbers), len(texts) + 1, dtype=torch.bool).scatter(1, numbers, True)[:, :-1]  # (N, M)
     # The rank is the number of wrong ones at least as good, so that an encoder that sees no difference finds nothing.
-    right = scores.masked_fill(~own, -2)
+    right = scores.masked_fill(~pairs, -2)
     ranks = {
-        "image_to_text": ((scores >= right.amax(dim=1, keepdim=True)) & ~own).sum(dim=1),
-        "text_to_image": ((scores >= right.amax(dim=0, keepdim=True)) & ~own).sum(dim=0),
+        "image_to_text": ((scores >= right.amax(dim=1, keepdim=True)) & ~pairs).sum(dim=1),
+        "text_to_image": ((scores >= right.amax(dim=0, keepdim=True)) & ~pairs).sum(dim=0),
     }
     return {
         f"{way}_recall@{k}": round(100 * (rank < k).float().mean().item(), 2)
@@ -352,21 +236,7 @@ def check(args) -> None:
         if not low <= getattr(args, name) <= high:
             raise ValueError(f"--{name} {getattr(args, name)}: must be {low} to {high}")
     if (args.out_dir / "config.json").exists():
-        why = "holds an encoder already, which weights may have been trained with"
-        raise ValueError(f"--out_dir {args.out_dir} {why}: choose another folder, or remove it")
-
-
-def load_split(args, paths, flag, tokenizer, processor):
-    """→ pictures, and captions: the different texts (M, T), and which of them each picture has (N, n), both int64,
-    filled up with M.
-    """
-    captions, places = read_captions(paths, args.images_path, flag, ReadOptions(allow_urls=args.allow_urls))
-    pictures = Pictures(places, processor, args.cache_gb)
-    texts, number = encode_captions(
-        tokenizer, [text for own in captions.values() for text in own], args.max_text_len
-    ).unique(dim=0, return_inverse=True)
-    numbers = number.split([len(own) for own in captions.values()])
-    return pictures, (texts, torch.nn.utils.rnn.pad_sequence(numbers, batch_first=True, padding_value=len(texts)))
+        raise ValueError(f"--out_dir {args.out_dir} holds an encoder already: choose another folder, or remove it")
 
 
 def main(argv=None):
@@ -411,16 +281,16 @@ def main(argv=None):
             pixels = processor.normalize(pictures[chosen].to(device))
             if args.min_scale < 1 or args.flip:
                 pixels = augment(pixels, args.min_scale, args.flip)
-            own = numbers[chosen]  # (B, n)
-            number = own.gather(1, (own < len(captions)).float().multinomial(1))  # (B, 1), of one of its captions
-            right = (own[:, None] == number).any(dim=-1).to(device)  # (B, B)
+            theirs = numbers[chosen]  # (B, n), all captions of these pictures
+            number = theirs.gather(1, (theirs < len(captions)).float().multinomial(1))  # (B, 1), one of them
+            right = (theirs[:, None] == number).any(dim=-1).to(device)  # (B, B)
             texts = captions[number[:, 0]].to(device)  # (B, T)
             with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
                 by_class, by_patches = encode_pictures(model, pixels, args.patch_pool, args.mask_ratio)
                 read = encode_texts(model, texts)  # (B, E)
             scale = model.logit_scale.exp()
             class_loss, _ = contrastive_loss(by_class, read, right, scale)
-            patch_loss, found = contrastive_loss(by_patches, read, right, scale)
+            patch_loss, accuracy = contrastive_loss(by_patches, read, right, scale)
             loss = (1 - args.patch_weight) * class_loss + args.patch_weight * patch_loss
 
             optimizer.zero_grad()
@@ -435,7 +305,7 @@ def main(argv=None):
                 if not loss.isfinite():  # then no later step will be
                     raise ValueError(f"step {step}: the loss is {loss.item()}. Type a smaller --learning_rate")
                 speed = step * args.batch_size / (time.time() - begun)
-                shown = {"loss": loss, "temperature": 1 / scale, "found_in_batch": found}
+                shown = {"loss": loss, "temperature": 1 / scale, "found_in_batch": accuracy}
                 shown = {key: f"{value.item():.3f}" for key, value in shown.items()}
                 bar.set_postfix({"epoch": epoch} | shown | {"pictures/s": f"{speed:.0f}"}, refresh=False)
             if done == 1:

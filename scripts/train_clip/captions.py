@@ -1,0 +1,134 @@
+"""What `scripts.train_clip` learns from: captions with their pictures, read once."""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+
+import torch
+import torch.nn.functional as F
+
+from dataset.pictures import is_url, use_picture
+from dataset.rows import Row, inline_place
+from dataset.shapes import DEFAULT, BadRow, ReadOptions
+from dataset.sources import Source, read_rows
+from model.processing import ImageProcessor
+
+# Transformers pools a caption at its first `eos_token_id`, but at the *largest* id if that is 2, a courtesy to an old
+# mistake. Our <|im_end|> is 2, so captions end in <|endoftext|> instead, which also pads: the text tower is causal, so
+# that the first one has seen the whole caption and none of the padding.
+END_OF_CAPTION = 0
+
+
+def read_captions(
+    paths, images_path, flag: str, options: ReadOptions = DEFAULT
+) -> tuple[dict[str, list[str]], list[tuple[Source, str]]]:
+    """Rows → {picture: its captions}, and where each picture is found: its source and its name there.
+
+    Captions are what the assistant says, of rows with exactly one picture. Rows that show the same share an entry.
+    """
+    captions, places, skipped = {}, {}, 0
+    for source, row in read_rows(paths, images_path, flag, options):
+        turns = row.conversations if isinstance(row, Row) and len(row.images) == 1 else []
+        caption = " ".join(turn["content"] for turn in turns if turn["role"] == "assistant").strip()
+        if not caption:
+            skipped += 1
+            continue
+        (name,) = row.images
+        if source.pictures is None and not inline_place(name) and not is_url(name):
+            raise ValueError(f"--images_path: needed, as no pictures lie beside {source.path}")
+        picture = source.identity(name)
+        captions.setdefault(picture, []).append(caption)
+        places.setdefault(picture, (source, name))
+    if not captions:
+        raise ValueError(f"{flag}: none of the {skipped} rows has one picture and an answer")
+    total = sum(map(len, captions.values()))
+    print(f"{flag}: {total:,} captions; {skipped:,} rows without exactly one picture and an answer left out")
+    return captions, list(places.values())
+
+
+class Pictures:
+    """Pictures by number as uint8 (B, 3, S, S), decoded once if all of them fit into `cache_gb`, else every time."""
+
+    def __init__(self, places: list, processor: ImageProcessor, cache_gb: float):
+        """places: of each picture what it lies in, as of `dataset.sources`, and its name there."""
+        self.places, self.processor, self.cache = places, processor, None
+        missing = [(source, name) for source, name in places if not source.has(name)]
+        if missing:
+            source, name = missing[0]
+            gone = f"{len(missing)} of {len(places)} pictures are not there, first {name}"
+            if is_url(name):
+                raise ValueError(f"{gone}: --allow_urls fetches pictures from the web")
+            raise FileNotFoundError(f"--images_path {source.pictures_path}: {gone}")
+        gigabytes = len(places) * 3 * math.prod(processor.crop_size) / 1e9
+        fits = gigabytes <= cache_gb
+        kept = "kept in memory" if fits else f"decoded on every use, above --cache_gb {cache_gb:g}"
+        print(f"{len(places):,} pictures, {gigabytes:.2f} GB as uint8: {kept}")
+        if fits:
+            cache = torch.empty(len(places), 3, *processor.crop_size, dtype=torch.uint8)
+            with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+                for place, picture in zip(cache, pool.map(self.decode, range(len(places)))):
+                    place.copy_(picture)
+            self.cache = cache
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def decode(self, index: int) -> torch.Tensor:
+        def resized(content):
+            with self.processor.open(BytesIO(content)) as image:
+                return self.processor.resize(image)
+
+        source, name = self.places[index]
+        try:
+            return use_picture(source, name, resized)
+        except BadRow as error:
+            flag = "--data_path" if inline_place(name) or is_url(name) else "--images_path"
+            raise ValueError(f"{flag}: {error}") from None
+
+    def __getitem__(self, indices) -> torch.Tensor:
+        if self.cache is not None:
+            return self.cache[indices]
+        with ThreadPoolExecutor() as pool:
+            return torch.stack(list(pool.map(self.decode, indices.tolist())))
+
+
+def encode_captions(tokenizer, captions: list[str], max_text_len: int) -> torch.Tensor:
+    """int64 (len(captions), T): tokens, cut to make room for the end, the end, and padding with the end."""
+    encoded = tokenizer(captions, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    ids = torch.full((len(captions), max_text_len), END_OF_CAPTION)
+    for row, tokens in zip(ids, encoded):
+        tokens = tokens[: max_text_len - 1]
+        row[: len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+    return ids
+
+
+def load_split(args, paths, flag, tokenizer, processor):
+    """→ pictures, and captions: the different texts (M, T), and which of them each picture has (N, n), both int64,
+    filled up with M.
+    """
+    captions, places = read_captions(paths, args.images_path, flag, ReadOptions(allow_urls=args.allow_urls))
+    pictures = Pictures(places, processor, args.cache_gb)
+    ids = encode_captions(tokenizer, [text for group in captions.values() for text in group], args.max_text_len)
+    texts, numbers = ids.unique(dim=0, return_inverse=True)
+    numbers = numbers.split([len(group) for group in captions.values()])
+    return pictures, (texts, torch.nn.utils.rnn.pad_sequence(numbers, batch_first=True, padding_value=len(texts)))
+
+
+def augment(pixels: torch.Tensor, min_scale: float, flip: bool) -> torch.Tensor:
+    """Another random window of each picture, stretched to full size: float (B, 3, S, S) → the same shape.
+
+    A window has min_scale to 1 of the area and sides from 3:4 to 4:3, as in Inception; brightness and contrast vary a
+    little. All pictures at once, on the device they are on.
+    """
+    B, device = len(pixels), pixels.device
+    area = torch.empty(B, device=device).uniform_(min_scale, 1)
+    ratio = torch.empty(B, device=device).uniform_(-math.log(4 / 3), math.log(4 / 3)).exp()
+    size = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=1).clamp(max=1)  # (B, 2), 1 = the whole side
+    shift = (torch.rand(B, 2, device=device) * 2 - 1) * (1 - size)
+    if flip:
+        size[:, 0] *= torch.where(torch.rand(B, device=device) < 0.5, -1.0, 1.0)
+    window = torch.cat([torch.diag_embed(size), shift[:, :, None]], dim=2)  # (B, 2, 3)
+    grid = F.affine_grid(window, list(pixels.shape), align_corners=False)
+    pixels = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+    contrast = torch.empty(B, 1, 1, 1, device=device).uniform_(0.7, 1.3)
+    return pixels * contrast + torch.empty(B, 1, 1, 1, device=device).uniform_(-0.3, 0.3)
