@@ -7,8 +7,9 @@ import train_pretrain_vlm
 import train_sft_vlm
 import web_demo_vlm
 from common.cli import run_main
-from scripts import download, inspect_data
+from scripts import inspect_data
 from scripts.convert_vlm import __main__ as convert_vlm
+from scripts.download import __main__ as download
 from scripts.quickstart import __main__ as quickstart
 from tests.conftest import no_space
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from common.cli import GONE, RENAMED
-from scripts import download, make_bundle
+from scripts import make_bundle
+from scripts.download import __main__ as download
 from scripts.quickstart import __main__ as quickstart
 from tests.test_flags import ROOT, SCRIPTS, SOURCES, names, parsers  # noqa: F401 (a fixture)
 

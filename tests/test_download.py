@@ -1,4 +1,4 @@
-"""scripts/download.py, with both hubs' own libraries, against a server on this machine that speaks their routes."""
+"""scripts/download, with both hubs' own libraries, against a server on this machine that speaks their routes."""
 
 import errno
 import hashlib
@@ -23,7 +23,8 @@ import pytest
 
 import train_pretrain_vlm
 import train_sft_vlm
-from scripts import download
+from scripts.download import __main__ as download
+from scripts.download.hubs import HuggingFace
 
 SOURCES = ["hf", "modelscope"]
 CLIP = "model/vision_model/clip-vit-base-patch16"
@@ -454,7 +455,7 @@ def test_when_the_network_goes_away_the_other_hub_is_offered(hubs, get, capsys, 
     def gone(self, file, target):
         raise ConnectionResetError("the cable")
 
-    monkeypatch.setattr(download.HuggingFace, "fetch", gone)
+    monkeypatch.setattr(HuggingFace, "fetch", gone)
     told = refused(capsys, get, "hf", "--what", "llm")
     assert "the cable" in told and "goes on where it was" in told and "--source modelscope" in told
 
@@ -517,5 +518,5 @@ def test_without_its_record_everything_is_verified_anew(hubs, get):
 
 
 def test_it_starts_without_loading_torch():
-    code = "import sys, scripts.download; assert not {'torch', 'modelscope', 'requests'} & set(sys.modules)"
+    code = "import sys, scripts.download.__main__; assert not {'torch', 'modelscope', 'requests'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -115,7 +115,7 @@ def test_help_fits_a_terminal_and_begins_with_the_few_flags_that_a_newcomer_need
 
 def test_help_and_a_mistyped_flag_do_not_wait_for_pytorch_or_matplotlib():
     at_once = "train_pretrain_vlm train_sft_vlm eval_vlm web_demo_vlm dataset.scenes dataset.toys scripts.train_llm "
-    at_once += "scripts.quickstart.__main__ scripts.make_bundle scripts.download scripts.report"
+    at_once += "scripts.quickstart.__main__ scripts.make_bundle scripts.download.__main__ scripts.report"
     for script in at_once.split():
         for flag, status in (("--help", 0), ("--hlep", 2)):
             code = f"import sys, {script} as script\ntry: script.main(['{flag}'])\n"

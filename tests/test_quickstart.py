@@ -336,7 +336,8 @@ def test_the_quickstart_goes_from_a_bundle_to_a_report(finished):
 def test_what_it_suggests_next_can_be_typed(finished, capfd, tmp_path, monkeypatch):
     import eval_vlm
     import train_sft_vlm
-    from scripts import download, inspect_data
+    from scripts import inspect_data
+    from scripts.download import __main__ as download
 
     folder, result = finished
     (_, ask), (_, look), _, (photos, fetch) = result["next"]

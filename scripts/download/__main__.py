@@ -15,8 +15,8 @@ What was begun goes on with the same command. Every file is verified by its chec
 .download.json remembers which were, so that a second run fetches nothing. Nothing of yours is overwritten.
 """
 
-if __spec__ is None:  # started by its path, from where Python finds no other folder
-    raise SystemExit("type -m scripts.download instead of scripts/download.py")
+if __spec__ is None or __spec__.name == "__main__":  # started by its path, from where Python finds no other folder
+    raise SystemExit("type -m scripts.download instead of scripts/download")
 
 from common.start import begin
 
@@ -25,184 +25,22 @@ if __name__ == "__main__":
 
 import errno
 import hashlib
-import json
-import logging
-import os
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from common.cli import SWITCH, Parser, disk_full
 from common.display import typed
-from common.files import write_json
+from common.files import read_json, write_json
+from scripts.download.hubs import Damaged, Failed, Hub, RemoteFile, Unreachable, choose_hub, failure, size_of, status_of
 
 CLIP_FOLDER = "model/vision_model/clip-vit-base-patch16"
 HIDDEN = {"26m": 512, "104m": 768}
 TRANSFORMERS_REPO = {"26m": "MiniMind2-Small-V", "104m": "MiniMind2-V"}  # they hold the tokenizer
 TOKENIZER_SHA256 = "d98595c6aef70d95f72748582fb9b4f53d76dd58c1ae1dd702ad7c84e1caf5e4"
-PROBE_SECONDS = 5
-
-
-class Failed(Exception):
-    """Told to the user, with what to do about it."""
-
-
-class Unreachable(Failed):
-    """There is no network, or a hub does not answer."""
-
-
-class Damaged(Exception):
-    """What a hub sent is not what it lists."""
-
-
-# ---------------------------------------------------------------------------- the two hubs
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    repo: str
-    kind: str  # of the repository: "model" or "dataset"
-    path: str  # in the repository
-    size: int
-    checksum: str  # "sha256:..." or "git:...", the sha1 of a git blob; "" where a hub tells none
-
-    def staging(self, target: Path) -> Path:
-        """The folder where it is put together, beside its target: on the same disk, and the next run finds it."""
-        return target.parent / ".download" / (self.checksum[-16:] or str(self.size))
-
-    def whole(self, target: Path) -> Path:
-        return self.staging(target) / self.path
-
-    def partial(self, target: Path) -> Path:
-        return Path(f"{self.whole(target)}.incomplete")  # as ModelScope's library calls it
-
-
-class HuggingFace:
-    source, other, owner, clip_owner = "hf", "modelscope", "jingyaogong", "openai"
-    attempts = 4  # in a row that bring nothing
-    token = "HF_TOKEN (huggingface.co/settings/tokens)"
-
-    def __init__(self):
-        self.endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-
-    def list(self, repo: str, kind: str) -> list[RemoteFile]:
-        from huggingface_hub import HfApi
-
-        entries = HfApi(endpoint=self.endpoint).list_repo_tree(repo, recursive=True, repo_type=kind)
-        return [
-            RemoteFile(repo, kind, at.path, at.size, f"sha256:{at.lfs.sha256}" if at.lfs else f"git:{at.blob_id}")
-            for at in entries
-            if hasattr(at, "size")  # a folder has none
-        ]
-
-    def fetch(self, file: RemoteFile, target: Path) -> None:
-        """Not by hf_hub_download, for which every run starts from nothing."""
-        from huggingface_hub import constants, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
-        from tqdm import tqdm
-
-        partial, have = file.partial(target), size_of(file.partial(target))
-        url = hf_hub_url(file.repo, file.path, repo_type=file.kind, endpoint=self.endpoint)
-        headers = {"Accept-Encoding": "identity"}  # packed, Range would count other bytes
-        headers = build_hf_headers(headers=headers | ({"Range": f"bytes={have}-"} if have else {}))
-        once = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "retry_on_exceptions": ()}  # `bring` tries again
-        if have < file.size:
-            with partial.open("ab") as out, http_stream_backoff("GET", url, headers=headers, **once) as response:
-                hf_raise_for_status(response)
-                if response.status_code == 200:  # from the first byte, whatever was asked for
-                    out.truncate(0)
-                begun = out.seek(0, os.SEEK_END)
-                with tqdm(total=file.size, initial=begun, unit="B", unit_scale=True, desc=file.path) as bar:
-                    for chunk in response.iter_bytes():
-                        out.write(chunk)
-                        bar.update(len(chunk))
-        if size_of(partial) != file.size:
-            raise Damaged(f"{size_of(partial)} bytes, expected {file.size}")
-        partial.replace(file.whole(target))
-
-
-class ModelScope:
-    source, other, owner, clip_owner = "modelscope", "hf", "gongjy", "openai-mirror"
-    attempts = 1  # its library makes several itself
-    token = "MODELSCOPE_API_TOKEN (modelscope.cn/my/myaccesstoken)"
-
-    def __init__(self):
-        self.endpoint = (os.environ.get("MODELSCOPE_ENDPOINT") or "https://www.modelscope.cn").rstrip("/")
-
-    def api(self):
-        from modelscope_hub import HubApi, HubConfig  # what `modelscope` is built on: importing that imports torch
-
-        logging.getLogger("modelscope_hub").setLevel(logging.WARNING)  # not every page of a listing
-        return HubApi(HubConfig(endpoint=self.endpoint))
-
-    def list(self, repo: str, kind: str) -> list[RemoteFile]:
-        return [
-            RemoteFile(repo, kind, at.path, at.size, f"sha256:{at.sha256}" if at.sha256 else "")
-            for at in self.api().list_repo_files(repo, kind)
-            if not at.is_dir
-        ]
-
-    def fetch(self, file: RemoteFile, target: Path) -> None:
-        from modelscope_hub.errors import FileIntegrityError
-
-        folder = file.staging(target)
-        places = {"local_dir": folder, "cache_dir": folder}  # the latter gets its lock, else in the home folder
-        try:
-            self.api().download_file(file.repo, file.kind, file.path, **places, file_size=file.size)
-        except FileIntegrityError as error:
-            raise Damaged(str(error)) from error
-
-
-Hub = HuggingFace | ModelScope
-
-
-def choose_hub(source: str) -> Hub:
-    """The hub of --source; for auto the first that answers. Raises Unreachable."""
-    import requests
-
-    hubs = [hub for hub in (HuggingFace(), ModelScope()) if source in ("auto", hub.source)]
-    silent = []
-    for hub in hubs:
-        try:
-            requests.head(hub.endpoint, timeout=PROBE_SECONDS)
-            return hub
-        except requests.RequestException as error:
-            silent.append(f"{hub.endpoint} ({type(error).__name__})")
-    other = f", or take the other hub: --source {hubs[0].other}" if len(hubs) == 1 else ""
-    raise Unreachable(
-        f"no answer from {' nor '.join(silent)}. Is there a network?\nBehind a proxy: export HTTPS_PROXY=http://host:port"
-        f"\nA mirror of Hugging Face: export HF_ENDPOINT=https://hf-mirror.com{other}"
-    )
-
-
-def status_of(error: Exception) -> int | None:
-    """The HTTP status that an exception of either library is about, if any."""
-    return getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status_code", None)
-
-
-def failure(error: Exception, hub: Hub, what: str) -> Failed:
-    status = status_of(error)
-    other = f"The other hub may: --source {hub.other}"
-    told = {
-        401: f"wants a login for {what}, or does not have it. Accept the terms on its page if there are any, and "
-        f"export {hub.token.replace(' ', '=... ', 1)}. {other}",
-        404: f"has no {what}. {other}",
-        429: f"wants fewer requests, also after several attempts at {what}. Wait some minutes, then type the same "
-        f"command: it goes on where it was. More are allowed with {hub.token}",
-    }
-    told[403] = told[401]
-    if status:
-        return Failed(f"{hub.endpoint} {told.get(status, f'failed at {what}. {other}')} (HTTP {status})")
-    cause = error.__cause__ or error
-    reason = (str(cause) or type(cause).__name__).splitlines()[0]
-    return Unreachable(
-        f"the connection to {hub.endpoint} failed at {what}: {reason}. The same command goes on where it was. {other}"
-    )
-
 
 # ---------------------------------------------------------------------------- what to fetch
 
@@ -226,17 +64,18 @@ class Repository:
     def find(self, *patterns: str) -> RemoteFile | None:
         """The file that fits the first pattern that any file fits. Raises Failed if several do."""
         for pattern in patterns:
-            found = [file for file in self.files if fnmatch(PurePosixPath(file.path).name, pattern)]
-            found = [file for file in found if file.path.count("/") == min(each.path.count("/") for each in found)]
-            if len(found) > 1:
-                raise Failed(f"{self.name} has several files {pattern}: {in_words(found)}. Take one by hand")
-            if found:
-                return found[0]
+            matches = [file for file in self.files if fnmatch(PurePosixPath(file.path).name, pattern)]
+            depth = min((file.path.count("/") for file in matches), default=0)
+            matches = [file for file in matches if file.path.count("/") == depth]
+            if len(matches) > 1:
+                raise Failed(f"{self.name} has several files {pattern}: {in_words(matches)}. Take one by hand")
+            if matches:
+                return matches[0]
         return None
 
     def pick(self, *patterns: str) -> RemoteFile:
-        if found := self.find(*patterns):
-            return found
+        if file := self.find(*patterns):
+            return file
         raise Failed(f"{self.name} has no {' or '.join(patterns)}. It holds {in_words(self.files)}")
 
 
@@ -302,30 +141,32 @@ def is_whole(path: Path, file: RemoteFile) -> bool:
     return not file.checksum or digest(path, file.checksum.split(":")[0]) == file.checksum
 
 
+def stamp_of(path: Path) -> list[int] | None:
+    """Size and time of a file, None if it is not there."""
+    with suppress(OSError):
+        return [path.stat().st_size, path.stat().st_mtime_ns]
+
+
 class Record:
     """root/.download.json: what was verified, so that it need not be hashed again, and what was asked for."""
 
     def __init__(self, root: Path):
         self.root, self.path, self.files, self.asked = root, root / ".download.json", {}, {}
         with suppress(OSError, ValueError, KeyError, TypeError):  # without one everything is verified anew
-            known = json.loads(self.path.read_text(encoding="utf-8"))
+            known = read_json(self.path)
             self.files, self.asked = dict(known["files"]), dict(known["asked"])
 
     def save(self) -> None:
         write_json(self.path, {"files": self.files, "asked": self.asked})
 
     def note(self, place: str, checksum: str) -> None:
-        status = (self.root / place).stat()
-        self.files[place] = [checksum, status.st_size, status.st_mtime_ns]
+        self.files[place] = [checksum, *stamp_of(self.root / place)]
         self.save()
 
     def checksum(self, place: str) -> str | None:
         """Of a file that is as it was when it was verified."""
-        with suppress(KeyError, OSError):
-            checksum, *stamp = self.files[place]
-            status = (self.root / place).stat()
-            return checksum if stamp == [status.st_size, status.st_mtime_ns] else None
-        return None
+        checksum, *stamp = self.files.get(place, [None])
+        return checksum if stamp == stamp_of(self.root / place) else None
 
     def has_all(self, keys: list[str]) -> bool:
         """Is all that was asked for under these keys still there?"""
@@ -344,18 +185,12 @@ def missing_files(wanted: dict[str, RemoteFile], record: Record, overwrite: bool
         if path.exists() and known is None:  # else an earlier run fetched it, and there is a newer one
             foreign.append(f"{path} ({path.stat().st_size:,} bytes, expected {file.size:,})")
     if foreign and not overwrite:
-        raise Failed(
-            f"a file of yours would be replaced: {', '.join(foreign)}.\n"
-            "Rename it and its .json, fetch elsewhere with --root DIR, or give it up with --overwrite"
-        )
+        hint = "Rename it and its .json, fetch elsewhere with --root DIR, or give it up with --overwrite"
+        raise Failed(f"a file of yours would be replaced: {', '.join(foreign)}.\n{hint}")
     return missing
 
 
 # ---------------------------------------------------------------------------- fetching
-
-
-def size_of(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
 
 
 def in_units(size: float) -> str:
@@ -367,7 +202,7 @@ def in_units(size: float) -> str:
 
 
 def check_space(root: Path, missing: dict[str, RemoteFile]) -> None:
-    """Each folder may be on a disk of its own."""
+    """Raises Failed if a disk has no room for its files; each folder may be on another."""
     disks = {}
     for place, file in missing.items():
         folder = next(parent for parent in (root / place).absolute().parents if parent.exists())
@@ -376,10 +211,8 @@ def check_space(root: Path, missing: dict[str, RemoteFile]) -> None:
     for folder, needed in disks.values():
         free = shutil.disk_usage(folder).free
         if free < needed:
-            raise Failed(
-                f"{in_units(needed)} are to be fetched, but {folder} has {in_units(free)} left. Make room, or fetch to "
-                "another disk with --root DIR"
-            )
+            room = f"{in_units(needed)} are to be fetched, but {folder} has {in_units(free)} left"
+            raise Failed(f"{room}. Make room, or fetch to another disk with --root DIR")
 
 
 def bring(hub: Hub, file: RemoteFile, target: Path) -> None:
@@ -395,10 +228,8 @@ def bring(hub: Hub, file: RemoteFile, target: Path) -> None:
         except Exception as error:  # of either library, or of the HTTP client below it
             for cause in (error, error.__cause__):
                 if disk_full(cause) or getattr(cause, "errno", None) == errno.EFBIG:  # a file too large for the disk
-                    raise Failed(
-                        f"{target.parent} takes no more: {cause.strerror}. What is there stays: make room, and the "
-                        "same command goes on where it was"
-                    ) from error
+                    why = f"{target.parent} takes no more: {cause.strerror}"
+                    raise Failed(f"{why}. Make room, and the same command goes on where it was") from error
             if isinstance(error, OSError) and error.filename:  # a folder that must not be written to
                 raise
             if status_of(error) == 416:  # there are fewer bytes than the hub lists
@@ -418,7 +249,7 @@ def clear(file: RemoteFile, target: Path) -> None:
 
 def fetch(hub: Hub, file: RemoteFile, target: Path) -> None:
     """A verified file at its place. One that is not what the hub lists is fetched once more."""
-    whole = file.whole(target)
+    whole, name = file.whole(target), f"{file.repo}/{file.path}"
     for _ in range(2):
         with suppress(Damaged):
             bring(hub, file, target)
@@ -427,16 +258,12 @@ def fetch(hub: Hub, file: RemoteFile, target: Path) -> None:
         print(f"{file.path} came damaged")
         clear(file, target)
     else:
-        raise Failed(
-            f"{file.repo}/{file.path} came twice other than {hub.endpoint} lists it;\n"
-            f"nothing was kept. A proxy that changes files? Try --source {hub.other}"
-        )
+        hint = f"A proxy that changes files? Try --source {hub.other}"
+        raise Failed(f"{name} came twice other than {hub.endpoint} lists it;\nnothing was kept. {hint}")
     if target.name == "tokenizer.json" and digest(whole, "sha256") != f"sha256:{TOKENIZER_SHA256}":
         clear(file, target)
-        raise Failed(
-            f"{file.repo}/{file.path} is not the tokenizer of these weights (sha256 {TOKENIZER_SHA256[:8]}...) "
-            f"and was not kept. Try --source {hub.other}"
-        )
+        wrong = f"is not the tokenizer of these weights (sha256 {TOKENIZER_SHA256[:8]}...) and was not kept"
+        raise Failed(f"{name} {wrong}. Try --source {hub.other}")
     if target.exists() and target.suffix == ".pth":  # --overwrite: what its JSON says is no longer so
         target.with_suffix(".json").unlink(missing_ok=True)
     if not file.checksum:
@@ -453,31 +280,31 @@ def next_commands(args, tasks: list[str]) -> list[list]:
     root, name = args.root, f"{weights_suffix(args)}.pth"
     elsewhere = root.resolve() != Path.cwd()
 
-    def there(*places):
+    def first(*places):
         """The first of them that is there."""
         return next((root / place for place in places if (root / place).is_file()), None)
 
-    eyes = there(f"{CLIP_FOLDER}/model.safetensors", f"{CLIP_FOLDER}/pytorch_model.bin")
-    words = there("model/tokenizer.json")
-    llm, pretrained, trained = (there(f"out/{stage}_{name}") for stage in ("llm", "pretrain_vlm", "sft_vlm"))
-    rows = {key: there(f"dataset/{key}_data.jsonl", f"dataset/{key}_data.parquet") for key in ("pretrain", "sft")}
+    encoder = first(f"{CLIP_FOLDER}/model.safetensors", f"{CLIP_FOLDER}/pytorch_model.bin")
+    words = first("model/tokenizer.json")
+    llm, pretrained, trained = (first(f"out/{stage}_{name}") for stage in ("llm", "pretrain_vlm", "sft_vlm"))
+    rows = {key: first(f"dataset/{key}_data.jsonl", f"dataset/{key}_data.parquet") for key in ("pretrain", "sft")}
     large, moe = args.size != "26m", ["--use_moe"] if args.use_moe else []
     flags = [*(["--hidden_size", HIDDEN[args.size]] if large else []), *moe]
     if elsewhere:
         flags += ["--tokenizer_path", root / "model", "--vision_model_path", root / CLIP_FOLDER]
         flags += ["--out_dir", root / "out"]
     asks, trains, commands = "vlm" in tasks, "llm" in tasks or "data" in tasks, []
-    if eyes and words and (trains or not asks):
+    if encoder and words and (trains or not asks):
         for stage, start in (("pretrain", llm), ("sft", pretrained)):
             if rows[stage] and (start or commands):
-                own = ["--data_path", rows[stage]] if elsewhere else []
-                commands.append(["python", f"train_{stage}_vlm.py", *flags, *own])
-    if eyes and words and (asks or not trains) and (trained or pretrained):
+                data_flags = ["--data_path", rows[stage]] if elsewhere else []
+                commands.append(["python", f"train_{stage}_vlm.py", *flags, *data_flags])
+    if encoder and words and (asks or not trains) and (trained or pretrained):
         commands.append(["python", "eval_vlm.py", *([] if trained else ["--model_mode", 0]), *flags])
     if not commands:
-        asked = {"vlm": words and (trained or pretrained)}
-        needed = {"clip": eyes} | (asked if asks else {"llm": words and llm, "data": all(rows.values())})
-        missing = [task for task, found in needed.items() if not found]
+        ready = {"vlm": words and (trained or pretrained)}
+        ready = {"clip": encoder} | (ready if asks else {"llm": words and llm, "data": all(rows.values())})
+        missing = [task for task, there in ready.items() if not there]
         more = [*(["--size", args.size] if large else []), *moe, *(["--root", root] if elsewhere else [])]
         commands.append(["python", "-m", "scripts.download", "--what", *missing, *more])
     return commands
@@ -494,13 +321,13 @@ def download(args) -> list[list[str]]:
     try:
         hub = choose_hub(args.source)
         print(f"from {hub.endpoint}")
-        found = {key: TASKS[task](hub, args) for key, task in zip(keys, tasks)}
+        groups = {key: TASKS[task](hub, args) for key, task in zip(keys, tasks)}
     except Unreachable as error:
         if not record.has_all(keys):
             raise
         print(f"{error}\nBut all of it is here already, as it was when it was verified.")
     else:
-        wanted = {place: file for group in found.values() for place, file in group.items()}
+        wanted = {place: file for group in groups.values() for place, file in group.items()}
         missing = missing_files(wanted, record, args.overwrite)
         check_space(args.root, missing)
         for place, file in missing.items():
@@ -511,7 +338,7 @@ def download(args) -> list[list[str]]:
         for place, file in missing.items():
             fetch(hub, file, args.root / place)
             record.note(place, file.checksum)
-        record.asked |= {key: list(group) for key, group in found.items()}
+        record.asked |= {key: list(group) for key, group in groups.items()}
         record.save()
 
     print("\nVerified and in place:")

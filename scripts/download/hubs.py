@@ -1,0 +1,165 @@
+"""The two hubs: what they list, and how a file of theirs comes, from where an earlier attempt stopped."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+PROBE_SECONDS = 5
+
+
+class Failed(Exception):
+    """Its text is for the user: what went wrong, and what to do next."""
+
+
+class Unreachable(Failed):
+    """There is no network, or a hub does not answer."""
+
+
+class Damaged(Exception):
+    """What a hub sent is not what it lists."""
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    repo: str
+    kind: str  # of the repository: "model" or "dataset"
+    path: str  # in the repository
+    size: int
+    checksum: str  # "sha256:..." or "git:...", the sha1 of a git blob; "" where a hub lists none
+
+    def staging(self, target: Path) -> Path:
+        """The folder where it is put together, beside its target: on the same disk, and the next run finds it."""
+        return target.parent / ".download" / (self.checksum[-16:] or str(self.size))
+
+    def whole(self, target: Path) -> Path:
+        return self.staging(target) / self.path
+
+    def partial(self, target: Path) -> Path:
+        return Path(f"{self.whole(target)}.incomplete")  # as ModelScope's library calls it
+
+
+class HuggingFace:
+    source, other, owner, clip_owner = "hf", "modelscope", "jingyaogong", "openai"
+    attempts = 4  # in a row that bring nothing
+    token = "HF_TOKEN (huggingface.co/settings/tokens)"
+
+    def __init__(self):
+        self.endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+    def list(self, repo: str, kind: str) -> list[RemoteFile]:
+        from huggingface_hub import HfApi
+
+        entries = HfApi(endpoint=self.endpoint).list_repo_tree(repo, recursive=True, repo_type=kind)
+        return [
+            RemoteFile(repo, kind, at.path, at.size, f"sha256:{at.lfs.sha256}" if at.lfs else f"git:{at.blob_id}")
+            for at in entries
+            if hasattr(at, "size")  # a folder has none
+        ]
+
+    def fetch(self, file: RemoteFile, target: Path) -> None:
+        """Not by hf_hub_download, for which every run starts from nothing."""
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+        from tqdm import tqdm
+
+        partial, have = file.partial(target), size_of(file.partial(target))
+        url = hf_hub_url(file.repo, file.path, repo_type=file.kind, endpoint=self.endpoint)
+        headers = {"Accept-Encoding": "identity"}  # packed, Range would count other bytes
+        headers = build_hf_headers(headers=headers | ({"Range": f"bytes={have}-"} if have else {}))
+        once = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "retry_on_exceptions": ()}  # `bring` tries again
+        if have < file.size:
+            with partial.open("ab") as out, http_stream_backoff("GET", url, headers=headers, **once) as response:
+                hf_raise_for_status(response)
+                if response.status_code == 200:  # from the first byte, whatever was asked for
+                    out.truncate(0)
+                begun = out.seek(0, os.SEEK_END)
+                with tqdm(total=file.size, initial=begun, unit="B", unit_scale=True, desc=file.path) as bar:
+                    for chunk in response.iter_bytes():
+                        out.write(chunk)
+                        bar.update(len(chunk))
+        if size_of(partial) != file.size:
+            raise Damaged(f"{size_of(partial)} bytes, expected {file.size}")
+        partial.replace(file.whole(target))
+
+
+class ModelScope:
+    source, other, owner, clip_owner = "modelscope", "hf", "gongjy", "openai-mirror"
+    attempts = 1  # its library makes several itself
+    token = "MODELSCOPE_API_TOKEN (modelscope.cn/my/myaccesstoken)"
+
+    def __init__(self):
+        self.endpoint = (os.environ.get("MODELSCOPE_ENDPOINT") or "https://www.modelscope.cn").rstrip("/")
+
+    def api(self):
+        from modelscope_hub import HubApi, HubConfig  # what `modelscope` is built on: importing that imports torch
+
+        logging.getLogger("modelscope_hub").setLevel(logging.WARNING)  # not every page of a listing
+        return HubApi(HubConfig(endpoint=self.endpoint))
+
+    def list(self, repo: str, kind: str) -> list[RemoteFile]:
+        return [
+            RemoteFile(repo, kind, at.path, at.size, f"sha256:{at.sha256}" if at.sha256 else "")
+            for at in self.api().list_repo_files(repo, kind)
+            if not at.is_dir
+        ]
+
+    def fetch(self, file: RemoteFile, target: Path) -> None:
+        from modelscope_hub.errors import FileIntegrityError
+
+        folder = file.staging(target)
+        places = {"local_dir": folder, "cache_dir": folder}  # the latter gets its lock, else in the home folder
+        try:
+            self.api().download_file(file.repo, file.kind, file.path, **places, file_size=file.size)
+        except FileIntegrityError as error:
+            raise Damaged(str(error)) from error
+
+
+Hub = HuggingFace | ModelScope
+
+
+def choose_hub(source: str) -> Hub:
+    """The hub of --source; for auto the first that answers. Raises Unreachable."""
+    import requests
+
+    silent = []
+    hubs = [hub for hub in (HuggingFace(), ModelScope()) if source in ("auto", hub.source)]
+    for hub in hubs:
+        try:
+            requests.head(hub.endpoint, timeout=PROBE_SECONDS)
+            return hub
+        except requests.RequestException as error:
+            silent.append(f"{hub.endpoint} ({type(error).__name__})")
+    other = f", or take the other hub: --source {hubs[0].other}" if len(hubs) == 1 else ""
+    raise Unreachable(
+        f"no answer from {' nor '.join(silent)}. Is there a network?\nBehind a proxy: export HTTPS_PROXY=http://host:port"
+        f"\nA mirror of Hugging Face: export HF_ENDPOINT=https://hf-mirror.com{other}"
+    )
+
+
+def status_of(error: Exception) -> int | None:
+    """The HTTP status in an exception of either library, if any."""
+    return getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status_code", None)
+
+
+def failure(error: Exception, hub: Hub, what: str) -> Failed:
+    """The exception to raise for one of either library, or of the HTTP client below it."""
+    status, other = status_of(error), f"The other hub may: --source {hub.other}"
+    if not status:
+        cause = error.__cause__ or error
+        reason = (str(cause) or type(cause).__name__).splitlines()[0]
+        again = "The same command goes on where it was"
+        return Unreachable(f"the connection to {hub.endpoint} failed at {what}: {reason}. {again}. {other}")
+    login = f"Accept the terms on its page if there are any, and export {hub.token.replace(' ', '=... ', 1)}"
+    wait = "Wait some minutes, then type the same command: it goes on where it was"
+    reasons = {
+        401: f"wants a login for {what}, or does not have it. {login}. {other}",
+        404: f"has no {what}. {other}",
+        429: f"wants fewer requests, also for {what}. {wait}. More are allowed with {hub.token}",
+    }
+    reason = reasons.get(401 if status == 403 else status, f"failed at {what}. {other}")
+    return Failed(f"{hub.endpoint} {reason} (HTTP {status})")
