@@ -31,7 +31,8 @@ from pathlib import Path
 
 from common.cli import Parser, positive, run_main
 from common.display import markdown
-from common.files import read_json, write_json, write_text
+from common.files import write_json, write_text
+from model.files import read_json
 
 
 def recipes(rate: float, batch_size: int) -> dict[str, dict]:

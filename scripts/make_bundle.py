@@ -52,10 +52,10 @@ def recipe(folder: Path, device: str = "cpu") -> list[Step]:
     muon = ["--batch_size", 16, "--optimizer", "muon", "--learning_rate", 2e-3, "--val_interval", 250]
     weights = f"llm_{HIDDEN_SIZE}.pth"
 
-    def in_words(name, about, scenes, kinds, objects, seed, *more):
+    def in_words(name, description, scenes, kinds, objects, seed, *more):
         command = ["python", "-m", "dataset.scenes", "--form", "text", "--out_dir", folder / name, "--scenes", scenes]
         command += ["--val_scenes", 100, "--rows", 2, "--seed", seed, "--objects", *objects]
-        return Step(name, about, [*command, "--kinds", *kinds, *more], makes=folder / name)
+        return Step(name, description, [*command, "--kinds", *kinds, *more], makes=folder / name)
 
     def lesson(number, last=False, **shares):
         out = folder if last else folder / f"lesson_{number}"
@@ -76,9 +76,9 @@ def recipe(folder: Path, device: str = "cpu") -> list[Step]:
           for seed, name in enumerate(("colour", "shape", "size", "place", "object"), start=4)),
         in_words("describe", "scenes of one to four objects, with descriptions, for its fifth",
                  20000, ["describe"], (1, 4), 10, "--plain"),
-        *(in_words(name, f"scenes with lists of {about}, for its sixth",
+        *(in_words(name, f"scenes with lists of {facts}, for its sixth",
                    20000, ["each"], (2, 4), seed, "--plain", "--lists", name)
-          for seed, name, about in ((13, "exists", "what is there and what is not"),
+          for seed, name, facts in ((13, "exists", "what is there and what is not"),
                                     (14, "check", "what is so and what is not"),
                                     (15, "count", "how many there are"))),
         in_words("talk", "scenes in words with whole conversations about them, for its seventh",
@@ -138,8 +138,8 @@ def files() -> list[str]:
 def figures(folder: Path) -> list[str]:
     """What the parts can do, a line each: recall of the encoder, perplexity of the language model."""
     lines = []
-    for path, found in read_json(folder / "clip/metrics.json")["retrieval"].items():
-        shares = ", ".join(f"{key.replace('_', ' ')} {value:.1f}%" for key, value in found.items())
+    for path, recalls in read_json(folder / "clip/metrics.json")["retrieval"].items():
+        shares = ", ".join(f"{key.replace('_', ' ')} {value:.1f}%" for key, value in recalls.items())
         lines.append(f"encoder on {path}:\n  {shares}")
     losses = points(read_metrics(folder / f"llm_{HIDDEN_SIZE}.metrics.jsonl"), "val_loss")
     if losses:

@@ -45,11 +45,10 @@ SWAPPED = 6  # questions shown with another picture, at most
 
 
 def read_scores(folder: Path) -> dict[str, dict]:
-    """{split: what eval_vlm.py wrote about it}: val.json first, then the others that are there."""
-    found = {path.stem: read_json(path) for path in folder.glob("val*.json")}
-    order = list(WORDS["en"]["splits"])
-    known = [split for split in order if split in found]
-    return {split: found[split] for split in [*known, *sorted(found.keys() - known)]}
+    """{split: what eval_vlm.py wrote of it}: val.json first, then the others that are there."""
+    scores = {path.stem: read_json(path) for path in folder.glob("val*.json")}
+    known = [split for split in WORDS["en"]["splits"] if split in scores]
+    return {split: scores[split] for split in [*known, *sorted(scores.keys() - known)]}
 
 
 def share(answers: list[dict], key: str) -> float | None:
@@ -62,17 +61,16 @@ def shares(answers: list[dict], key: str) -> dict:
     by_language = {lang: [answer for answer in answers if answer["language"] == lang] for lang in LANGUAGES}
     kinds = sorted({answer["kind"] for answer in answers})
     return {
-        **{lang: share(own, key) for lang, own in by_language.items()},
+        **{lang: share(group, key) for lang, group in by_language.items()},
         "all": share(answers, key),
         "by_kind": {kind: share([answer for answer in answers if answer["kind"] == kind], key) for kind in kinds},
     }
 
 
 def cpu_name() -> str:
-    if Path("/proc/cpuinfo").is_file():
-        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-        if found:
-            return found[1]
+    info = Path("/proc/cpuinfo")
+    if info.is_file() and (match := re.search(r"model name\s*: (.+)", info.read_text())):
+        return match[1]
     if platform.system() == "Darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -92,13 +90,13 @@ def machine() -> dict:
 def summary(folder: Path, records: list[dict], next_commands: list) -> dict:
     """What stands in report.json but for "wall_s": shares from 0 to 1, seconds, GB. folder: of a finished run."""
     scores = read_scores(folder)
-    answers = {split: found["answers"] for split, found in scores.items()}
+    answers = {split: result["answers"] for split, result in scores.items()}
     return {
         "wall_s": None,
         "peak_gb": max(record["peak_gb"] for record in records),
-        **{split: shares(found, "right") for split, found in answers.items()},
-        **{split.replace("val", "shuffled"): shares(found, "right_shuffled") for split, found in answers.items()},
-        "questions": {split: len(found) for split, found in answers.items()},
+        **{split: shares(given, "right") for split, given in answers.items()},
+        **{split.replace("val", "shuffled"): shares(given, "right_shuffled") for split, given in answers.items()},
+        "questions": {split: len(given) for split, given in answers.items()},
         "steps": [
             {
                 "name": record["name"],
@@ -120,7 +118,8 @@ def first_prompts(weights: Path) -> dict[str, str]:
     """{"en": a question that the weights know, "zh": ...}, of their JSON."""
     path = weights.with_suffix(".json")
     known = read_json(path).get("prompts", {}) if path.is_file() else {}
-    return {"en": "What is in the picture?", "zh": "图片里有什么？"} | {key: found[0] for key, found in known.items()}
+    usual = {"en": "What is in the picture?", "zh": "图片里有什么？"}
+    return usual | {language: prompts[0] for language, prompts in known.items()}
 
 
 def percent(value: float | None) -> str:
@@ -130,33 +129,33 @@ def percent(value: float | None) -> str:
 def cells(folder: Path) -> dict:
     """{kind: {split: {language: (share, share with shuffled pictures)}}}, and "all" for all kinds, at the end."""
     answers = {split: scores["answers"] for split, scores in read_scores(folder).items()}
-    kinds = sorted({answer["kind"] for found in answers.values() for answer in found})
-    found = {}
+    kinds = sorted({answer["kind"] for given in answers.values() for answer in given})
+    shares_of = {}
     for kind in [*kinds, "all"]:
-        found[kind] = {split: {} for split in answers}
+        shares_of[kind] = {split: {} for split in answers}
         for split in answers:
             for language in LANGUAGES:
-                own = [answer for answer in answers[split] if answer["language"] == language]
-                own = [answer for answer in own if kind in ("all", answer["kind"])]
-                found[kind][split][language] = (share(own, "right"), share(own, "right_shuffled"))
-    return found
+                group = [answer for answer in answers[split] if answer["language"] == language]
+                group = [answer for answer in group if kind in ("all", answer["kind"])]
+                shares_of[kind][split][language] = (share(group, "right"), share(group, "right_shuffled"))
+    return shares_of
 
 
 def table(folder: Path) -> str:
     """Exact match by kind and language on all splits, beside shuffled pictures; three fit a terminal of 80 columns."""
-    found, titles = cells(folder), WORDS["en"]["splits"]
-    splits = list(found["all"])
+    rows, titles = cells(folder), WORDS["en"]["splits"]
+    splits = list(rows["all"])
     lines = [
         "right answers ".ljust(14) + "".join(f"{split:^22}" for split in splits),
         " " * 14 + "".join(f"{titles.get(split, ''):^22}" for split in splits),
         " " * 14 + f"{'true':>11}{'shuffled':>11}" * len(splits),
         " " * 14 + (" " + "".join(f"{language:>5}" for language in LANGUAGES)) * 2 * len(splits),
     ]
-    for kind in found:
+    for kind, row in rows.items():
         line = f"{kind:14}"
         for split in splits:
             for which in (0, 1):
-                line += " " + "".join(f"{percent(found[kind][split][language][which]):>5}" for language in LANGUAGES)
+                line += " " + "".join(f"{percent(row[split][language][which]):>5}" for language in LANGUAGES)
         lines.append(line)
     return "\n".join(line.rstrip() for line in lines)
 
@@ -166,11 +165,11 @@ def table(folder: Path) -> str:
 
 def choose(answers: list[dict], per_group: int, seed: str, groups=("kind", "language")) -> list[dict]:
     """So many answers by chance of each kind and language, in this order; always the same ones."""
-    found = {}
+    by_group = {}
     for answer in answers:
-        found.setdefault(tuple(answer[key] for key in groups), []).append(answer)
+        by_group.setdefault(tuple(answer[key] for key in groups), []).append(answer)
     rng = random.Random(seed)
-    return [answer for key in sorted(found) for answer in rng.sample(found[key], min(per_group, len(found[key])))]
+    return [answer for _, group in sorted(by_group.items()) for answer in rng.sample(group, min(per_group, len(group)))]
 
 
 def some(answers: list[dict], count: int, seed: str) -> list[dict]:
@@ -179,7 +178,7 @@ def some(answers: list[dict], count: int, seed: str) -> list[dict]:
     by_kind = {}
     for answer in rng.sample(answers, len(answers)):
         by_kind.setdefault(answer["kind"], []).append(answer)
-    rounds = [found[i] for i in range(count) for found in by_kind.values() if i < len(found)]
+    rounds = [given[i] for i in range(count) for given in by_kind.values() if i < len(given)]
     return rounds[:count]
 
 
@@ -190,9 +189,9 @@ def plain(question: str) -> str:
 def examples(folder: Path, count: int = 5) -> str:
     """A few questions and answers of all splits for a terminal."""
     lines, scores = [], read_scores(folder)
-    for i, (split, found) in enumerate(scores.items()):
+    for i, (split, result) in enumerate(scores.items()):
         many = (count - len(lines)) // (len(scores) - i)
-        for answer in some(found["answers"], many, split):
+        for answer in some(result["answers"], many, split):
             verdict = "right" if answer["right"] else f"wrong, it is: {answer['references'][0]}"
             asked = textwrap.fill(f"[{', '.join(answer['images'])}] {plain(answer['question'])}", WIDTH)
             answered = textwrap.fill(f"{answer['answer']}  ({verdict})", WIDTH - 2)

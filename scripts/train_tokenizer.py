@@ -130,10 +130,10 @@ def check(folder: Path, texts) -> None:
     answers = [text for text in answers if text]
     english = [text for text in answers if text.isascii()]
     chinese = [text for text in answers if re.search(f"[{CHINESE}]", text)]
-    for language, own in {"English": english, "Chinese": chinese}.items():
-        if not own:
+    for language, texts in {"English": english, "Chinese": chinese}.items():
+        if not texts:
             continue
-        sample = own[:: len(own) // 2000 + 1]  # evenly over all files
+        sample = texts[:: len(texts) // 2000 + 1]  # evenly over all files
         ids = tokenizer(sample, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert tokenizer.batch_decode(ids) == sample
         rate = sum(map(len, sample)) / sum(map(len, ids))
@@ -158,7 +158,7 @@ def main(argv=None):
     if args.vocab_size < SMALLEST:
         parts = f"{len(SPECIAL)} special tokens and 256 bytes"
         raise ValueError(f"--vocab_size {args.vocab_size}: {SMALLEST} at least, {parts}")
-    if (args.out_dir / "tokenizer.json").exists():  # weights may depend on it, and cannot be told which it was
+    if (args.out_dir / "tokenizer.json").exists():  # weights may depend on it, and do not know which it was
         raise ValueError(f"--out_dir {args.out_dir} holds a tokenizer already: choose another folder, or remove it")
     texts = read_texts(args.data_path, args.prompt)
     print(f"{len(texts):,} turns, {sum(map(len, texts)):,} characters")

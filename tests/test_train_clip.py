@@ -503,7 +503,7 @@ def test_a_caption_is_right_for_every_picture_that_has_it(world, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     for name in "abc":
         Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.png")
-    args = argparse.Namespace(images_path=tmp_path, cache_gb=1, max_text_len=8)
+    args = argparse.Namespace(images_path=tmp_path, cache_gb=1, max_text_len=8, allow_urls=False)
     tokenizer = load_tokenizer(world / "tokenizer")
     pictures, (texts, numbers) = load_split(
         args, [tmp_path / "rows.jsonl"], "--data_path", tokenizer, ImageProcessor(32)

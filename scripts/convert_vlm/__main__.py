@@ -76,34 +76,34 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------------------- what it is
 
 
-def about_of(weights: Path, model, origin, to: str, output: Path) -> dict:
+def info_of(weights: Path, model, origin, to: str, output: Path) -> dict:
     """The JSON for what is made: that of the weights, which may have none, without the folders of this machine."""
     path = weights / SIDECAR if weights.is_dir() else weights.with_suffix(".json")
     known = read_json(path) if path.is_file() else {"command": None}
     # "/home/me/data/train.jsonl" → "train.jsonl", but hf://owner/name and ./out/train.jsonl stay
     known = json.loads(re.sub(r"(?<![\w:/.])~?/(?:[^/\s\"]+/)+", "", json.dumps(known)))
-    found = make_sidecar(model, origin)
-    for key, own in (("tokenizer", output), ("vision_model", output / "vision_encoder")):
-        path = {"path": str(own)} if to == "pth" else {}
-        known[key] = path | {"sha256": found[key]["sha256"]}
-    return {"versions": {}} | known | {"config": found["config"]}
+    parts = make_sidecar(model, origin)
+    for key, folder in (("tokenizer", output), ("vision_model", output / "vision_encoder")):
+        path = {"path": str(folder)} if to == "pth" else {}
+        known[key] = path | {"sha256": parts[key]["sha256"]}
+    return {"versions": {}} | known | {"config": parts["config"]}
 
 
-def model_card(kind: str, name: str, model, about: dict, prompts: list[str]) -> str:
+def model_card(kind: str, name: str, model, info: dict, prompts: list[str]) -> str:
     """prompts: questions that the model knows, the first one for the example."""
     config, counts = model.config, count_parameters(model)
     experts = f", {config.n_routed_experts} experts of which {config.num_experts_per_tok} work"
     size = f"{config.num_hidden_layers} layers, {config.hidden_size} wide{experts if config.use_moe else ''}"
     trust = ", trust_remote_code=True" if kind == "transformers" else ""
     what = "stock LLaVA, which needs no code of its own" if kind == "llava" else "with its code in this repository"
-    facts = {"Stage": about.get("stage"), "Data": ", ".join(map(str, about.get("data") or []))}
+    facts = {"Stage": info.get("stage"), "Data": ", ".join(map(str, info.get("data") or []))}
     facts["Questions it knows"] = " · ".join(prompts)
-    facts |= {"Steps": about.get("step"), "Rows": about.get("rows"), "Seed": about.get("seed")}
-    facts |= {"Command": f"`python {about['command']}`" if about.get("command") else None}
-    facts |= {"Versions": ", ".join(f"{key} {value}" for key, value in about["versions"].items())}
+    facts |= {"Steps": info.get("step"), "Rows": info.get("rows"), "Seed": info.get("seed")}
+    facts |= {"Command": f"`python {info['command']}`" if info.get("command") else None}
+    facts |= {"Versions": ", ".join(f"{key} {value}" for key, value in info["versions"].items())}
     table = "".join(f"| {key} | {value} |\n" for key, value in facts.items() if value not in (None, ""))
     picture, text = {"type": "image", "path": "photo.jpg"}, {"type": "text", "text": prompts[0]}
-    parts = [picture, text] if about.get("pictures_first") else [text, picture]
+    parts = [picture, text] if info.get("pictures_first") else [text, picture]
     serve = "\nAs a server with OpenAI's interface: `transformers serve` (README of MiniMind-V).\n" if not trust else ""
     return f"""\
 ---
@@ -182,15 +182,9 @@ def check_folder(folder: Path, ours: dict, transformers: str = "") -> str:
     with tempfile.TemporaryDirectory() as temporary:
         saved = Path(temporary) / "reference.pt"
         torch.save(ours, saved)
-        own = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": temporary, "PYTHONPATH": paths}
-        command = [
-            sys.executable,
-            "-P",
-            str(Path(__file__).with_name("check_export.py")),
-            str(folder.resolve()),
-            str(saved),
-        ]
-        run = subprocess.run(command, cwd=temporary, env=os.environ | own, capture_output=True, text=True)
+        isolated = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": temporary, "PYTHONPATH": paths}
+        command = [sys.executable, "-P", Path(__file__).with_name("check_export.py"), folder.resolve(), saved]
+        run = subprocess.run(command, cwd=temporary, env=os.environ | isolated, capture_output=True, text=True)
     if run.returncode:
         reason = (run.stderr.strip() or f"exit status {run.returncode}").splitlines()[-1]
         raise ValueError(f"what was made does not answer as the weights do, and is not kept: {reason}")
@@ -235,12 +229,12 @@ def convert(args, weights: Path, output: Path, temporary: Path) -> None:
         print(origin.note.replace(str(source), str(weights)))
         if "new: projector" in origin.note:
             raise ValueError(f"--weights {weights} is a language model that has not seen a picture: train it first")
-        about = about_of(weights, model.eval(), origin, args.to, output)
-        WRITE[args.to](made, model, tokenizer, origin.tokenizer_path, about)
+        info = info_of(weights, model.eval(), origin, args.to, output)
+        WRITE[args.to](made, model, tokenizer, origin.tokenizer_path, info)
     if args.to != "pth":
-        write_json(made / SIDECAR, about)
+        write_json(made / SIDECAR, info)
         prompts = dict.fromkeys([*prompts_of(weights, "en"), *prompts_of(weights, "zh")])
-        card = model_card(args.to, args.push or output.name, model, about, [*prompts])
+        card = model_card(args.to, args.push or output.name, model, info, [*prompts])
         (made / "README.md").write_text(card, encoding="utf-8")
         ours = reference(model, tokenizer, [open_image(path, model.processor, "--images") for path in args.images])
         print(check_folder(made, ours))

@@ -91,16 +91,13 @@ def find_llm(bundle: Path) -> tuple[Path, int]:
     again = "python -m scripts.quickstart --from_zero"
     missing = [name for name in ("tokenizer.json", "clip/config.json") if not (bundle / name).is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"--bundle {bundle}: no {missing[0]} there. To make everything from nothing:\n$ {again}"
-        )
-    found = [(path, re.fullmatch(r"llm_(\d+)\.pth", path.name)) for path in sorted(bundle.glob("llm_*.pth"))]
-    found = [(path, int(match[1])) for path, match in found if match]
-    if len(found) != 1:
-        raise FileNotFoundError(
-            f"--bundle {bundle}: {len(found)} llm_{{hidden}}.pth, expected 1. To train one:\n$ {again}"
-        )
-    return found[0]
+        raise FileNotFoundError(f"--bundle {bundle}: no {missing[0]} there. To make all from nothing:\n$ {again}")
+    matches = [(path, re.fullmatch(r"llm_(\d+)\.pth", path.name)) for path in sorted(bundle.glob("llm_*.pth"))]
+    models = [(path, int(match[1])) for path, match in matches if match]
+    if len(models) != 1:
+        count = f"{len(models)} llm_{{hidden}}.pth, expected 1"
+        raise FileNotFoundError(f"--bundle {bundle}: {count}. To train one:\n$ {again}")
+    return models[0]
 
 
 def next_commands(out: Path, weights: Path, args) -> list[tuple[str, list[str]]]:
@@ -108,7 +105,7 @@ def next_commands(out: Path, weights: Path, args) -> list[tuple[str, list[str]]]
     picture = out / "data/images/val_00000.jpg"
     ask = ["python", "eval_vlm.py", "--weights", weights, "--image", picture]
     ask += ["--prompt", report.first_prompts(weights)["en"], "--greedy"]
-    own = ["python", "-m", "scripts.inspect_data", "rows.jsonl", "--images_path", "pictures", "--from_weight", weights]
+    look = ["python", "-m", "scripts.inspect_data", "rows.jsonl", "--images_path", "pictures", "--from_weight", weights]
     public = ["python", "-m", "scripts.download", "--what", "clip", "vlm"]
     if not args.from_zero:
         more = "train tokenizer, encoder and language model too, from nothing", ["--from_zero", "--out_dir", "out/zero"]
@@ -118,7 +115,7 @@ def next_commands(out: Path, weights: Path, args) -> list[tuple[str, list[str]]]
         more = "the same without experts", ["--from_zero", "--out_dir", "out/zero"]
     commands = [
         ("ask about a picture", ask),
-        ("look at your own rows and pictures: it ends with the command to train on them", own),
+        ("look at your own rows and pictures: it ends with the command to train on them", look),
         (more[0], ["python", "-m", "scripts.quickstart", *more[1]]),
         ("this model can learn shapes and their words; photos need the 26M weights", public),
     ]

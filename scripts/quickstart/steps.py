@@ -31,7 +31,7 @@ LOOKING = 0.05  # of the time goes at most to looks at the memory, each of which
 @dataclass
 class Step:
     name: str  # "stage 1"
-    about: str  # a line for the user
+    description: str  # a line for the user
     command: list[str]  # as it would be typed, beginning with "python" or "torchrun"
     resumable: bool = False  # does it know --from_resume?
     makes: Path | None = None  # if not resumable: a file or folder that must be gone before it can begin again
@@ -73,19 +73,19 @@ def open_folder(folder: Path, restart: bool, flag: str = "--out_dir") -> None:
 
 
 def add_device_argument(parser) -> None:
-    about = "cpu, with which all figures were measured; cuda, mps, auto: one process on that device"
-    parser.start.add_argument("--device", choices=["cpu", "cuda", "mps", "auto"], default="cpu", help=about)
+    usage = "cpu, with which all figures were measured; cuda, mps, auto: one process on that device"
+    parser.start.add_argument("--device", choices=["cpu", "cuda", "mps", "auto"], default="cpu", help=usage)
 
 
 def resolve(device: str) -> str:
-    """cpu, cuda or mps, which is looked for now. Raises ValueError if it is not there."""
+    """cpu, cuda or mps. Raises ValueError if it is not there."""
     if device == "cpu":
         return device
     from common.devices import pick_device  # only now, as it imports PyTorch
 
-    found = pick_device(device).type
-    print(f"--device {device}: everything is computed on {found}")
-    return found
+    kind = pick_device(device).type
+    print(f"--device {device}: everything is computed on {kind}")
+    return kind
 
 
 def launcher(device: str) -> tuple[list, list]:
@@ -103,7 +103,7 @@ def variables(command: list[str]) -> dict[str, str]:
     if command[0] != "torchrun":
         return {}
     needed = {"OMP_NUM_THREADS": str(max(min(physical_cores() // PROCESSES, MAX_THREADS), 1))}
-    if os.name == "nt":  # PyTorch for Windows is built without libuv, which torchrun wants unless told otherwise
+    if os.name == "nt":  # PyTorch for Windows is built without libuv, which torchrun wants by default
         needed["USE_LIBUV"] = "0"
     return {name: os.environ.get(name, value) for name, value in needed.items()}
 
@@ -201,7 +201,7 @@ def run_steps(steps: list[Step], folder: Path, again: str) -> list[dict]:
 
         # One thread each is what torchrun takes anyway: not worth a word.
         needed = [f"{name}={value}" for name, value in variables(command).items() if value != "1"]
-        print(f"\n{title}{step.about}\n$ {typed([*needed, *command])}", flush=True)
+        print(f"\n{title}{step.description}\n$ {typed([*needed, *command])}", flush=True)
         status, interrupted, seconds, peak_gb = run(command)
         interrupted = interrupted or status in (130, -signal.SIGINT, BROKEN_PIPE)
         record["seconds"] = round(record["seconds"] + seconds, 2)
