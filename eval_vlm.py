@@ -56,7 +56,7 @@ def parse_args(argv=None):
     add = parser.group("scores").add_argument
     add("--images_path", nargs="+", metavar="PATH", help="pictures of --data_path, folder or zip; default: beside it")
     add("--refs_path", nargs="+", default=[], metavar="JSON", help='further references, {"name.jpg": ["caption", ...]}')
-    add_urls_argument(parser)
+    add_urls_argument(parser, "scores")
     add("--no_loss", action="store_true", help="score answers alone, which takes a third less time")
     add("--max_seq_len", type=positive(int), default=1536, help="tokens per row, placeholders included")
     add("--on_bad_row", choices=["error", "skip"], default="error", help="what to do with rows that cannot be used")

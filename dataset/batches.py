@@ -75,8 +75,7 @@ class StepSampler:
         parts: (first row, end, weight) of ranges of rows, of which an epoch takes weight times their number; all rows
         once without it. With a weight of 0.5 an epoch takes half of them, and the next one the other half.
 
-        groups: int64, the first row of each group, of which an epoch takes one row, drawn by chance: another caption of
-        the same picture, say. Without it each row is a group. Without shuffle all rows are taken.
+        groups: int64, the first row of each group, of which an epoch draws one row: as of captions of one picture.
         """
         self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
         self.rank, self.world_size, self.accumulation_steps = rank, world_size, accumulation_steps
@@ -115,8 +114,7 @@ class StepSampler:
         return [batch for i in (*random.permutation(whole), *range(whole, len(steps))) for batch in steps[i]]
 
     def rows_of_part(self, part: int) -> np.ndarray:
-        """The rows of a part in this epoch: the next ones of an endless row of passes, each in another order, and with
-        another draw of each group."""
+        """The rows of a part in this epoch: the next ones of an endless row of passes, each in another order."""
         first, end, rows = self.parts[part]
         size = max(end - first, 1)
         start = self.epoch * rows
@@ -125,12 +123,11 @@ class StepSampler:
         return np.concatenate([*order, np.empty(0, np.int64)])[start % size :][:rows]
 
     def one_pass(self, first: int, end: int, random) -> np.ndarray:
-        """Each row of first to end once, or one of each of these groups."""
         order = first + random.permutation(end - first)
         if self.groups is None:
             return order
-        sizes = np.diff(self.groups, append=len(self.lengths))
-        return self.groups[order] + random.integers(0, sizes[order])
+        sizes = np.diff(self.groups, append=len(self.lengths))[order]
+        return self.groups[order] + random.integers(0, sizes)  # of each group another row in another pass
 
     def batches_in_step(self, step: int) -> int:
         """How many batches each rank runs in this step of an epoch: accumulation_steps, or fewer in the last."""

@@ -24,9 +24,9 @@ from .attention import Attention as Attention
 from .config import MiniMindConfig
 from .defaults import DEFAULT_VISION_MODEL
 from .feed_forward import FeedForward as FeedForward
-from .files import check_records, impostor, why_unreadable
+from .files import check_records, impostor, vision_config, why_unreadable
 from .model_minimind import MiniMindForCausalLM, MiniMindOutput, as_cache
-from .processing import ImageProcessor, vision_config
+from .processing import ImageProcessor
 from .rgb import to_rgb as to_rgb
 
 ENCODER_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from .files import check_number, impostor, read_json
+from .files import check_number, impostor, read_json, vision_config
 from .rgb import bands, to_rgb, upright, white_of
 
 IMAGE_TAG = "<image>"  # stands in the text of a data set where the picture belongs
@@ -187,23 +187,6 @@ class ImageProcessor:
         """One picture or a list → {"pixel_values": float32 (N, 3, H, W)}, as Transformers' processors do."""
         images = images if isinstance(images, (list, tuple)) else [images]
         return {"pixel_values": self.normalize(torch.stack([self.resize(image) for image in images]))}
-
-
-def vision_config(folder) -> dict:
-    """The vision half of a CLIP folder's config.json: `image_size`, `patch_size`, `hidden_size` (pixels, width)."""
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"--vision_model_path {folder}: no config.json there, as a CLIP folder has.\n"
-            "For the public one: python -m scripts.download --what clip"
-        )
-    config = read_json(path)
-    vision = config.get("vision_config", config)
-    base = {"image_size": 224, "patch_size": 32, "hidden_size": 768}  # what Transformers leaves out as default
-    vision = base | {key: vision[key] for key in base if key in vision}
-    for key, value in vision.items():
-        check_number(path, key, value, 1, 100_000)
-    return vision
 
 
 # ---------------------------------------------------------------------------- text

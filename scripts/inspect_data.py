@@ -4,7 +4,7 @@ conversations and exactly which tokens carry loss. It ends with the command that
     python -m scripts.inspect_data rows.jsonl --images_path pictures
     python -m scripts.inspect_data 'data/*.parquet' --samples 40
     python -m scripts.inspect_data "hf://datasets/owner/name/sft_*.parquet"     # a shard of it
-    python -m scripts.inspect_data llava.json --images_path coco --to rows.parquet  # for other programs
+    python -m scripts.inspect_data llava.json --to rows.parquet     # for other programs
 
 Rows are read, checked, mended and shortened by the code that training uses, which finds them checked afterwards.
 Pictures are looked for in all rows, but opened in the samples only. The page is one file that loads nothing.

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from model import weights
-from model.files import read_json
-from model.processing import ImageProcessor, TooManyPixels, encode_chat, load_tokenizer, vision_config
+from model.files import read_json, vision_config
+from model.processing import ImageProcessor, TooManyPixels, encode_chat, load_tokenizer
 from model.rgb import to_rgb
 
 try:
