@@ -2,6 +2,7 @@
 
     python -m scripts.benchmark_data                       # 2.9 million rows, 8 workers; minutes, and 10 GB of disk
     python -m scripts.benchmark_data --rows 50000
+    python -m scripts.benchmark_data --form json --rows 600000      # an array as LLaVA's, 1 GB
 
 The file is made from a few small pictures, repeated. Each start is a process of its own, as a training run would be:
 the first one converts and checks all rows, the second finds that done. Then batches are drawn as training draws them,
@@ -59,10 +60,8 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     return file.getvalue()
 
 
-def write_rows(path: Path, rows: int) -> None:
-    """Captions in English and Chinese of 64 scenes, over and over, in the public schema; a tenth is text only."""
-    scenes = list(scenes_of("train", 64, seed=0))
-    pictures = [encoded(draw(scene, 64), "JPEG", quality=75) for scene in scenes]
+def write_rows(path: Path, rows: int, scenes: list, pictures: list[bytes]) -> None:
+    """Captions in English and Chinese of these scenes, over and over, in the public schema; a tenth is text only."""
     black = encoded(Image.new("RGB", (8, 8)), "PNG")
 
     def row(i):
@@ -78,6 +77,30 @@ def write_rows(path: Path, rows: int) -> None:
             for start in tqdm(range(0, rows, ROW_GROUP), desc=f"writing {path}", unit="group"):
                 group = [row(i) for i in range(start, min(start + ROW_GROUP, rows))]
                 writer.write_table(pa.Table.from_pylist(group, SCHEMA))
+
+    write_safely(path, write)
+
+
+def write_array(path: Path, rows: int, scenes: list, pictures: list[bytes]) -> None:
+    """The same as one JSON array in the shape of LLaVA, 1.7 kB a row, and a folder of pictures beside it."""
+    for i, picture in enumerate(pictures):
+        write_safely(
+            path.with_name(f"{path.stem}_images") / f"{i}.jpg", lambda file, content=picture: file.write(content)
+        )
+
+    def row(i):
+        turns = []
+        for turn in range(9):
+            question = "<image>\n" * (turn == 0 and i % 10 > 0) + f"What is in picture {i}?"
+            turns += [{"from": "human", "value": question}]
+            turns += [{"from": "gpt", "value": caption(scenes[(i + turn) % 64], ("en", "zh")[i % 2])}]
+        return {"id": str(i), "conversations": turns} | ({"image": f"{i % 64}.jpg"} if i % 10 else {})
+
+    def write(file):
+        for i in tqdm(range(rows), desc=f"writing {path}", unit="row"):
+            file.write(b",\n"[: 2 * bool(i)] or b"[")
+            file.write(json.dumps(row(i), ensure_ascii=False).encode())
+        file.write(b"]")
 
     write_safely(path, write)
 
@@ -105,7 +128,7 @@ def start(args) -> dict:
     loader = make_loader(data, sampler, args, torch.device("cpu"), tokenizer)
     batches = chain.from_iterable(repeat(loader))  # over and over
     next(batches)
-    facts = {"rows": len(data), "text_rows": data.mended["placeholder"], "seconds": time.perf_counter() - started}
+    facts = {"rows": len(data), "text_rows": data.without_picture, "seconds": time.perf_counter() - started}
     facts["main_gb"], peak = psutil.Process().memory_info().rss / 1e9, {"private_gb": 0.0, "files_gb": 0.0}
     threading.Thread(target=watch, args=(peak,), daemon=True).start()
     rows, started = 0, time.perf_counter()
@@ -118,6 +141,12 @@ def parse_args(argv):
     parser = Parser(__file__, __doc__)
     add = parser.start.add_argument
     add("--rows", type=int, default=2_900_000, help="rows of the file")
+    add(
+        "--form",
+        choices=["parquet", "json"],
+        default="parquet",
+        help="pictures inside, or an array with names of files",
+    )
     add("--num_workers", type=int, default=8, help="processes that decode pictures")
     add("--batch_size", type=int, default=32, help="rows")
     add("--seconds", type=float, default=60, help="how long batches are drawn")
@@ -133,9 +162,11 @@ def main(argv=None):
         print(json.dumps(start(args)))
         return
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    file = args.work_dir / f"{args.rows}.parquet"
+    file = args.work_dir / f"{args.rows}.{args.form}"
     if not file.is_file():
-        write_rows(file, args.rows)
+        scenes = list(scenes_of("train", 64, seed=0))
+        pictures = [encoded(draw(scene, 64), "JPEG", quality=75) for scene in scenes]
+        {"parquet": write_rows, "json": write_array}[args.form](file, args.rows, scenes, pictures)
     print(f"{file}: {args.rows:,} rows, {file.stat().st_size / 1e9:.2f} GB; {usable_cores()} cores")
     environment = os.environ | {"HF_DATASETS_CACHE": str(args.work_dir / "cache")}
     flags = sys.argv[1:] if argv is None else argv

@@ -34,7 +34,9 @@ def write_rows(path, rows):
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
+    """In this process and those it starts: with `pytest -n 2` another one has the other core."""
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

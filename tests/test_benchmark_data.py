@@ -8,8 +8,9 @@ from scripts import benchmark_data
 
 
 @pytest.mark.slow
-def test_the_second_start_finds_the_rows_checked(tmp_path, capfd):
-    flags = ["--rows", "300", "--num_workers", "1", "--seconds", "1", "--work_dir", str(tmp_path)]
+@pytest.mark.parametrize("form", ["parquet", "json"])
+def test_the_second_start_finds_the_rows_checked(tmp_path, capfd, form):
+    flags = ["--form", form, "--rows", "300", "--num_workers", "1", "--seconds", "1", "--work_dir", str(tmp_path)]
     benchmark_data.main(flags)
     lines = [line for line in capfd.readouterr().out.splitlines() if "start: " in line]
     assert len(lines) == 2
@@ -17,4 +18,4 @@ def test_the_second_start_finds_the_rows_checked(tmp_path, capfd):
         expected = rf"{which} start: \d+ s to the first batch of 300 rows \(30 of text only\); .* GB of mapped"
         assert re.match(expected, line), line
     benchmark_data.main(flags)  # again on the same file
-    assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["300.parquet"]
+    assert [path.name for path in tmp_path.iterdir() if path.suffix] == [f"300.{form}"]
