@@ -244,7 +244,7 @@ class VLMDataset(torch.utils.data.Dataset):
         return np.flatnonzero(np.diff(records, prepend=-1))
 
     @cached_property
-    def about(self) -> dict:
+    def summary(self) -> dict:
         """What the JSON of weights says of the rows that they were made with, so that the model is asked what it knows.
 
         "rows_without_picture"; "prompts": the commonest first questions of rows with a picture, by language, {"en":
@@ -264,16 +264,16 @@ class VLMDataset(torch.utils.data.Dataset):
         for (key, prompt), times in asked.most_common():
             if times > 1 and len(prompts.setdefault(key, [])) < PROMPTS:
                 prompts[key].append(prompt)
-        about = {"rows_without_picture": self.without_picture, "prompts": prompts}
-        return about | ({"pictures_first": first[True] > first[False]} if first.total() else {})
+        summary = {"rows_without_picture": self.without_picture, "prompts": prompts}
+        return summary | ({"pictures_first": first[True] > first[False]} if first.total() else {})
 
     def report(self, examples: int = 3) -> str:
         """The bad rows as a table: kind, count, first examples."""
         total = sum(map(len, self.bad.values()))
         lines = [f"{total} of {self.starts[-1]} rows are not usable:"]
-        for kind, found in sorted(self.bad.items(), key=lambda item: -len(item[1])):
-            lines.append(f"  {len(found):>8}  {KINDS[kind]}")
-            lines += [f"            {example}" for example in found[:examples]]
+        for kind, places in sorted(self.bad.items(), key=lambda item: -len(item[1])):
+            lines.append(f"  {len(places):>8}  {KINDS[kind]}")
+            lines += [f"            {example}" for example in places[:examples]]
         return "\n".join(lines)
 
     def locate(self, row: int) -> tuple[int, int, int]:

@@ -51,9 +51,9 @@ class Folder:
         self.path = Path(path)
 
     def find(self, name: str) -> Path | None:
-        own = f"{self.path.absolute().name}/"  # rows may say images/a.jpg and --images_path images
+        folder = f"{self.path.absolute().name}/"  # rows may say images/a.jpg and --images_path images
         for spelled in spellings(name):
-            for inside in (spelled, spelled.removeprefix(own)):
+            for inside in (spelled, spelled.removeprefix(folder)):
                 with suppress(OSError, ValueError):  # too long, or with a zero byte: not a name at all
                     if (self.path / inside).is_file():
                         return self.path / inside

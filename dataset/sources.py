@@ -160,8 +160,8 @@ def load_table(path: Path) -> datasets.Dataset:
     elif not kind:
         form = json_form(path)
         if form != "lines":
-            about = path.stat()
-            key = repr((str(path.absolute()), about.st_size, about.st_mtime_ns, form))
+            status = path.stat()
+            key = repr((str(path.absolute()), status.st_size, status.st_mtime_ns, form))
             fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
             source = {"path": path, "form": form}
             return datasets.Dataset.from_generator(text_rows, gen_kwargs=source, fingerprint=fingerprint)

@@ -98,7 +98,7 @@ def write_array(path: Path, rows: int, scenes: list, pictures: list[bytes]) -> N
 
     def write(file):
         for i in tqdm(range(rows), desc=f"writing {path}", unit="row"):
-            file.write(b",\n"[: 2 * bool(i)] or b"[")
+            file.write(b",\n" if i else b"[")
             file.write(json.dumps(row(i), ensure_ascii=False).encode())
         file.write(b"]")
 

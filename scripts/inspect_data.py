@@ -70,13 +70,13 @@ def survey(data: VLMDataset) -> np.ndarray:
     total, usable = data.starts[-1], np.zeros(data.starts[-1], bool)
     usable[data.rows] = True
     rows = tqdm(rows, "looking at rows", total, unit="row", dynamic_ncols=True, disable=total < MANY)
-    found = np.zeros((len(data), 3), np.uint8)
+    traits = np.zeros((len(data), 3), np.uint8)
     for at, row in enumerate(compress(rows, usable)):
         answers = [turn["content"] for turn in row.conversations if turn["role"] == "assistant"]
         text = "\n".join(answers)
         language = bool(LATIN.search(text)) + 2 * bool(HAN.search(text))
-        found[at] = language, min(len(row.images), 255), min(len(answers), 255)
-    return found
+        traits[at] = language, min(len(row.images), 255), min(len(answers), 255)
+    return traits
 
 
 def length_bins(lengths: np.ndarray) -> list[tuple[str, int]]:
@@ -91,14 +91,14 @@ def length_bins(lengths: np.ndarray) -> list[tuple[str, int]]:
     return list(zip([*labels, f"{starts[-1]:,} or more"], counts))
 
 
-def charts(data: VLMDataset, found: np.ndarray) -> dict[str, list[tuple[str, int]]]:
+def charts(data: VLMDataset, traits: np.ndarray) -> dict[str, list[tuple[str, int]]]:
     """{title: [(label, rows), ...]}"""
 
     def bars(values, labels):
         return [(label, rows) for label, rows in zip(labels, np.bincount(values).tolist()) if rows]
 
     numbers = [*map(str, range(MOST + 1)), f"{MOST + 1} or more"]
-    languages, pictures, answers = found[:, 0], *np.minimum(found[:, 1:], MOST + 1).T
+    languages, pictures, answers = traits[:, 0], *np.minimum(traits[:, 1:], MOST + 1).T
     return {
         "language of the answers, by script": sorted(bars(languages, LANGUAGES), key=lambda bar: -bar[1]),
         "pictures in a row": bars(pictures, numbers),
@@ -138,8 +138,8 @@ def wrap(text: str) -> str:
     lines = []
     for line in text.splitlines():
         indent = " " * (len(line) - len(line.lstrip()))
-        about = {"initial_indent": indent, "subsequent_indent": indent}
-        lines += textwrap.wrap(line.strip(), WIDTH, **about, break_long_words=False, break_on_hyphens=False)
+        indents = {"initial_indent": indent, "subsequent_indent": indent}
+        lines += textwrap.wrap(line.strip(), WIDTH, **indents, break_long_words=False, break_on_hyphens=False)
     return "\n".join(lines)
 
 
@@ -168,12 +168,12 @@ def open_all(data: VLMDataset) -> tuple[int, list[str]]:
     pictures.decode = True
     how = {"num_workers": usable_cores(), "worker_init_fn": ignore_interrupt} if len(pictures) > 500 else {}
     loader = DataLoader(pictures, batch_size=32, collate_fn=verdicts, **how)
-    found, bar = [], tqdm(total=len(pictures), unit="picture", dynamic_ncols=True)
+    broken, bar = [], tqdm(total=len(pictures), unit="picture", dynamic_ncols=True)
     for batch in loader:
-        found += [(i, why) for i, why in batch if why]
+        broken += [(i, why) for i, why in batch if why]
         bar.update(len(batch))
     bar.close()
-    return len(pictures), [f"{pictures.where(i)}: {why}" for i, why in found]
+    return len(pictures), [f"{pictures.where(i)}: {why}" for i, why in broken]
 
 
 def verdicts(batch: list[tuple]) -> list[tuple[int, str]]:
@@ -181,11 +181,11 @@ def verdicts(batch: list[tuple]) -> list[tuple[int, str]]:
     return [(i, why) for i, _, _, why in batch]
 
 
-def choose(data: VLMDataset, found: np.ndarray, samples: int, seed: int) -> list[int]:
+def choose(data: VLMDataset, traits: np.ndarray, samples: int, seed: int) -> list[int]:
     """The shortest row, the longest, and others by chance, in turn from each language and number of pictures; sorted by
     length."""
     order = np.random.default_rng(seed).permutation(len(data))
-    groups = (found[:, 0] * (MOST + 2) + np.minimum(found[:, 1], MOST + 1))[order]
+    groups = (traits[:, 0] * (MOST + 2) + np.minimum(traits[:, 1], MOST + 1))[order]
     by_group = [order[groups == group][:samples] for group in np.unique(groups)]
     drawn = [rows[i] for i in range(samples) for rows in by_group if i < len(rows)]
     chosen = dict.fromkeys(map(int, [data.lengths.argmin(), data.lengths.argmax(), *drawn]))
@@ -352,11 +352,11 @@ def look(args, rows: list[str] | Shard, total: int | None = None) -> None:
         on_bad_row="skip",
         options=ReadOptions(tuple(args.prompt or ()), allow_urls=args.allow_urls),
     )
-    found = survey(data)
-    figures = charts(data, found)
+    traits = survey(data)
+    figures = charts(data, traits)
     print(f"\n{terminal(data, figures)}\n")
 
-    chosen = choose(data, found, args.samples, args.seed)
+    chosen = choose(data, traits, args.samples, args.seed)
     examples = [data[row] for row in chosen]
     if args.open_all:
         count, broken = open_all(data)
@@ -376,7 +376,7 @@ def look(args, rows: list[str] | Shard, total: int | None = None) -> None:
         small, public = "python -m scripts.quickstart", "python -m scripts.download --what clip vlm"
         notes.append(f"No weights to start from: make small ones ({small}) or fetch the public ones ({public}).")
     command = next_command(args, weights, total or len(data), skip=bool(data.bad or broken))
-    samples = [sample(data, row, example, LANGUAGES[found[row, 0]]) for row, example in zip(chosen, examples)]
+    samples = [sample(data, row, example, LANGUAGES[traits[row, 0]]) for row, example in zip(chosen, examples)]
     write_text(args.html, page(data, figures, samples, notes, command))
     print(*map(wrap, notes), f"\nwritten: {args.html}", f"To train on it:\n$ {typed(command)}", sep="\n")
 

@@ -103,7 +103,7 @@ def test_the_commonest_first_questions_about_a_picture_are_the_prompts(read):
     rows = [row(text, "An answer.", "Only later?", "Yes.", **one) for text in questions]
     rows += [row("<image>\n<image>\nAlike?", "Yes.", **two), row("<image> <image> <image>Alike?", "No.", **three)]
     rows += [row("Hello", "Hello!"), row("Hello", "Hi!"), row("你好", "你好！")]
-    about = read(rows).about
+    about = read(rows).summary
     assert about == {
         "rows_without_picture": 3,
         "prompts": {
@@ -118,13 +118,13 @@ def test_the_commonest_first_questions_about_a_picture_are_the_prompts(read):
         row("Why?\n<image>", "So.", **one),
         row("<image>\nWho?", "I.", **one),
     ]
-    assert read(rows).about == {"rows_without_picture": 0, "prompts": {}, "pictures_first": False}
+    assert read(rows).summary == {"rows_without_picture": 0, "prompts": {}, "pictures_first": False}
 
 
 def test_rows_without_pictures_name_no_prompt(read):
-    assert read([row("Hello", "Hello!")] * 3).about == {"rows_without_picture": 3, "prompts": {}}
+    assert read([row("Hello", "Hello!")] * 3).summary == {"rows_without_picture": 3, "prompts": {}}
     text = [row("What is this?\n<image>", "That.", image="red.png")] * 3
-    assert read(text, image_special_token="").about == {"rows_without_picture": 3, "prompts": {}}
+    assert read(text, image_special_token="").summary == {"rows_without_picture": 3, "prompts": {}}
 
 
 def test_of_many_rows_some_tell_the_prompts_the_same_ones_at_each_call(read, monkeypatch):
@@ -133,9 +133,9 @@ def test_of_many_rows_some_tell_the_prompts_the_same_ones_at_each_call(read, mon
     data, asked = read(rows), []
     real = data.row
     monkeypatch.setattr(data, "row", lambda number: asked.append(number) or real(number))
-    about = data.about
+    about = data.summary
     assert len(asked) == 30 and max(asked) > 350 and len({number % 7 for number in asked}) == 7  # from everywhere
-    assert about == data.about == read(rows).about and len(asked) == 30 and len(about["prompts"]["en"]) == 3
+    assert about == data.summary == read(rows).summary and len(asked) == 30 and len(about["prompts"]["en"]) == 3
 
 
 # ---------------------------------------------------------------------------- too long

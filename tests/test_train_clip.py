@@ -19,7 +19,14 @@ from model.model_vlm import MiniMindVLM
 from model.processing import ImageProcessor, load_tokenizer
 from scripts import train_tokenizer
 from scripts.train_clip import __main__ as train_clip
-from scripts.train_clip.captions import END_OF_CAPTION, Pictures, augment, encode_captions, load_split, read_captions
+from scripts.train_clip.captions import (
+    END_OF_CAPTION,
+    CaptionPictures,
+    augment,
+    encode_captions,
+    load_split,
+    read_captions,
+)
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 30)}
 SAYINGS = ("The {1} half is {0}.", "On the {1} there is {0}.", "{0}, {1}")
@@ -345,8 +352,8 @@ def test_without_a_cache_the_pictures_are_the_same(world, capsys):
     names = [path.name for path in sorted((world / "images").iterdir())]
     processor = ImageProcessor(32, (32, 32))
     places = [(Folder(world / "images"), name) for name in names]
-    kept = Pictures(places, processor, cache_gb=1.0)
-    read = Pictures(places, processor, cache_gb=0.0)
+    kept = CaptionPictures(places, processor, cache_gb=1.0)
+    read = CaptionPictures(places, processor, cache_gb=0.0)
     assert "decoded on every use" in capsys.readouterr().out
     chosen = torch.tensor([3, 0, 5])
     assert kept[chosen].dtype == torch.uint8

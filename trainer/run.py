@@ -94,7 +94,7 @@ class Run:
 
     def save(self) -> None:
         if self.loader.data is not None:  # a stream's: the rows on the disk now stand for all
-            metadata, new = self.checkpoint.metadata, self.loader.data.about
+            metadata, new = self.checkpoint.metadata, self.loader.data.summary
             metadata |= new | {"prompts": metadata["prompts"] | new["prompts"]}
         self.checkpoint.save(self.model, self.optimizer, self.scaler, self.state)
         self.saved = self.state.step

@@ -46,7 +46,7 @@ def read_captions(
     return captions, list(places.values())
 
 
-class Pictures:
+class CaptionPictures:
     """Pictures by number as uint8 (B, 3, S, S), decoded once if all of them fit into `cache_gb`, else every time."""
 
     def __init__(self, places: list, processor: ImageProcessor, cache_gb: float):
@@ -107,7 +107,7 @@ def load_split(args, paths, flag, tokenizer, processor):
     filled up with M.
     """
     captions, places = read_captions(paths, args.images_path, flag, ReadOptions(allow_urls=args.allow_urls))
-    pictures = Pictures(places, processor, args.cache_gb)
+    pictures = CaptionPictures(places, processor, args.cache_gb)
     ids = encode_captions(tokenizer, [text for group in captions.values() for text in group], args.max_text_len)
     texts, numbers = ids.unique(dim=0, return_inverse=True)
     numbers = numbers.split([len(group) for group in captions.values()])
