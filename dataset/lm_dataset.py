@@ -144,7 +144,7 @@ class VLMDataset(torch.utils.data.Dataset):
                 raise ValueError(f"--{flag} names {len(values)}, --data_path {len(paths)}: give as many, in this order")
 
         by_path = [open_rows(path, store, options=options) for path, store in zip(paths, stores)]
-        self.options, self.sources, self.starts, self.records = options, [], [0], []
+        self.options, self.sources, self.starts, self.record_numbers = options, [], [0], []
         self.bad, self.mended, self.shapes, self.parts = defaultdict(list), Counter(), Counter(), []
         self.shortened = self.without_picture = self.answer_tokens = self.lost_tokens = 0
         rows, lengths, end = [], [], 0
@@ -230,16 +230,16 @@ class VLMDataset(torch.utils.data.Dataset):
             counts = usable[column].value_counts().to_pylist()
             counter.update({count["values"]: count["counts"] for count in counts if count["values"]})
         self.sources.append(source)
-        self.records.append(records if len(records) > len(source.table) else None)
+        self.record_numbers.append(records if len(records) > len(source.table) else None)
         self.starts.append(self.starts[-1] + len(checked))
         return np.flatnonzero(good) + self.starts[-2], usable["length"].to_numpy().astype(np.int64)
 
     def _groups(self) -> np.ndarray | None:
         """See the attribute `groups`."""
-        if all(records is None for records in self.records):
+        if all(records is None for records in self.record_numbers):
             return None
         records = [np.arange(end - start) for start, end in zip(self.starts, self.starts[1:])]
-        records = [plain if several is None else several for plain, several in zip(records, self.records)]
+        records = [plain if several is None else several for plain, several in zip(records, self.record_numbers)]
         records = np.concatenate([each + start for each, start in zip(records, self.starts)])[self.rows]
         return np.flatnonzero(np.diff(records, prepend=-1))
 
@@ -281,7 +281,7 @@ class VLMDataset(torch.utils.data.Dataset):
         at = int(self.rows[row])
         source = int(np.searchsorted(self.starts, at, side="right")) - 1
         at -= int(self.starts[source])
-        records = self.records[source]
+        records = self.record_numbers[source]
         if records is None:
             return source, at, 0
         return source, int(records[at]), at - int(np.searchsorted(records, records[at]))

@@ -157,7 +157,7 @@ def common_folder(names: list[str]) -> int:
 
 def open_pictures(path) -> Folder | Zip:
     """--images_path: a folder or a zip, also a zip at hf://..."""
-    path = download(path) if is_remote(path) else path
+    path = download(path, "--images_path") if is_remote(path) else path
     if Path(path).is_dir():
         return Folder(path)
     if Path(path).is_file():

@@ -44,9 +44,9 @@ def list_remote(pattern: str, flag: str = "--data_path") -> list[str]:
     return [system.unstrip_protocol(file) for file in files]
 
 
-def download(url: str) -> Path:
+def download(url: str, flag: str = "--data_path") -> Path:
     """A copy of the file in the cache of `datasets`, fetched unless this very file was before."""
-    with one_sentence(url):
+    with one_sentence(url, flag):
         system, path = file_system(url)
         info = system.info(path)
         version = repr([url, *(str(info.get(key)) for key in ("size", "ETag", "etag", "blob_id", "mtime"))])

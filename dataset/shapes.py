@@ -36,7 +36,7 @@ ANSWERS = {  # column of the question → columns of the answer
 }
 CAPTIONS = ("caption", "captions", "text", "txt")
 CHOICES = ("choices", "options")
-BESIDE = ("system", "tools", "history", *CHOICES, "kind")  # columns that are read beside these
+BESIDE = ("system", "tools", "history", "input", *CHOICES, "kind")  # columns that are read beside these
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
@@ -176,8 +176,7 @@ def normal(row: dict, options: ReadOptions = DEFAULT) -> Normal:
             raise BadRow("key", f'"{name}" is not read, pictures are from "image": rename it, or leave it out')
     if shape.kind == "caption" and not pictures:
         raise BadRow("count", f'a caption in "{shape.text}" and no picture')
-    system = system_turn(row)
-    chats = [system + turns if turns and turns[0]["role"] != "system" else turns for turns in chats]
+    chats = [with_system(turns, row) for turns in chats]
     return Normal(chats, pictures, shape.describe(column if pictures else ""), row.get("kind") or "")
 
 
@@ -280,13 +279,15 @@ def merge(column: list, inline: list) -> list:
     return [next(rest) if picture is None else picture for picture in inline]
 
 
-def system_turn(row: dict) -> list[dict]:
-    """What the columns "system" and "tools" say, as a turn."""
-    texts = [row["system"]] if isinstance(row.get("system"), str) and row["system"] else []
+def with_system(turns: list[dict], row: dict) -> list[dict]:
+    """With what the columns "system" and "tools" say, after what a first turn of the system says."""
+    first = turns[:1] if turns and turns[0]["role"] == "system" else []
+    texts = [turn["content"] for turn in first]
+    texts += [row["system"]] if isinstance(row.get("system"), str) and row["system"] not in ("", *texts) else []
     if not empty(row.get("tools")) and row["tools"] != "[]":
         tools = row["tools"] if isinstance(row["tools"], str) else json.dumps(row["tools"], ensure_ascii=False)
         texts.append(f"<tools>\n{tools}\n</tools>")
-    return [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
+    return [{"role": "system", "content": "\n\n".join(texts)}, *turns[len(first) :]] if texts else turns
 
 
 # ---------------------------------------------------------------------------- questions and captions
@@ -305,7 +306,10 @@ def question_turns(row: dict, shape: Shape, pictures: int) -> list[dict]:
             raise BadRow("key", '"history" must be a list of [question, answer]')
         turns += [{"role": "user", "content": text_of(pair[0], "history")}]
         turns += [{"role": "assistant", "content": text_of(pair[1], "history")}]
-    turns.append({"role": "user", "content": text_of(question, shape.text)})
+    question = text_of(question, shape.text)
+    if shape.text == "instruction" and not empty(row.get("input")):  # as Alpaca has it
+        question += "\n" + text_of(row["input"], "input")
+    turns.append({"role": "user", "content": question})
     turns.append({"role": "assistant", "content": text_of(answer, shape.answer)})
     return tagged(turns, pictures)
 

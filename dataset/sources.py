@@ -75,7 +75,7 @@ def json_form(path: Path) -> str:
             first += file.readline()
     with suppress(ValueError, RecursionError):
         return "object" if {"images", "annotations"} <= set(json.loads(first)) else "lines"
-    return "object" if re.match(r'\{\s*"(info|licenses|images|annotations)"\s*:\s*[\[{]', start) else "lines"
+    return "object" if re.match(r'\{\s*\n\s*"(info|licenses|images|annotations)"\s*:\s*[\[{]', start) else "lines"
 
 
 def elements(path: Path) -> Iterator[str]:
@@ -156,7 +156,7 @@ def load_table(path: Path) -> datasets.Dataset:
         with open_text(path) as file:
             names = next(csv.reader(file, delimiter=sep), [])
         text = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
-        options = {"sep": sep, "features": text, "keep_default_na": False}
+        options = {"sep": sep, "features": text, "keep_default_na": False, "encoding": "utf-8-sig"}
     elif not kind:
         form = json_form(path)
         if form != "lines":
@@ -317,7 +317,7 @@ def decode_url(url: str) -> bytes:
 class Shard(Source):
     """Rows of a stream, each of which knows its place there; see dataset/streaming.py."""
 
-    is_json, pictures, pictures_path = False, None, "the stream: rows name files there"
+    is_json, pictures, pictures_path = False, None, "the stream, whose rows must hold their pictures"
 
     def __init__(self, path: Path, options: ReadOptions = DEFAULT):
         self.path, self.options = path, options

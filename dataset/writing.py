@@ -66,7 +66,10 @@ class Written:
             for picture in row.pop("images"):
                 names.append(f"{self.folder.name}/{picture['path']}")
                 if not (self.folder / picture["path"]).is_file():
-                    write_safely(self.folder / picture["path"], lambda f, content=picture["bytes"]: f.write(content))
+                    (self.folder / ".part").write_bytes(
+                        picture["bytes"]
+                    )  # `write_safely` looks for leftovers, each time
+                    (self.folder / ".part").replace(self.folder / picture["path"])
             image = {"image": names[0] if len(names) == 1 else names} if names else {}
             file.write((json.dumps({"id": row["id"]} | image | row, ensure_ascii=False) + "\n").encode())
 

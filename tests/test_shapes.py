@@ -327,6 +327,27 @@ def test_questions_with_several_answers_take_the_commonest(read, pictures, tmp_p
     }
 
 
+def test_csv_is_text_whatever_it_looks_like(read, pictures, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('\ufeffimage,question,answer\nred.png,"What, ""exactly""?\nSay it.",007\nblue.png,Which?,NA\n')
+    data = read(path, pictures)
+    assert [[turn["content"] for turn in data.row(i).conversations] for i in range(2)] == [
+        ['<image>\nWhat, "exactly"?\nSay it.', "007"],
+        ["<image>\nWhich?", "NA"],
+    ]
+    path.write_text("image;caption\nred.png;A cat.\n")
+    with pytest.raises(ValueError, match="rows.csv: the columns are image;caption, of which none is"):
+        read(path, pictures)
+
+
+def test_instructions_come_with_their_input_and_history(read, pictures, tmp_path):
+    row = {"instruction": "Which?", "input": "One word.", "output": "Red.", "history": [["Hi.", "Hello."]]}
+    row |= {"images": ["red.png"], "system": "Be brief."}
+    data = read(write_rows(tmp_path / "rows.jsonl", [row]), pictures)
+    texts = ["Be brief.", "<image>\nHi.", "Hello.", "Which?\nOne word.", "Red."]
+    assert [turn["content"] for turn in data.row(0).conversations] == texts
+
+
 @pytest.mark.parametrize(
     "row, why",
     [
@@ -375,6 +396,8 @@ def test_turns_of_systems_and_tools_are_text_that_every_tokenizer_knows():
     text = '<tool_call>\n{"name": "add", "arguments": "{\\"a\\": 1}"}\n</tool_call>'
     assert turns[2]["content"] == f"{text}\n{text}"
     assert turns[3]["content"] == "<tool_response>\n2\n</tool_response>\n<tool_response>\n4\n</tool_response>"
+    (turns,) = normal({"messages": messages, "tools": [{"name": "add"}], "system": "Be brief."}).chats
+    assert turns[0]["content"] == 'Be brief.\n\n<tools>\n[{"name": "add"}]\n</tools>' and len(turns) == 5
     row = {
         "conversations": [
             {"from": "human", "value": "1 + 1?"},
