@@ -206,7 +206,7 @@ def parse(batch: pa.Table, first: int, is_json: bool, options: ReadOptions):
             else:
                 rows = [None]
         except BadRow as error:
-            rows = [error]
+            rows = [error.with_traceback(None)]  # which would keep the table open
         for which, row in enumerate(rows):
             yield number, which, row
 

@@ -34,7 +34,8 @@ from pathlib import Path, PurePosixPath
 
 from common.cli import SWITCH, Parser, disk_full
 from common.display import typed
-from common.files import read_json, write_json
+from common.files import write_json
+from model.files import read_json
 from scripts.download.hubs import Damaged, Failed, Hub, RemoteFile, Unreachable, choose_hub, failure, size_of, status_of
 
 CLIP_FOLDER = "model/vision_model/clip-vit-base-patch16"
