@@ -84,11 +84,10 @@ class Shape:
         return [name for name in there if name in wanted]
 
     def describe(self, pictures: str = "") -> str:
-        """In words, for people. pictures: the column that holds some."""
-        chat = {"conversations": "conversations", "messages": "messages", "texts": "question and answer pairs"}
-        what = {"question": f'question "{self.text}" with answer "{self.answer}"', "caption": f'caption "{self.text}"'}
-        text = what.get(self.kind) or f'{chat[self.kind]} in "{self.text}"'
-        return f'{text}, pictures in "{pictures}"' if pictures else f"{text}, text only"
+        """For people: "question (query, response), pictures (images)". pictures: the column that holds some."""
+        columns = ", ".join(filter(None, [self.text, self.answer]))
+        text = self.kind if self.text == self.kind and not self.answer else f"{self.kind} ({columns})"
+        return f"{text}, pictures ({pictures})" if pictures else f"{text}, text only"
 
 
 def captions_numbered(columns) -> list[str]:

@@ -236,7 +236,7 @@ def test_pictures_without_a_tag_come_before_the_first_question(read, tokenizer, 
 @pytest.mark.parametrize("key", ["images", "image_path", "img", "image_paths", "picture", "file_name", "image_url"])
 def test_pictures_are_read_under_the_names_that_others_have_for_them(key):
     read = parsed(json.dumps(row("What?", "red") | {key: ["a.jpg"]}))
-    assert read.images == ["a.jpg"] and read.shape == f'conversations in "conversations", pictures in "{key}"'
+    assert read.images == ["a.jpg"] and read.shape == f"conversations, pictures ({key})"
 
 
 @pytest.mark.parametrize("key", ["imageUrl", "photos", "Image", "image_base64", "video"])

@@ -483,6 +483,6 @@ def test_parquet_of_any_shape_is_streamed(files, streamed, capsys):
     flags = [*streamed, "--data_path", f"file://{files}/captions.parquet", "--stream_rows", "6", "--epochs", "2"]
     assert main(flags).state.step == 8
     out = capsys.readouterr().out
-    assert '12 rows read as caption "text", pictures in "image"' in out and "6 in an epoch, as of several" in out
+    assert "12 rows read as caption (text), pictures (image)" in out and "6 in an epoch, as of several" in out
     with pytest.raises(ValueError, match="--captions_per_epoch all: of streamed rows"):
         main([*flags, "--captions_per_epoch", "all"])
