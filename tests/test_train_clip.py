@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import CLIPConfig, CLIPModel
 
 from common.cli import run_main
-from dataset.sources import Folder
+from dataset.pictures import Folder
 from model.model_vlm import MiniMindVLM
 from model.processing import ImageProcessor, load_tokenizer
 from scripts import train_tokenizer
