@@ -4,7 +4,7 @@ Reading path, 7 of 10; next: dataset/batches.py
 """
 
 from dataset.rows import Row
-from dataset.shapes import BadRow
+from dataset.values import BadRow
 from model.processing import IGNORE, IMAGE_TAG, encode_chat
 
 

@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from common.cli import reason
 from common.files import write_safely
 from dataset.lm_dataset import VLMDataset
-from dataset.shapes import BadRow
+from dataset.values import BadRow
 
 FORMAT = 3  # raise it when the files, or what our code makes of a picture before the encoder sees it, change
 SEGMENT = 2**28  # bytes; a rank holds as many in memory until they are written

@@ -24,10 +24,12 @@ import torch
 
 from common.machine import usable_cores
 from dataset.examples import encode_row
+from dataset.formats import blame_cache
 from dataset.pictures import is_url, use_picture
 from dataset.rows import Row
-from dataset.shapes import DEFAULT, BadRow, ReadOptions, printable
-from dataset.sources import Source, blame_cache, open_rows
+from dataset.shapes import DEFAULT, ReadOptions
+from dataset.sources import Source, open_rows
+from dataset.values import BadRow, printable
 from model.processing import IGNORE, IMAGE_TAG, language
 
 FORMAT = 8  # raise it when `check_rows` or what it calls finds something else: results are cached on disk
@@ -37,6 +39,7 @@ KINDS = {
     "key": "missing or malformed key",
     "role": "no chat: unknown role, turns out of order, placeholders typed as text",
     "answer": "no assistant turn",
+    "blank": "no caption, or no answer",
     "count": "wrong number of <image>",
     "missing": "picture file missing",
     "broken": "picture file broken",
@@ -70,7 +73,7 @@ def check_rows(batch, numbers: list[int], parse, tokenizer, placeholders: str, m
         length, answers, lost, images, mended, shape, kind, problem = 0, 0, 0, [], "", "", "", ""
         try:
             if row is None:
-                kind = "blank"
+                kind = "none"
             elif isinstance(row, BadRow):
                 kind, problem = row.kind, str(row)  # not raised: the traceback would keep the table open
             else:
@@ -136,6 +139,8 @@ class VLMDataset(torch.utils.data.Dataset):
         """
         self.tokenizer, self.preprocess, self.features = tokenizer, preprocess, None
         self.max_length, self.placeholders = max_length, image_special_token
+        if any(prompt.count(IMAGE_TAG) > 1 for prompt in options.prompts):
+            raise ValueError(f"--prompt: {IMAGE_TAG} stands once at most, where the picture belongs")
         paths, stores = as_list(data_path), as_list(images_path)
         weights = weights or [1.0] * len(paths)
         stores = stores * len(paths) if len(stores) == 1 else stores
@@ -156,13 +161,14 @@ class VLMDataset(torch.utils.data.Dataset):
                 lengths.append(length)
                 end += len(good)
             self.parts.append((begin, end, weight))
-            if end > begin and not round((end - begin) * weight):
-                raise ValueError(
-                    f"--data_weights {weight}: of the {end - begin} rows of {of_path[0].path} that is none"
-                )
         self.starts = np.array(self.starts)  # the first row of each source, in a count of usable rows and others
         self.rows, self.lengths = np.concatenate(rows), np.concatenate(lengths)
         self.groups = self._groups() if options.captions == "one" else None
+        firsts = np.arange(end) if self.groups is None else self.groups
+        for of_path, (begin, end, weight) in zip(by_path, self.parts):
+            count = int(((begin <= firsts) & (firsts < end)).sum())
+            if count and not round(count * weight):
+                raise ValueError(f"--data_weights {weight}: of the {count} rows of {of_path[0].path} that is none")
         if self.bad and on_bad_row == "error":
             raise ValueError(f"{self.report()}\nMend the data, or leave these rows out with --on_bad_row skip")
         if options.prompts and not any(shape.startswith("caption") for shape in self.shapes):
@@ -206,7 +212,7 @@ class VLMDataset(torch.utils.data.Dataset):
         good = pc.equal(checked["kind"], "").to_numpy()
         for number in np.flatnonzero(~good).tolist():
             kind = checked["kind"][number].as_py()
-            if kind != "blank":
+            if kind != "none":
                 self.bad[kind].append(f"{source.where(int(records[number]))}: {checked['problem'][number]}")
 
         images = checked["images"].combine_chunks()

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import requests
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from common.files import write_safely
 from dataset.remote import download, is_remote
-from dataset.shapes import BadRow
+from dataset.values import BadRow
 from model.files import impostor
 
 LARGEST = 1 << 28  # bytes of a picture's file: one in a zip might unpack to more than the memory holds
@@ -171,14 +171,14 @@ def pictures_beside(path: Path) -> Folder | Zip | None:
     if path.stem == "metadata":
         return Folder(path.parent)
     stem = path.stem.removesuffix("_data").removesuffix("_vlm")
-    for name in (f"{stem}_images", f"{stem}_images.zip", "images", "images.zip"):
+    for name in (f"{path.stem}_images", f"{stem}_images", f"{stem}_images.zip", "images", "images.zip"):
         if (path.parent / name).exists():
             return open_pictures(path.parent / name)
     return None
 
 
 def is_url(name: str) -> bool:
-    return name.startswith(("http://", "https://"))
+    return name.lower().startswith(("http://", "https://"))
 
 
 def fetch(url: str, folder: Path) -> Path:
@@ -190,11 +190,13 @@ def fetch(url: str, folder: Path) -> Path:
     content, deadline = bytearray(), time.monotonic() + SECONDS
     with requests.get(url, timeout=SECONDS, stream=True) as answer:
         answer.raise_for_status()
-        for chunk in answer.iter_content(1 << 16):
+        # read1: what is there, as a server may send a byte a minute
+        while chunk := answer.raw.read1(1 << 16, decode_content=True):
             content += chunk
             if len(content) > FETCHED or time.monotonic() > deadline:
                 raise ValueError(f"it takes more than {FETCHED >> 20} MB or {SECONDS} seconds to fetch")
-    write_safely(path, lambda file: file.write(content))
+    with Image.open(BytesIO(content)):  # raises where a page of a web server came in its place, which is not kept
+        write_safely(path, lambda file: file.write(content))
     return path
 
 

@@ -11,7 +11,8 @@ from io import BytesIO
 
 from PIL import Image
 
-from dataset.shapes import DEFAULT, BadRow, ReadOptions, normal
+from dataset.shapes import DEFAULT, ReadOptions, normal
+from dataset.values import BadRow
 from model.processing import IMAGE_TAG
 
 MENDED = {
@@ -39,7 +40,10 @@ class Row:
 def rows_of(record: dict, number: int, options: ReadOptions = DEFAULT) -> list[Row | BadRow]:
     """A record of any shape → its rows: one, or one for each caption of its picture. Pictures that lie in the record
     are called as `inline` does. Raises BadRow."""
-    row = normal(record, options)
+    try:
+        row = normal(record, options)
+    except (TypeError, AttributeError, KeyError, IndexError) as error:  # a value of a type that nobody thinks of
+        raise BadRow("key", f"a value of a type that is not expected: {error}") from None
     names = [
         inline(number, i) if isinstance(picture, bytes) or picture.startswith("data:") else picture
         for i, picture in enumerate(row.pictures)
@@ -110,8 +114,8 @@ def from_json(text: str, pairs_hook=None):
     return value
 
 
-def parse_line(line: str, number: int = 0, options: ReadOptions = DEFAULT) -> list[Row]:
-    """A record as JSON → its rows. Raises BadRow."""
+def parse_line(line: str, number: int = 0, options: ReadOptions = DEFAULT, pictures=None) -> list[Row]:
+    """A record as JSON, and the contents of pictures that come with it → its rows. Raises BadRow."""
     twice = []
 
     def noting(pairs: list) -> dict:
@@ -122,7 +126,7 @@ def parse_line(line: str, number: int = 0, options: ReadOptions = DEFAULT) -> li
     record = from_json(line, noting)
     if not isinstance(record, dict):
         raise BadRow("key", f'expected an object, {{...}}, not {type(record).__name__}: no "conversations" list')
-    rows = rows_of(record, number, options)
+    rows = rows_of(record | ({"image": pictures} if pictures else {}), number, options)
     return [replace(row, mended=row.mended or "twice") for row in rows] if twice else rows
 
 

@@ -12,15 +12,9 @@ row means is decided when it is read (dataset/shapes.py, dataset/rows.py).
 """
 
 import base64
-import codecs
-import csv
 import glob
-import gzip
 import hashlib
-import json
-import re
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -28,170 +22,14 @@ from urllib.parse import unquote_to_bytes
 
 import datasets
 import pyarrow as pa
-import pyarrow.parquet
 
-from common.cli import disk_full, reason
-from dataset.pictures import fetch, is_url, open_pictures, pictures_beside
+from dataset.formats import TABLES, open_table, suffix
+from dataset.pictures import Folder, Zip, fetch, is_url, open_pictures, pictures_beside
 from dataset.remote import download, is_remote, list_remote
 from dataset.rows import Row, from_json, inline_place, parse_line, rows_of
-from dataset.shapes import DEFAULT, BadRow, ReadOptions, normal, shape_of
+from dataset.shapes import DEFAULT, ReadOptions, normal, shape_of
+from dataset.values import BadRow
 from model.files import impostor
-
-TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".tar": "webdataset"}
-CHUNK = 1 << 23  # characters of a JSON array that are read at once
-
-
-# ---------------------------------------------------------------------------- JSON
-
-
-def open_text(path: Path):
-    opener = gzip.open if path.suffix == ".gz" else open
-    # -sig: Windows likes to put a mark at the start.
-    return opener(path, "rt", encoding="utf-8-sig", errors="mark")
-
-
-def other_encoding(path: Path) -> str:
-    """ "UTF-16" or "GBK", as Windows saves them, if that is what a text file seems to be in; else ""."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        start = file.read(1 << 16)
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or start[:100].count(0) > 20:
-        return "UTF-16"
-    lines = [line for line in start.split(b"\n")[:-1] or [start] if not line.isascii()]
-
-    def read(encoding):
-        return sum(line.decode(encoding, "ignore").encode(encoding) == line for line in lines)
-
-    return "GBK" if read("utf-8") < len(lines) / 2 < read("gb18030") else ""
-
-
-def json_form(path: Path) -> str:
-    """ "array", "object" (one for the whole file, as COCO's), or "lines"."""
-    with open_text(path) as file:
-        start = file.read(CHUNK >> 10).lstrip()
-        if start.startswith("["):
-            return "array"
-        first, _, rest = start.partition("\n")
-        if not rest:
-            first += file.readline()
-    with suppress(ValueError, RecursionError):
-        return "object" if {"images", "annotations"} <= set(json.loads(first)) else "lines"
-    return "object" if re.match(r'\{\s*\n\s*"(info|licenses|images|annotations)"\s*:\s*[\[{]', start) else "lines"
-
-
-def elements(path: Path) -> Iterator[str]:
-    """The text of each element of a JSON array, which is read a part at a time. Raises ValueError for a broken one, as
-    nobody knows where the next begins."""
-    decoder = json.JSONDecoder()
-    with open_text(path) as file:
-        text = file.read(CHUNK)
-        at, number = text.index("[") + 1, 1
-        while True:
-            at = re.compile(r"[\s,]*").match(text, at).end()
-            if text[at : at + 1] == "]":
-                return
-            try:
-                _, end = decoder.raw_decode(text, at)
-            except (ValueError, RecursionError) as error:
-                cut = isinstance(error, json.JSONDecodeError) and (
-                    error.msg.startswith("Unterminated string") or error.pos > len(text) - 8
-                )
-                more = file.read(CHUNK) if cut or at == len(text) else ""
-                if not more:
-                    raise ValueError(f"row {number} is not valid JSON ({error})") from None
-                text, at = text[at:] + more, 0
-                continue
-            yield text[at:end]
-            at, number = end, number + 1
-
-
-def coco_rows(path: Path) -> Iterator[str]:
-    """Captions in the form of COCO: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}. A row
-    for each picture that has some."""
-    with open_text(path) as file:
-        content = from_json(file.read())
-    images, annotations = (content.get(key) for key in ("images", "annotations"))
-    if not isinstance(images, list) or not isinstance(annotations, list):
-        raise ValueError(f"it is one object with {', '.join(content)}")
-    captions = {}
-    for annotation in annotations:
-        if "caption" not in annotation:
-            raise ValueError(f"its annotations have no caption, but {', '.join(annotation)}")
-        captions.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
-    for image in images:
-        if image["id"] in captions:
-            yield json.dumps({"file_name": image["file_name"], "caption": captions[image["id"]]}, ensure_ascii=False)
-
-
-def text_rows(path: Path, form: str) -> Iterator[dict]:
-    for text in (elements if form == "array" else coco_rows)(path):
-        yield {"text": text}
-
-
-# ---------------------------------------------------------------------------- tables
-
-
-def blame_cache(error: Exception) -> None:
-    """OSError if what `datasets` stumbled over is the disk or the folder on which it keeps its tables."""
-    error, folder = error.__cause__ or error, Path(datasets.config.HF_DATASETS_CACHE)
-    full, name = disk_full(error), getattr(error, "filename", None)
-    if full or name and (folder in (Path(name), *Path(name).parents) or Path(name) in folder.parents):
-        what = reason(error) if full else f"it cannot be written: {error.strerror}"
-        raise OSError(f"rows are cached in {folder}, and {what}.\nMend that, or name another: HF_DATASETS_CACHE=DIR")
-
-
-def suffix(path: Path) -> str:
-    """Of what is in a file, without .gz."""
-    return path.with_suffix("").suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
-
-
-def load_table(path: Path) -> datasets.Dataset:
-    """The rows of a file as `datasets` keeps them; of JSON their text, in a column "text"."""
-    if path.is_dir():
-        return datasets.load_from_disk(str(path))
-    kind, options = TABLES.get(suffix(path)), {}
-    if kind == "parquet" and not pyarrow.parquet.read_metadata(path).num_rows:
-        raise ValueError("it has no rows")  # which `datasets` says in other words
-    if kind == "csv":  # everything is text, also NA and 007
-        sep = "\t" if suffix(path) == ".tsv" else ","
-        with open_text(path) as file:
-            names = next(csv.reader(file, delimiter=sep), [])
-        text = datasets.Features(dict.fromkeys(names, datasets.Value("string")))
-        options = {"sep": sep, "features": text, "keep_default_na": False, "encoding": "utf-8-sig"}
-    elif not kind:
-        form = json_form(path)
-        if form != "lines":
-            status = path.stat()
-            key = repr((str(path.absolute()), status.st_size, status.st_mtime_ns, form))
-            fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
-            source = {"path": path, "form": form}
-            return datasets.Dataset.from_generator(text_rows, gen_kwargs=source, fingerprint=fingerprint)
-        kind, options = "text", {"encoding": "utf-8-sig", "encoding_errors": "mark"}
-    # escape: [ and * in a path are no patterns
-    return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
-
-
-def open_table(path: Path, flag: str) -> datasets.Dataset:
-    """As `load_table`. Raises ValueError that names the file, and says what was expected there."""
-    kind = "a folder of save_to_disk" if path.is_dir() else TABLES.get(suffix(path), "JSON rows in UTF-8")
-    kind = {"parquet": "Parquet", "arrow": "Arrow", "csv": "CSV with a header", "webdataset": "WebDataset"}.get(
-        kind, kind
-    )
-    if not path.is_dir() and suffix(path) not in (".parquet", ".arrow", ".tar") and (other := other_encoding(path)):
-        raise ValueError(
-            f"{flag} {path} is {other}, expected UTF-8. Type: iconv -f {other} -t UTF-8 {path} > rows{suffix(path)}"
-        )
-    try:
-        table = load_table(path)
-        if not len(table):
-            raise ValueError("it has no rows")
-    except Exception as error:  # whatever the reader of a format raises
-        blame_cache(error)
-        why = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{flag} {path} cannot be read: {why}. Expected {kind}") from None
-    return table
-
-
-# ---------------------------------------------------------------------------- sources
 
 
 def parse(batch: pa.Table, first: int, is_json: bool, options: ReadOptions):
@@ -200,20 +38,15 @@ def parse(batch: pa.Table, first: int, is_json: bool, options: ReadOptions):
     for number, record in enumerate(batch.to_pylist(), first):
         try:
             if not is_json:
-                rows = rows_of(spread(record), number, options)
+                rows = rows_of(record, number, options)
             elif record["text"].strip():
-                rows = parse_line(record["text"], number, options)
+                rows = parse_line(record["text"], number, options, record.get("pictures"))
             else:
                 rows = [None]
         except BadRow as error:
             rows = [error.with_traceback(None)]  # which would keep the table open
         for which, row in enumerate(rows):
             yield number, which, row
-
-
-def spread(record: dict) -> dict:
-    """With what the JSON files of a WebDataset hold as columns."""
-    return {**record, **record.pop("json")} if isinstance(record.get("json"), dict) else record
 
 
 class Source:
@@ -241,10 +74,8 @@ class Source:
     def use(self, table: datasets.Dataset) -> None:
         """Keeps the columns that are read. Raises BadRow if no shape fits them."""
         if not self.is_json:
-            names, inside = table.column_names, table.features.get("json")
-            names = [*names, *(inside if isinstance(inside, dict) else ())]
-            read = {"json", *shape_of(tuple(names)).columns(names)}
-            table = table.select_columns([name for name in table.column_names if name in read])
+            names = table.column_names
+            table = table.select_columns(shape_of(tuple(names)).columns(names))
         self.table = table
         self.records = table.with_format("arrow")  # pictures as they are stored, not decoded
 
@@ -271,14 +102,21 @@ class Source:
         latest, pictures = self.latest
         if latest != number:
             (record,) = self.records[number].to_pylist()
-            pictures = normal(from_json(record["text"]) if self.is_json else spread(record), self.options).pictures
+            if self.is_json:
+                record = from_json(record["text"]) | ({"image": record["pictures"]} if record.get("pictures") else {})
+            pictures = normal(record, self.options).pictures
             self.latest = number, pictures  # both at once, as threads may read too
         return pictures
+
+    def store(self, name: str) -> Folder | Zip | None:
+        """Where a picture of this name is looked for."""
+        return Folder(Path(name).anchor) if Path(name).is_absolute() else self.pictures
 
     def has(self, name: str) -> bool:
         if inline_place(name):
             return True
-        return self.options.allow_urls if is_url(name) else self.pictures is not None and self.pictures.has(name)
+        store = self.store(name)
+        return self.options.allow_urls if is_url(name) else store is not None and store.has(name)
 
     def open(self, name: str) -> BytesIO | Path:
         """A picture's file or its content. Raises whatever goes wrong."""
@@ -287,25 +125,26 @@ class Source:
             return BytesIO(picture if isinstance(picture, bytes) else decode_url(picture))
         if is_url(name):
             return fetch(name, Path(datasets.config.HF_DATASETS_CACHE) / "pictures")
-        return self.pictures.open(name)
+        return self.store(name).open(name)
 
     def file(self, name: str) -> Path:
         """What a picture lies in, for its times."""
         if inline_place(name):
             return self.path
-        return self.open(name) if is_url(name) else self.pictures.file(name)
+        return self.open(name) if is_url(name) else self.store(name).file(name)
 
     def identity(self, name: str) -> str:
         """Equal for equal pictures, also of other sources."""
         if inline_place(name):
             return hashlib.sha256(self.open(name).getvalue()).hexdigest()
-        return name if is_url(name) or not self.pictures else self.pictures.where_picture(name)
+        return self.where_picture(name)
 
     def where_picture(self, name: str) -> str:
         """For messages."""
         if place := inline_place(name):
             return f"picture {place[1] + 1} of {self.where(place[0])}"
-        return name if is_url(name) else self.pictures.where_picture(name)
+        store = self.store(name)
+        return name if is_url(name) or store is None else store.where_picture(name)
 
 
 def decode_url(url: str) -> bytes:
@@ -342,7 +181,13 @@ def row_files(path: Path, flag: str = "--data_path") -> list[Path]:
         metadata = [path / f"metadata.{kind}" for kind in ("jsonl", "csv", "parquet")]
         files = [file for file in metadata if file.is_file()][:1] or [path] * (path / "state.json").is_file()
         if not files:
-            kinds = sorted({file.suffix for file in path.iterdir() if suffix(file) in (*TABLES, ".json", ".jsonl")})
+            kinds = sorted(
+                {
+                    file.suffix
+                    for file in path.iterdir()
+                    if suffix(file) in (*TABLES, ".json", ".jsonl", ".csv", ".tsv", ".tar")
+                }
+            )
             parts = [folder.name for folder in sorted(path.iterdir()) if row_parts(folder)]
             what = f"name one of {', '.join(parts)} in it" if parts else "name its files"
             example = path / parts[0] if parts else f"'{path / ('*' + (kinds or ['.parquet'])[0])}'"

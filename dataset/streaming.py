@@ -22,7 +22,8 @@ import pyarrow.parquet
 
 from common.cli import disk_full, reason
 from dataset.remote import file_system, is_remote, list_remote, one_sentence
-from dataset.shapes import BadRow, shape_of
+from dataset.shapes import shape_of
+from dataset.values import BadRow
 
 # Seconds before a shard that could not be fetched is tried again: an hour in all, as long as a network may be away.
 PAUSES = (1, 2, 4, 8, 15, 30, *[60] * 59)
@@ -113,7 +114,8 @@ class Stream:
                     with one_sentence(row_group.file):
                         rows = opened[row_group.file].read_row_group(row_group.group, columns=self.schema.names)
                     self.last = (row_group.file, row_group.group), rows
-                rows = self.last[1].slice(row_group.first, row_group.end - row_group.first)
+                # Not a slice: of a column that is null in all rows, Arrow would write too few.
+                rows = self.last[1].take(list(range(row_group.first, row_group.end)))
                 numbers = range(row_group.offset + row_group.first + 1, row_group.offset + row_group.end + 1)
                 rows = rows.append_column("origin", pa.array([f"{row_group.file}:{number}" for number in numbers]))
                 writer.write_table(rows.cast(schema))

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common.files import write_safely
 from dataset.lm_dataset import VLMDataset
-from dataset.shapes import BadRow
+from dataset.values import BadRow
 
 SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
 GROUP = 100  # rows that are held in memory, with their pictures

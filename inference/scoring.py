@@ -21,7 +21,8 @@ from common.files import write_json
 from dataset.batches import StepSampler, collate
 from dataset.lm_dataset import VLMDataset
 from dataset.rows import Row
-from dataset.shapes import BadRow, ReadOptions
+from dataset.shapes import ReadOptions
+from dataset.values import BadRow
 from inference.generate import answer_batches, collate_prompts
 from model.files import read_json
 from model.processing import encode_chat, language

@@ -284,6 +284,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.to and Path(args.to).suffix not in (".parquet", ".jsonl"):
         parser.error(f"--to {args.to}: expected a name that ends in .parquet or .jsonl")
+    if args.to and Path(args.to).exists():
+        parser.error(f"--to {args.to}: there is a file of this name; choose another, or remove it")
     return args
 
 

@@ -52,8 +52,9 @@ CHAT_TEMPLATE = (
 def read_texts(paths, prompts=()) -> list[str]:
     """The texts of all conversations, see `texts_of`, but those that training does not take either."""
     # Only here, so that all else works beside any Transformers.
-    from dataset.shapes import BadRow, ReadOptions
+    from dataset.shapes import ReadOptions
     from dataset.sources import read_rows
+    from dataset.values import BadRow
 
     texts, unusable = [], 0
     for _, row in read_rows(paths, options=ReadOptions(prompts=tuple(prompts or ()))):

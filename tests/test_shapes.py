@@ -9,6 +9,8 @@ import re
 import signal
 import tarfile
 import threading
+import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -21,9 +23,11 @@ import torch
 
 from dataset import pictures as picture_stores
 from dataset.batches import StepSampler
+from dataset.formats import CHUNK, array_rows
 from dataset.lm_dataset import VLMDataset
-from dataset.shapes import PROMPTS, BadRow, ReadOptions, normal
-from dataset.sources import CHUNK, elements
+from dataset.rows import rows_of
+from dataset.shapes import PROMPTS, ReadOptions, normal
+from dataset.values import BadRow
 from model.processing import ImageProcessor
 from scripts import inspect_data
 from tests.conftest import write_rows
@@ -337,8 +341,58 @@ def test_csv_is_text_whatever_it_looks_like(read, pictures, tmp_path):
         ["<image>\nWhich?", "NA"],
     ]
     path.write_text("image;caption\nred.png;A cat.\n")
-    with pytest.raises(ValueError, match="rows.csv: the columns are image;caption, of which none is"):
+    with pytest.raises(ValueError, match="rows.csv cannot be read: its columns are separated by ';'"):
         read(path, pictures)
+
+
+@pytest.mark.parametrize(
+    "name, text, why",
+    [
+        ("rows.csv", "question,answer,image\nWhat?,cat,red.png,\n", "line 2 has 4 fields, the header 3"),
+        ("rows.csv", "image,question,answer\nred.png,What?\n", "line 2 has 2 fields, the header 3"),
+        ("rows.csv", "image,caption,image\nred.png,a,b\n", "line 1 names a column twice"),
+        ("rows.tsv", 'image\tcaption\nred.png\t"A cat" sits\n', "expected after '\"'; quotes in a quoted field are doubled"),
+        ("rows.tsv", 'image\tcaption\nred.png\t"A\nblue.png\tb"\nred.png\tc\n', "ends in line 3 holds a tab or line"),
+        ("rows.csv", "image,caption\n", "it has no rows"),
+        ("rows.json", "[]", "it has no rows"),
+        ("rows.json", "[{}]\n[{}]", "after row 1 the array ends, and something follows it"),
+        ("rows.json", '{\n "data": []\n}', "it is one object with data: put its rows into an array"),
+        ("rows.json.gz", "[]", "Not a gzipped file"),
+        ("rows.feather", "ARROW1", "nothing here reads .feather"),
+        ("rows.tar", "no tar", "cannot be read: file could not be opened successfully"),
+    ],
+)
+def test_a_file_in_which_rows_would_be_lost_or_shift_is_refused(read, pictures, tmp_path, name, text, why):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError) as error:
+        read(tmp_path / name, pictures)
+    assert f"--data_path {tmp_path / name} cannot be read: " in str(error.value) and why in str(error.value)
+
+
+def test_samples_of_a_tar_may_differ_and_a_bad_one_is_one_bad_row(read, tmp_path):
+    samples = [
+        {"JPG": picture("red"), "txt": b"A red square."},
+        {"json": json.dumps({"conversations": sharegpt(CHATS[3][0])}).encode()},
+        {"0.png": picture("red"), "1.png": picture("blue"), "json": json.dumps(sharegpt(CHATS[2][0])).encode()},
+        {"png": picture("red"), "json": b"{no json"},
+        {"png": picture("blue"), "json": b'{"caption": "A blue square.", "url": "http://x/y.png", "image": "y.png"}'},
+    ]
+    path = write_tar(tmp_path / "rows.tar", samples)
+    with pytest.raises(ValueError, match=r"1 of 5 rows are not usable:\n +1  not valid JSON\n +.*rows.tar:4: "):
+        read(path)
+    data = read(write_tar(tmp_path / "good.tar", [*samples[:3], samples[4]]))
+    assert [len(data.row(i).images) for i in range(4)] == [1, 0, 2, 1]
+    assert data[2]["pictures"][:, :, 0, 0].tolist() == [[255, 0, 0], [0, 0, 255]]
+
+
+def test_pictures_with_an_absolute_path_need_no_folder(read, pictures, tmp_path):
+    rows = [
+        {"image": f"file://{pictures}/red.png", "caption": "Red."},
+        {"image": f"{pictures}/blue.png", "caption": "Blue."},
+    ]
+    (tmp_path / "elsewhere").mkdir()
+    data = read(write_rows(tmp_path / "elsewhere" / "rows.jsonl", rows))
+    assert [data[i]["pictures"][0, :, 0, 0].tolist() for i in range(2)] == [[255, 0, 0], [0, 0, 255]]
 
 
 def test_instructions_come_with_their_input_and_history(read, pictures, tmp_path):
@@ -359,8 +413,14 @@ def test_instructions_come_with_their_input_and_history(read, pictures, tmp_path
         ({"id": 1, "url": "x"}, "the columns are id, url, of which none is"),
         ({"image": None, "caption": "A cat."}, 'a caption in "caption" and no picture'),
         ({"image": "a.jpg", "caption": ["", " "]}, 'no caption in "caption"'),
-        ({"image": "a.jpg", "question": "Which?", "answer": 1, "choices": ["a", "b"]}, "is the number of a choice"),
-        ({"image": "a.jpg", "question": "Which?", "label": 1}, "is the number of a choice"),
+        (
+            {"image": "a.jpg", "question": "Which?", "answer": 1, "choices": ["a", "b"]},
+            "the number of a choice: put the text of the answer there",
+        ),
+        (
+            {"image": "a.jpg", "question": "Which?", "label": 1},
+            "the number of a choice: put the text of the answer there",
+        ),
         ({"image": "a.jpg", "question": {"en": "What?"}, "answer": "A cat."}, '"question" must be text'),
         ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a"}]}]}, "of type 'video'"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "1 parts of turns stand for a picture"),
@@ -372,6 +432,67 @@ def test_what_no_rule_reads_is_an_error_that_names_it(row, why):
     with pytest.raises(BadRow) as error:
         normal(row)
     assert why in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "row, why",
+    [
+        (
+            {"question": "<image 1> What?", "answer": "b", "image_1": {"bytes": b"a", "path": None}},
+            '"image_1" seems to',
+        ),
+        ({"question": "What?", "answer": "b", "screenshot": {"bytes": None, "path": "a.png"}}, '"screenshot" seems to'),
+        ({"question": "What?", "answer": "b", "filepath": "train/a.jpg"}, '"filepath" seems to hold pictures'),
+        ({"question": "What?", "answer": "b", "media": ["a.webp"]}, '"media" seems to hold pictures'),
+        ({"query": "<img>a.jpg</img>What?", "response": "b"}, "the text shows a picture, <img>a.jpg</img>"),
+        ({"question": "Is <image 1> red?", "answer": "b"}, "the text shows a picture, <image 1>"),
+        ({"image": "a.jpg", "images": ["b.jpg", "c.jpg"], "messages": chat("a", "b")}, "hold different pictures"),
+        ({"image": "a.jpg", "question": "Which?", "answer": "B", "choices": ["cat", "dog"]}, "the number of a choice"),
+        (
+            {"image": "a.jpg", "question": "Which?", "answer": "1", "choices": "['cat', 'dog']"},
+            "the number of a choice",
+        ),
+        ({"image": "a.jpg", "question": "Which?", "answers": ["", " "]}, 'no answer in "answers"'),
+        ({"image": "a.jpg", "question": "Which?", "answers": [["cat"], ["dog"]]}, '"answers" must be text'),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": 5}]}, "a list of calls"),
+    ],
+)
+def test_what_would_be_learned_wrong_is_an_error(row, why):
+    with pytest.raises(BadRow) as error:
+        rows_of(row, 0)
+    assert why in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": {"from": ["human", "gpt"], "value": None}},
+        {"messages": chat("a", "b"), "tools": 5, "system": 3, "image": {"bytes": 4}},
+        {"question": "What?", "answer": "b", "history": 5},
+        {"question": {}, "answer": {}, "image": [[]]},
+    ],
+)
+def test_a_value_of_any_type_ends_in_a_sentence_or_is_left_out(row):
+    with suppress(BadRow):
+        assert rows_of(row, 0)
+
+
+def test_values_in_other_forms_are_read_as_what_they_are():
+    call = '{"name": "add"}'
+    for calls in (f"[{call}]", json.loads(call), [{"function": None, "name": "add"}]):
+        (turns,) = normal({"messages": [*chat("a"), {"role": "assistant", "content": None, "tool_calls": calls}]}).chats
+        assert '"name": "add"' in turns[1]["content"] and turns[1]["content"].count("<tool_call>") == 1
+    old = {"role": "assistant", "content": None, "function_call": {"name": "add"}}
+    assert normal({"messages": [*chat("a"), old]}).chats[0][1]["content"] == f"<tool_call>\n{call}\n</tool_call>"
+    columns = {"answer": ["a", "b", "b"], "answer_id": [1, 2, 3]}
+    row = {"question": "Which?", "answers": columns, "images": {"bytes": [b"a", b"b"], "path": ["a", "b"]}}
+    assert normal(row).chats[0][1]["content"] == "b" and normal(row).pictures == [b"a", b"b"]
+    assert normal({"question": "Which?", "answers": "['cat', 'cat', 'dog']"}).chats[0][1]["content"] == "cat"
+    row = {"image": [None], "image_path": "file:///a/b.jpg", "question": "Which?", "answer": "a", "choices": ["a", "b"]}
+    assert normal(row).pictures == ["/a/b.jpg"]
+    text = [{"type": "text", "text": None}, {"type": "image", "image": "a.jpg"}, "What?"]
+    (turns,) = normal({"messages": [{"role": "user", "content": text}, *chat("a", "b")[1:]]}).chats
+    assert turns[0]["content"] == "<image>\nWhat?"
 
 
 def test_a_table_that_no_shape_fits_is_refused_with_its_columns(read, tmp_path):
@@ -449,6 +570,14 @@ def test_of_several_captions_an_epoch_takes_one_or_all(read, pictures, tmp_path)
     assert everything.groups is None and len(everything) == 12
 
 
+def test_weights_of_several_captions_count_pictures(read, pictures, tmp_path, tokenizer):
+    path = write_json(tmp_path / "coco.json", coco(SEVERAL))
+    data = VLMDataset([path], pictures, tokenizer, None, 200, "@" * P, weights=[0.4])
+    assert len(StepSampler(data.lengths, 1, parts=data.parts, groups=data.groups)) == 1
+    with pytest.raises(ValueError, match="--data_weights 0.1: of the 3 rows of .*coco.json that is none"):
+        VLMDataset([path], pictures, tokenizer, None, 200, "@" * P, weights=[0.1])
+
+
 def test_rows_with_one_and_with_several_captions_share_an_epoch(read, pictures, tmp_path):
     several = write_json(tmp_path / "coco.json", coco(SEVERAL))
     data = read([LAYOUTS["llava.json"](tmp_path / "llava.json"), several], pictures)
@@ -463,11 +592,11 @@ def test_rows_with_one_and_with_several_captions_share_an_epoch(read, pictures, 
 
 @pytest.mark.parametrize("size", [7, 64, CHUNK])
 def test_an_array_is_read_in_parts_of_any_size(tmp_path, monkeypatch, size):
-    monkeypatch.setattr("dataset.sources.CHUNK", size)
+    monkeypatch.setattr("dataset.formats.CHUNK", size)
     rows = [{"a": 'x"]},{' * 3, "b": [1, {"c": "\\\n\t中"}]}, {}, {"d": 1.5e-3, "e": None}] * 5
     for indent in (None, 3):
         path = write_json(tmp_path / "rows.json", rows, indent=indent)
-        assert [json.loads(text) for text in elements(path)] == rows
+        assert [json.loads(text) for text in array_rows(path)] == rows
 
 
 def test_an_element_that_is_no_row_is_named_by_its_number(read, pictures, tmp_path):
@@ -480,6 +609,19 @@ def test_an_element_that_is_no_row_is_named_by_its_number(read, pictures, tmp_pa
     path.write_text('{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "bbox": []}]}')
     with pytest.raises(ValueError, match="its annotations have no caption, but image_id, bbox"):
         read(path, pictures)
+    path.write_text('{"images": ["red.png"], "messages": [}\n' + json.dumps(llava()[0]) + "\n")
+    with pytest.raises(ValueError, match="1 of 2 rows are not usable"):  # lines, of which one is broken
+        read(path, pictures)
+
+
+def test_coco_is_known_by_its_form_and_read_whatever_its_ids_are(read, pictures, tmp_path):
+    content = coco(CAPTIONS)
+    content["annotations"] += [{"image_id": 100, "caption": None}, {"image_id": 999, "caption": "Nothing."}]
+    for annotation in content["annotations"]:
+        annotation["image_id"] = str(annotation["image_id"])
+    content = {"type": "captions", "categories": []} | content
+    for indent in (None, 2):
+        assert len(read(write_json(tmp_path / f"{indent}.json", content, indent=indent), pictures)) == 3
 
 
 # ---------------------------------------------------------------------------- the web
@@ -492,7 +634,17 @@ def web():
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
-            content = picture(Path(self.path).stem) if self.path != "/none.png" else b""
+            if self.path == "/slow":
+                self.send_response(200)
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
+                with suppress(OSError):
+                    for _ in range(100):
+                        self.wfile.write(b"a")
+                        time.sleep(0.1)
+                return
+            content = picture(Path(self.path).stem) if self.path.endswith(("red.png", "blue.png")) else b""
+            content = b"<html>Too many requests</html>" if self.path == "/page.html" else content
             self.send_response(200 if content else 404)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
@@ -518,10 +670,20 @@ def test_pictures_on_the_web_are_fetched_once_and_only_if_allowed(read, web, tmp
     assert not asked and data[0]["pictures"][0, :, 0, 0].tolist() == data[0]["pictures"][0, :, 5, 5].tolist()
     assert data[0]["pictures"][0, :, 0, 0].tolist() == [255, 0, 0] and asked == ["/red.png"]
     assert "404" in data[1]["broken"] and f"{url}/none.png cannot be read" in data[1]["broken"]
+    with pytest.raises(BadRow, match="no kind of picture"):
+        read(write_rows(tmp_path / "page.jsonl", [{"image_url": f"{url}/page.html", "caption": "A page."}]),
+             allow_urls=True).load_picture(0, f"{url}/page.html")  # fmt: skip
+    assert asked.count("/page.html") == 1
+    monkeypatch.setattr(picture_stores, "SECONDS", 1)
+    started = time.monotonic()
+    data = read(
+        write_rows(tmp_path / "slow.jsonl", [{"image_url": f"{url}/slow", "caption": "Slow."}]), allow_urls=True
+    )
+    assert "it takes more than 32 MB or 1 seconds" in data[0]["broken"] and time.monotonic() - started < 10
     monkeypatch.setattr(picture_stores, "FETCHED", 10)
     rows = [{"image_url": f"{url}/blue.png", "caption": "A square."}]
     data = read(write_rows(tmp_path / "more.jsonl", rows), allow_urls=True)
-    assert "it takes more than 0 MB or 30 seconds" in data[0]["broken"]
+    assert "it takes more than 0 MB or 1 seconds" in data[0]["broken"]
 
 
 # ---------------------------------------------------------------------------- end to end
@@ -572,7 +734,7 @@ def test_all_shapes_learn_in_one_run_that_resumes_as_if_it_had_not_stopped(
     assert resumed == whole and len(whole) >= 8 and all(np.isfinite([loss for *_, loss in whole]))
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+@pytest.mark.parametrize("name", ["train_data.jsonl", "rows.parquet"])
 def test_rows_go_out_and_come_back_the_same(everything, pictures, read, parts_flags, tmp_path, capsys, name):
     out = tmp_path / "out" / name
     flags = [*parts_flags, "--html", str(tmp_path / "page.html"), "--to", str(out)]
@@ -584,11 +746,15 @@ def test_rows_go_out_and_come_back_the_same(everything, pictures, read, parts_fl
         assert isinstance(table.features["images"].feature, datasets.Image)  # which hubs show
         assert table[0]["conversations"][0] == {"from": "human", "value": "<image>\nWhat colour is this?"}
     else:
-        assert json.loads(out.read_text(encoding="utf-8").splitlines()[0])["image"].startswith("rows_images/")
-        assert len(list((out.parent / "rows_images").iterdir())) == 3
+        assert json.loads(out.read_text(encoding="utf-8").splitlines()[0])["image"].startswith("train_data_images/")
+        assert len(list((out.parent / "train_data_images").iterdir())) == 3
 
 
-def test_another_kind_of_file_is_no_place_to_write_to(parts_flags, capsys):
+def test_another_kind_of_file_is_no_place_to_write_to(tmp_path, capsys):
     with pytest.raises(SystemExit):
         inspect_data.main(["rows.jsonl", "--to", "rows.csv"])
     assert "--to rows.csv: expected a name that ends in .parquet or .jsonl" in capsys.readouterr().err
+    path = write_rows(tmp_path / "rows.jsonl", llava())
+    with pytest.raises(SystemExit):
+        inspect_data.main([str(path), "--to", str(path)])
+    assert "there is a file of this name" in capsys.readouterr().err and path.stat().st_size > 0

@@ -18,7 +18,7 @@ from dataset.batches import StepSampler
 from dataset.lm_dataset import VLMDataset
 from dataset.pictures import Folder, Zip
 from dataset.rows import drop_tags, parse_line, rows_of
-from dataset.shapes import BadRow
+from dataset.values import BadRow
 from inference.scoring import ShuffledPictures
 from model import weights
 from model.files import read_json

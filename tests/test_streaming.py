@@ -29,7 +29,7 @@ from model.processing import ImageProcessor
 from scripts import inspect_data
 from tests.conftest import no_space
 from tests.test_loop import interrupt, losses
-from tests.test_shapes import CAPTIONS, LAYOUTS, files_of, same, write_table
+from tests.test_shapes import CAPTIONS, LAYOUTS, files_of, same
 from tests.test_sources import chat, picture, write_parquet
 from train_sft_vlm import main, parse_args
 from trainer.loader import StreamLoader
@@ -478,8 +478,10 @@ def test_what_is_no_parquet_is_fetched_from_a_hub_once_also_a_zip_of_pictures(hu
 
 
 def test_parquet_of_any_shape_is_streamed(files, streamed, capsys):
-    rows = [{"image": files_of([colour])[0], "text": [text, "Another."]} for text, colour in CAPTIONS * 4]
-    write_table(files / "captions.parquet", rows)
+    rows = [
+        {"image": files_of([colour])[0] | {"path": None}, "text": [text, "Another."]} for text, colour in CAPTIONS * 4
+    ]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), files / "captions.parquet", row_group_size=5)
     flags = [*streamed, "--data_path", f"file://{files}/captions.parquet", "--stream_rows", "6", "--epochs", "2"]
     assert main(flags).state.step == 8
     out = capsys.readouterr().out

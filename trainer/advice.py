@@ -16,7 +16,7 @@ from dataset.examples import encode_row
 from dataset.lm_dataset import VLMDataset
 from dataset.pictures import Folder
 from dataset.rows import Row
-from dataset.shapes import BadRow
+from dataset.values import BadRow
 from model.processing import IGNORE, IMAGE_TAG
 
 FEW, ENOUGH, PLENTY = 50, 250, 5000  # steps: what is too short to learn from, what suits 100 rows, what suits 10,000

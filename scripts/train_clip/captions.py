@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from dataset.pictures import is_url, use_picture
 from dataset.rows import Row, inline_place
-from dataset.shapes import DEFAULT, BadRow, ReadOptions
+from dataset.shapes import DEFAULT, ReadOptions
 from dataset.sources import Source, read_rows
+from dataset.values import BadRow
 from model.processing import ImageProcessor
 
 # Transformers pools a caption at its first `eos_token_id`, but at the *largest* id if that is 2, a courtesy to an old
