@@ -243,7 +243,7 @@ def load_table(path: Path) -> datasets.Dataset:
 def open_table(path: Path, flag: str) -> datasets.Dataset:
     """As `load_table`. Raises ValueError that names the file, and says what was expected there."""
     kinds = {".parquet": "Parquet", ".arrow": "Arrow", ".csv": "CSV with a header", ".tsv": "TSV with a header"}
-    kind = kinds.get(suffix(path), "a tar" if suffix(path) == ".tar" else "JSON rows in UTF-8")
+    kinds |= {".tar": "a tar", **dict.fromkeys(TEXTS, "JSON rows in UTF-8")}
     other = ""
     try:
         if path.is_file() and suffix(path) in (*TEXTS, ".csv", ".tsv"):
@@ -254,7 +254,8 @@ def open_table(path: Path, flag: str) -> datasets.Dataset:
     except Exception as error:  # whatever the reader of a format raises
         blame_cache(error)
         why = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
-        expected = "a folder of save_to_disk" if path.is_dir() else kind
+        every = "JSON, JSONL, Parquet, Arrow, CSV, TSV or tar"
+        expected = "a folder of save_to_disk" if path.is_dir() else kinds.get(suffix(path), every)
         raise ValueError(f"{flag} {path} cannot be read: {why}. Expected {expected}") from None
     if other:
         raise ValueError(

@@ -351,7 +351,11 @@ def test_csv_is_text_whatever_it_looks_like(read, pictures, tmp_path):
         ("rows.csv", "question,answer,image\nWhat?,cat,red.png,\n", "line 2 has 4 fields, the header 3"),
         ("rows.csv", "image,question,answer\nred.png,What?\n", "line 2 has 2 fields, the header 3"),
         ("rows.csv", "image,caption,image\nred.png,a,b\n", "line 1 names a column twice"),
-        ("rows.tsv", 'image\tcaption\nred.png\t"A cat" sits\n', "expected after '\"'; quotes in a quoted field are doubled"),
+        (
+            "rows.tsv",
+            'image\tcaption\nred.png\t"A cat" sits\n',
+            "expected after '\"'; quotes in a quoted field are doubled",
+        ),
         ("rows.tsv", 'image\tcaption\nred.png\t"A\nblue.png\tb"\nred.png\tc\n', "ends in line 3 holds a tab or line"),
         ("rows.csv", "image,caption\n", "it has no rows"),
         ("rows.json", "[]", "it has no rows"),
