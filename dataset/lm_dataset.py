@@ -26,7 +26,7 @@ from common.machine import usable_cores
 from dataset.examples import encode_row
 from dataset.formats import blame_cache
 from dataset.pictures import is_url, use_picture
-from dataset.rows import Row
+from dataset.rows import INLINE, Row
 from dataset.shapes import DEFAULT, ReadOptions
 from dataset.sources import Source, open_rows
 from dataset.values import BadRow, printable
@@ -217,7 +217,9 @@ class VLMDataset(torch.utils.data.Dataset):
 
         images = checked["images"].combine_chunks()
         names = images.flatten()
-        gone = pa.array([name for name in pc.unique(names).to_pylist() if not source.has(name)], names.type)
+        elsewhere = pc.unique(names)  # pictures in the rows themselves are there, and many
+        elsewhere = elsewhere.filter(pc.invert(pc.match_substring_regex(elsewhere, INLINE.pattern)))
+        gone = pa.array([name for name in elsewhere.to_pylist() if not source.has(name)], names.type)
         lost = pc.is_in(names, value_set=gone)
         numbers, names = pc.list_parent_indices(images).filter(lost).to_pylist(), names.filter(lost).to_pylist()
         for number, name in sorted(dict(zip(numbers, names)).items()):

@@ -53,6 +53,9 @@ def rows_of(record: dict, number: int, options: ReadOptions = DEFAULT) -> list[R
     return [checked(turns, names, kind=row.kind, shape=row.shape) for turns in row.chats]
 
 
+INLINE = re.compile(r"^#(\d+)\.(\d+)$")
+
+
 def inline(number: int, which: int) -> str:
     """The name of a picture that lies in a record: #12.0 is the first of record 12."""
     return f"#{number}.{which}"
@@ -60,7 +63,7 @@ def inline(number: int, which: int) -> str:
 
 def inline_place(name: str) -> tuple[int, int] | None:
     """(record, which of its pictures) of a name of `inline`; None: another name."""
-    place = re.fullmatch(r"#(\d+)\.(\d+)", name)
+    place = INLINE.match(name)
     return place and (int(place[1]), int(place[2]))
 
 
