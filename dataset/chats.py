@@ -34,6 +34,8 @@ def chat_turns(chat, column: str, pairs: bool) -> tuple[list[dict], list]:
         role, content = (
             (turn.get("role"), turn.get("content")) if turn.get("role") else (turn.get("from"), turn.get("value"))
         )
+        if turn.get("weight") == 0 or turn.get("loss") is False:
+            raise BadRow("key", "a turn that is not to be learned (weight 0, loss false): all answers of a row are")
         calls = calls_of(turn)
         if isinstance(content, list):
             content = join_parts(content, inline)

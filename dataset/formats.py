@@ -18,7 +18,8 @@ import pyarrow.parquet
 
 from common.cli import disk_full, reason
 from dataset.rows import from_json
-from dataset.shapes import PICTURES
+from dataset.shapes import PICTURES, shape_of
+from dataset.values import BadRow
 
 TABLES = {".parquet": "parquet", ".arrow": "arrow"}  # suffix → what `datasets` calls it
 TEXTS = ("", ".json", ".jsonl", ".ndjson", ".txt")
@@ -60,16 +61,19 @@ def form_of(path: Path) -> str:
             return "array"
         if first == start:
             first += file.readline()
+        alone = not (start[len(first) :] + file.read(100)).strip()
     if first.strip() == "{":  # an object over several lines
         return "coco"
+    row = None
     with suppress(ValueError, RecursionError):
-        row = json.loads(first)
-        if (
-            isinstance(row, dict)
-            and isinstance(row.get("annotations"), list)
-            and "file_name" in str(row["images"])[:1000]
-        ):
+        row = json.loads(first) if alone else None
+    if isinstance(row, dict) and any(isinstance(value, list) for value in row.values()):
+        try:
+            shape_of(tuple(row))
+        except BadRow:
             return "coco"
+    if suffix(path) == ".txt" and not start.startswith("{"):
+        raise ValueError("it is no JSON; name a table with a header .csv, or .tsv where tabs separate its columns")
     return "lines"
 
 
@@ -127,6 +131,8 @@ def csv_rows(path: Path, separator: str) -> Iterator[str]:
     with open_text(path, newline="") as file:
         lines = csv.reader(file, delimiter=separator, strict=True)
         header = next(lines, [])
+        if no_name := next((name for name in header if "://" in name or len(name.split()) > 4), None):
+            raise ValueError(f"line 1 is no header ({no_name[:60]}): write one, such as image{separator}caption")
         other = next((mark for mark in ";|\t" if len(header) == 1 and mark in header[0]), None)
         if other:
             raise ValueError(f"its columns are separated by {other!r}: save it with {separator!r} between them")
@@ -161,8 +167,10 @@ def tar_rows(path: Path) -> Iterator[tuple[str, list[bytes]]]:
                     yield sample(fields, pictures)
                 name, fields, pictures = (folder, stem), {}, []
             content = tar.extractfile(member).read()
-            if f".{kind}".lower().endswith(SHOWN):
+            if re.fullmatch(r"(\d+\.)?(jpe?g|png|webp|gif|bmp)", kind.lower()):
                 pictures.append(content)
+            elif f".{kind}".lower().endswith(SHOWN):  # a mask, say
+                fields[kind.lower()] = b""
             else:
                 fields[kind.lower()] = content
     if name:

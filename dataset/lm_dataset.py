@@ -171,8 +171,6 @@ class VLMDataset(torch.utils.data.Dataset):
                 raise ValueError(f"--data_weights {weight}: of the {count} rows of {of_path[0].path} that is none")
         if self.bad and on_bad_row == "error":
             raise ValueError(f"{self.report()}\nMend the data, or leave these rows out with --on_bad_row skip")
-        if options.prompts and not any(shape.startswith("caption") for shape in self.shapes):
-            raise ValueError("--prompt is asked about pictures with captions, and no row has these: leave it out")
         if not len(self.rows):
             raise NoUsableRow(f"no usable row in {', '.join(map(str, paths))}\n{self.report()}")
 
@@ -274,6 +272,16 @@ class VLMDataset(torch.utils.data.Dataset):
                 prompts[key].append(prompt)
         summary = {"rows_without_picture": self.without_picture, "prompts": prompts}
         return summary | ({"pictures_first": first[True] > first[False]} if first.total() else {})
+
+    @property
+    def captioned(self) -> bool:
+        """Whether some rows have captions, about which --prompt is asked."""
+        return any(shape.startswith("caption") for shape in self.shapes)
+
+    @property
+    def not_read(self) -> list[str]:
+        """Columns whose content the model does not see."""
+        return list(dict.fromkeys(name for source in self.sources for name in source.not_read))
 
     def report(self, examples: int = 3) -> str:
         """The bad rows as a table: kind, count, first examples."""

@@ -24,10 +24,15 @@ FIRST = ("image", "images", "image_bytes", "picture", "pictures", "photo", "img"
 # Often beside one of these, which then counts.
 NAMES = ("file_name", "image_path", "image_paths", "image_file", "image_url", "image_urls")
 PICTURES = FIRST + NAMES
+SECOND = re.compile(r"(image|img|picture|photo)s?(_[a-z]|_?\d+)", re.I)  # image2, image_b: beside one that is read
 # Of a column, and of a text, that may be something to see or hear: were it left out, the model would learn to answer
 # blindly.
 UNREAD = re.compile(r"(image|img|picture|photo)s?(_?(path|file|name|url|bytes|base64)s?)?|videos?|audios?", re.I)
-PICTURE_TAG = re.compile(r"<image[ _]?\d+>|<img>[^<\n]+</img>")
+# Marks of others for something to see or hear, and for a place in it.
+FOREIGN_TAG = re.compile(
+    r"<image[ _]?\d+>|<img>[^<\n]+\.(jpe?g|png|webp)</img>|<\|(image|vision)\w*\|>|(?m:^<(video|audio)>\s*$)|<bbox>",
+    re.I,
+)
 CHATS = {"conversations": ("conversations", "conversation"), "messages": ("messages",), "texts": ("texts",)}
 ANSWERS = {  # column of the question → columns of the answer
     "question": ("answer", "answers", "multiple_choice_answer", "label"),
@@ -37,7 +42,18 @@ ANSWERS = {  # column of the question → columns of the answer
 }
 CAPTIONS = ("caption", "captions", "text", "txt")
 CHOICES = ("choices", "options")
-BESIDE = ("system", "tools", "history", "input", *CHOICES, "kind")  # columns that are read beside these
+LETTERS = re.compile(r"(choice|option)_?[a-h]|[A-H]")  # columns of a choice each
+NOT_LEARNED = ("chosen", "rejected", "rejected_response", "kto_tag")  # of rows that also show what is wrong
+BESIDE = (
+    "system",
+    "tools",
+    "history",
+    "input",
+    "label",
+    *CHOICES,
+    *NOT_LEARNED,
+    "kind",
+)  # columns that are read beside these
 # What is asked about a picture that has a caption and no question.
 PROMPTS = {
     "en": ("What is in this picture?", "Describe this picture.", "Describe the picture in one sentence."),
@@ -62,26 +78,34 @@ class Shape:
         """Those of a table that are read; all, if none has pictures, as each may turn out to hold some."""
         if not self.pictures:
             return list(there)
-        wanted = {self.text, self.answer, *self.pictures, *self.unread, *BESIDE, *captions_numbered(there)}
-        return [name for name in there if name in wanted]
+        wanted = {self.text, self.answer, *self.pictures, *self.unread, *BESIDE, *ANSWERS, *captions_numbered(there)}
+        return [name for name in there if name in wanted or LETTERS.fullmatch(name)]
+
+    def not_read(self, there) -> list[str]:
+        """Columns whose content the model will not see, but for those that say how others are read."""
+        read = {self.text, self.answer, *self.pictures, *BESIDE, *captions_numbered(there)}
+        return [name for name in there if name not in read]
 
     def describe(self, pictures: str = "") -> str:
         """For people: "question (query, response), pictures (images)". pictures: the column that holds some."""
-        columns = ", ".join(filter(None, [self.text, self.answer]))
+        text = f"{self.text}, ..." if re.search(r"\d$", self.text) else self.text
+        columns = ", ".join(filter(None, [text, self.answer]))
         text = self.kind if self.text == self.kind and not self.answer else f"{self.kind} ({columns})"
         return f"{text}, pictures ({pictures})" if pictures else f"{text}, text only"
 
 
 def captions_numbered(columns) -> list[str]:
-    """caption_0, caption_1, ..."""
-    return [name for name in columns if re.fullmatch(r"captions?_?\d+", name)]
+    """caption_0, caption_1, caption_2, ...; two alone may be a right one and a wrong one."""
+    names = [name for name in columns if re.fullmatch(r"captions?_?\d+", name)]
+    return names if len(names) > 2 else []
 
 
 @lru_cache(maxsize=1024)
 def shape_of(columns: tuple[str, ...]) -> Shape:
     """What these columns are taken for. Raises BadRow that names them, and the shape that comes nearest."""
     pictures = tuple(name for name in PICTURES if name in columns)
-    unread = tuple(name for name in columns if UNREAD.fullmatch(name) and name not in pictures)
+    unread = tuple(name for name in columns if UNREAD.fullmatch(name) or SECOND.fullmatch(name))
+    unread = tuple(name for name in unread if name not in pictures)
     for kind, names in CHATS.items():
         for name in names:
             if name in columns:
@@ -91,6 +115,7 @@ def shape_of(columns: tuple[str, ...]) -> Shape:
             if question in columns and answer in columns:
                 return Shape("question", question, answer, pictures, unread)
     captions = [name for name in (*CAPTIONS, *captions_numbered(columns)) if name in columns]
+    pictures += ("url",) * ("url" in columns)  # of a page, but beside captions
     if captions and pictures:
         return Shape("caption", captions[0], "", pictures, unread)
     raise BadRow("key", f"the columns are {', '.join(columns) or 'none'}, {nearest(columns, pictures, captions)}")
@@ -99,7 +124,7 @@ def shape_of(columns: tuple[str, ...]) -> Shape:
 def nearest(columns, pictures, captions) -> str:
     question = next((name for name in ANSWERS if name in columns), None)
     answers = {name for names in ANSWERS.values() for name in names}
-    answer = next((name for name in columns if name in answers), None)
+    answer = next((name for name in columns if name in answers and name != "label"), None)
     if question:
         return f'and "{question}" has no answer beside it: name that "{ANSWERS[question][0]}"'
     if answer:
@@ -141,6 +166,11 @@ class Normal:
 def normal(row: dict, options: ReadOptions = DEFAULT) -> Normal:
     """A row of any shape. Raises BadRow."""
     shape = shape_of(tuple(row))
+    for name in NOT_LEARNED:
+        if not empty(row.get(name)):
+            raise BadRow("key", f'"{name}": of rows that also show what is wrong, none is learned from')
+    if row.get("label") is False:
+        raise BadRow("key", '"label" is false: it shows what is wrong, and is not learned from')
     column, pictures = pictures_of(row, shape)
     chat = chat_of(row, shape)
     if chat is not None:
@@ -150,7 +180,10 @@ def normal(row: dict, options: ReadOptions = DEFAULT) -> Normal:
     elif shape.kind == "question":
         chats = [question_turns(row, shape, len(pictures))]
     else:
-        chats = [caption_turns(text, len(pictures), options.prompts) for text in captions_of(row, shape)]
+        captions = captions_of(row, shape)
+        if len(captions) == len(pictures) > 1:
+            raise BadRow("count", f"{len(pictures)} pictures and as many captions: give each a row of its own")
+        chats = [caption_turns(text, len(pictures), options.prompts) for text in captions]
     check_unread(row, shape, pictures, chats)
     chats = [with_system(turns, row) for turns in chats]
     return Normal(chats, pictures, shape.describe(column if pictures else ""), row.get("kind") or "")
@@ -171,18 +204,28 @@ def pictures_of(row: dict, shape: Shape) -> tuple[str, list[str | bytes]]:
 def check_unread(row: dict, shape: Shape, pictures: list, chats: list[list[dict]]) -> None:
     """Raises BadRow where something that is to be seen would be left out."""
     for name in shape.unread:
-        if not empty(row[name]) and (not pictures or name.lower().startswith(("video", "audio"))):
+        second = name.lower().startswith(("video", "audio")) or SECOND.fullmatch(name) and shows_picture(row[name])
+        if not empty(row[name]) and (second or not pictures):
             raise BadRow("key", f'"{name}" is not read, pictures are from "image": rename it, or leave it out')
+    for turn in chats[0]:
+        if (
+            tag := FOREIGN_TAG.search(turn["content"])
+            if turn["role"] == "user" or "<bbox>" in turn["content"]
+            else None
+        ):
+            raise BadRow(
+                "count", f"{tag[0].strip()} in the text is not read; where a picture belongs, write {IMAGE_TAG}"
+            )
     if pictures:
         return
+    for name in ("image_id", "imageId", "img_id"):
+        if shape.kind == "question" and not empty(row.get(name)):
+            raise BadRow("key", f'"{name}" names a picture, which is not there: write its file into "image"')
     if shape.kind == "caption":
         raise BadRow("count", f'a caption in "{shape.text}" and no picture')
     for name, value in row.items():
         if name not in (shape.text, shape.answer, *BESIDE) and shows_picture(value):
             raise BadRow("key", f'"{name}" seems to hold pictures, which are read from "image": rename it')
-    for turn in chats[0]:
-        if turn["role"] == "user" and (tag := PICTURE_TAG.search(turn["content"])):
-            raise BadRow("count", f"the text shows a picture, {tag[0]}, and no column holds one; write {IMAGE_TAG}")
 
 
 # ---------------------------------------------------------------------------- chats
@@ -202,16 +245,21 @@ def chat_of(row: dict, shape: Shape) -> list | dict | str | None:
 
 def question_turns(row: dict, shape: Shape, pictures: int) -> list[dict]:
     question, answer = row[shape.text], row[shape.answer]
-    answer = records_of(listed(answer))
+    whole_number = isinstance(answer, int)
+    answer = records_of(listed(answer) if shape.answer == "answers" else answer)
     if isinstance(answer, list):
         answers = [value.get("answer") if isinstance(value, dict) else value for value in answer]
-        answers = [text_of(value, shape.answer) for value in answers if not empty(value)]
+        answers = [value for value in answers if not empty(value)]
+        if not all(isinstance(value, str) for value in answers):
+            raise BadRow("key", f'"{shape.answer}" must be text, or a list of texts')
         answer = Counter(answers).most_common(1)[0][0] if answers else ""  # the first of those that are as common
     answer = text_of(answer, shape.answer)
     if not answer.strip():
         raise BadRow("blank", f'no answer in "{shape.answer}"')
     choices = next((listed(row[name]) for name in CHOICES if not empty(row.get(name))), [])
-    if shape.answer == "label" and re.fullmatch(r"[\d.]+", answer) or choices and answer not in choices:
+    choices = list(choices.values()) if isinstance(choices, dict) else choices
+    letter = re.fullmatch(r"\(?[A-Ha-h]\)?\.?", answer) and any(map(LETTERS.fullmatch, row))
+    if letter or whole_number and shape.answer == "label" or choices and is_number_of(answer, choices):
         raise BadRow("key", f'"{shape.answer}" is {answer}, the number of a choice: put the text of the answer there')
     turns = []
     for pair in listed(row.get("history")) or []:
@@ -227,6 +275,11 @@ def question_turns(row: dict, shape: Shape, pictures: int) -> list[dict]:
     return tagged(turns, pictures)
 
 
+def is_number_of(answer: str, choices) -> bool:
+    """Whether an answer may be the number or the letter of a choice, rather than its text."""
+    return not isinstance(choices, list) or answer not in choices or bool(re.fullmatch(r"\d+", answer))
+
+
 def tagged(turns: list[dict], pictures: int) -> list[dict]:
     """With the pictures before the first question, where the text does not place them."""
     if any(IMAGE_TAG in turn["content"] for turn in turns):
@@ -238,7 +291,12 @@ def captions_of(row: dict, shape: Shape) -> list[str]:
     value = listed(row[shape.text])
     values = [*value] if isinstance(value, list) else [value]
     values += [row[name] for name in captions_numbered(row) if name != shape.text]
-    captions = [text_of(value, shape.text).strip() for value in values if not empty(value)]
+    asked = next((name for name in ANSWERS if not empty(row.get(name))), None)
+    if asked:
+        raise BadRow("key", f'"{asked}" is beside "{shape.text}": if that is its answer, name it "answer"')
+    if not all(isinstance(value, str) for value in values if not empty(value)):
+        raise BadRow("key", f'"{shape.text}" must be text, or a list of texts')
+    captions = [value.strip() for value in values if not empty(value)]
     if not any(captions):
         raise BadRow("blank", f'no caption in "{shape.text}"')
     return list(dict.fromkeys(caption for caption in captions if caption))

@@ -15,6 +15,7 @@ import base64
 import glob
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -58,6 +59,7 @@ class Source:
         pictures_path: where pictures are looked for, for messages.
     """
 
+    not_read = ()  # columns whose content the model does not see; of JSON, those of a first row
     latest = (None, None)  # the pictures of the record read last, which are asked for one by one
 
     def __init__(self, path: Path, images_path=None, flag: str = "--data_path", options: ReadOptions = DEFAULT):
@@ -76,7 +78,11 @@ class Source:
         if not self.is_json:
             names = table.column_names
             table = table.select_columns(shape_of(tuple(names)).columns(names))
+        else:
+            names = next((row for row in map(first_keys, table.select(range(min(len(table), 10)))["text"]) if row), ())
         self.table = table
+        with suppress(BadRow):
+            self.not_read = shape_of(tuple(names)).not_read(names)
         self.records = table.with_format("arrow")  # pictures as they are stored, not decoded
 
     def parse(self):
@@ -147,6 +153,12 @@ class Source:
         return name if is_url(name) or store is None else store.where_picture(name)
 
 
+def first_keys(text: str) -> tuple[str, ...]:
+    with suppress(BadRow, AttributeError):
+        return tuple(from_json(text))
+    return ()
+
+
 def decode_url(url: str) -> bytes:
     """What a data URL holds."""
     head, _, data = url.partition(",")
@@ -191,6 +203,10 @@ def row_files(path: Path, flag: str = "--data_path") -> list[Path]:
             parts = [folder.name for folder in sorted(path.iterdir()) if row_parts(folder)]
             what = f"name one of {', '.join(parts)} in it" if parts else "name its files"
             example = path / parts[0] if parts else f"'{path / ('*' + (kinds or ['.parquet'])[0])}'"
+            if not kinds and not parts:
+                raise ValueError(
+                    f"{flag} {path} is a folder without rows: expected metadata.csv with file_name and text"
+                )
             raise ValueError(f"{flag} {path} is a folder: {what}, as in {example}")
         return files
     files = [file for file in (path, Path(f"{path}.jsonl"), Path(f"{path}.parquet")) if file.is_file()][:1]

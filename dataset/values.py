@@ -29,7 +29,7 @@ def empty(value) -> bool:
 
 
 def text_of(value, column: str) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:  # NaN is not itself
         raise BadRow("key", f'"{column}" must be text')
     return str(value)
 
@@ -46,7 +46,8 @@ def listed(value):
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         for parse in (json.loads, ast.literal_eval):
             with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                return parse(value)
+                values = parse(value)
+                return values if all(isinstance(each, str | list) for each in values) else value
     return value
 
 
@@ -65,6 +66,12 @@ def picture_list(value, column: str) -> list[str | bytes]:
         value = [value] if link or column not in ("image", "images") else value.split(",")
     pictures, value = [], records_of(value)
     for picture in value if isinstance(value, list) else [value]:
+        if isinstance(picture, dict) and not {"bytes", "path", "url"} & picture.keys():
+            raise BadRow(
+                "key", f'"{column}" holds an object with {", ".join(picture)}: expected a name, or a list of them'
+            )
+        if isinstance(picture, str) and picture.startswith(("/9j/", "iVBORw0KGgo")) and len(picture) > 200:
+            raise BadRow("key", f'"{column}" holds base64: write data:image/jpeg;base64, before it')
         if isinstance(picture, dict):  # as `datasets` keeps a picture
             picture = picture.get("bytes") or picture.get("path") or picture.get("url")
         if not isinstance(picture, str | bytes | None):

@@ -100,9 +100,14 @@ def questions_of(data: VLMDataset, captions: dict[str, list[str]]) -> list[Quest
             if len(ids) >= data.max_length:
                 break
             references = [answers[turn]]
-            more = captions.get(images[0], []) if len(images) == 1 and len(answers) == 1 else []
+            more = (
+                captions.get(images[0], captions.get(Path(images[0]).name, []))
+                if len(images) == len(answers) == 1
+                else []
+            )
             more = [*others, *more]
-            references += [text for text in more if language(text) == language(answers[turn]) and text != answers[turn]]
+            references += [text for text in more if language(text) == language(answers[turn])]
+            references = list(dict.fromkeys(references))
             shown, tokens = images[:pictures], len(answer[0])
             questions.append(Question(row, ids, pictures, shown, users[turn], references, tokens, kinds[turn]))
             ids = ids + answer[0]
@@ -326,6 +331,11 @@ def score_rows(model, tokenizer, args, weights: Path, device) -> dict:
     )
     if data.bad:
         print(data.report())
+    names = data.pictures()[1] if captions else []
+    if captions and not {*captions} & {*names, *(Path(name).name for name in names)}:
+        raise ValueError("--refs_path names none of the pictures of --data_path: it is by name, as in the rows")
+    if args.prompt and not data.captioned:
+        raise ValueError("--prompt is asked about pictures with captions, and no row has these: leave it out")
     output = Path(args.output or weights.with_name(f"{bare_name(weights)}.scores.json"))
     # Now, rather than after an hour of answers, is the time to learn that it cannot be written. Earlier scores stay.
     write_json(output, read_json(output) if output.is_file() else {})

@@ -368,6 +368,12 @@ def look(args, rows: list[str] | Shard, total: int | None = None) -> None:
         broken = [example["broken"] for example in examples if "broken" in example]
         if broken:
             notes.append(f"{len(broken)} of {len(chosen)} samples have a picture that cannot be read: {broken[0]}")
+    if data.not_read:
+        notes.append(f"Columns that are not read: {', '.join(data.not_read)}.")
+    if args.prompt and not data.captioned:
+        notes.append("--prompt is not asked here: no row has a picture with captions alone.")
+    if data.groups is not None:
+        notes.append(f"An epoch has {len(data.groups):,} rows: of several captions of a picture it takes one.")
     if args.to:
         notes.append(write_rows(data, Path(args.to)))
     if total:
@@ -377,7 +383,9 @@ def look(args, rows: list[str] | Shard, total: int | None = None) -> None:
     if not weights and args.from_weight != "none":
         small, public = "python -m scripts.quickstart", "python -m scripts.download --what clip vlm"
         notes.append(f"No weights to start from: make small ones ({small}) or fetch the public ones ({public}).")
-    command = next_command(args, weights, total or len(data), skip=bool(data.bad or broken))
+    command = next_command(
+        args, weights, total or (len(data) if data.groups is None else len(data.groups)), skip=bool(data.bad or broken)
+    )
     samples = [sample(data, row, example, LANGUAGES[traits[row, 0]]) for row, example in zip(chosen, examples)]
     write_text(args.html, page(data, figures, samples, notes, command))
     print(*map(wrap, notes), f"\nwritten: {args.html}", f"To train on it:\n$ {typed(command)}", sep="\n")

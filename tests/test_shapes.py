@@ -291,6 +291,7 @@ def test_conversations_of_every_layout_give_the_same_examples(read, pictures, tm
     data = read(LAYOUTS[name](tmp_path / name), pictures)
     same(data, expected, [0, 1] if name == "web.tar" else None)
     assert not data.bad and not data.mended and len(data.shapes) <= 2
+    assert not {*data.not_read} - {"id"}
 
 
 @pytest.mark.parametrize("name", CAPTION_LAYOUTS)
@@ -311,8 +312,9 @@ def test_what_is_asked_about_captions_can_be_given_and_else_is_in_their_language
     asked = [read(path, pictures).row(i).conversations[0]["content"].removeprefix("<image>\n") for i in range(3)]
     assert [text in PROMPTS["en"] for text in asked] == [True, False, True] and asked[1] in PROMPTS["zh"]
     chats = LAYOUTS["llava.json"](tmp_path / "llava.json")
-    with pytest.raises(ValueError, match="--prompt is asked about pictures with captions, and no row has these"):
-        read(chats, pictures, prompts=("What is it?",))
+    assert read(path, pictures).captioned and not read(chats, pictures, prompts=("What is it?",)).captioned
+    with pytest.raises(ValueError, match="--prompt: <image> stands once at most"):
+        read(path, pictures, prompts=("<image> or <image>?",))
 
 
 def test_questions_with_several_answers_take_the_commonest(read, pictures, tmp_path):
@@ -363,6 +365,14 @@ def test_csv_is_text_whatever_it_looks_like(read, pictures, tmp_path):
         ("rows.json", '{\n "data": []\n}', "it is one object with data: put its rows into an array"),
         ("rows.json.gz", "[]", "Not a gzipped file"),
         ("rows.feather", "ARROW1", "nothing here reads .feather"),
+        ("rows.txt", "image,caption\nred.png,a\n", "it is no JSON; name a table with a header .csv"),
+        (
+            "rows.tsv",
+            "a very typical bus station\thttp://x/y.jpg\n",
+            "line 1 is no header (a very typical bus station)",
+        ),
+        ("rows.json", '{"annotations": [{"image_id": 1, "caption": "a"}]}', "it is one object with annotations: put"),
+        ("rows.json", '{"info": {}, "questions": [{"question": "a"}]}', "it is one object with info, questions: put"),
         ("rows.tar", "no tar", "cannot be read: file could not be opened successfully"),
     ],
 )
@@ -414,7 +424,7 @@ def test_instructions_come_with_their_input_and_history(read, pictures, tmp_path
         ({"caption": "A cat."}, '"caption" has no picture beside it: name that "image"'),
         ({"image": "a.jpg", "question": "What?"}, '"question" has no answer beside it: name that "answer"'),
         ({"image": "a.jpg", "answer": "A cat."}, '"answer" has no question beside it: name that "question"'),
-        ({"id": 1, "url": "x"}, "the columns are id, url, of which none is"),
+        ({"id": 1, "name": "x"}, "the columns are id, name, of which none is"),
         ({"image": None, "caption": "A cat."}, 'a caption in "caption" and no picture'),
         ({"image": "a.jpg", "caption": ["", " "]}, 'no caption in "caption"'),
         (
@@ -443,13 +453,13 @@ def test_what_no_rule_reads_is_an_error_that_names_it(row, why):
     [
         (
             {"question": "<image 1> What?", "answer": "b", "image_1": {"bytes": b"a", "path": None}},
-            '"image_1" seems to',
+            '"image_1" is not read',
         ),
         ({"question": "What?", "answer": "b", "screenshot": {"bytes": None, "path": "a.png"}}, '"screenshot" seems to'),
         ({"question": "What?", "answer": "b", "filepath": "train/a.jpg"}, '"filepath" seems to hold pictures'),
         ({"question": "What?", "answer": "b", "media": ["a.webp"]}, '"media" seems to hold pictures'),
-        ({"query": "<img>a.jpg</img>What?", "response": "b"}, "the text shows a picture, <img>a.jpg</img>"),
-        ({"question": "Is <image 1> red?", "answer": "b"}, "the text shows a picture, <image 1>"),
+        ({"query": "<img>a.jpg</img>What?", "response": "b"}, "<img>a.jpg</img> in the text is not read"),
+        ({"question": "Is <image 1> red?", "answer": "b"}, "<image 1> in the text is not read"),
         ({"image": "a.jpg", "images": ["b.jpg", "c.jpg"], "messages": chat("a", "b")}, "hold different pictures"),
         ({"image": "a.jpg", "question": "Which?", "answer": "B", "choices": ["cat", "dog"]}, "the number of a choice"),
         (
@@ -459,6 +469,29 @@ def test_what_no_rule_reads_is_an_error_that_names_it(row, why):
         ({"image": "a.jpg", "question": "Which?", "answers": ["", " "]}, 'no answer in "answers"'),
         ({"image": "a.jpg", "question": "Which?", "answers": [["cat"], ["dog"]]}, '"answers" must be text'),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": 5}]}, "a list of calls"),
+        ({"image": "a.jpg", "question": "Where?", "answer": [10, 20]}, '"answer" must be text, or a list of texts'),
+        ({"image": "a.jpg", "image2": "b.jpg", "question": "Which?", "answer": "b"}, '"image2" is not read'),
+        ({"image": "a.jpg", "image_b": {"bytes": b"a"}, "messages": chat("a", "b")}, '"image_b" is not read'),
+        ({"image_id": 458752, "question": "What?", "answer": "net"}, '"image_id" names a picture, which is not there'),
+        ({"messages": chat("<video>\nWhat?", "b")}, "<video> in the text is not read"),
+        ({"image": "a.jpg", "messages": chat("<image_00> What?", "b")}, "<image_00> in the text is not read"),
+        ({"image": "a.jpg", "messages": chat("<image>Find it", "<bbox>")}, "<bbox> in the text is not read"),
+        ({"image": "a.jpg", "question": "?", "choices": ["2", "3", "1"], "answer": 1}, "the number of a choice"),
+        ({"image": "a.jpg", "question": "?", "options": {"A": "x"}, "answer": "A"}, "the number of a choice"),
+        ({"image": "a.jpg", "question": "?", "choices": "A: x, B: y", "answer": "B"}, "the number of a choice"),
+        (
+            {"image": "a.jpg", "question": "?", "choice_a": "x", "choice_b": "y", "answer": "A"},
+            "the number of a choice",
+        ),
+        ({"messages": [*chat("a"), {"role": "assistant", "content": "bad", "weight": 0}]}, "is not to be learned"),
+        ({"messages": chat("a", "bad"), "label": False}, '"label" is false'),
+        ({"messages": chat("a"), "chosen": "b", "rejected": "c"}, '"chosen": of rows that also show what is wrong'),
+        ({"image": "a.jpg", "question": "Which colour?", "caption": "red"}, '"question" is beside "caption"'),
+        ({"image": "a.jpg", "caption_0": "true", "caption_1": "false"}, '"image" has no text beside it'),
+        ({"image": ["a.jpg", "b.jpg"], "caption": ["a", "b"]}, "2 pictures and as many captions"),
+        ({"image": "a.jpg", "caption": float("nan")}, '"caption" must be text'),
+        ({"image": {"<image_00>": "a.jpg"}, "messages": chat("a", "b")}, "holds an object with <image_00>"),
+        ({"image": "/9j/" + "A" * 300, "messages": chat("a", "b")}, "holds base64: write data:image/jpeg;base64,"),
     ],
 )
 def test_what_would_be_learned_wrong_is_an_error(row, why):
@@ -492,6 +525,12 @@ def test_values_in_other_forms_are_read_as_what_they_are():
     row = {"question": "Which?", "answers": columns, "images": {"bytes": [b"a", b"b"], "path": ["a", "b"]}}
     assert normal(row).chats[0][1]["content"] == "b" and normal(row).pictures == [b"a", b"b"]
     assert normal({"question": "Which?", "answers": "['cat', 'cat', 'dog']"}).chats[0][1]["content"] == "cat"
+    for answer in ("[10, 20, 30, 40]", "['a', 'b']", "[0.1, 0.5]"):
+        assert normal({"question": "Where?", "answer": answer}).chats[0][1]["content"] == answer
+    assert normal({"query": "How many?", "label": ["14"]}).chats[0][1]["content"] == "14"
+    row = {"image": "a.jpg", "caption_0": "a", "caption_1": "b", "caption_2": "c"}
+    assert len(normal(row).chats) == 3 and normal(row).shape == "caption (caption_0, ...), pictures (image)"
+    assert normal({"caption": "a", "url": "http://x/y"}).pictures == ["http://x/y"]
     row = {"image": [None], "image_path": "file:///a/b.jpg", "question": "Which?", "answer": "a", "choices": ["a", "b"]}
     assert normal(row).pictures == ["/a/b.jpg"]
     text = [{"type": "text", "text": None}, {"type": "image", "image": "a.jpg"}, "What?"]
@@ -502,7 +541,7 @@ def test_values_in_other_forms_are_read_as_what_they_are():
 def test_a_table_that_no_shape_fits_is_refused_with_its_columns(read, tmp_path):
     path = write_table(tmp_path / "rows.parquet", [{"image": b"a", "label": 3}])
     with pytest.raises(
-        ValueError, match='--data_path .*rows.parquet: the columns are image, label, and "label" has no'
+        ValueError, match='--data_path .*rows.parquet: the columns are image, label, and "image" has no'
     ):
         read(path)
 

@@ -403,7 +403,7 @@ def test_a_file_that_is_no_parquet_or_has_other_columns_is_refused(read, tmp_pat
     with pytest.raises(ValueError, match="--data_path .*cut.parquet cannot be read: .* Expected Parquet"):
         read(tmp_path / "cut.parquet")
     pyarrow.parquet.write_table(pa.table({"text": ["a"], "label": ["b"]}), tmp_path / "other.parquet")
-    with pytest.raises(ValueError, match='other.parquet: the columns are text, label, and "label" has no question'):
+    with pytest.raises(ValueError, match='other.parquet: the columns are text, label, and "text" has no picture'):
         read(tmp_path / "other.parquet")
     with pytest.raises(ValueError, match="empty.parquet cannot be read: it has no rows"):
         read(write_parquet(tmp_path / "empty.parquet", []))

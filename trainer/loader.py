@@ -76,6 +76,10 @@ def report_data(data: VLMDataset, args) -> None:
     """What was mended, shortened and left out, and what rows were taken for."""
     for shape, count in data.shapes.items():
         say(f"  {count:,} rows read as {shape}")
+    if data.not_read:
+        say(f"  columns that are not read: {', '.join(data.not_read)}")
+    if getattr(args, "prompt", None) and not data.captioned:
+        say("  --prompt is not asked here: no row has a picture with captions alone")
     if data.groups is not None:
         say(f"  {len(data.groups):,} in an epoch, as of several captions it takes one")
     for kind, count in data.mended.items():
