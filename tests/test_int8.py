@@ -15,6 +15,7 @@ def test_a_layer_gives_nearly_the_same_and_for_each_token_alone():
     out, exact = layer(x), linear(x)
     assert ((out - exact).norm(dim=-1) < 0.02 * exact.norm(dim=-1)).all()
     torch.testing.assert_close(layer(x[:1, 2:3]), out[:1, 2:3], atol=0, rtol=0)  # whatever shares the batch
+    assert layer(torch.zeros(0, 64)).shape == (0, 48)  # as of an expert that no token chose
     assert layer(torch.zeros(1, 1, 64)).eq(0).all() and layer(x.bfloat16()).dtype == torch.bfloat16
 
 
