@@ -32,15 +32,15 @@ def cut_to_length(pieces, max_length: int) -> tuple[list[int], list[int], int]:
     return ids, labels, pictures
 
 
-def encode_row(row: Row, tokenizer, placeholders: str, max_length: int):
+def encode_row(row: Row, tokenizer, image_ids: list[int], max_length: int):
     """A row → input_ids, labels, names of its pictures, and how many tokens its answers have. Raises BadRow.
 
     The last counts the answers' tokens before they are cut: minus the labels, it is what max_length cost.
 
-    Without placeholders the pictures are left out: what remains is text.
+    Without image_ids the pictures are left out: what remains is text.
     """
     conversations, images = row.conversations, row.images
-    if not placeholders:
+    if not image_ids:
         conversations = [
             turn | {"content": turn["content"].replace(IMAGE_TAG, "").strip()}
             if turn["role"] == "user" and IMAGE_TAG in turn["content"]
@@ -50,7 +50,7 @@ def encode_row(row: Row, tokenizer, placeholders: str, max_length: int):
         images = []
     # Each turn becomes tokens, and each <image> in it a run of placeholders, which the model overwrites with features.
     try:
-        pieces = encode_chat(tokenizer, conversations, placeholders)
+        pieces = encode_chat(tokenizer, conversations, image_ids)
     except ValueError as error:
         raise BadRow("role", str(error)) from None
     ids, labels, pictures = cut_to_length(pieces, max_length)

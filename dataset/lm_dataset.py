@@ -66,7 +66,7 @@ CHECKED = datasets.Features(
 )
 
 
-def check_rows(batch, numbers: list[int], parse, tokenizer, placeholders: str, max_length: int) -> dict:
+def check_rows(batch, numbers: list[int], parse, tokenizer, image_ids: list[int], max_length: int) -> dict:
     """For `datasets.map`: what can be known of rows without opening their pictures. parse: of their source."""
     checked = {key: [] for key in CHECKED}
     for number, which, row in parse(batch, numbers[0]):
@@ -77,7 +77,7 @@ def check_rows(batch, numbers: list[int], parse, tokenizer, placeholders: str, m
             elif isinstance(row, BadRow):
                 kind, problem = row.kind, str(row)  # not raised: the traceback would keep the table open
             else:
-                ids, labels, images, answers = encode_row(row, tokenizer, placeholders, max_length)
+                ids, labels, images, answers = encode_row(row, tokenizer, image_ids, max_length)
                 length, mended, shape = len(ids), row.mended, row.shape
                 lost = answers - sum(label != IGNORE for label in labels)
         except BadRow as error:
@@ -119,7 +119,7 @@ class VLMDataset(torch.utils.data.Dataset):
         tokenizer,
         preprocess=None,
         max_length: int = 640,
-        image_special_token: str = "@" * 196,
+        image_ids: list[int] = (34,) * 196,
         on_bad_row: str = "error",
         weights: list[float] | None = None,
         options: ReadOptions = DEFAULT,
@@ -132,13 +132,13 @@ class VLMDataset(torch.utils.data.Dataset):
             tokenizer: of `model.processing.load_tokenizer`.
             preprocess: an `ImageProcessor`; needed as soon as a row has a picture.
             max_length: tokens a row may have.
-            image_special_token: the placeholders of one picture; "" leaves pictures out, for a model of text only.
+            image_ids: the placeholders of one picture; none leaves pictures out, for a model of text only.
             on_bad_row: "error" raises ValueError with a table of what is wrong, "skip" leaves bad rows out.
             weights: how many times an epoch passes over each data_path; 1 without it.
             options: how rows are read.
         """
         self.tokenizer, self.preprocess, self.features = tokenizer, preprocess, None
-        self.max_length, self.placeholders = max_length, image_special_token
+        self.max_length, self.image_ids = max_length, list(image_ids)
         if any(prompt.count(IMAGE_TAG) > 1 for prompt in options.prompts):
             raise ValueError(f"--prompt: {IMAGE_TAG} stands once at most, where the picture belongs")
         paths, stores = as_list(data_path), as_list(images_path)
@@ -176,7 +176,7 @@ class VLMDataset(torch.utils.data.Dataset):
 
     def _check(self, source: Source) -> datasets.Dataset:
         """The columns CHECKED of all rows of a source; computed once per data, tokenizer and setting."""
-        settings = (self.tokenizer.backend_tokenizer.to_str(), self.placeholders, self.max_length, FORMAT)
+        settings = (self.tokenizer.backend_tokenizer.to_str(), self.image_ids, self.max_length, FORMAT)
         settings += (source.is_json, self.options.prompts)
         # `datasets` would fingerprint the pickled tokenizer, which changes from run to run and so never hits.
         fingerprint = hashlib.sha256(repr((source.table._fingerprint, settings)).encode()).hexdigest()[:32]
@@ -191,7 +191,7 @@ class VLMDataset(torch.utils.data.Dataset):
                 fn_kwargs={
                     "parse": source.parse(),
                     "tokenizer": self.tokenizer,
-                    "placeholders": self.placeholders,
+                    "image_ids": self.image_ids,
                     "max_length": self.max_length,
                 },
                 remove_columns=source.table.column_names,
@@ -259,7 +259,7 @@ class VLMDataset(torch.utils.data.Dataset):
         call: few beside the rows of a run, which come in random order too. What was asked once is no prompt.
         """
         asked, first = Counter(), Counter()
-        rows = range(len(self)) if self.placeholders else ()
+        rows = range(len(self)) if self.image_ids else ()
         for row in sorted(random.Random(0).sample(rows, min(len(rows), ASKED))):
             text = next(turn["content"] for turn in self.row(row).conversations if turn["role"] == "user")
             pictures, prompt = text.count(IMAGE_TAG), text.replace(IMAGE_TAG, "").strip()
@@ -321,7 +321,7 @@ class VLMDataset(torch.utils.data.Dataset):
         A picture that cannot be read gives {"row", "broken": why} instead of an exception, which would cross the
         border of a worker process as a page of traceback.
         """
-        ids, labels, images, _ = encode_row(self.row(row), self.tokenizer, self.placeholders, self.max_length)
+        ids, labels, images, _ = encode_row(self.row(row), self.tokenizer, self.image_ids, self.max_length)
         try:
             if self.features:
                 shown = {"features": self.features.of_row(row)}

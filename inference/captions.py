@@ -100,7 +100,7 @@ def write_captions(model, tokenizer, args, weights: Path, device) -> Path:
     ids = {}
     for prompt in prompts:
         chat = [{"role": "user", "content": user_turn(prompt, 1, pictures_first(weights), flag)}]
-        [(ids[prompt], _, _)] = encode_chat(tokenizer, chat, model.config.image_special_token)
+        [(ids[prompt], _, _)] = encode_chat(tokenizer, chat, model.config.image_ids)
     with only_one(path, "--captions"):
         append_captions(model, tokenizer, args, device, folder, path, names, ids)
     if others:

@@ -108,7 +108,7 @@ def chat_of(turns: list, first: bool) -> list[dict]:
     return chat
 
 
-def truncate(turns: list, tokenizer, placeholders: str, args, first: bool = False) -> list:
+def truncate(turns: list, tokenizer, image_ids: list[int], args, first: bool = False) -> list:
     """The last turns that fit into --max_seq_len tokens, and hold at most four questions' worth of pictures."""
 
     def tokens_in(turn):
@@ -117,11 +117,11 @@ def truncate(turns: list, tokenizer, placeholders: str, args, first: bool = Fals
         if len(answer) > 64 * args.max_new_tokens:  # characters, far more than so many tokens can be: likewise
             return math.inf
         try:
-            return sum(len(piece) for piece, _, _ in encode_chat(tokenizer, chat_of([turn], first), placeholders))
+            return sum(len(piece) for piece, _, _ in encode_chat(tokenizer, chat_of([turn], first), image_ids))
         except ValueError:  # a run of placeholders, typed or answered
             if answer:
                 return math.inf
-            raise UserError("run", sign=placeholders[0]) from None
+            raise UserError("run", sign=tokenizer.convert_ids_to_tokens(image_ids[0])) from None
 
     kept, tokens, pictures = [], 0, 0
     for turn in reversed(turns):

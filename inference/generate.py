@@ -17,7 +17,7 @@ def generate(model, tokenizer, conversations: list[dict], images: list, args, st
     and answer as tokens int64 (1, T), where in them the answer begins, and the pictures as the model gets them, uint8
     (N, 3, H, W) or None.
     """
-    pieces = encode_chat(tokenizer, conversations, model.config.image_special_token)
+    pieces = encode_chat(tokenizer, conversations, model.config.image_ids)
     ids = [token for piece, _, _ in pieces for token in piece]
     input_ids = torch.tensor([ids], device=model.device)
     # Pictures as in training: resized here, encoded in the first call; later calls find them in the cache.

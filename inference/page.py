@@ -170,7 +170,7 @@ def build_page(args, models: list[Path]) -> gr.Blocks:
         turns = [(text or prompts_of(path, language, len(files) > 1)[0], files, said) for text, files, said in turns]
         model, tokenizer = get_model(weights)
         first = pictures_first(path)
-        kept = truncate(turns, tokenizer, model.config.image_special_token, args, first)
+        kept = truncate(turns, tokenizer, model.config.image_ids, args, first)
         stop = Stop(args.max_seconds)
         paths = [file for _, files, _ in kept for file in files]
         pictures = [model.processor.resize(open_picture(file, model.processor, args.max_pixels)) for file in paths]

@@ -90,7 +90,7 @@ def questions_of(data: VLMDataset, captions: dict[str, list[str]]) -> list[Quest
         example = data.row(row)
         others = [data.row(other).conversations[-1]["content"] for other in range(row + 1, end)]
         conversations, images, kind = example.conversations, example.images, example.kind
-        pieces = encode_chat(data.tokenizer, conversations, data.placeholders)
+        pieces = encode_chat(data.tokenizer, conversations, data.image_ids)
         answers = [turn["content"] for turn in conversations if turn["role"] == "assistant"]
         kinds = [*map(str, kind), *[""] * len(answers)] if isinstance(kind, list) else [str(kind)] * len(answers)
         users = [turn["content"] for turn in conversations if turn["role"] == "user"]
@@ -318,14 +318,13 @@ def score_rows(model, tokenizer, args, weights: Path, device) -> dict:
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
                 raise ValueError(f'--refs_path {path}: "{image}" has {texts!r}, expected a list of captions')
             captions.setdefault(image, []).extend(texts)
-    placeholders = model.config.image_special_token
     data = VLMDataset(
         args.data_path,
         args.images_path,
         tokenizer,
         model.processor,
         args.max_seq_len,
-        placeholders,
+        model.config.image_ids,
         args.on_bad_row,
         options=ReadOptions(tuple(filter(None, [args.prompt])), allow_urls=args.allow_urls),
     )

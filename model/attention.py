@@ -16,6 +16,21 @@ from torch import nn
 from .config import MiniMindConfig
 
 
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight (Zhang & Sennrich 2019); the division in fp32, the scaling in x's dtype or,
+    with `in_fp32`, before."""
+
+    def __init__(self, dim: int, eps: float = 1e-5, in_fp32: bool = False):
+        super().__init__()
+        self.eps, self.in_fp32 = eps, in_fp32
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight * normed).type_as(x) if self.in_fp32 else self.weight * normed.type_as(x)
+
+
 def precompute_freqs_cis(dim: int, end: int, theta: float):
     """Tables of RoPE (Su et al. 2021): cos and sin of position · theta^(-2i/dim), each float32 (end, dim).
 
@@ -74,13 +89,15 @@ class Attention(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
         # While an answer grows, the cache holds keys and values of all tokens. 8 heads of queries look for different
         # things; 2 heads of keys and values serve them nearly as well, and the cache takes a quarter of the memory.
         self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+        norms = [RMSNorm(self.head_dim, config.rms_norm_eps, config.norm_in_fp32) for _ in range(2 * config.qk_norm)]
+        self.q_norm, self.k_norm = norms or (nn.Identity(), nn.Identity())
         self.resid_dropout = nn.Dropout(config.dropout)
         self.dropout = config.dropout
         self.flash_attn = config.flash_attn
@@ -96,7 +113,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
         k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        q, k = apply_rotary_pos_emb(self.q_norm(q), self.k_norm(k), *position_embeddings)
         v = v.type_as(k)
         # The cache: while an answer is written, a call gets the new token alone, and keys and values of all before it,
         # pictures among them, are taken from earlier calls.

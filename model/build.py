@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from model import DEFAULT_VISION_MODEL
 from model.files import read_json
+from model.generations import MINIMIND_2, MINIMIND_3, Generation, generation_of
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing import load_tokenizer
@@ -32,12 +32,9 @@ PUBLIC_TOKENIZER = "d98595c6aef70d95f72748582fb9b4f53d76dd58c1ae1dd702ad7c84e1ca
 LATER_TOKENIZER = "71f32c68cf63a15355a8fc171b7594b3d41870fe0ddb54fc6aefa55f73a4a668"
 
 ROOT = Path(__file__).parent.parent  # of the repository
-PARTS = {  # what a model needs beside its weights: the usual folder, and the file that tells such a folder
-    "tokenizer": ("./model", "tokenizer.json"),
-    "vision_model": (DEFAULT_VISION_MODEL, "config.json"),
-}
+PARTS = {"tokenizer": "tokenizer.json", "vision_model": "config.json"}  # beside weights; what tells such a folder
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-FOLLOWS = ("image_special_token", "image_ids", "ve_hidden_size", "dropout")  # from the encoder and the flags
+FOLLOWS = ("image_special_token", "image_ids", "ve_hidden_size", "projector", "dropout")  # of encoder and flags
 CAUSES = (  # what a misfit is likely to come from
     (r"embed_tokens\.weight is", "another hidden_size or vocabulary"),
     (r"mlp\.(gate\.|experts|shared_experts)", "one is a mixture of experts, the other dense"),
@@ -57,6 +54,7 @@ class Pretrained:
     config: dict = field(default_factory=dict)  # what shapes and JSON say
     sidecar: dict = field(default_factory=dict)  # the JSON, as `read_sidecar` returns it
     ignored: list[str] = field(default_factory=list)  # names in the file that are no weights of ours
+    generation: Generation = MINIMIND_2
 
 
 @dataclass(frozen=True)
@@ -108,23 +106,24 @@ def read_pretrained(path: Path | None, heads: int | None = None) -> Pretrained:
         return Pretrained()
     state, older, ignored = known_names(read_weights(path))
     check_values(state, path)
+    generation = generation_of(state, path, older and not heads)
     sidecar = read_sidecar(path)
-    config = config_of(state, path, ({"num_attention_heads": heads} if heads else {}) | sidecar["config"])
+    config = config_of(state, path, ({"num_attention_heads": heads} if heads else {}) | sidecar["config"], generation)
     name = str(path)
     if older:
         state = half_split(state, config["num_attention_heads"])
         name += " (older naming: renamed, rotary rows reordered)"
-    return Pretrained(path, name, state, config, sidecar, ignored)
+    return Pretrained(path, name, state, config, sidecar, ignored, generation)
 
 
-def find_part(part: str, flag: str | None, weights: Path | None, sidecar: dict) -> str:
+def find_part(part: str, flag: str | None, weights: Path | None, sidecar: dict, generation=MINIMIND_2) -> str:
     """The folder of "tokenizer" or "vision_model": that of the flag, that in a Transformers folder, the one that the
     JSON of the weights names, or the usual one. Whether it still holds the same is checked later.
 
     What the JSON names is looked for as it is named, in the repository, and beside the weights. FileNotFoundError says
     where was looked, unless the usual place has one: that is tried.
     """
-    usual, file = PARTS[part]
+    usual, file = getattr(generation, part), PARTS[part]
     if flag or weights is None:
         return flag or usual
     folders, named = inside(weights, part), sidecar[part].get("path")
@@ -144,7 +143,8 @@ def inside(weights: Path, part: str) -> list[Path]:
     """Where a Transformers folder has its tokenizer or encoder; a file has none in it."""
     if part == "tokenizer":
         return [weights] if (weights / "tokenizer.json").is_file() else []
-    return [path.parent for path in weights.glob("*/config.json") if "clip" in str(read_json(path).get("model_type"))]
+    found = [(path.parent, str(read_json(path).get("model_type"))) for path in weights.glob("*/config.json")]
+    return [folder for folder, kind in found if "clip" in kind or "siglip" in kind]
 
 
 # ---------------------------------------------------------------------------- 2. what flags and weights make together
@@ -152,8 +152,10 @@ def inside(weights: Path, part: str) -> list[Path]:
 
 def plan_model(args, saved: Pretrained, sees: bool, training: bool) -> Plan:
     """Reads the tokenizer and what the encoder says of itself; see `build_model`."""
-    folder = find_part("tokenizer", args.tokenizer_path, saved.path, saved.sidecar)
-    encoder = find_part("vision_model", args.vision_model_path, saved.path, saved.sidecar) if sees else None
+    folder = find_part("tokenizer", args.tokenizer_path, saved.path, saved.sidecar, saved.generation)
+    encoder = None
+    if sees:
+        encoder = find_part("vision_model", args.vision_model_path, saved.path, saved.sidecar, saved.generation)
     config = plan_config(args, saved, encoder, training)
     tokenizer = load_tokenizer(folder, *([config.image_special_token] if sees else []))
     warning = check_tokenizer(tokenizer, folder, saved) if saved.path else ""
@@ -161,7 +163,7 @@ def plan_model(args, saved: Pretrained, sees: bool, training: bool) -> Plan:
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])  # where answers stop
     config.bos_token_id, config.eos_token_id, config.pad_token_id = start, end, tokenizer.pad_token_id
     if sees:
-        config.image_ids = [tokenizer.convert_tokens_to_ids("@")] * len(config.image_ids)
+        config.image_ids = [tokenizer.convert_tokens_to_ids(config.image_token)] * len(config.image_ids)
     return Plan(config, tokenizer, folder, encoder, warning)
 
 
@@ -171,8 +173,8 @@ def plan_config(args, saved: Pretrained, encoder: str | None, training: bool) ->
     architecture = plan_architecture(args, saved, training) | {"dropout": args.dropout if training else 0.0}
     if encoder is None:
         return MiniMindConfig(**architecture)
-    config = VLMConfig.for_encoder(encoder, **architecture)
-    patches, expected = len(config.image_ids), len(saved.config.get("image_special_token", ""))
+    config = VLMConfig.for_encoder(encoder, **architecture, **saved.generation.eyes)
+    patches, expected = len(config.image_ids), saved.config.get("image_special_token", "").count(config.image_token)
     if expected and patches != expected:
         raise ValueError(
             f"{encoder} gives {patches} patches, {saved.path} was made for {expected}: "
@@ -203,10 +205,12 @@ def check_tokenizer(tokenizer, folder: str, saved: Pretrained) -> str:
     """
     weights, known, sha256 = saved.path, saved.sidecar["tokenizer"], tokenizer_hash(folder)
     expected, vocab_size = known.get("sha256"), saved.config["vocab_size"]
-    if not expected and sha256 == LATER_TOKENIZER:
+    own, other, what = PUBLIC_TOKENIZER, LATER_TOKENIZER, "a later generation (MiniMind-3)"
+    if saved.generation is MINIMIND_3:
+        own, other, what = other, own, "an earlier generation (MiniMind2)"
+    if not expected and sha256 == other:
         raise ValueError(
-            f"{folder} holds the tokenizer of a later generation (MiniMind-3),\n"
-            f"not that of {weights}. For that: python -m scripts.download --what llm"
+            f"{folder} holds the tokenizer of {what},\nnot that of {weights}. For that: {saved.generation.llm}"
         )
     if len(tokenizer) != vocab_size:
         raise ValueError(
@@ -218,13 +222,15 @@ def check_tokenizer(tokenizer, folder: str, saved: Pretrained) -> str:
             f"{folder} is not the tokenizer of {weights}, which is {known.get('path')}:\n"
             "the same ids mean other words, so pass that one with --tokenizer_path"
         )
-    at, placeholder = tokenizer.convert_tokens_to_ids("@"), saved.config.get("image_ids", [34])[0]
+    sign = saved.generation.eyes.get("image_token", "@")
+    at, placeholder = tokenizer.convert_tokens_to_ids(sign), saved.generation.placeholder
+    placeholder = saved.config.get("image_ids", [placeholder])[0]
     if not expected and at != placeholder:
         raise ValueError(
-            f"{folder} has '@' as {at}: {weights} was trained with a tokenizer in which it is {placeholder}. Pass that "
-            "one with --tokenizer_path"
+            f"{folder} has {sign!r} as {at}: {weights} was trained with a tokenizer in which it is {placeholder}. "
+            "Pass that one with --tokenizer_path"
         )
-    if expected or sha256 == PUBLIC_TOKENIZER or Path(folder) == weights:
+    if expected or sha256 == own or Path(folder) == weights:
         return ""
     return (
         f"warning: {weights} does not say which tokenizer it was trained with, and {folder} is not the public one; if "
@@ -298,14 +304,14 @@ def upcycle(state: dict[str, torch.Tensor], config: MiniMindConfig) -> dict[str,
     weights sum to 1, and the shared ones are added, so each copy gives its share. The gate starts at random.
     Raises ValueError for a gate whose weights do not sum to 1.
     """
-    if config.num_experts_per_tok < 2 or not config.norm_topk_prob:
+    if not (config.norm_topk_prob if config.num_experts_per_tok > 1 else config.norm_top1_prob):
         raise ValueError(
             "--use_moe: dense weights become experts only with num_experts_per_tok >= 2 and norm_topk_prob"
         )
     experts = {}
     for key, value in state.items():
         block, mlp, matrix = key.partition(".mlp.")
-        if not mlp:
+        if not mlp or not block.startswith("model.layers."):
             experts[key] = value
             continue
         copies = [f"experts.{i}" for i in range(config.n_routed_experts)]

@@ -34,16 +34,21 @@ class MiniMindConfig(PretrainedConfig):
         scoring_func: str = "softmax",
         aux_loss_alpha: float = 0.1,  # weight of the loss for unequally busy experts
         seq_aux: bool = True,  # balance the experts in each row, not only in the batch
-        norm_topk_prob: bool = True,  # the weights of a token's k experts sum to 1
+        norm_topk_prob: bool = True,  # the weights of a token's k experts sum to 1, where k > 1
+        norm_top1_prob: bool = False,  # where k is 1 too: the gate then learns by the auxiliary loss alone
+        head_dim: int | None = None,  # d: width of a head; None: hidden_size / num_attention_heads
+        qk_norm: bool = False,  # queries and keys are normed, head by head
+        norm_in_fp32: bool = False,  # norms scale before they round to half precision, not after
         **kwargs,
     ):
-        if hidden_size % num_attention_heads or num_attention_heads % num_key_value_heads:
+        if (head_dim is None and hidden_size % num_attention_heads) or num_attention_heads % num_key_value_heads:
             raise ValueError(
                 f"hidden_size={hidden_size} must be a multiple of num_attention_heads={num_attention_heads}, "
                 f"and that a multiple of num_key_value_heads={num_key_value_heads}"
             )
-        if hidden_size // num_attention_heads % 2:
-            raise ValueError(f"the width of a head, {hidden_size}/{num_attention_heads}, must be even for RoPE")
+        if (head_dim or hidden_size // num_attention_heads) % 2:
+            width = head_dim or f"{hidden_size}/{num_attention_heads}"
+            raise ValueError(f"the width of a head, {width}, must be even for RoPE")
         if scoring_func != "softmax":
             raise ValueError(f"scoring_func={scoring_func!r} is not known; the MoE gate knows 'softmax'")
         self.dropout = dropout
@@ -66,6 +71,10 @@ class MiniMindConfig(PretrainedConfig):
         self.aux_loss_alpha = aux_loss_alpha
         self.seq_aux = seq_aux
         self.norm_topk_prob = norm_topk_prob
+        self.norm_top1_prob = norm_top1_prob
+        self.head_dim = head_dim
+        self.qk_norm = qk_norm
+        self.norm_in_fp32 = norm_in_fp32
         kwargs.setdefault("tie_word_embeddings", True)  # Transformers 5 has no default of its own
         kwargs.setdefault("pad_token_id", 0)
         super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, **kwargs)

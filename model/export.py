@@ -12,12 +12,12 @@ import torch
 
 import model as model_package
 from common.files import write_json, write_safely
-from model.processing import DEFAULT_SYSTEM, IMAGE_TAG
+from model.processing import DEFAULT_SYSTEM, IMAGE_TAG, NO_THOUGHT
 from model.processor import HIDE
 from model.weights import STAGES, save_weights, weights_name
 
 CODE = ("model_vlm.py", "model_minimind.py", "config.py", "attention.py", "feed_forward.py")
-CODE += ("processing.py", "processor.py", "rgb.py", "files.py", "defaults.py")
+CODE += ("encoders.py", "tokenizer.py", "processing.py", "processor.py", "rgb.py", "files.py", "defaults.py")
 AUTO_MAP = {
     "AutoConfig": "model_vlm.VLMConfig",
     "AutoModelForCausalLM": "model_vlm.MiniMindVLM",
@@ -27,7 +27,7 @@ AUTO_MAP = {
 
 # A message is a text, in which <image> is a picture, or a list of parts, one line each, in which only "image" is one.
 # What stands between "generation" is what a model is to learn: TRL and return_assistant_tokens_mask look for it.
-CHAT_TEMPLATE = r"""
+TEMPLATE = r"""
 {%- macro said(message) -%}
   {%- if message.content is string -%}
     {{- message.content | replace("<|", "<HIDE|") -}}
@@ -38,20 +38,38 @@ CHAT_TEMPLATE = r"""
     {%- endfor -%}
   {%- endif -%}
 {%- endmacro -%}
-{%- if messages[0].role != "system" -%}{{ "<|im_start|>system\nSYSTEM<|im_end|>\n" }}{%- endif -%}
-{%- for message in messages -%}
+DEFAULT{%- for message in messages -%}
   {{- "<|im_start|>" + message.role + "\n" -}}
   {%- if message.role == "assistant" -%}
-    {%- generation -%}{{- said(message) + "<|im_end|>" -}}{%- endgeneration -%}
-  {%- else -%}
+ANSWER  {%- else -%}
     {{- said(message) + "<|im_end|>" -}}
   {%- endif -%}
   {{- "\n" -}}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{ "<|im_start|>assistant\n" }}{%- endif -%}
+{%- if add_generation_prompt -%}{{ "<|im_start|>assistant\nTHOUGHT" }}{%- endif -%}
 """
-CHAT_TEMPLATE = CHAT_TEMPLATE.replace("SYSTEM", DEFAULT_SYSTEM).replace("TAG", IMAGE_TAG)
-CHAT_TEMPLATE = CHAT_TEMPLATE.replace("HIDE", HIDE.encode("unicode_escape").decode())
+DEFAULT = r"""{%- if messages[0].role != "system" -%}{{ "<|im_start|>system\nSYSTEM<|im_end|>\n" }}{%- endif -%}
+"""
+ANSWER = r"""    {%- generation -%}{{- said(message) + "<|im_end|>" -}}{%- endgeneration -%}
+"""
+AFTER_THOUGHT = r"""    {%- set parts = said(message).split("</think>") -%}
+    {%- set thought = parts[0].split("<think>")[-1].strip("\n") if parts | length > 1 else "" -%}
+    {%- set answer = parts[-1].lstrip("\n") + "<|im_end|>" -%}
+    {%- if thought -%}
+      {%- generation -%}{{- "<think>\n" + thought + "\n</think>\n\n" + answer -}}{%- endgeneration -%}
+    {%- else -%}
+      {{- "THOUGHT" -}}{%- generation -%}{{- answer -}}{%- endgeneration -%}
+    {%- endif -%}
+"""
+
+
+def chat_template(thinks: bool) -> str:
+    """What `encode_chat` does, for other programs. thinks: as MiniMind-3, whose chats begin without a system turn, and
+    answers with a thought, mostly an empty one."""
+    template = TEMPLATE.replace("DEFAULT", "" if thinks else DEFAULT).replace("SYSTEM", DEFAULT_SYSTEM)
+    template = template.replace("ANSWER", AFTER_THOUGHT if thinks else ANSWER)
+    template = template.replace("THOUGHT", NO_THOUGHT.encode("unicode_escape").decode() if thinks else "")
+    return template.replace("TAG", IMAGE_TAG).replace("HIDE", HIDE.encode("unicode_escape").decode())
 
 
 # ---------------------------------------------------------------------------- files
@@ -70,7 +88,7 @@ def write_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
     write_safely(path, lambda file: file.write(weights))
 
 
-def write_tokenizer_config(folder: Path, pad_token: str) -> None:
+def write_tokenizer_config(folder: Path, pad_token: str, thinks: bool = False) -> None:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|im_start|>",
@@ -83,7 +101,7 @@ def write_tokenizer_config(folder: Path, pad_token: str) -> None:
         "clean_up_tokenization_spaces": False,
     }
     write_json(folder / "tokenizer_config.json", config)
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(chat_template(thinks), encoding="utf-8")
 
 
 def token_ids(tokenizer) -> dict[str, int]:
@@ -102,22 +120,25 @@ def clip_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def encoder_config(encoder) -> dict:
     fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels")
-    fields += ("image_size", "patch_size", "hidden_act", "layer_norm_eps", "projection_dim")
-    return {"model_type": "clip_vision_model"} | {key: getattr(encoder.config, key) for key in fields}
+    fields += ("image_size", "patch_size", "hidden_act", "layer_norm_eps", "projection_dim", "vision_use_head")
+    config = {"model_type": encoder.config.model_type}
+    return config | {key: getattr(encoder.config, key) for key in fields if hasattr(encoder.config, key)}
 
 
 def write_encoder(folder: Path, state: dict, config: dict, preprocessor: dict) -> None:
-    """A CLIP folder, for --vision_model_path."""
+    """A folder for --vision_model_path."""
+    tower = "SiglipVisionModel" if "siglip" in config["model_type"] else "CLIPVisionModel"
     folder.mkdir()
     write_weights(folder / "model.safetensors", clip_names(state))
-    write_json(folder / "config.json", {"architectures": ["CLIPVisionModel"]} | config)
+    write_json(folder / "config.json", {"architectures": [tower]} | config)
     write_json(folder / "preprocessor_config.json", preprocessor)
 
 
 def write_parts(folder: Path, model, tokenizer, tokenizer_path) -> None:
     """Tokenizer and encoder, which have the same files beside a .pth as in a Transformers folder."""
     shutil.copyfile(Path(tokenizer_path) / "tokenizer.json", folder / "tokenizer.json")  # its sha256 stays
-    write_tokenizer_config(folder, tokenizer.pad_token)
+    thinks = tokenizer.backend_tokenizer.token_to_id("<think>") is not None
+    write_tokenizer_config(folder, tokenizer.pad_token, thinks)
     eyes = model.vision_encoder
     description = encoder_config(eyes), model.processor.to_dict()
     write_encoder(folder / "vision_encoder", eyes.state_dict(), *description)

@@ -37,7 +37,7 @@ class MoEGate(nn.Module):
         super().__init__()
         self.top_k, self.n_experts = config.num_experts_per_tok, config.n_routed_experts
         self.alpha, self.seq_aux = config.aux_loss_alpha, config.seq_aux
-        self.norm_topk_prob = config.norm_topk_prob
+        self.normed = config.norm_topk_prob if self.top_k > 1 else config.norm_top1_prob
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         nn.init.normal_(self.weight, std=config.hidden_size**-0.5)
 
@@ -45,7 +45,7 @@ class MoEGate(nn.Module):
         """x (B, T, D), valid (B, T) with 1 = real token → experts (B, T, k), their weights (B, T, k), aux loss ()."""
         scores = F.linear(x, self.weight).float().softmax(dim=-1)  # (B, T, E)
         weights, experts = scores.topk(self.top_k, dim=-1, sorted=False)
-        if self.top_k > 1 and self.norm_topk_prob:
+        if self.normed:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         # Left alone, the gate sends most tokens to a few experts that are good early, and the others never learn.
         if not (self.training and self.alpha > 0):

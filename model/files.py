@@ -71,7 +71,7 @@ def check_records(path: Path) -> None:
 
 
 def vision_config(folder) -> dict:
-    """The vision half of a CLIP folder's config.json: `image_size`, `patch_size`, `hidden_size` (pixels, width)."""
+    """The vision half of an encoder's config.json: `image_size`, `patch_size`, `hidden_size` (pixels, width)."""
     path = Path(folder) / "config.json"
     if not path.exists():
         raise FileNotFoundError(
@@ -80,7 +80,8 @@ def vision_config(folder) -> dict:
         )
     config = read_json(path)
     vision = config.get("vision_config", config)
-    base = {"image_size": 224, "patch_size": 32, "hidden_size": 768}  # what Transformers leaves out as default
+    patch = 16 if "siglip" in str(config.get("model_type")) else 32
+    base = {"image_size": 224, "patch_size": patch, "hidden_size": 768}  # what Transformers leaves out as default
     vision = base | {key: vision[key] for key in base if key in vision}
     for key, value in vision.items():
         check_number(path, key, value, 1, 100_000)

@@ -32,6 +32,10 @@ SAME_FIELDS = (  # of the configuration of a Llama, a Granite and ours
 def llava_config(model, tokenizer) -> dict:
     """config.json as all Transformers since 4.48 read it. Raises ValueError for experts that Granite does not have."""
     config = model.config
+    if config.qk_norm or config.projector == "mlp":
+        raise ValueError(
+            "--to llava: no stock LLaVA is a minimind-3v, with its norms and projector.\nUse --to transformers"
+        )
     text = {key: getattr(config, key) for key in SAME_FIELDS} | token_ids(tokenizer)
     text |= {"vocab_size": config.vocab_size + 1, "rope_theta": config.rope_theta, "tie_word_embeddings": True}
     if not config.use_moe:

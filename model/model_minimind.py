@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .attention import Attention, precompute_freqs_cis
+from .attention import Attention, RMSNorm, precompute_freqs_cis
 from .config import MiniMindConfig
 from .feed_forward import FeedForward, MOEFeedForward, MoEGate
 
@@ -36,27 +36,14 @@ class MiniMindOutput(ModelOutput):
     attentions: tuple | None = None  # layers times (B, H, T, S)
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight (Zhang & Sennrich 2019); the division in fp32, the scaling in x's dtype."""
-
-    def __init__(self, dim: int, eps: float = 1e-5):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x)
-
-
 class MiniMindBlock(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
     def __init__(self, layer_id: int, config: MiniMindConfig):
         super().__init__()
         self.self_attn = Attention(config, layer_id)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_in_fp32)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_in_fp32)
         self.mlp = MOEFeedForward(config) if config.use_moe else FeedForward(config)
 
     def forward(
@@ -97,15 +84,14 @@ class MiniMindModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)  # a learned vector for each token
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(MiniMindBlock(i, config) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_in_fp32)
         for name, table in self.rope_tables().items():
             self.register_buffer(name, table, persistent=False)
 
     def rope_tables(self) -> dict[str, torch.Tensor]:
         config = self.config
-        cos, sin = precompute_freqs_cis(
-            config.hidden_size // config.num_attention_heads, config.max_position_embeddings, config.rope_theta
-        )
+        d = self.layers[0].self_attn.head_dim
+        cos, sin = precompute_freqs_cis(d, config.max_position_embeddings, config.rope_theta)
         return {"freqs_cos": cos, "freqs_sin": sin}
 
     def forward(

@@ -10,30 +10,33 @@ V the encoder's width.
 Reading path, 5 of 10; next: model/processing.py
 """
 
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import nn
-from transformers import CLIPVisionModel
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
 
 # Relative, and all there are: exported folders have no package `model`, and Transformers 4 looks no further than here.
 from .attention import Attention as Attention
 from .config import MiniMindConfig
 from .defaults import DEFAULT_VISION_MODEL
+from .encoders import is_siglip, load_encoder
 from .feed_forward import FeedForward as FeedForward
-from .files import check_records, impostor, vision_config, why_unreadable
+from .files import vision_config
 from .model_minimind import MiniMindForCausalLM, MiniMindOutput, as_cache
 from .processing import ImageProcessor
 from .rgb import to_rgb as to_rgb
+from .tokenizer import load_tokenizer as load_tokenizer
 
 ENCODER_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 
 
 class VLMConfig(MiniMindConfig):
-    """The decoder's configuration plus how a picture stands in the text: `len(image_ids)` times one token."""
+    """The decoder's configuration plus how a picture stands in the text: `len(image_ids)` times one token.
+
+    image_special_token: the text of these tokens; projector: see `VisionProj`.
+    """
 
     model_type = "minimind-v"
 
@@ -42,6 +45,7 @@ class VLMConfig(MiniMindConfig):
         image_special_token: str = "@" * 196,
         image_ids: list[int] | None = None,
         ve_hidden_size: int = 768,
+        projector: str = "linear",
         **kwargs,
     ):
         # CLIP ViT-B/16 cuts 224 x 224 pixels into 16 x 16 patches: 14 * 14 = 196 patches, so a picture is 196 tokens.
@@ -49,47 +53,46 @@ class VLMConfig(MiniMindConfig):
         self.image_special_token = image_special_token
         self.image_ids = [34] * 196 if image_ids is None else list(image_ids)
         self.ve_hidden_size = ve_hidden_size  # V
-        if len(set(self.image_ids)) != 1 or len(self.image_ids) != len(image_special_token):
+        if projector not in ("linear", "mlp"):
+            raise ValueError(f"projector={projector!r} is not known; there are 'linear' and 'mlp'")
+        self.projector = projector
+        if len(set(self.image_ids)) != 1 or self.image_token * len(self.image_ids) != image_special_token:
             raise ValueError(
                 f"image_ids must be one id, once per placeholder: got {len(self.image_ids)} ids of "
                 f"{len(set(self.image_ids))} kinds for {len(image_special_token)} placeholders"
             )
         super().__init__(**kwargs)
 
+    @property
+    def image_token(self) -> str:
+        """The text of one placeholder."""
+        return self.image_special_token[: len(self.image_special_token) // len(self.image_ids)]
+
     @classmethod
-    def for_encoder(cls, folder, placeholder_id: int = 34, **kwargs) -> "VLMConfig":
-        """The configuration that fits a CLIP folder: one placeholder per patch, V the width of its vision tower."""
+    def for_encoder(cls, folder, placeholder_id: int = 34, image_token: str = "@", **kwargs) -> "VLMConfig":
+        """The configuration that fits an encoder: one placeholder per patch, V the width of its vision tower."""
         vision = vision_config(folder)
         patches = (vision["image_size"] // vision["patch_size"]) ** 2
-        return cls("@" * patches, [placeholder_id] * patches, vision["hidden_size"], **kwargs)
+        return cls(image_token * patches, [placeholder_id] * patches, vision["hidden_size"], **kwargs)
 
 
 class VisionProj(nn.Module):
-    """From the encoder's width to the decoder's."""
+    """From the encoder's width to the decoder's: "linear" is one layer, "mlp" a norm and two (MiniMind-3)."""
 
-    def __init__(self, ve_hidden_size: int = 768, hidden_size: int = 512):
+    def __init__(self, ve_hidden_size: int = 768, hidden_size: int = 512, kind: str = "linear"):
         super().__init__()
-        # CLIP was trained to match pictures with captions, so its features are close to language. One linear layer is
-        # enough to translate them into vectors that the decoder reads like words.
-        self.vision_proj = nn.Sequential(nn.Linear(ve_hidden_size, hidden_size))
+        if kind == "mlp":
+            first, second = nn.Linear(ve_hidden_size, hidden_size), nn.Linear(hidden_size, hidden_size)
+            self.mlp = nn.Sequential(nn.LayerNorm(ve_hidden_size), first, nn.GELU(), second)
+        else:
+            # CLIP was trained to match pictures with captions, so its features are close to language. One linear layer
+            # is enough to translate them into vectors that the decoder reads like words.
+            self.vision_proj = nn.Sequential(nn.Linear(ve_hidden_size, hidden_size))
 
     def forward(self, image_encoders):
-        dtype = self.vision_proj[0].weight.dtype  # half in a half model, whose encoder stays in fp32
-        return self.vision_proj(image_encoders.to(dtype))  # (..., V) → (..., D)
-
-
-@contextmanager
-def quiet_transformers():
-    """A whole CLIP is loaded for its vision half: the page of unexpected text weights is expected."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+        (layers,) = self.children()
+        dtype = layers[0].weight.dtype  # half in a half model, whose encoder stays in fp32
+        return layers(image_encoders.to(dtype))  # (..., V) → (..., D)
 
 
 class MiniMindVLM(MiniMindForCausalLM):
@@ -101,7 +104,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         """vision_model_path: a CLIP folder, whole or vision tower only; None builds the model without eyes."""
         config = params or VLMConfig()
         super().__init__(config)
-        self.vision_proj = VisionProj(config.ve_hidden_size, config.hidden_size)
+        self.vision_proj = VisionProj(config.ve_hidden_size, config.hidden_size, config.projector)
         self.vision_encoder = self.processor = None
         if vision_model_path is not None:  # after post_init, which would initialise the encoder anew
             self.load_vision_encoder(vision_model_path)
@@ -115,40 +118,16 @@ class MiniMindVLM(MiniMindForCausalLM):
                 f"{path} gives {patches} patches of width {vision['hidden_size']},\nthe model was made for "
                 f"{len(self.config.image_ids)} of width {self.config.ve_hidden_size}: pass its --vision_model_path"
             )
+        if is_siglip(path) != (self.config.projector == "mlp"):
+            wanted = "CLIP" if is_siglip(path) else "SigLIP"
+            raise ValueError(f"{path}: the model was made for a {wanted}, pass its --vision_model_path")
         self.vision_encoder, self.processor = self.get_vision_model(path)
-        self.vision_encoder.to(self.vision_proj.vision_proj[0].weight.device)
+        self.vision_encoder.to(next(self.vision_proj.parameters()).device)
 
     @staticmethod
     def get_vision_model(path):
-        """The frozen vision tower of a CLIP folder in fp32, and its picture processor.
-
-        Raises FileNotFoundError if the folder is no CLIP folder, ValueError if its weights do not fill the tower.
-        """
-        vision_config(path)
-        files = [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]
-        if not files:
-            raise FileNotFoundError(f"--vision_model_path {path}: no model.safetensors or pytorch_model.bin there")
-        with quiet_transformers():
-            try:
-                for file in files:
-                    if what := impostor(file):
-                        raise ValueError(f"{file.name} {what}")
-                    check_records(file)
-                model, info = CLIPVisionModel.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
-            except Exception as error:  # safetensors, zip files and pickles each break in their own way
-                reason = why_unreadable(error)
-                raise ValueError(f"{path}: the weights cannot be read, download them anew ({reason})") from None
-        unfilled = [*info["missing_keys"], *info["mismatched_keys"]]
-        if unfilled:
-            raise ValueError(
-                f"{path}: the weights leave {len(unfilled)} tensors of the vision tower at random, first {unfilled[0]}"
-            )
-        for key, value in model.state_dict().items():
-            if not value.isfinite().all():
-                raise ValueError(f"{path}: {key} holds NaN or infinite values. Download the encoder anew")
-        # Frozen: CLIP learned from 400 million pictures, and our few would sooner spoil that. Frozen weights need no
-        # gradients, and their features never change, so --cache_features computes them once for all epochs.
-        return model.requires_grad_(False).eval(), ImageProcessor.from_pretrained(path)
+        """The frozen vision tower of a folder in fp32, and its picture processor; errors as of `load_encoder`."""
+        return load_encoder(path), ImageProcessor.from_pretrained(path)
 
     @classmethod
     def from_pretrained(cls, path, *args, vision_model_path=DEFAULT_VISION_MODEL, **kwargs):
@@ -194,9 +173,11 @@ class MiniMindVLM(MiniMindForCausalLM):
     @staticmethod
     @torch.no_grad()
     def get_image_embeddings(image_tensors, vision_model) -> torch.Tensor:
-        """float (N, 3, H, W) → patch features (N, P, V), without the class token, before the pooled norm."""
-        # A ViT puts a class token, a summary of the picture, before the patches. The patches know what is where.
-        return vision_model(pixel_values=image_tensors.to(vision_model.dtype)).last_hidden_state[:, 1:, :]
+        """float (N, 3, H, W) → patch features (N, P, V): CLIP's before the pooled norm, SigLIP's after the last one."""
+        # CLIP puts a class token, a summary of the picture, before the patches. The patches know what is where.
+        features = vision_model(pixel_values=image_tensors.to(vision_model.dtype)).last_hidden_state
+        P = (vision_model.config.image_size // vision_model.config.patch_size) ** 2
+        return features[:, -P:]
 
     def find_pictures(self, tokens) -> torch.Tensor:
         """Which of tokens (B, T) are placeholders of a picture: bool (B, T).

@@ -9,22 +9,24 @@ Reading path, 6 of 10; next: dataset/examples.py
 
 import json
 import re
+from os.path import commonprefix
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import PreTrainedTokenizerFast
 
-from .files import check_number, impostor, read_json, vision_config
+from .files import check_number, read_json, vision_config
 from .rgb import bands, to_rgb, upright, white_of
+from .tokenizer import load_tokenizer as load_tokenizer
 
 IMAGE_TAG = "<image>"  # stands in the text of a data set where the picture belongs
 DEFAULT_SYSTEM = "You are a helpful assistant"
+NO_THOUGHT = "<think>\n\n</think>\n\n"  # with which an answer of MiniMind-3 begins
 IGNORE = -100  # label of a token without loss
 ROOMY = 4  # a large JPEG is decoded smaller, to so many times the edge that the model wants, or more
-MAY_FOLLOW = {"system": (None,), "user": ("system", "assistant"), "assistant": ("user",)}  # roles in a chat
+MAY_FOLLOW = {"system": (None,), "user": (None, "system", "assistant"), "assistant": ("user",)}  # roles in a chat
 
 
 # ---------------------------------------------------------------------------- pictures
@@ -197,42 +199,7 @@ def language(text: str) -> str:
     return "zh" if re.search("[\u3400-\u9fff]", text) else "en"
 
 
-def load_tokenizer(path, placeholders: str = "@" * 196):
-    """The tokenizer of a folder, checked against what the model relies on.
-
-    Raises FileNotFoundError without tokenizer.json, ValueError when the chat tokens are missing or the placeholders
-    of a picture would not always come out as single tokens, all the same.
-    """
-    path = Path(path)
-    if not (path / "tokenizer.json").exists():
-        raise FileNotFoundError(
-            f"--tokenizer_path {path}: no tokenizer.json there.\n"
-            "Name the weights' own folder; for the public one: python -m scripts.download --what llm"
-        )
-    try:  # AutoTokenizer would ask to run the code of an auto_map
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-    except Exception as error:  # its parser knows only plain exceptions
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            if (path / name).is_file():
-                read_json(path / name)
-        what = impostor(path / "tokenizer.json") or f"cannot be read: {str(error).splitlines()[0]}"
-        raise ValueError(f"{path / 'tokenizer.json'} {what}") from None
-    for token in ("<|im_start|>", "<|im_end|>"):
-        if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
-            raise ValueError(f"{path / 'tokenizer.json'} has no {token} token, which marks the turns of a chat")
-    if tokenizer.pad_token_id is None:
-        raise ValueError(f"{path}: the tokenizer has no pad_token; name one in tokenizer_config.json")
-    ids = tokenizer(placeholders, add_special_tokens=False)["input_ids"]
-    merged = [token for token in tokenizer.get_vocab() if placeholders[0] in token and token != placeholders[0]]
-    if merged or len(ids) != len(placeholders) or len(set(ids)) > 1:
-        raise ValueError(
-            f"{path / 'tokenizer.json'}: the {len(placeholders)} placeholders of a picture are {len(ids)} tokens, "
-            f"as it merges {placeholders[0]!r} ({merged[:3]}).\nName the --tokenizer_path of the weights"
-        )
-    return tokenizer
-
-
-def encode_chat(tokenizer, conversations: list[dict], placeholders: str) -> list[tuple[list[int], bool, int]]:
+def encode_chat(tokenizer, conversations: list[dict], image_ids: list[int]) -> list[tuple[list[int], bool, int]]:
     """A conversation as pieces (ids, is_answer, number of pictures), in order; joined, they are the model's input.
 
     Only answers get labels: the model learns to write them, not questions or placeholders.
@@ -242,15 +209,15 @@ def encode_chat(tokenizer, conversations: list[dict], placeholders: str) -> list
     the tokens it will see. A conversation that ends with the user ends ready to answer. What people typed is plain
     text: a `<|im_end|>` inside it is spelled out in ordinary tokens and ends nothing.
 
+    A tokenizer with a `<think>` token is of MiniMind-3: no system turn but one that is given, and each prompt ends with
+    an empty `<think>` block. An answer that thinks in the data learns to, in place of that.
+
     Args:
         conversations: [{"role": "system" | "user" | "assistant", "content": str}, ...], `<image>` in user turns.
-        placeholders: the text that takes the place of each `<image>`, P characters; "" if no turn has one.
+        image_ids: P times the token that takes the place of each `<image>`; empty if no turn has one.
     Raises ValueError for an unknown role, turns out of order, placeholders typed as text, or text that is not Unicode.
     """
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    # What the model takes for pictures: one that reads text only takes nothing for one.
-    run = re.compile(f"{re.escape(placeholders[0])}{{{len(placeholders)},}}" if placeholders else r"(?!)")
-
     backend = tokenizer.backend_tokenizer  # a third of the time of tokenizer(...), whose every call sets these anew
     backend.no_truncation()
     backend.no_padding()
@@ -262,9 +229,12 @@ def encode_chat(tokenizer, conversations: list[dict], placeholders: str) -> list
         except TypeError:  # half a surrogate pair, by which Python also keeps bytes that are no UTF-8
             raise ValueError(f"the text {ascii(string[:80])} is not Unicode: save or send it as UTF-8") from None
 
-    newline = text("\n")
+    P, sign = len(image_ids), backend.id_to_token(image_ids[0]) if image_ids else ""
+    typed = len(sign) == 1  # as "@" is, which people type too, and not <|image_pad|>: it is put in as an id
+    run = re.compile(f"{re.escape(sign)}{{{P},}}" if typed else r"(?!)")  # what the model takes for pictures
+    newline, thinks = text("\n"), backend.token_to_id("<think>") is not None
     turns = list(conversations)
-    if not turns or turns[0]["role"] != "system":
+    if not thinks and (not turns or turns[0]["role"] != "system"):
         turns = [{"role": "system", "content": DEFAULT_SYSTEM}, *turns]
     pieces = []
     prompt, pictures, last = [], 0, None
@@ -275,20 +245,37 @@ def encode_chat(tokenizer, conversations: list[dict], placeholders: str) -> list
         if last not in MAY_FOLLOW[role]:
             raise ValueError(f"turn order: {role} after {last}; expected user, assistant, user, assistant, ...")
         tags = content.count(IMAGE_TAG) if role == "user" else 0
-        if tags:
-            content = content.replace(IMAGE_TAG, placeholders)  # a token for each patch
-        if sum(len(match) // len(placeholders) for match in run.findall(content)) != tags:
+        if tags and typed:
+            content = content.replace(IMAGE_TAG, sign * P)  # a token for each patch
+        if typed and sum(len(match) // P for match in run.findall(content)) != tags:
             raise ValueError(
-                f"{role}: the text has {len(placeholders)} or more {placeholders[0]!r} in a row, as a picture has. "
+                f"{role}: the text has {P} or more {sign!r} in a row, as a picture has. "
                 f"Shorten the run; pictures are written {IMAGE_TAG}"
             )
         if role == "assistant":
-            pieces += [(prompt, False, pictures), ([*text(content), end], True, 0)]  # the second is learned
+            block, answer = after_thoughts(text, content) if thinks else ([], text(content))
+            pieces += [([*prompt, *block], False, pictures), ([*answer, end], True, 0)]  # the second is learned
             prompt, pictures = [*newline], 0
         else:
             pictures += tags
-            prompt = [*prompt, start, *text(f"{role}\n{content}"), end, *newline]
+            first, *others = content.split(IMAGE_TAG) if tags else [content]
+            said = text(f"{role}\n{first}") + [token for part in others for token in (*image_ids, *text(part))]
+            prompt = [*prompt, start, *said, end, *newline]
             if role == "user":
                 prompt += [start, *text("assistant\n")]  # the answer follows
         last = role
+    if thinks and last == "user":
+        prompt += text(NO_THOUGHT)
     return [*pieces, (prompt, False, pictures)]
+
+
+def after_thoughts(text, content: str) -> tuple[list[int], list[int]]:
+    """An answer of MiniMind-3 → (what the prompt ends with, what is learned). text: str → ids.
+
+    Its tokens are those of the whole, as blanks at its beginning may be one with the lines before.
+    """
+    before, _, said = content.rpartition("</think>")
+    thought = before.split("</think>")[0].split("<think>")[-1].strip("\n")
+    ids = text(f"<think>\n{thought}\n</think>\n\n" + said.lstrip("\n"))
+    n = 0 if thought else len(commonprefix([ids, text(NO_THOUGHT)]))
+    return ids[:n], ids[n:]

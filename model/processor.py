@@ -33,7 +33,7 @@ class MiniMindVProcessor(ProcessorMixin):
     tokenizer_class = "AutoTokenizer"
 
     def __init__(self, tokenizer=None, chat_template=None, placeholders="@" * 196, pixels=None):
-        """placeholders: the text of a picture, P characters; pixels: the arguments of `ImageProcessor`."""
+        """placeholders: the text of a picture, P tokens; pixels: the arguments of `ImageProcessor`."""
         super().__init__(tokenizer, chat_template=chat_template)
         self.placeholders, self.pixels = placeholders, pixels or {}
         self.image_processor = ImageProcessor(**self.pixels)
@@ -52,17 +52,23 @@ class MiniMindVProcessor(ProcessorMixin):
         return BatchFeature(out)
 
     def encode(self, text: str) -> list[int]:
-        """The special tokens of the template are such, all else is plain text."""
+        """The special tokens of the template are such, all else is plain text; the placeholders, where people can type
+        them, too (see `encode_chat`)."""
         special = self.tokenizer.all_special_tokens
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
+        sign = re.match(r"(.+?)\1*$", self.placeholders)[1]
+        typed = len(sign) == 1
+        picture = [backend.token_to_id(sign)] * (len(self.placeholders) // len(sign))
         ids = []
         for piece in re.split(f"({'|'.join(map(re.escape, special))})", text):
             if piece in special:
                 ids.append(self.tokenizer.convert_tokens_to_ids(piece))
             else:
-                piece = piece.replace(IMAGE_TAG, self.placeholders).replace(HIDE, "")
-                ids += backend.encode(piece, add_special_tokens=False).ids
+                parts = [part.replace(HIDE, "") for part in piece.split(IMAGE_TAG)]
+                parts = [self.placeholders.join(parts)] if typed else parts
+                for i, part in enumerate(parts):
+                    ids += picture * (i > 0) + backend.encode(part, add_special_tokens=False).ids
         return ids

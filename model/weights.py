@@ -21,6 +21,7 @@ import transformers
 from common.files import write_json, write_safely
 from common.start import script
 from model.files import check_number, check_records, impostor, read_json, why_unreadable
+from model.generations import LATER_FIELDS, MINIMIND_2, MINIMIND_3, Generation, generation_of, own_names
 from model.model_minimind import MiniMindConfig
 from model.model_vlm import VLMConfig
 
@@ -116,7 +117,8 @@ def read_sidecar(weights: Path) -> dict:
         if (kind := sidecar.get("model_type")) not in ("minimind", "minimind-v"):
             back = f". Make one of it: python -m scripts.convert_vlm --to pth --weights {weights}" * (kind == "llava")
             raise ValueError(f"{path}: expected a MiniMind with model_type minimind-v, got {kind}{back}")
-        fields = [*signature(MiniMindConfig).parameters, "image_ids", "image_special_token"]
+        fields = [*signature(MiniMindConfig).parameters, "image_ids", "image_special_token", "projector"]
+        sidecar = own_names(sidecar)
         config = {key: sidecar[key] for key in fields if sidecar.get(key) is not None}
         sidecar = (read_json(weights / SIDECAR) if (weights / SIDECAR).is_file() else {}) | {"config": config}
         for key, folder in (("tokenizer", weights), ("vision_model", weights / "vision_encoder")):
@@ -219,13 +221,13 @@ def find_weights(name: str, out_dir, hidden_size: int | None, use_moe: bool) -> 
 INTEGERS = {  # of a configuration: least, most
     **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), (1, 10**7)),
     **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), (1, 10**4)),
-    **dict.fromkeys(("n_routed_experts", "num_experts_per_tok"), (1, 10**4)),
+    **dict.fromkeys(("n_routed_experts", "num_experts_per_tok", "head_dim"), (1, 10**4)),
     **dict.fromkeys(("n_shared_experts", "bos_token_id", "eos_token_id"), (0, 10**7)),
     "ve_hidden_size": (1, 10**6),
 }
 NUMBERS = {"dropout": (0, 0.99), "rms_norm_eps": (1e-12, 0.1), "rope_theta": (1, 1e12), "aux_loss_alpha": (0, 1e3)}
-SWITCHES = ("flash_attn", "use_moe", "seq_aux", "norm_topk_prob")
-TEXTS = ("hidden_act", "scoring_func", "image_special_token")
+SWITCHES = ("flash_attn", "use_moe", "seq_aux", "norm_topk_prob", "norm_top1_prob", "qk_norm", "norm_in_fp32")
+TEXTS = ("hidden_act", "scoring_func", "image_special_token", "projector")
 
 
 def check_config(config: dict, path: Path) -> None:
@@ -246,14 +248,16 @@ def check_config(config: dict, path: Path) -> None:
             raise ValueError(f"{path}: {key!r} is nothing that this model knows. Is the file of a later version?")
 
 
-def config_of(state: dict, path: Path, known: dict) -> dict:
+def generation_at(path) -> Generation:
+    """Of the weights in a file or folder."""
+    state, older, _ = known_names(read_weights(path))
+    return generation_of(state, path, older)
+
+
+def config_of(state: dict, path: Path, known: dict, generation: Generation = MINIMIND_2) -> dict:
     """The architecture of a state dict of `known_names`: what shapes tell, and the rest from `known`, the "config" of
-    its JSON. Raises ValueError for weights that are not of this architecture, or not those that `known` describes."""
-    if any(".q_norm." in key or ".k_norm." in key for key in state):
-        raise ValueError(
-            f"{path} holds q_norm: weights of a later generation (MiniMind-3),\n"
-            "another architecture. For this one: python -m scripts.download --what llm"
-        )
+    its JSON, or its generation. Raises ValueError for weights that are of no architecture of ours, or not those that
+    `known` describes."""
     use_moe = "model.layers.0.mlp.gate.weight" in state
     up = f"model.layers.0.mlp.{'experts.0.' if use_moe else ''}up_proj.weight"
     for key in ("model.embed_tokens.weight", "model.layers.0.self_attn.k_proj.weight", up):
@@ -267,13 +271,16 @@ def config_of(state: dict, path: Path, known: dict) -> dict:
     read = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_hidden_layers": layers, "use_moe": use_moe}
     read["num_attention_heads"] = heads
     keys = state["model.layers.0.self_attn.k_proj.weight"].shape[0]
-    public = "num_attention_heads" in known or keys * 4 == hidden_size  # 2 heads for keys beside 8 for queries
-    if not public or hidden_size % heads or keys % (hidden_size // heads):
-        raise ValueError(
-            f"num_attention_heads={heads} does not fit {path}: {hidden_size} wide, its keys {keys}. Give the "
-            "--num_attention_heads that it was trained with"
-        )
-    read["num_key_value_heads"] = keys // (hidden_size // heads)
+    if generation is MINIMIND_3:
+        read |= heads_of(state, path, keys)
+    else:
+        public = "num_attention_heads" in known or keys * 4 == hidden_size  # 2 heads for keys beside 8 for queries
+        if not public or hidden_size % heads or keys % (hidden_size // heads):
+            raise ValueError(
+                f"num_attention_heads={heads} does not fit {path}: {hidden_size} wide, its keys {keys}. Give the "
+                "--num_attention_heads that it was trained with"
+            )
+        read["num_key_value_heads"] = keys // (hidden_size // heads)
     read["intermediate_size"] = state[up].shape[0]
     if use_moe:
         read["n_routed_experts"] = state["model.layers.0.mlp.gate.weight"].shape[0]
@@ -283,7 +290,18 @@ def config_of(state: dict, path: Path, known: dict) -> dict:
             raise ValueError(
                 f"{sidecar_path(path)} says {key}={known[key]}, {path.name} holds {value}: they do not belong together"
             )
-    return known | read
+    return generation.decoder | known | read
+
+
+def heads_of(state: dict, path: Path, keys: int) -> dict:
+    """Their width is that of the norm of MiniMind-3's queries, their numbers follow. keys: rows of k_proj."""
+    norms = [state.get(f"model.layers.0.self_attn.{name}.weight") for name in ("q_norm", "q_proj")]
+    width, queries = (0 if weight is None else len(weight) for weight in norms)
+    if not width or queries % width or keys % width:
+        raise ValueError(
+            f"{path}: q_norm of {width} does not fit queries of {queries} and keys of {keys}. Fetch the weights again"
+        )
+    return {"head_dim": width, "num_attention_heads": queries // width, "num_key_value_heads": keys // width}
 
 
 def refuse_other_architecture(path: Path, config: VLMConfig, resumable: bool = False) -> str:
@@ -292,9 +310,9 @@ def refuse_other_architecture(path: Path, config: VLMConfig, resumable: bool = F
     there = {}
     if path.is_file():
         try:
-            state, _, _ = known_names(read_weights(path))
+            state, older, _ = known_names(read_weights(path))
             known = {"num_attention_heads": config.num_attention_heads} | read_sidecar(path)["config"]
-            there = config_of(state, path, known)
+            there = config_of(state, path, known, generation_of(state, path, older))
         except ValueError as error:
             if not resumable:
                 raise
@@ -324,7 +342,8 @@ def tokenizer_hash(folder) -> str:
 
 def make_sidecar(model, origin, **facts) -> dict:
     """What stands in the JSON beside the weights. origin: of the model, as `build_model` returns it."""
-    fields = [*signature(MiniMindConfig).parameters, "ve_hidden_size", "image_special_token"]
+    fields = [*signature(MiniMindConfig).parameters, "ve_hidden_size", "image_special_token", "projector"]
+    fields = [key for key in fields if key not in LATER_FIELDS or model.config.qk_norm]
     eyes = origin.encoder_sha256
     return {
         "config": {key: getattr(model.config, key) for key in fields if hasattr(model.config, key)},

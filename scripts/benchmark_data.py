@@ -123,7 +123,7 @@ def start(args) -> dict:
     started = time.perf_counter()
     tokenizer = load_tokenizer(args.tokenizer_path)
     processor = ImageProcessor(size=72, crop_size=(72, 72))
-    data = VLMDataset(args.file, None, tokenizer, processor, 640, "@" * 9)
+    data = VLMDataset(args.file, None, tokenizer, processor, 640, [34] * 9)
     sampler = StepSampler(data.lengths, args.batch_size)
     loader = make_loader(data, sampler, args, torch.device("cpu"), tokenizer)
     batches = chain.from_iterable(repeat(loader))  # over and over

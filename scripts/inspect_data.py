@@ -46,9 +46,10 @@ from dataset.writing import write_rows
 from inference.models import export_of, list_models
 from model.build import find_part
 from model.flags import add_parts_arguments
+from model.generations import MINIMIND_2
 from model.model_vlm import VLMConfig
 from model.processing import IGNORE, ImageProcessor, load_tokenizer
-from model.weights import find_weights, read_sidecar
+from model.weights import find_weights, generation_at, read_sidecar
 from scripts.templates import data_url, render
 from trainer.advice import sizes
 from trainer.loader import ignore_interrupt, load_data
@@ -192,18 +193,17 @@ def choose(data: VLMDataset, traits: np.ndarray, samples: int, seed: int) -> lis
     return sorted([*chosen][:samples], key=lambda row: data.lengths[row])
 
 
-def tokens(ids: list[int], labels: list[int], tokenizer, placeholders: str) -> list[dict]:
+def tokens(ids: list[int], labels: list[int], tokenizer, image_ids: list[int]) -> list[dict]:
     """The tokens of a row as boxes: {"text", "loss": whether it carries loss, "chip": whether it is no plain text,
     "count": of tokens}. Those that only together make a character share a box, and so do the placeholders of a
     picture."""
-    picture = tokenizer(placeholders, add_special_tokens=False)["input_ids"]
     special, decode = tokenizer.added_tokens_decoder, tokenizer.backend_tokenizer.decode
     boxes, at = [], 0
     while at < len(ids):
         end, chip = at + 1, True
         text = decode(ids[at:end], skip_special_tokens=False)
-        if ids[at : at + len(picture)] == picture:
-            text, end = f"{placeholders[0]}×{len(picture)}", at + len(picture)
+        if ids[at : at + len(image_ids)] == image_ids:
+            text, end = f"{text}×{len(image_ids)}", at + len(image_ids)
         elif ids[at] not in special:
             while text.endswith("\ufffd") and end < len(ids) and ids[end] not in special:  # part of a character
                 end += 1
@@ -230,14 +230,14 @@ def sample(data: VLMDataset, row: int, example: dict, language: str) -> dict:
     if "broken" in example:
         return {"tags": tags, "broken": example["broken"]}
     ids, labels = example["input_ids"].tolist(), example["labels"].tolist()
-    _, _, names, answers = encode_row(data.row(row), data.tokenizer, data.placeholders, data.max_length)
+    _, _, names, answers = encode_row(data.row(row), data.tokenizer, data.image_ids, data.max_length)
     loss = sum(label != IGNORE for label in labels)
     tags += [f"{len(ids):,} tokens", f"{loss:,} with loss"]
     tags += [f"shortened: {answers - loss:,} answer tokens lost"] if loss < answers else []
     return {
         "tags": tags,
         "pictures": list(zip(map(as_png, example["pictures"]), names)) if names else [],
-        "boxes": tokens(ids, labels, data.tokenizer, data.placeholders),
+        "boxes": tokens(ids, labels, data.tokenizer, data.image_ids),
         "han": language in ("Chinese", "mixed"),
     }
 
@@ -253,7 +253,7 @@ def page(data: VLMDataset, figures: dict, samples: list[dict], notes: list[str],
         report=data.report() if data.bad else "",
         figures=figures,
         samples=samples,
-        placeholders=data.placeholders,
+        placeholders=data.tokenizer.convert_ids_to_tokens(data.image_ids),
         command=typed(command),
     )
 
@@ -334,15 +334,15 @@ def look(args, rows: list[str] | Shard, total: int | None = None) -> None:
     notes = ["Pictures were looked for in all rows, but opened in the samples only."]
     weights = choose_weights(args)
     sidecar = read_sidecar(weights) if weights else {}
-    words = find_part("tokenizer", args.tokenizer_path, weights, sidecar)
-    eyes = find_part("vision_model", args.vision_model_path, weights, sidecar)
+    generation = generation_at(weights) if weights else MINIMIND_2
+    words = find_part("tokenizer", args.tokenizer_path, weights, sidecar, generation)
+    eyes = find_part("vision_model", args.vision_model_path, weights, sidecar, generation)
     if (Path(eyes) / "config.json").exists():
-        placeholders = VLMConfig.for_encoder(eyes).image_special_token
-        processor = ImageProcessor.from_pretrained(eyes)
+        config, processor = VLMConfig.for_encoder(eyes, **generation.eyes), ImageProcessor.from_pretrained(eyes)
     else:
-        placeholders, processor = VLMConfig().image_special_token, ImageProcessor()
+        config, processor = VLMConfig(), ImageProcessor()
         notes.append(f"No encoder in {eyes}: 196 tokens per picture are assumed, the public CLIP's.")
-    tokenizer = load_tokenizer(words, placeholders)
+    tokenizer = load_tokenizer(words, config.image_special_token)
     print(wrap(f"checking {', '.join(args.data_path)} ..."), flush=True)
     data = VLMDataset(
         rows,
@@ -350,7 +350,7 @@ def look(args, rows: list[str] | Shard, total: int | None = None) -> None:
         tokenizer,
         processor,
         args.max_seq_len,
-        placeholders,
+        tokenizer.convert_tokens_to_ids([config.image_token] * len(config.image_ids)),
         on_bad_row="skip",
         options=ReadOptions(tuple(args.prompt or ()), allow_urls=args.allow_urls),
     )

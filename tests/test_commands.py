@@ -106,7 +106,8 @@ def imports_of(tree) -> set[Path]:
     for node in ast.walk(tree):
         modules = []
         if isinstance(node, ast.ImportFrom) and node.module:
-            modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            module = f"model.{node.module}" if node.level else node.module  # relative ones are there alone
+            modules = [module, *(f"{module}.{alias.name}" for alias in node.names)]
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         files.update(ROOT / (module.replace(".", "/") + ".py") for module in modules)

@@ -279,7 +279,7 @@ def test_what_people_type_becomes_the_tokens_that_training_has(save, convert, to
             ]
             theirs = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in ours]
             theirs[len(before)]["content"] = parts
-            want = [token for piece, _, _ in encode_chat(tokenizer, ours, "@" * 16) for token in piece]
+            want = [token for piece, _, _ in encode_chat(tokenizer, ours, [34] * 16) for token in piece]
             how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
             found = processor.apply_chat_template(theirs, **how)["input_ids"][0]
             assert found.masked_fill(found == 300, 34).tolist() == want
@@ -291,7 +291,7 @@ def test_what_people_type_becomes_the_tokens_that_training_has(save, convert, to
 def test_the_template_tells_answers_from_questions(save, convert, tokenizer, kind):
     template = (convert(kind, save()) / "chat_template.jinja").read_text()
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": " A dog.\n"}] * 2
-    expected = [int(answer) for ids, answer, _ in encode_chat(tokenizer, turns, "@" * 16) for _ in ids]
+    expected = [int(answer) for ids, answer, _ in encode_chat(tokenizer, turns, [34] * 16) for _ in ids]
     how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     found = tokenizer.apply_chat_template(turns, chat_template=template, **how)["assistant_masks"]
     assert found == expected and 1 in expected

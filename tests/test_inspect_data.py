@@ -221,7 +221,7 @@ def test_marks_are_exactly_the_tokens_with_loss(look, tmp_path, tokenizer, clip_
     write_rows(tmp_path / "rows.jsonl", rows)
     out, page = look("rows.jsonl")
     processor = ImageProcessor.from_pretrained(clip_folder)
-    data = VLMDataset("rows.jsonl", None, tokenizer, processor, 1536, "@" * 16)
+    data = VLMDataset("rows.jsonl", None, tokenizer, processor, 1536, [34] * 16)
     assert len(cards(page)) == 2
     for i in range(2):
         boxes = cards(page)[f"rows.jsonl:{i + 1}"]
@@ -333,5 +333,5 @@ def test_without_an_encoder_196_tokens_per_picture_are_assumed_and_that_is_said(
 def test_training_finds_the_rows_checked(look, mixed, tokenizer, monkeypatch):
     look(*mixed)
     monkeypatch.setattr(lm_dataset, "check_rows", None)
-    data = VLMDataset(mixed, None, tokenizer, None, 1536, "@" * 16, on_bad_row="skip")
+    data = VLMDataset(mixed, None, tokenizer, None, 1536, [34] * 16, on_bad_row="skip")
     assert len(data) == 7

@@ -33,7 +33,7 @@ def read(tokenizer, clip_folder, world, tmp_path):
         path.parent.mkdir(exist_ok=True)
         if rows is not None:
             path.write_bytes(rows) if isinstance(rows, bytes) else write_rows(path, rows)
-        options = {"images_path": world / "pictures", "max_length": 200, "image_special_token": "@" * P} | options
+        options = {"images_path": world / "pictures", "max_length": 200, "image_ids": [34] * P} | options
         preprocess = ImageProcessor.from_pretrained(clip_folder)
         return VLMDataset(path, tokenizer=tokenizer, preprocess=preprocess, **options)
 
@@ -124,7 +124,7 @@ def test_the_commonest_first_questions_about_a_picture_are_the_prompts(read):
 def test_rows_without_pictures_name_no_prompt(read):
     assert read([row("Hello", "Hello!")] * 3).summary == {"rows_without_picture": 3, "prompts": {}}
     text = [row("What is this?\n<image>", "That.", image="red.png")] * 3
-    assert read(text, image_special_token="").summary == {"rows_without_picture": 3, "prompts": {}}
+    assert read(text, image_ids=[]).summary == {"rows_without_picture": 3, "prompts": {}}
 
 
 def test_of_many_rows_some_tell_the_prompts_the_same_ones_at_each_call(read, monkeypatch):
@@ -300,7 +300,7 @@ def test_a_file_that_has_changed_is_read_anew(read):
 
 def test_rows_without_their_pictures_are_not_answered_from_the_cache(read, tokenizer):
     rows = [row("What?\n<image>", "Red.", image="red.png")]
-    seeing, blind, again = read(rows), read(image_special_token="", images_path=None), read()
+    seeing, blind, again = read(rows), read(image_ids=[], images_path=None), read()
     assert seeing.lengths == again.lengths > blind.lengths + P
     assert blind[0]["pictures"] is None and len(again[0]["pictures"]) == 1
     assert len(blind[0]["input_ids"]) == blind.lengths

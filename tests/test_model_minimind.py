@@ -101,6 +101,10 @@ def test_the_configuration_has_the_fields_and_defaults_that_users_know():
         "aux_loss_alpha": 0.1,
         "seq_aux": True,
         "norm_topk_prob": True,
+        "norm_top1_prob": False,
+        "head_dim": None,
+        "qk_norm": False,
+        "norm_in_fp32": False,
     }
     given = {name: p.default for name, p in signature(MiniMindConfig).parameters.items() if name != "kwargs"}
     assert given == defaults

@@ -22,7 +22,7 @@ except ImportError:  # Transformers 4, where the one of this name works on Pillo
     from transformers.models.clip.image_processing_clip import CLIPImageProcessor as ReferenceProcessor
 
 P = 16
-PLACEHOLDERS = "@" * P
+PLACEHOLDERS, IMAGE_IDS = "@" * P, [34] * P
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n"
 
 
@@ -317,9 +317,9 @@ def flat(pieces):
 
 def ids_and_labels(tokenizer, conversation):
     examples = pytest.importorskip("dataset.examples", exc_type=ImportError)  # `datasets` wants its own versions
-    ids, labels, pictures = examples.cut_to_length(encode_chat(tokenizer, conversation, PLACEHOLDERS), 10_000)
+    ids, labels, pictures = examples.cut_to_length(encode_chat(tokenizer, conversation, IMAGE_IDS), 10_000)
     row = examples.Row(conversation, ["a.jpg"] * pictures)
-    assert examples.encode_row(row, tokenizer, PLACEHOLDERS, 10_000)[:2] == (ids, labels)
+    assert examples.encode_row(row, tokenizer, IMAGE_IDS, 10_000)[:2] == (ids, labels)
     return ids, labels
 
 
@@ -352,7 +352,7 @@ CHAT_TEXT = (
 
 
 def test_a_conversation_becomes_exactly_the_public_chat_format(tokenizer):
-    pieces = encode_chat(tokenizer, CHAT, PLACEHOLDERS)
+    pieces = encode_chat(tokenizer, CHAT, IMAGE_IDS)
     assert tokenizer.decode(flat(pieces)) == CHAT_TEXT
     assert flat(pieces) == tokenizer(CHAT_TEXT)["input_ids"]
     assert [answer for _, answer, _ in pieces] == [False, True, False, True, False]
@@ -368,16 +368,16 @@ def test_labels_are_the_answers_and_their_end_and_nothing_else(tokenizer):
 
 
 def test_a_model_is_asked_with_exactly_the_tokens_before_the_answer_it_learned(tokenizer):
-    whole = flat(encode_chat(tokenizer, CHAT, PLACEHOLDERS))
+    whole = flat(encode_chat(tokenizer, CHAT, IMAGE_IDS))
     for turns in (1, 3):
-        prompt = flat(encode_chat(tokenizer, CHAT[:turns], PLACEHOLDERS))
+        prompt = flat(encode_chat(tokenizer, CHAT[:turns], IMAGE_IDS))
         assert whole[: len(prompt)] == prompt
         assert tokenizer.decode(prompt).endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_a_system_turn_of_ones_own_takes_the_place_of_the_default(tokenizer):
     conversation = [turn("system", "用中文回答。<image>"), *CHAT[2:]]
-    text = tokenizer.decode(flat(encode_chat(tokenizer, conversation, PLACEHOLDERS)))
+    text = tokenizer.decode(flat(encode_chat(tokenizer, conversation, IMAGE_IDS)))
     assert text.startswith("<|im_start|>system\n用中文回答。<image><|im_end|>\n<|im_start|>user\n")
     assert "helpful" not in text
 
@@ -414,7 +414,7 @@ def test_turns_typed_by_the_user_stay_plain_text_and_are_not_learned(tokenizer, 
 
 @pytest.mark.parametrize("text", ["@", "me@home.cn", "@" * (P - 1), "<image>@@@", "@@<image> @", "<image>@ <image>"])
 def test_stray_placeholders_in_the_text_stay_text(tokenizer, text):
-    pieces = encode_chat(tokenizer, [turn("user", text), turn("assistant", "@" * (P - 1))], PLACEHOLDERS)
+    pieces = encode_chat(tokenizer, [turn("user", text), turn("assistant", "@" * (P - 1))], IMAGE_IDS)
     assert f"user\n{text.replace('<image>', PLACEHOLDERS)}<|im_end|>" in tokenizer.decode(flat(pieces))
     assert sum(pictures for _, _, pictures in pieces) == text.count("<image>")
 
@@ -433,18 +433,18 @@ def test_placeholders_typed_as_text_that_the_model_would_take_for_a_picture_are_
     conversation = [turn("system", "s"), turn("user", "u"), turn("assistant", "a")]
     conversation = [each | ({"content": text} if each["role"] == role else {}) for each in conversation]
     with pytest.raises(ValueError, match=f"{role}: the text has {P} or more '@' in a row"):
-        encode_chat(tokenizer, conversation, PLACEHOLDERS)
+        encode_chat(tokenizer, conversation, IMAGE_IDS)
 
 
 @pytest.mark.parametrize("text", ["caf\udce9", "\ud83d"])  # a byte of Latin-1 as argv has it; half an emoji of JSON
 def test_text_that_is_not_unicode_is_refused(tokenizer, text):
     with pytest.raises(ValueError, match=r"the text .*\\ud.* is not Unicode: save or send it as UTF-8"):
-        encode_chat(tokenizer, [turn("user", text)], PLACEHOLDERS)
+        encode_chat(tokenizer, [turn("user", text)], IMAGE_IDS)
 
 
 def test_without_placeholders_no_text_is_taken_for_a_picture(tokenizer):
     conversation = [turn("user", "@" * 3 * P), turn("assistant", "@" * P)]
-    pieces = encode_chat(tokenizer, conversation, "")
+    pieces = encode_chat(tokenizer, conversation, [])
     assert tokenizer.decode(flat(pieces)).count("@") == 4 * P
     assert sum(pictures for _, _, pictures in pieces) == 0
 
@@ -463,7 +463,7 @@ def test_without_placeholders_no_text_is_taken_for_a_picture(tokenizer):
 )
 def test_unknown_roles_and_turns_out_of_order_are_refused(tokenizer, roles, message):
     with pytest.raises(ValueError, match=message):
-        encode_chat(tokenizer, [turn(role, "x") for role in roles], PLACEHOLDERS)
+        encode_chat(tokenizer, [turn(role, "x") for role in roles], IMAGE_IDS)
 
 
 # ---------------------------------------------------------------------------- the tokenizer

@@ -481,7 +481,7 @@ def test_rows_go_through_the_ordinary_reader(folder, tmp_path):
             tokenizer,
             ImageProcessor(64, (64, 64)),
             max_length=640,
-            image_special_token="@" * 16,
+            image_ids=[34] * 16,
         )
         assert not data.bad and data.shortened == 0 and len(data) > 3 * VAL
         compared = next(i for i in range(len(data)) if data.row(i).kind == "compare")

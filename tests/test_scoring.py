@@ -23,7 +23,7 @@ from tests.conftest import turn, write_rows
 @pytest.fixture
 def data(world, tokenizer, clip_folder):
     processor = MiniMindVLM.get_vision_model(clip_folder)[1]
-    return VLMDataset(world / "rows.jsonl", world / "pictures", tokenizer, processor, 200, "@" * 16)
+    return VLMDataset(world / "rows.jsonl", world / "pictures", tokenizer, processor, 200, [34] * 16)
 
 
 def test_words_are_lower_case_without_punctuation_and_chinese_by_character():
@@ -80,7 +80,7 @@ def test_shuffling_needs_two_different_pictures(world, tokenizer, clip_folder, t
     row = {"conversations": [turn("user", "<image>"), turn("assistant", "Red.")], "image": "red.png"}
     processor = MiniMindVLM.get_vision_model(clip_folder)[1]
     path = write_rows(tmp_path / "rows.jsonl", [row, row])
-    one = VLMDataset(path, world / "pictures", tokenizer, processor, 200, "@" * 16)
+    one = VLMDataset(path, world / "pictures", tokenizer, processor, 200, [34] * 16)
     with pytest.raises(ValueError, match="no two different pictures"):
         ShuffledPictures(one, seed=0)
 
@@ -110,7 +110,7 @@ def test_a_question_has_the_kind_of_its_row_and_the_length_of_its_answer(world, 
     ]
     processor = MiniMindVLM.get_vision_model(clip_folder)[1]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    questions = questions_of(VLMDataset(path, world / "pictures", tokenizer, processor, 200, "@" * 16), {})
+    questions = questions_of(VLMDataset(path, world / "pictures", tokenizer, processor, 200, [34] * 16), {})
     assert [question.kind for question in questions] == ["colour", "colour", ""]
     assert questions[1].tokens == len(tokenizer("Yes, I am.")["input_ids"]) + 1  # <|im_end|>
 
@@ -132,7 +132,7 @@ def test_the_turns_of_a_row_may_each_have_a_kind(world, tokenizer, clip_folder, 
     write_rows(
         tmp_path / "rows.jsonl", [{"conversations": chat, "kind": kinds} for kinds in (["count", "what"], ["count"])]
     )
-    data = VLMDataset(tmp_path / "rows.jsonl", None, tokenizer, None, image_special_token="")
+    data = VLMDataset(tmp_path / "rows.jsonl", None, tokenizer, None, image_ids=[])
     assert [question.kind for question in questions_of(data, {})] == ["count", "what", "count", ""]
 
 

@@ -264,7 +264,7 @@ def pictures(tmp_path):
 def read(tokenizer, clip_folder):
     def read(data_path, images_path=None, **options):
         processor = ImageProcessor.from_pretrained(clip_folder)
-        return VLMDataset(data_path, images_path, tokenizer, processor, 200, "@" * P, options=ReadOptions(**options))
+        return VLMDataset(data_path, images_path, tokenizer, processor, 200, [34] * P, options=ReadOptions(**options))
 
     return read
 
@@ -615,10 +615,10 @@ def test_of_several_captions_an_epoch_takes_one_or_all(read, pictures, tmp_path)
 
 def test_weights_of_several_captions_count_pictures(read, pictures, tmp_path, tokenizer):
     path = write_json(tmp_path / "coco.json", coco(SEVERAL))
-    data = VLMDataset([path], pictures, tokenizer, None, 200, "@" * P, weights=[0.4])
+    data = VLMDataset([path], pictures, tokenizer, None, 200, [34] * P, weights=[0.4])
     assert len(StepSampler(data.lengths, 1, parts=data.parts, groups=data.groups)) == 1
     with pytest.raises(ValueError, match="--data_weights 0.1: of the 3 rows of .*coco.json that is none"):
-        VLMDataset([path], pictures, tokenizer, None, 200, "@" * P, weights=[0.1])
+        VLMDataset([path], pictures, tokenizer, None, 200, [34] * P, weights=[0.1])
 
 
 def test_rows_with_one_and_with_several_captions_share_an_epoch(read, pictures, tmp_path):

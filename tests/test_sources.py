@@ -65,7 +65,7 @@ def write_parquet(path, rows, several=True, **options):
 @pytest.fixture
 def read(tokenizer, clip_folder):
     def read(data_path, images_path=None, **options):
-        options = {"max_length": 200, "image_special_token": "@" * P} | options
+        options = {"max_length": 200, "image_ids": [34] * P} | options
         return VLMDataset(data_path, images_path, tokenizer, ImageProcessor.from_pretrained(clip_folder), **options)
 
     return read

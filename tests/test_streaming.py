@@ -97,7 +97,7 @@ def feed_rows(url, flags, tokenizer, clip_folder, epoch=0, first=0) -> list[Coun
         2,
         torch.device("cpu"),
         tokenizer,
-        lambda path: VLMDataset(path, None, tokenizer, processor, 120, "@" * 16),
+        lambda path: VLMDataset(path, None, tokenizer, processor, 120, [34] * 16),
         "sft_vlm_64",
     )
     steps, batches = [], loader.batches(epoch, first)
@@ -466,7 +466,7 @@ def test_what_is_no_parquet_is_fetched_from_a_hub_once_also_a_zip_of_pictures(hu
     shutil.make_archive(hub.folder / "images", "zip", tmp_path / "images")
 
     def read(*paths):
-        return VLMDataset(*paths, tokenizer, ImageProcessor.from_pretrained(clip_folder), 200, "@" * 16)
+        return VLMDataset(*paths, tokenizer, ImageProcessor.from_pretrained(clip_folder), 200, [34] * 16)
 
     expected, far = read(hub.folder / "llava.json", tmp_path / "images"), "hf://datasets/owner/name/"
     same(read(f"{far}llava.json", f"{far}images.zip"), expected)

@@ -145,7 +145,7 @@ def test_rows_with_pictures_lose_them_and_their_tags(tokenizer_folder, tmp_path)
     two = [turn("user", "<image>\n<image>\nWhich is red?"), turn("assistant", "Both.")]
     rows.append({"conversations": two, "image": "gone.png, gone.png"})
     tokenizer = load_tokenizer(tokenizer_folder)
-    data = VLMDataset(write_rows(tmp_path / "rows.jsonl", rows), None, tokenizer, image_special_token="")
+    data = VLMDataset(write_rows(tmp_path / "rows.jsonl", rows), None, tokenizer, image_ids=[])
     start = "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n<|im_start|>user\n"
     end = "<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
     for i, (_, left) in enumerate(asked):
@@ -160,7 +160,7 @@ def test_rows_with_pictures_lose_them_and_their_tags(tokenizer_folder, tmp_path)
 def test_what_looks_like_placeholders_is_text_to_a_model_without_eyes(tokenizer_folder, tmp_path):
     rows = [{"conversations": [turn("user", "@" * 300), turn("assistant", "@" * 200)]}]
     tokenizer = load_tokenizer(tokenizer_folder)
-    data = VLMDataset(write_rows(tmp_path / "rows.jsonl", rows), None, tokenizer, image_special_token="")
+    data = VLMDataset(write_rows(tmp_path / "rows.jsonl", rows), None, tokenizer, image_ids=[])
     assert tokenizer.decode(data[0]["input_ids"]).count("@") == 500
     assert int((data[0]["labels"] != IGNORE).sum()) == 200 + 1
 

@@ -103,7 +103,7 @@ def test_the_chat_template_gives_the_ids_that_training_sees(folder, answer, syst
         {"role": "user", "content": " \n and now ?"},
     ]
     for conversation in (turns, turns[:-1], turns[:-2], [*turns, {"role": "assistant", "content": answer}]):
-        pieces = encode_chat(tokenizer, conversation, "@" * 196)
+        pieces = encode_chat(tokenizer, conversation, [34] * 196)
         expected = [token for ids, _, _ in pieces for token in ids]
         assert tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False) == expected
 
@@ -112,7 +112,7 @@ def test_the_template_tells_answers_from_questions(folder):
     """As TRL asks, so that the question is not learned too."""
     tokenizer = load_tokenizer(folder)
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": " A dog.\n"}] * 2
-    expected = [int(answer) for ids, answer, _ in encode_chat(tokenizer, turns, "@" * 196) for _ in ids]
+    expected = [int(answer) for ids, answer, _ in encode_chat(tokenizer, turns, [34] * 196) for _ in ids]
     how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     assert tokenizer.apply_chat_template(turns, **how)["assistant_masks"] == expected and 1 in expected
 

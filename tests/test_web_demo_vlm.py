@@ -240,7 +240,7 @@ def test_what_no_longer_fits_is_left_out_and_said(out, world):
 
 def test_an_answer_that_looks_like_a_picture_is_left_out_with_those_before_it(out, tokenizer):
     turns = [("One?", [], "1"), ("Two?", [], "@" * 20), ("Three?", [], "3"), ("Four?", [], "")]
-    assert truncate(turns, tokenizer, "@" * 16, flags(out)) == turns[2:]
+    assert truncate(turns, tokenizer, [34] * 16, flags(out)) == turns[2:]
 
 
 def test_text_is_shown_as_it_is_and_read_back_as_it_was():

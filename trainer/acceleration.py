@@ -2,6 +2,7 @@
 
 import torch
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from common.devices import cpu_has
 from model.attention import Attention
@@ -39,7 +40,7 @@ def compile_layers(model) -> None:
     several.
     """
     for module in model.modules():
-        if isinstance(module, (MiniMindBlock, CLIPEncoderLayer)):
+        if isinstance(module, (MiniMindBlock, CLIPEncoderLayer, SiglipEncoderLayer)):
             module.compile(dynamic=True)
 
 

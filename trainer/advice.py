@@ -109,7 +109,7 @@ def first_question(row: Row) -> str:
 @torch.compiler.set_stance("force_eager")
 def answer(run, tokenizer, data: VLMDataset, row: int) -> str:
     """The greedy answer to the first question of a row. Raises BadRow for a broken picture."""
-    ids, labels, names, _ = encode_row(up_to_first_answer(data.row(row)), tokenizer, data.placeholders, data.max_length)
+    ids, labels, names, _ = encode_row(up_to_first_answer(data.row(row)), tokenizer, data.image_ids, data.max_length)
     prompt = torch.tensor([ids[: next(i for i, label in enumerate(labels) if label != IGNORE)]], device=run.device)
     if not names:
         inputs = {}

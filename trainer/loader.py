@@ -32,7 +32,7 @@ def check_data(args, model, tokenizer, paths, images_path=None, weights=None) ->
             tokenizer,
             getattr(model, "processor", None),
             args.max_seq_len,
-            getattr(model.config, "image_special_token", ""),
+            getattr(model.config, "image_ids", []),
             args.on_bad_row,
             weights,
             ReadOptions(tuple(args.prompt or ()), args.captions_per_epoch, getattr(args, "allow_urls", False)),

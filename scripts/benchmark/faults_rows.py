@@ -84,7 +84,7 @@ def read(bench: Bench, path: Path, pictures: Path, tokenizer, processor, count: 
     """As a training reads them."""
     from dataset.lm_dataset import VLMDataset  # only now: its cache is to be in the temporary folder
 
-    data = VLMDataset(path, pictures, tokenizer, processor, 640, PLACEHOLDERS, on_bad_row="skip")
+    data = VLMDataset(path, pictures, tokenizer, processor, 640, [34] * 9, on_bad_row="skip")
     messages = [message for kind in data.bad.values() for message in kind]
     for row, example in enumerate([data[row] for row in range(len(data))]):
         if "broken" in example:

@@ -151,7 +151,7 @@ def reference(model, tokenizer, pictures: list) -> dict:
     questions = []
     for question in QUESTIONS:
         text = "\n".join(part if isinstance(part, str) else IMAGE_TAG for part in question)
-        pieces = encode_chat(tokenizer, [{"role": "user", "content": text}], model.config.image_special_token)
+        pieces = encode_chat(tokenizer, [{"role": "user", "content": text}], model.config.image_ids)
         ids = torch.tensor([[token for piece, _, _ in pieces for token in piece]])
         shown = [pictures[part] for part in question if isinstance(part, int)]
         pixels = model.processor(shown)["pixel_values"] if shown else None

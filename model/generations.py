@@ -1,0 +1,83 @@
+"""The public generations of MiniMind-V: what sets each apart, in one table, and how weights tell which they are.
+
+Shapes tell the rest (weights.py). Those that are not read are refused with a sentence that names them.
+"""
+
+from dataclasses import dataclass, field
+
+from .defaults import DEFAULT_VISION_MODEL
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What no shape tells. Nothing of it is in the file of the weights."""
+
+    name: str
+    decoder: dict = field(default_factory=dict)  # arguments of `MiniMindConfig`, where they are not its defaults
+    eyes: dict = field(default_factory=dict)  # arguments of `VLMConfig.for_encoder`, likewise
+    placeholder: int = 34  # the id of its placeholder in its public tokenizer
+    tokenizer: str = "./model"  # where its parts usually are
+    vision_model: str = DEFAULT_VISION_MODEL
+    llm: str = "python -m scripts.download --what llm"  # how to come by its tokenizer
+
+
+MINIMIND_2 = Generation("MiniMind2-V")  # February 2025 to February 2026, and what this repository makes from nothing
+MINIMIND_3 = Generation(  # since 2026-04-20
+    "minimind-3v",
+    decoder={
+        "qk_norm": True,
+        "norm_in_fp32": True,
+        "rms_norm_eps": 1e-6,
+        "num_key_value_heads": 4,
+        "num_experts_per_tok": 1,
+        "n_shared_experts": 0,
+        "norm_top1_prob": True,
+        "aux_loss_alpha": 5e-4,
+        "seq_aux": False,
+    },
+    eyes={"projector": "mlp", "image_token": "<|image_pad|>"},
+    placeholder=12,
+    tokenizer="./model/minimind-3v",
+    vision_model="./model/vision_model/siglip2-base-p32-256-ve",
+    llm="huggingface.co/jingyaogong/minimind-3v",
+)
+
+# Of the configuration, what came with MINIMIND_3: the JSON of others does not mention it.
+LATER_FIELDS = ("norm_top1_prob", "head_dim", "qk_norm", "norm_in_fp32", "projector")
+
+PUBLIC_NAMES = {  # in the config.json of MINIMIND_3 → ours
+    "num_experts": "n_routed_experts",
+    "router_aux_loss_coef": "aux_loss_alpha",
+    "image_hidden_size": "ve_hidden_size",
+}
+
+
+def generation_of(state: dict, path, older: bool = False) -> Generation:
+    """Of a state dict under the names of now. older: its names were those from before April 2025.
+
+    Raises ValueError for the generations that are not read: v1, v3-alpha and v3-beta.
+    """
+    embed, keys = (state.get(f"model.{key}.weight") for key in ("embed_tokens", "layers.0.self_attn.k_proj"))
+    if older and None not in (embed, keys) and 2 * keys.shape[0] == embed.shape[1]:
+        raise ValueError(
+            f"{path} is of the first MiniMind-V (2024), another architecture.\n"
+            "Take MiniMind2-V: python -m scripts.download --what vlm"
+        )
+    first = state.get("vision_proj.mlp.0.weight")
+    beta = first is not None and first.shape == (4 * 768,)
+    if beta or (first is not None and first.ndim == 2):
+        which = "v3-beta (2026-04-19)" if beta else "v3-alpha (until 2026-04-18)"
+        raise ValueError(
+            f"{path} is of {which}, which saw with another encoder.\n"
+            "Take minimind-3v as it is since 2026-04-20: huggingface.co/jingyaogong/minimind-3v-pytorch"
+        )
+    return MINIMIND_3 if any(".q_norm." in key for key in state) else MINIMIND_2
+
+
+def own_names(config: dict) -> dict:
+    """A public config.json in our words; others stay as they are."""
+    config = {PUBLIC_NAMES.get(key, key): value for key, value in config.items()}
+    if patches := config.pop("image_token_len", None):
+        config["image_special_token"] = MINIMIND_3.eyes["image_token"] * patches
+        config["image_ids"] = [MINIMIND_3.placeholder] * patches
+    return config
