@@ -136,6 +136,11 @@ def find_part(part: str, flag: str | None, weights: Path | None, sidecar: dict, 
                 f"{sidecar_path(weights)} names the {part} {named}, and there is none\n"
                 f"(looked in {', '.join(map(str, places))}). Pass it with --{part}_path"
             )
+    if not folders and generation.hub and not Path(usual, file).is_file():
+        raise FileNotFoundError(
+            f"{weights} is a {generation.name}, whose {part} is not in {usual}.\n"
+            f"Fetch it from {generation.hub[part]}, or pass --{part}_path"
+        )
     return str(folders[0]) if folders else usual
 
 
@@ -209,9 +214,8 @@ def check_tokenizer(tokenizer, folder: str, saved: Pretrained) -> str:
     if saved.generation is MINIMIND_3:
         own, other, what = other, own, "an earlier generation (MiniMind2)"
     if not expected and sha256 == other:
-        raise ValueError(
-            f"{folder} holds the tokenizer of {what},\nnot that of {weights}. For that: {saved.generation.llm}"
-        )
+        where = saved.generation.hub.get("tokenizer", "python -m scripts.download --what llm")
+        raise ValueError(f"{folder} holds the tokenizer of {what},\nnot that of {weights}. For that: {where}")
     if len(tokenizer) != vocab_size:
         raise ValueError(
             f"{folder} has {len(tokenizer)} tokens, {weights} was trained with {vocab_size}: pass the --tokenizer_path "

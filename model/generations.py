@@ -18,7 +18,7 @@ class Generation:
     placeholder: int = 34  # the id of its placeholder in its public tokenizer
     tokenizer: str = "./model"  # where its parts usually are
     vision_model: str = DEFAULT_VISION_MODEL
-    llm: str = "python -m scripts.download --what llm"  # how to come by its tokenizer
+    hub: dict = field(default_factory=dict)  # where these are, if scripts.download does not fetch them
 
 
 MINIMIND_2 = Generation("MiniMind2-V")  # February 2025 to February 2026, and what this repository makes from nothing
@@ -39,7 +39,10 @@ MINIMIND_3 = Generation(  # since 2026-04-20
     placeholder=12,
     tokenizer="./model/minimind-3v",
     vision_model="./model/vision_model/siglip2-base-p32-256-ve",
-    llm="huggingface.co/jingyaogong/minimind-3v",
+    hub={
+        "tokenizer": "huggingface.co/jingyaogong/minimind-3v",
+        "vision_model": "huggingface.co/jingyaogong/siglip2-base-p32-256-ve",
+    },
 )
 
 # Of the configuration, what came with MINIMIND_3: the JSON of others does not mention it.

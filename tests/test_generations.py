@@ -285,6 +285,17 @@ def test_a_public_folder_is_read_by_the_names_of_its_configuration(tmp_path, pub
         build_model(parse_args(parts[2:]), folder)
 
 
+@pytest.mark.parametrize("part", ["tokenizer", "vision_model"])
+def test_a_part_that_is_not_where_it_usually_is_is_named_with_where_to_fetch_it(public, parts, part, monkeypatch):
+    path, _, _ = public()
+    monkeypatch.chdir(path.parent)
+    at = parts.index(f"--{part}_path")
+    with pytest.raises(
+        FileNotFoundError, match=f"is a minimind-3v, whose {part} is not in ./model/.*\nFetch it from hugg"
+    ):
+        build_model(parse_args(parts[:at] + parts[at + 2 :]), path)
+
+
 def test_a_language_model_of_it_gets_eyes(public):
     _, model, _ = public(sees=False)
     assert isinstance(model, MiniMindVLM) and model.config.projector == "mlp"
