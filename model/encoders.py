@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import CLIPVisionModel, SiglipVisionModel
 from transformers.utils import logging
 
@@ -44,7 +45,10 @@ def load_encoder(path):
                 if what := impostor(file):
                     raise ValueError(f"{file.name} {what}")
                 check_records(file)
-            model, info = tower.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
+            how = {"output_loading_info": True, "dtype": torch.float32}
+            if transformers.__version__.startswith("4."):  # which does not know the names that 5 saves towers under
+                how["key_mapping"] = {r"^(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.": r"vision_model.\1."}
+            model, info = tower.from_pretrained(path, **how)
         except Exception as error:  # safetensors, zip files and pickles each break in their own way
             reason = why_unreadable(error)
             raise ValueError(f"{path}: the weights cannot be read, download them anew ({reason})") from None
