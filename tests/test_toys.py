@@ -156,7 +156,7 @@ def test_every_toy_has_its_colour_and_stands_out(colour):
 
 def test_rows_go_through_the_ordinary_reader(folder, tokenizer):
     shape = ImageProcessor(64, (64, 64))
-    data = VLMDataset(folder / "val.jsonl", folder / "images", tokenizer, shape, 640, image_special_token=[34] * 16)
+    data = VLMDataset(folder / "val.jsonl", folder / "images", tokenizer, shape, 640, image_ids=[34] * 16)
     assert len(data) == 10 * VAL and not data.bad and not data.mended and data[0]["pictures"].shape == (1, 3, 64, 64)
 
 
