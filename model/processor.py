@@ -13,6 +13,7 @@ from transformers.image_utils import load_image, make_flat_list_of_images
 from .files import read_json as read_json
 from .processing import IMAGE_TAG, ImageProcessor
 from .rgb import to_rgb as to_rgb
+from .tokenizer import load_tokenizer as load_tokenizer
 
 # Chat templates put it into what people typed, so that a <|im_end|> there is no token that ends the turn. Private use:
 # it means nothing in any text, and is gone before the text becomes tokens.

@@ -22,7 +22,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 import eval_vlm
 import train_sft_vlm
 from inference.models import list_models
-from model import llava
+from model import export, llava
 from model.build import build_model
 from model.model_minimind import MiniMindForCausalLM
 from model.processing import encode_chat
@@ -600,3 +600,18 @@ def test_transformers_serve_answers_a_chat_as_eval_vlm_does(server, world, token
     lines = [line.decode().removeprefix("data: ") for line in post(stream=True) if line.startswith(b"data: {")]
     pieces = [json.loads(line)["choices"][0]["delta"].get("content") or "" for line in lines]
     assert "".join(pieces).strip() == ours and len(list(filter(None, pieces))) > 1
+
+
+@pytest.mark.parametrize("first", ["model_vlm.py", "processor.py"])
+def test_what_transformers_4_copies_is_all_that_is_needed(first):
+    """It copies what the first file of an exported folder imports, not what that imports in turn."""
+
+    def imports(name):
+        text = (Path(export.__file__).parent / name).read_text(encoding="utf-8")
+        return {f"{module}.py" for module in re.findall(r"(?m)^from \.(\w+) import", text)}
+
+    needed, more = imports(first), imports(first)
+    while more:
+        more = set().union(*map(imports, more)) - needed
+        needed |= more
+    assert needed - {first} <= imports(first) and needed <= {*export.CODE}
