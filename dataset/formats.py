@@ -167,9 +167,10 @@ def tar_rows(path: Path) -> Iterator[tuple[str, list[bytes]]]:
                     yield sample(fields, pictures)
                 name, fields, pictures = (folder, stem), {}, []
             content = tar.extractfile(member).read()
-            if re.fullmatch(r"(\d+\.)?(jpe?g|png|webp|gif|bmp)", kind.lower()):
+            number, _, last = kind.lower().rpartition(".")
+            if f".{last}" in SHOWN and (not number or number.isdigit()):
                 pictures.append(content)
-            elif f".{kind}".lower().endswith(SHOWN):  # a mask, say
+            elif f".{last}" in SHOWN:  # a mask, say
                 fields[kind.lower()] = b""
             else:
                 fields[kind.lower()] = content

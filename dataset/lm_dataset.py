@@ -4,8 +4,7 @@
                        {"role": "assistant", "content": "A cat."}], "image": "cat.jpg"}
 
 `VLMDataset` reads such rows, or those of any other shape (dataset/sources.py, dataset/shapes.py), checks them before
-the first step, and makes each a training example (dataset/examples.py). dataset/batches.py has
-batches of these.
+the first step, and makes each a training example (dataset/examples.py). Batches: dataset/batches.py.
 
 Shapes: T tokens, N pictures of a row, H and W pixels; P patches and V width of the encoder.
 """
@@ -164,9 +163,8 @@ class VLMDataset(torch.utils.data.Dataset):
         self.starts = np.array(self.starts)  # the first row of each source, in a count of usable rows and others
         self.rows, self.lengths = np.concatenate(rows), np.concatenate(lengths)
         self.groups = self._groups() if options.captions == "one" else None
-        firsts = np.arange(end) if self.groups is None else self.groups
         for of_path, (begin, end, weight) in zip(by_path, self.parts):
-            count = int(((begin <= firsts) & (firsts < end)).sum())
+            count = end - begin if self.groups is None else int(np.diff(np.searchsorted(self.groups, (begin, end)))[0])
             if count and not round(count * weight):
                 raise ValueError(f"--data_weights {weight}: of the {count} rows of {of_path[0].path} that is none")
         if self.bad and on_bad_row == "error":

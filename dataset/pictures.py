@@ -13,10 +13,10 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import requests
 from PIL import Image, UnidentifiedImageError
 
 from common.files import write_safely
+from common.web import fetch_pieces
 from dataset.remote import download, is_remote
 from dataset.values import BadRow
 from model.files import impostor
@@ -188,13 +188,10 @@ def fetch(url: str, folder: Path) -> Path:
     if path.is_file():
         return path
     content, deadline = bytearray(), time.monotonic() + SECONDS
-    with requests.get(url, timeout=SECONDS, stream=True) as answer:
-        answer.raise_for_status()
-        # read1: what is there, as a server may send a byte a minute
-        while chunk := answer.raw.read1(1 << 16, decode_content=True):
-            content += chunk
-            if len(content) > FETCHED or time.monotonic() > deadline:
-                raise ValueError(f"it takes more than {FETCHED >> 20} MB or {SECONDS} seconds to fetch")
+    for piece in fetch_pieces(url, SECONDS):
+        content += piece
+        if len(content) > FETCHED or time.monotonic() > deadline:
+            raise ValueError(f"it takes more than {FETCHED >> 20} MB or {SECONDS} seconds to fetch")
     with Image.open(BytesIO(content)):  # raises where a page of a web server came in its place, which is not kept
         write_safely(path, lambda file: file.write(content))
     return path

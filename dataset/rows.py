@@ -117,6 +117,11 @@ def from_json(text: str, pairs_hook=None):
     return value
 
 
+def with_pictures(record, pictures: list[bytes] | None):
+    """A record with the contents of pictures that lie beside it, as in a tar."""
+    return record | {"image": pictures} if pictures else record
+
+
 def parse_line(line: str, number: int = 0, options: ReadOptions = DEFAULT, pictures=None) -> list[Row]:
     """A record as JSON, and the contents of pictures that come with it → its rows. Raises BadRow."""
     twice = []
@@ -126,10 +131,10 @@ def parse_line(line: str, number: int = 0, options: ReadOptions = DEFAULT, pictu
         twice.extend(record if len(record) < len(pairs) else ())
         return record
 
-    record = from_json(line, noting)
+    record = with_pictures(from_json(line, noting), pictures)
     if not isinstance(record, dict):
         raise BadRow("key", f'expected an object, {{...}}, not {type(record).__name__}: no "conversations" list')
-    rows = rows_of(record | ({"image": pictures} if pictures else {}), number, options)
+    rows = rows_of(record, number, options)
     return [replace(row, mended=row.mended or "twice") for row in rows] if twice else rows
 
 

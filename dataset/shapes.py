@@ -44,16 +44,8 @@ CAPTIONS = ("caption", "captions", "text", "txt")
 CHOICES = ("choices", "options")
 LETTERS = re.compile(r"(choice|option)_?[a-h]|[A-H]")  # columns of a choice each
 NOT_LEARNED = ("chosen", "rejected", "rejected_response", "kto_tag")  # of rows that also show what is wrong
-BESIDE = (
-    "system",
-    "tools",
-    "history",
-    "input",
-    "label",
-    *CHOICES,
-    *NOT_LEARNED,
-    "kind",
-)  # columns that are read beside these
+# Columns that are read beside these.
+BESIDE = ("system", "tools", "history", "input", "label", *CHOICES, *NOT_LEARNED, "kind")
 # What is asked about a picture that has a caption and no question.
 PROMPTS = {
     "en": ("What is in this picture?", "Describe this picture.", "Describe the picture in one sentence."),
@@ -208,14 +200,10 @@ def check_unread(row: dict, shape: Shape, pictures: list, chats: list[list[dict]
         if not empty(row[name]) and (second or not pictures):
             raise BadRow("key", f'"{name}" is not read, pictures are from "image": rename it, or leave it out')
     for turn in chats[0]:
-        if (
-            tag := FOREIGN_TAG.search(turn["content"])
-            if turn["role"] == "user" or "<bbox>" in turn["content"]
-            else None
-        ):
-            raise BadRow(
-                "count", f"{tag[0].strip()} in the text is not read; where a picture belongs, write {IMAGE_TAG}"
-            )
+        tag = FOREIGN_TAG.search(turn["content"])
+        if tag and (turn["role"] == "user" or "<bbox>" in turn["content"]):
+            where = f"where a picture belongs, write {IMAGE_TAG}"
+            raise BadRow("count", f"{tag[0].strip()} in the text is not read; {where}")
     if pictures:
         return
     for name in ("image_id", "imageId", "img_id"):

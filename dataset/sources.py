@@ -27,7 +27,7 @@ import pyarrow as pa
 from dataset.formats import TABLES, open_table, suffix
 from dataset.pictures import Folder, Zip, fetch, is_url, open_pictures, pictures_beside
 from dataset.remote import download, is_remote, list_remote
-from dataset.rows import Row, from_json, inline_place, parse_line, rows_of
+from dataset.rows import Row, from_json, inline_place, parse_line, rows_of, with_pictures
 from dataset.shapes import DEFAULT, ReadOptions, normal, shape_of
 from dataset.values import BadRow
 from model.files import impostor
@@ -109,7 +109,7 @@ class Source:
         if latest != number:
             (record,) = self.records[number].to_pylist()
             if self.is_json:
-                record = from_json(record["text"]) | ({"image": record["pictures"]} if record.get("pictures") else {})
+                record = with_pictures(from_json(record["text"]), record.get("pictures"))
             pictures = normal(record, self.options).pictures
             self.latest = number, pictures  # both at once, as threads may read too
         return pictures

@@ -66,9 +66,8 @@ class Written:
             for picture in row.pop("images"):
                 names.append(f"{self.folder.name}/{picture['path']}")
                 if not (self.folder / picture["path"]).is_file():
-                    (self.folder / ".part").write_bytes(
-                        picture["bytes"]
-                    )  # `write_safely` looks for leftovers, each time
+                    # Not by `write_safely`, which looks for leftovers in the whole folder, each time.
+                    (self.folder / ".part").write_bytes(picture["bytes"])
                     (self.folder / ".part").replace(self.folder / picture["path"])
             image = {"image": names[0] if len(names) == 1 else names} if names else {}
             file.write((json.dumps({"id": row["id"]} | image | row, ensure_ascii=False) + "\n").encode())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from common.web import fetch_pieces
 from model.files import impostor
 from model.processing import ImageProcessor
 
@@ -36,29 +37,14 @@ LARGEST, LONGEST, SILENT = 50 * 10**6, 60, 20
 
 def fetch_picture(url: str) -> BytesIO:
     """What an address holds. Raises ValueError, without the address, for more than LARGEST or LONGEST, or nothing."""
-    import requests  # here: only an address needs it
-
-    late = time.monotonic() + LONGEST
-    # A server that packs what is packed already could make of 50 MB any number of them.
-    headers = {"User-Agent": "MiniMind-V eval_vlm.py", "Accept-Encoding": "identity"}
-    try:
-        with requests.get(url, stream=True, timeout=SILENT, headers=headers) as response:
-            if not response.ok:
-                raise ValueError(f"the server answers {response.status_code} {response.reason}")
-            data = BytesIO()
-            for chunk in response.iter_content(2**16):
-                if data.tell() + len(chunk) > LARGEST:
-                    raise ValueError(f"it is larger than {LARGEST // 10**6} MB")
-                if time.monotonic() > late:
-                    raise ValueError(f"it takes longer than {LONGEST} s")
-                data.write(chunk)
-            return data
-    except requests.Timeout:
-        raise ValueError(f"the server is silent for {SILENT} s") from None
-    except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
-        raise ValueError("the server cannot be reached, or broke off") from None
-    except requests.RequestException as error:
-        raise ValueError(str(error)) from None
+    late, data = time.monotonic() + LONGEST, BytesIO()
+    for piece in fetch_pieces(url, SILENT):
+        if data.tell() + len(piece) > LARGEST:
+            raise ValueError(f"it is larger than {LARGEST // 10**6} MB")
+        if time.monotonic() > late:
+            raise ValueError(f"it takes longer than {LONGEST} s")
+        data.write(piece)
+    return data
 
 
 def open_image(path, processor: ImageProcessor, flag: str = "--image") -> Image.Image:
