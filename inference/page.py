@@ -6,6 +6,7 @@ folder that goes with the process.
 
 import argparse
 import html
+import os
 import threading
 import traceback
 from contextlib import contextmanager
@@ -279,7 +280,11 @@ def serve(args):
     torch.manual_seed(args.seed)
     models = list(dict.fromkeys([find_models(args)[0], *list_models(args.out_dir)]))
     page = build_page(args, models)
+    # Gradio asks its own page once before it goes on: not through a proxy of the machine,
+    direct = {args.host, "localhost", *os.environ.get("no_proxy", os.environ.get("NO_PROXY", "localhost")).split(",")}
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(sorted(direct))
     _, address, _ = page.launch(
+        _frontend=False,  # and not a second time with only 3 seconds to answer: a busy machine needs longer
         prevent_thread_lock=True,
         server_name=args.host,
         server_port=args.port,

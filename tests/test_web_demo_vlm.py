@@ -372,6 +372,18 @@ def test_the_smallest_values_that_flags_take_are_ones_the_page_takes(out, world)
         assert "⚠️" not in visitor.title
 
 
+def test_the_page_starts_behind_a_proxy_and_on_a_busy_machine(out, monkeypatch):
+    """A proxy that does not answer, and a look at the page that came too late."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "example.com")
+    monkeypatch.setattr(gr.networking, "url_ok", lambda url: False)
+    with serve(flags(out)) as (_, address):
+        assert Visitor(address).ask("What?", length=3)
+    assert os.environ["no_proxy"].split(",") == ["127.0.0.1", "example.com", "localhost"]
+
+
 def test_an_answer_ends_when_its_time_is_over(out, world):
     with serve(flags(out, "--max_seconds", "0.5")) as (_, address):
         visitor = Visitor(address)
