@@ -3,6 +3,7 @@
 Read the weights and what they know of themselves, plan the model that flags and weights make together, build it.
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from model.encoders import measure
+from model.families import FAMILIES, family_of, vision_config
 from model.files import read_json
 from model.generations import MINIMIND_2, MINIMIND_3, Generation, generation_of
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -34,7 +37,7 @@ LATER_TOKENIZER = "71f32c68cf63a15355a8fc171b7594b3d41870fe0ddb54fc6aefa55f73a4a
 ROOT = Path(__file__).parent.parent  # of the repository
 PARTS = {"tokenizer": "tokenizer.json", "vision_model": "config.json"}  # beside weights; what tells such a folder
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-FOLLOWS = ("image_special_token", "image_ids", "ve_hidden_size", "projector", "dropout")  # of encoder and flags
+FOLLOWS = ("image_special_token", "image_ids", "ve_hidden_size", "projector", "spatial_merge_size", "dropout")
 CAUSES = (  # what a misfit is likely to come from
     (r"embed_tokens\.weight is", "another hidden_size or vocabulary"),
     (r"mlp\.(gate\.|experts|shared_experts)", "one is a mixture of experts, the other dense"),
@@ -149,7 +152,7 @@ def inside(weights: Path, part: str) -> list[Path]:
     if part == "tokenizer":
         return [weights] if (weights / "tokenizer.json").is_file() else []
     found = [(path.parent, str(read_json(path).get("model_type"))) for path in weights.glob("*/config.json")]
-    return [folder for folder, kind in found if "clip" in kind or "siglip" in kind]
+    return [folder for folder, kind in found if family_of(kind)]
 
 
 # ---------------------------------------------------------------------------- 2. what flags and weights make together
@@ -178,7 +181,8 @@ def plan_config(args, saved: Pretrained, encoder: str | None, training: bool) ->
     architecture = plan_architecture(args, saved, training) | {"dropout": args.dropout if training else 0.0}
     if encoder is None:
         return MiniMindConfig(**architecture)
-    config = VLMConfig.for_encoder(encoder, **architecture, **saved.generation.eyes)
+    merge = plan_merge(args, saved, encoder, training)
+    config = VLMConfig.for_encoder(encoder, spatial_merge_size=merge, **architecture, **saved.generation.eyes)
     patches, expected = len(config.image_ids), saved.config.get("image_special_token", "").count(config.image_token)
     if expected and patches != expected:
         raise ValueError(
@@ -186,6 +190,36 @@ def plan_config(args, saved: Pretrained, encoder: str | None, training: bool) ->
             "pass the --vision_model_path that belongs to the weights"
         )
     return config
+
+
+def plan_merge(args, saved: Pretrained, encoder: str, training: bool) -> int:
+    """How many patches, in each direction, become one token: --image_tokens says so of a new projector. ValueError for
+    an encoder that weights without JSON cannot have seen with, or a number of tokens that there is no way to."""
+    side, _, width = measure(encoder)
+    merge, new = 1, args.image_tokens if training else None
+    if any(key.startswith("vision_proj.") for key in saved.state):
+        kind = vision_config(encoder)["model_type"]
+        if kind != saved.generation.family and not saved.sidecar["vision_model"].get("sha256"):
+            wanted, given = FAMILIES[saved.generation.family].name, FAMILIES[kind].name
+            raise ValueError(
+                f"{encoder} holds a {given}: the model was made for a {wanted}, pass its --vision_model_path"
+            )
+        columns = saved.state.get("vision_proj.vision_proj.0.weight", torch.empty(1, width)).shape[1]
+        merge = max(math.isqrt(columns // width), 1)
+        if new and (side // merge) ** 2 != new:
+            raise ValueError(
+                f"--image_tokens {new}: the projector of {saved.path} makes {(side // merge) ** 2} tokens of a\n"
+                "picture, and is what learned to. Leave the flag out, or start from the llm"
+            )
+    elif new:
+        possible = {(side // merge) ** 2: merge for merge in range(1, side + 1) if side % merge == 0}
+        if new not in possible:
+            raise ValueError(
+                f"--image_tokens {new}: {encoder} sees {side} x {side} patches, which merge into\n"
+                f"{', '.join(map(str, sorted(possible)))} tokens"
+            )
+        merge = possible[new]
+    return merge
 
 
 def plan_architecture(args, saved: Pretrained, training: bool) -> dict:

@@ -1,23 +1,29 @@
-"""The frozen vision tower of a folder, CLIP's or SigLIP's. Shipped with exported folders."""
+"""The frozen vision tower of a folder, of any family of families.py. Shipped with exported folders."""
 
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import CLIPVisionModel, SiglipVisionModel
 from transformers.utils import logging
 
-from .files import check_records, impostor, read_json, vision_config, why_unreadable
+from .families import FAMILIES, vision_config
+from .files import check_records, impostor, why_unreadable
+from .processing import ImageProcessor
 
 
-def is_siglip(folder) -> bool:
-    return "siglip" in str(read_json(Path(folder) / "config.json").get("model_type"))
+def measure(folder) -> tuple[int, int, int]:
+    """Of an encoder's folder: patches on a side of its square, register tokens, width V."""
+    vision = vision_config(folder)
+    size = vision["image_size"]
+    if FAMILIES[vision["model_type"]].any_size:  # DINOv2 was trained on 518 pixels, and is given 224
+        size = ImageProcessor.from_pretrained(folder).crop_size[0]
+    return size // vision["patch_size"], vision["num_register_tokens"], vision["hidden_size"]
 
 
 @contextmanager
 def quiet_transformers():
-    """A whole CLIP is loaded for its vision half: the page of unexpected text weights is expected."""
+    """Of a whole CLIP the vision half is loaded: the page of unexpected text weights is expected."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -29,16 +35,27 @@ def quiet_transformers():
             logging.enable_progress_bar()
 
 
-def load_encoder(path):
-    """The frozen vision tower of a CLIP or SigLIP folder in fp32.
+def unnormed(module, inputs, output) -> torch.Tensor:
+    return inputs[0]
+
+
+def load_encoder(path, normed: bool = False):
+    """The frozen vision tower of a folder in fp32. Its last_hidden_state is normed only if so.
 
     Raises FileNotFoundError if the folder is none, ValueError if its weights do not fill the tower.
     """
-    vision_config(path)
+    vision, given = vision_config(path), ImageProcessor.from_pretrained(path).crop_size
+    kind, edge = vision["model_type"], vision["image_size"]
+    family = FAMILIES[kind]
+    if given != (edge, edge) and not family.any_size:
+        raise ValueError(
+            f"{path}/preprocessor_config.json gives pictures of {' x '.join(map(str, given))} pixels, and\n"
+            f"its config.json wants {edge} x {edge}: take both from the same place"
+        )
     files = [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]
     if not files:
         raise FileNotFoundError(f"--vision_model_path {path}: no model.safetensors or pytorch_model.bin there")
-    tower = SiglipVisionModel if is_siglip(path) else CLIPVisionModel
+    tower = getattr(transformers, family.tower)
     with quiet_transformers():
         try:
             for file in files:
@@ -46,7 +63,12 @@ def load_encoder(path):
                     raise ValueError(f"{file.name} {what}")
                 check_records(file)
             how = {"output_loading_info": True, "dtype": torch.float32}
-            if transformers.__version__.startswith("4."):  # which does not know the names that 5 saves towers under
+            if kind == "vit":
+                how["add_pooling_layer"] = False  # which some folders lack, and nobody needs
+            if kind == "aimv2":
+                how["key_mapping"] = {r"^vision_model\.": ""}  # of a whole one
+            if transformers.__version__.startswith("4.") and kind in ("clip", "siglip"):
+                # It does not know the names that 5 saves these towers under.
                 how["key_mapping"] = {r"^(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.": r"vision_model.\1."}
             model, info = tower.from_pretrained(path, **how)
         except Exception as error:  # safetensors, zip files and pickles each break in their own way
@@ -60,6 +82,9 @@ def load_encoder(path):
     for key, value in model.state_dict().items():
         if not value.isfinite().all():
             raise ValueError(f"{path}: {key} holds NaN or infinite values. Download the encoder anew")
+    if family.norm and not normed:
+        # A stock LLaVA takes the features from the last block, too: so the export computes the same.
+        getattr(getattr(model, "vision_model", model), family.norm).register_forward_hook(unnormed)
     # Frozen: CLIP learned from 400 million pictures, and our few would sooner spoil that. Frozen weights need no
     # gradients, and their features never change, so --cache_features computes them once for all epochs.
     return model.requires_grad_(False).eval()

@@ -5,19 +5,31 @@ Weights are safetensors; the tokenizer knows the chat format; the encoder and it
 
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import safetensors.torch
 import torch
+from transformers import PretrainedConfig
 
 import model as model_package
 from common.files import write_json, write_safely
+from model.families import family_of
 from model.processing import DEFAULT_SYSTEM, IMAGE_TAG, NO_THOUGHT
 from model.processor import HIDE
 from model.weights import STAGES, save_weights, weights_name
 
 CODE = ("model_vlm.py", "model_minimind.py", "config.py", "attention.py", "feed_forward.py")
-CODE += ("encoders.py", "tokenizer.py", "processing.py", "processor.py", "rgb.py", "files.py", "defaults.py")
+CODE += (
+    "encoders.py",
+    "families.py",
+    "tokenizer.py",
+    "processing.py",
+    "processor.py",
+    "rgb.py",
+    "files.py",
+    "defaults.py",
+)
 AUTO_MAP = {
     "AutoConfig": "model_vlm.VLMConfig",
     "AutoModelForCausalLM": "model_vlm.MiniMindVLM",
@@ -112,25 +124,34 @@ def token_ids(tokenizer) -> dict[str, int]:
 # ---------------------------------------------------------------------------- the encoder
 
 
-def clip_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The vision tower under the names of CLIP's files, which not all versions of Transformers use in memory."""
+def encoder_state(encoder) -> dict[str, torch.Tensor]:
+    """The vision tower under the names of files, which not all versions of Transformers use in memory."""
+    if family_of(encoder.config.model_type).renamed:
+        with tempfile.TemporaryDirectory() as temporary:
+            encoder.save_pretrained(temporary)
+            return safetensors.torch.load_file(Path(temporary) / "model.safetensors")
+    return prefixed(encoder.state_dict())
+
+
+def prefixed(state: dict) -> dict[str, torch.Tensor]:
+    """A CLIP or SigLIP under the names of its files."""
     named = {"vision_model." + re.sub(r"^vision_model\.", "", key): value for key, value in state.items()}
     return {key: value for key, value in named.items() if "position_ids" not in key}  # a buffer
 
 
 def encoder_config(encoder) -> dict:
-    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels")
-    fields += ("image_size", "patch_size", "hidden_act", "layer_norm_eps", "projection_dim", "vision_use_head")
-    config = {"model_type": encoder.config.model_type}
-    return config | {key: getattr(encoder.config, key) for key in fields if hasattr(encoder.config, key)}
+    """Its config.json: what its class has beyond all others, but for training and for what a backbone gives."""
+    skip, known = re.compile("_|initializer|out_|stage_|.*drop"), encoder.config.to_dict()
+    common = PretrainedConfig().to_dict()
+    known = {key: value for key, value in known.items() if key not in common and not skip.match(key)}
+    return {"model_type": encoder.config.model_type} | known
 
 
 def write_encoder(folder: Path, state: dict, config: dict, preprocessor: dict) -> None:
     """A folder for --vision_model_path."""
-    tower = "SiglipVisionModel" if "siglip" in config["model_type"] else "CLIPVisionModel"
     folder.mkdir()
-    write_weights(folder / "model.safetensors", clip_names(state))
-    write_json(folder / "config.json", {"architectures": [tower]} | config)
+    write_weights(folder / "model.safetensors", state)
+    write_json(folder / "config.json", {"architectures": [family_of(config["model_type"]).tower]} | config)
     write_json(folder / "preprocessor_config.json", preprocessor)
 
 
@@ -141,7 +162,7 @@ def write_parts(folder: Path, model, tokenizer, tokenizer_path) -> None:
     write_tokenizer_config(folder, tokenizer.pad_token, thinks)
     eyes = model.vision_encoder
     description = encoder_config(eyes), model.processor.to_dict()
-    write_encoder(folder / "vision_encoder", eyes.state_dict(), *description)
+    write_encoder(folder / "vision_encoder", encoder_state(eyes), *description)
 
 
 # ---------------------------------------------------------------------------- our architecture

@@ -68,21 +68,3 @@ def check_records(path: Path) -> None:
                 raise ValueError(f"{record.filename} in it says to be larger than the file")
         if damaged := records.testzip():
             raise ValueError(f"{damaged} in it is damaged, its checksum is another. Fetch or copy the file again")
-
-
-def vision_config(folder) -> dict:
-    """The vision half of an encoder's config.json: `image_size`, `patch_size`, `hidden_size` (pixels, width)."""
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"--vision_model_path {folder}: no config.json there, as a CLIP folder has.\n"
-            "For the public one: python -m scripts.download --what clip"
-        )
-    config = read_json(path)
-    vision = config.get("vision_config", config)
-    patch = 16 if "siglip" in str(config.get("model_type")) else 32
-    base = {"image_size": 224, "patch_size": patch, "hidden_size": 768}  # what Transformers leaves out as default
-    vision = base | {key: vision[key] for key in base if key in vision}
-    for key, value in vision.items():
-        check_number(path, key, value, 1, 100_000)
-    return vision

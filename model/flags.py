@@ -9,7 +9,7 @@ def add_parts_arguments(parser, sees: bool = True) -> None:
     default = "default: that of the weights, else {}"
     add("--tokenizer_path", metavar="DIR", help="folder with tokenizer.json; " + default.format("./model"))
     if sees:
-        add("--vision_model_path", metavar="DIR", help="CLIP folder; " + default.format(DEFAULT_VISION_MODEL))
+        add("--vision_model_path", metavar="DIR", help="folder of an encoder; " + default.format(DEFAULT_VISION_MODEL))
 
 
 def add_model_arguments(parser, sees: bool = True) -> None:

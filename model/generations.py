@@ -15,6 +15,7 @@ class Generation:
     name: str
     decoder: dict = field(default_factory=dict)  # arguments of `MiniMindConfig`, where they are not its defaults
     eyes: dict = field(default_factory=dict)  # arguments of `VLMConfig.for_encoder`, likewise
+    family: str = "clip"  # of its encoder, see families.py
     placeholder: int = 34  # the id of its placeholder in its public tokenizer
     tokenizer: str = "./model"  # where its parts usually are
     vision_model: str = DEFAULT_VISION_MODEL
@@ -36,6 +37,7 @@ MINIMIND_3 = Generation(  # since 2026-04-20
         "seq_aux": False,
     },
     eyes={"projector": "mlp", "image_token": "<|image_pad|>"},
+    family="siglip",
     placeholder=12,
     tokenizer="./model/minimind-3v",
     vision_model="./model/vision_model/siglip2-base-p32-256-ve",

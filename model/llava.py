@@ -1,6 +1,6 @@
 """A MiniMind-V as a stock LLaVA of Transformers, and back, computing the same. Used by scripts.convert_vlm.
 
-LLaVA is ours in other words: a CLIP tower, a projector, a language model. Dense, that is a Llama; with experts a
+LLaVA is ours in other words: a vision tower, a projector, a language model. Dense, that is a Llama; with experts a
 GraniteMoeShared, whose softmax over the k best scores is our softmax over all, made to sum to 1 over these.
 
 Shapes: D hidden_size, I intermediate_size, E experts, S shared experts.
@@ -16,7 +16,16 @@ import torch
 import torch.nn.functional as F
 
 from common.files import write_json
-from model.export import clip_names, encoder_config, token_ids, write_encoder, write_tokenizer_config, write_weights
+from model.export import (
+    encoder_config,
+    encoder_state,
+    prefixed,
+    token_ids,
+    write_encoder,
+    write_tokenizer_config,
+    write_weights,
+)
+from model.families import family_of
 from model.files import read_json
 from model.model_minimind import MiniMindConfig
 from model.processing import IMAGE_TAG
@@ -36,6 +45,8 @@ def llava_config(model, tokenizer) -> dict:
         raise ValueError(
             "--to llava: no stock LLaVA is a minimind-3v, with its norms and projector.\nUse --to transformers"
         )
+    if config.spatial_merge_size > 1:
+        raise ValueError("--to llava: no stock LLaVA merges patches, as --image_tokens does.\nUse --to transformers")
     text = {key: getattr(config, key) for key in SAME_FIELDS} | token_ids(tokenizer)
     text |= {"vocab_size": config.vocab_size + 1, "rope_theta": config.rope_theta, "tie_word_embeddings": True}
     if not config.use_moe:
@@ -67,10 +78,15 @@ def llava_config(model, tokenizer) -> dict:
         "projector_hidden_act": "linear",
         "multimodal_projector_bias": True,
         "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "default",
+        "vision_feature_select_strategy": strategy(model.vision_encoder),
         "tie_word_embeddings": True,
         **token_ids(tokenizer),
     }
+
+
+def strategy(encoder) -> str:
+    """LLaVA's word for which features it takes: all but the first, or all."""
+    return "default" if family_of(encoder.config.model_type).class_token else "full"
 
 
 # ---------------------------------------------------------------------------- weights
@@ -164,18 +180,24 @@ def write_llava(folder: Path, model, tokenizer, tokenizer_path, sidecar: dict) -
     edit_tokenizer(Path(tokenizer_path), folder, change)
     write_tokenizer_config(folder, tokenizer.pad_token)
     state = to_llava(model.text_state_dict(), model.config)
-    eyes = clip_names(model.vision_encoder.state_dict())
+    eyes = encoder_state(model.vision_encoder)
+    if config["vision_config"]["model_type"] == "vit":  # LLaVA's has a pooler, which it does not use
+        width = config["vision_config"]["hidden_size"]
+        eyes |= {"pooler.dense.weight": torch.zeros(width, width), "pooler.dense.bias": torch.zeros(width)}
     write_weights(folder / "model.safetensors", state | {f"vision_tower.{key}": value for key, value in eyes.items()})
     write_json(folder / "config.json", config)
     suppress = {"max_new_tokens": 512, "suppress_tokens": [image["id"]]}
     write_json(folder / "generation_config.json", token_ids(tokenizer) | suppress)
     write_json(folder / "preprocessor_config.json", model.processor.to_dict())
+    # It counts the patches itself; what else its tower gives, it is told.
+    extra = family_of(config["vision_config"]["model_type"]).class_token
+    extra += config["vision_config"].get("num_register_tokens", 0)
     processor = {
         "processor_class": "LlavaProcessor",
         "image_token": IMAGE_TAG,
         "patch_size": config["vision_config"]["patch_size"],
-        "num_additional_image_tokens": 1,
-        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": extra,
+        "vision_feature_select_strategy": strategy(model.vision_encoder),
     }
     write_json(folder / "processor_config.json", processor)
 
@@ -216,10 +238,15 @@ def unpack_llava(folder: Path, to: Path) -> None:
     write_json(to / "config.json", config)
     state = read_weights(folder)
     write_weights(to / "model.safetensors", from_llava(state, config))
-    eyes = {key.removeprefix("vision_tower."): value for key, value in state.items() if key.startswith("vision_tower.")}
+    tower = "vision_tower."
+    eyes = {key.removeprefix(tower): value for key, value in state.items() if key.startswith(tower)}
+    eyes = {key: value for key, value in eyes.items() if not key.startswith("pooler.")}
     path = folder / "preprocessor_config.json"  # Transformers 5, saving again, has it in another file
     pixels = read_json(path) if path.is_file() else read_json(folder / "processor_config.json")["image_processor"]
-    write_encoder(to / "vision_encoder", eyes, llava["vision_config"], pixels)
+    kind = llava["vision_config"]["model_type"]
+    write_encoder(
+        to / "vision_encoder", eyes if family_of(kind).renamed else prefixed(eyes), llava["vision_config"], pixels
+    )
     if (folder / SIDECAR).is_file():
         write_json(to / SIDECAR, read_json(folder / SIDECAR) | {"tokenizer": {"sha256": tokenizer_hash(to)}})
 

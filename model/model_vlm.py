@@ -1,15 +1,16 @@
-"""MiniMind that sees: a frozen CLIP vision tower, one linear layer, and the MiniMind decoder.
+"""MiniMind that sees: a frozen vision tower, CLIP's by default, one linear layer, and the MiniMind decoder.
 
     picture ── CLIP ViT (frozen) ── P patch features ── VisionProj ── P vectors of width D ─┐
                                                                                             ▼ overwrite
     text ── "@"·P + "\\nWhat is this?" ── input_ids ── embed_tokens ── hidden states ── decoder ── logits
 
 Shapes: B batch, T tokens, N pictures, P patches (= placeholders) per picture, H and W pixels, D hidden_size,
-V the encoder's width.
+V the encoder's width, S spatial_merge_size.
 
 Reading path, 5 of 10; next: model/processing.py
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -21,9 +22,10 @@ from transformers.utils import cached_file
 from .attention import Attention as Attention
 from .config import MiniMindConfig
 from .defaults import DEFAULT_VISION_MODEL
-from .encoders import is_siglip, load_encoder
+from .encoders import load_encoder, measure
+from .families import family_of
 from .feed_forward import FeedForward as FeedForward
-from .files import vision_config
+from .files import read_json as read_json
 from .model_minimind import MiniMindForCausalLM, MiniMindOutput, as_cache
 from .processing import ImageProcessor
 from .rgb import to_rgb as to_rgb
@@ -35,7 +37,7 @@ ENCODER_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 class VLMConfig(MiniMindConfig):
     """The decoder's configuration plus how a picture stands in the text: `len(image_ids)` times one token.
 
-    image_special_token: the text of these tokens; projector: see `VisionProj`.
+    image_special_token: the text of these tokens; projector, spatial_merge_size: see `VisionProj`.
     """
 
     model_type = "minimind-v"
@@ -46,6 +48,7 @@ class VLMConfig(MiniMindConfig):
         image_ids: list[int] | None = None,
         ve_hidden_size: int = 768,
         projector: str = "linear",
+        spatial_merge_size: int = 1,
         **kwargs,
     ):
         # CLIP ViT-B/16 cuts 224 x 224 pixels into 16 x 16 patches: 14 * 14 = 196 patches, so a picture is 196 tokens.
@@ -55,7 +58,7 @@ class VLMConfig(MiniMindConfig):
         self.ve_hidden_size = ve_hidden_size  # V
         if projector not in ("linear", "mlp"):
             raise ValueError(f"projector={projector!r} is not known; there are 'linear' and 'mlp'")
-        self.projector = projector
+        self.projector, self.spatial_merge_size = projector, spatial_merge_size
         if len(set(self.image_ids)) != 1 or self.image_token * len(self.image_ids) != image_special_token:
             raise ValueError(
                 f"image_ids must be one id, once per placeholder: got {len(self.image_ids)} ids of "
@@ -68,31 +71,60 @@ class VLMConfig(MiniMindConfig):
         """The text of one placeholder."""
         return self.image_special_token[: len(self.image_special_token) // len(self.image_ids)]
 
+    @property
+    def patches(self) -> int:
+        """Features of a picture, before the projector merges some."""
+        return len(self.image_ids) * self.spatial_merge_size**2
+
     @classmethod
-    def for_encoder(cls, folder, placeholder_id: int = 34, image_token: str = "@", **kwargs) -> "VLMConfig":
-        """The configuration that fits an encoder: one placeholder per patch, V the width of its vision tower."""
-        vision = vision_config(folder)
-        patches = (vision["image_size"] // vision["patch_size"]) ** 2
-        return cls(image_token * patches, [placeholder_id] * patches, vision["hidden_size"], **kwargs)
+    def for_encoder(
+        cls, folder, placeholder_id: int = 34, image_token: str = "@", spatial_merge_size: int = 1, **kwargs
+    ) -> "VLMConfig":
+        """The configuration that fits an encoder: V its width, one placeholder for each vector that it gives.
+
+        spatial_merge_size: S · S patches become one. What DINO keeps in register tokens, which have no place in the
+        picture, is seen too, unless patches are merged.
+        """
+        side, registers, width = measure(folder)
+        tokens = (side // spatial_merge_size) ** 2 + registers * (spatial_merge_size == 1)
+        about = {"ve_hidden_size": width, "spatial_merge_size": spatial_merge_size}
+        return cls(image_token * tokens, [placeholder_id] * tokens, **about, **kwargs)
 
 
 class VisionProj(nn.Module):
-    """From the encoder's width to the decoder's: "linear" is one layer, "mlp" a norm and two (MiniMind-3)."""
+    """From the encoder's width to the decoder's: "linear" is one layer, "mlp" a norm and two (MiniMind-3).
 
-    def __init__(self, ve_hidden_size: int = 768, hidden_size: int = 512, kind: str = "linear"):
+    spatial_merge_size: S · S neighbouring patches become one vector first, so that a picture takes fewer tokens.
+    """
+
+    def __init__(
+        self, ve_hidden_size: int = 768, hidden_size: int = 512, kind: str = "linear", spatial_merge_size: int = 1
+    ):
         super().__init__()
+        self.spatial_merge_size = spatial_merge_size
+        width = ve_hidden_size * spatial_merge_size**2
         if kind == "mlp":
-            first, second = nn.Linear(ve_hidden_size, hidden_size), nn.Linear(hidden_size, hidden_size)
-            self.mlp = nn.Sequential(nn.LayerNorm(ve_hidden_size), first, nn.GELU(), second)
+            first, second = nn.Linear(width, hidden_size), nn.Linear(hidden_size, hidden_size)
+            self.mlp = nn.Sequential(nn.LayerNorm(width), first, nn.GELU(), second)
         else:
             # CLIP was trained to match pictures with captions, so its features are close to language. One linear layer
             # is enough to translate them into vectors that the decoder reads like words.
-            self.vision_proj = nn.Sequential(nn.Linear(ve_hidden_size, hidden_size))
+            self.vision_proj = nn.Sequential(nn.Linear(width, hidden_size))
 
     def forward(self, image_encoders):
         (layers,) = self.children()
         dtype = layers[0].weight.dtype  # half in a half model, whose encoder stays in fp32
-        return layers(image_encoders.to(dtype))  # (..., V) → (..., D)
+        return layers(self.merge(image_encoders.to(dtype)))  # (..., P, V) → (..., P / S², D)
+
+    def merge(self, features):
+        """(..., P, V) → (..., P / S², S² · V): the patches of a block one after the other, row by row."""
+        S = self.spatial_merge_size
+        if S == 1:
+            return features
+        side = math.isqrt(features.shape[-2])
+        patches = features[..., -side * side :, :]  # without registers
+        blocks = patches.unflatten(-2, (side // S, S, side // S, S)).transpose(-4, -3)  # (..., row, column, S, S, V)
+        return blocks.flatten(-3).flatten(-3, -2)
 
 
 class MiniMindVLM(MiniMindForCausalLM):
@@ -101,33 +133,31 @@ class MiniMindVLM(MiniMindForCausalLM):
     config_class = VLMConfig
 
     def __init__(self, params: VLMConfig | None = None, vision_model_path: str | Path | None = DEFAULT_VISION_MODEL):
-        """vision_model_path: a CLIP folder, whole or vision tower only; None builds the model without eyes."""
+        """vision_model_path: an encoder's folder, whole or vision tower only; None builds the model without eyes."""
         config = params or VLMConfig()
         super().__init__(config)
-        self.vision_proj = VisionProj(config.ve_hidden_size, config.hidden_size, config.projector)
+        self.vision_proj = VisionProj(
+            config.ve_hidden_size, config.hidden_size, config.projector, config.spatial_merge_size
+        )
         self.vision_encoder = self.processor = None
         if vision_model_path is not None:  # after post_init, which would initialise the encoder anew
             self.load_vision_encoder(vision_model_path)
 
     def load_vision_encoder(self, path) -> None:
         """Gives the model its eyes. Raises ValueError if the encoder's shape is not the one in the config."""
-        vision = vision_config(path)
-        patches = (vision["image_size"] // vision["patch_size"]) ** 2
-        if (patches, vision["hidden_size"]) != (len(self.config.image_ids), self.config.ve_hidden_size):
+        fits = VLMConfig.for_encoder(path, spatial_merge_size=self.config.spatial_merge_size)
+        if (len(fits.image_ids), fits.ve_hidden_size) != (len(self.config.image_ids), self.config.ve_hidden_size):
             raise ValueError(
-                f"{path} gives {patches} patches of width {vision['hidden_size']},\nthe model was made for "
+                f"{path} gives {len(fits.image_ids)} patches of width {fits.ve_hidden_size},\nthe model was made for "
                 f"{len(self.config.image_ids)} of width {self.config.ve_hidden_size}: pass its --vision_model_path"
             )
-        if is_siglip(path) != (self.config.projector == "mlp"):
-            wanted = "CLIP" if is_siglip(path) else "SigLIP"
-            raise ValueError(f"{path}: the model was made for a {wanted}, pass its --vision_model_path")
-        self.vision_encoder, self.processor = self.get_vision_model(path)
+        self.vision_encoder, self.processor = self.get_vision_model(path, self.config.projector == "mlp")
         self.vision_encoder.to(next(self.vision_proj.parameters()).device)
 
     @staticmethod
-    def get_vision_model(path):
-        """The frozen vision tower of a folder in fp32, and its picture processor; errors as of `load_encoder`."""
-        return load_encoder(path), ImageProcessor.from_pretrained(path)
+    def get_vision_model(path, normed: bool = False):
+        """The frozen vision tower of a folder in fp32, and its picture processor; see `load_encoder`."""
+        return load_encoder(path, normed), ImageProcessor.from_pretrained(path)
 
     @classmethod
     def from_pretrained(cls, path, *args, vision_model_path=DEFAULT_VISION_MODEL, **kwargs):
@@ -173,11 +203,11 @@ class MiniMindVLM(MiniMindForCausalLM):
     @staticmethod
     @torch.no_grad()
     def get_image_embeddings(image_tensors, vision_model) -> torch.Tensor:
-        """float (N, 3, H, W) → patch features (N, P, V): CLIP's before the pooled norm, SigLIP's after the last one."""
+        """float (N, 3, H, W) → features (N, P, V) of the patches, in reading order, as the last block leaves them; for
+        the projector "mlp" after the last norm."""
         # CLIP puts a class token, a summary of the picture, before the patches. The patches know what is where.
         features = vision_model(pixel_values=image_tensors.to(vision_model.dtype)).last_hidden_state
-        P = (vision_model.config.image_size // vision_model.config.patch_size) ** 2
-        return features[:, -P:]
+        return features[:, int(family_of(vision_model.config.model_type).class_token) :]
 
     def find_pictures(self, tokens) -> torch.Tensor:
         """Which of tokens (B, T) are placeholders of a picture: bool (B, T).
@@ -253,7 +283,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         pixel_values: float, normalised, or uint8 as `ImageProcessor.resize` gives them. (B, N, 3, H, W), also with an
             extra axis of 1 after N; or, when rows have different numbers of pictures, all of them in reading order,
             (sum of N, 3, H, W). Pictures are encoded in the call whose tokens hold them and live on in the cache.
-        image_features: float (sum of N, P, V), what the encoder gives for all pictures, in their place.
+        image_features: float (sum of N, `config.patches`, V), what the encoder gives for all pictures, in their place.
         """
         T, features = input_ids.shape[1], None
         h = self.model.embed_tokens(input_ids)  # (B, T, D); placeholders have embeddings too, which nobody will read
@@ -277,7 +307,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         image_features: those that are known already, which then come back.
         """
         if image_features is not None:
-            expected = len(self.config.image_ids), self.config.ve_hidden_size
+            expected = self.config.patches, self.config.ve_hidden_size
             if pixel_values is not None or image_features.ndim != 3 or image_features.shape[1:] != expected:
                 raise ValueError(
                     f"image_features must be (pictures, {expected[0]}, {expected[1]}), in place of pixel_values: got "
@@ -291,7 +321,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         pictures = pixel_values.reshape(-1, *pixel_values.shape[-3:])  # (N, 3, H, W)
         if pictures.dtype == torch.uint8:
             pictures = self.processor.normalize(pictures)
-        features = self.get_image_embeddings(pictures, self.vision_encoder)  # (N, P, V)
+        features = self.get_image_embeddings(pictures, self.vision_encoder)[:, -self.config.patches :]  # (N, P, V)
         return features if pixel_values.ndim == 4 else features.view(*pixel_values.shape[:2], *features.shape[1:])
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .files import check_number, read_json, vision_config
+from .families import FAMILIES, OPENAI, vision_config
+from .files import check_number, read_json
 from .rgb import bands, to_rgb, upright, white_of
 from .tokenizer import load_tokenizer as load_tokenizer
 
@@ -37,9 +38,9 @@ class TooManyPixels(ValueError):
 
 
 class ImageProcessor:
-    """CLIP's preprocessing: shortest edge to `size` (bicubic), centre crop, scale to 0..1, normalise by channel.
+    """What encoders want of a picture: shortest edge to `size`, or squashed to it, centre crop, 0..1, normalised.
 
-    Equal to Transformers' `CLIPImageProcessor` on torchvision, but in two halves: `resize` stops at uint8, a quarter of
+    Equal to Transformers' processors on torchvision, but in two halves: `resize` stops at uint8, a quarter of
     the bytes for workers and transfers, and `normalize` does the rest on whatever device the model is on. From what
     that class does on Pillow 1 in 100 values differ, by one of 256 levels: PyTorch rounds the weights of a filter to 16
     bits, and so takes 40% of the time.
@@ -52,8 +53,8 @@ class ImageProcessor:
         size: int | tuple[int, int] = 224,
         crop_size: tuple[int, int] = (224, 224),
         resample: int = Image.Resampling.BICUBIC,
-        image_mean=(0.48145466, 0.4578275, 0.40821073),
-        image_std=(0.26862954, 0.26130258, 0.27577711),
+        image_mean=OPENAI["image_mean"],
+        image_std=OPENAI["image_std"],
     ):
         """size: the shortest edge, or (height, width) to squash to; crop_size: (height, width); all in pixels."""
         self.size, self.crop_size, self.resample = size, crop_size, resample
@@ -61,20 +62,24 @@ class ImageProcessor:
 
     @classmethod
     def from_pretrained(cls, folder) -> "ImageProcessor":
-        """Reads `preprocessor_config.json` of a CLIP folder, in the old style (plain numbers) or the new one."""
+        """Reads `preprocessor_config.json` of an encoder's folder, in the old style (plain numbers) or the new one."""
         folder = Path(folder)
-        path = folder / "preprocessor_config.json"
-        if not path.exists():
-            edge = vision_config(folder)["image_size"]
-            return cls(edge, (edge, edge))
-        config = read_json(path)
+        path, vision = folder / "preprocessor_config.json", vision_config(folder)
+        family, edge = FAMILIES[vision["model_type"]], vision["image_size"]
+        config = family.pixels | {"size": edge} | (read_json(path) if path.exists() else {})
+        if old := [key for key in ("do_resize", "do_rescale", "do_normalize") if config.get(key) is False]:
+            raise ValueError(
+                f"{path}: {old[0]} is false, expected an encoder that wants pictures resized and normalised"
+            )
 
         def pair(value):
             return (value.get("height"), value.get("width")) if isinstance(value, dict) else (value, value)
 
-        size = config.get("size", 224)
+        size = config["size"]
         if isinstance(size, dict):
             size = size["shortest_edge"] if "shortest_edge" in size else pair(size)
+        elif family.squash and "crop_size" not in config:
+            size = pair(size)
         whole = size if isinstance(size, tuple) else pair(size)
         crop = pair(config["crop_size"]) if "crop_size" in config and config.get("do_center_crop", True) else whole
         processor = cls(size, crop)
@@ -82,7 +87,7 @@ class ImageProcessor:
             for value in values:
                 check_number(path, key, value, 1, 10_000)
         for key, least, most in (("resample", 0, 5), ("image_mean", -1e3, 1e3), ("image_std", 1e-6, 1e3)):
-            value = config.get(key, getattr(processor, key))
+            value = config[key]
             several = value if isinstance(value, list) else [value]
             if key != "resample" and len(several) != 3:
                 raise ValueError(f"{path}: {key} is {value!r}, expected three numbers")
@@ -180,7 +185,7 @@ class ImageProcessor:
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (..., 3, H, W) → float32 (..., 3, H, W): (pixels / 255 - mean) / std."""
-        # The mean and spread of CLIP's own training pictures: the encoder gets numbers like those it learned from.
+        # The mean and spread of the encoder's own training pictures: it gets numbers like those it learned from.
         mean = torch.tensor(self.image_mean, device=pixels.device).view(3, 1, 1)
         std = torch.tensor(self.image_std, device=pixels.device).view(3, 1, 1)
         return (pixels.float() / 255 - mean) / std

@@ -10,6 +10,7 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image, make_flat_list_of_images
 
 # All files that are needed, as Transformers 4 copies what this one imports, but not what that imports in turn.
+from .families import family_of as family_of
 from .files import read_json as read_json
 from .processing import IMAGE_TAG, ImageProcessor
 from .rgb import to_rgb as to_rgb

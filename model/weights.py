@@ -20,6 +20,7 @@ import transformers
 
 from common.files import write_json, write_safely
 from common.start import script
+from model.families import family_of
 from model.files import check_number, check_records, impostor, read_json, why_unreadable
 from model.generations import LATER_FIELDS, MINIMIND_2, MINIMIND_3, Generation, generation_of, own_names
 from model.model_minimind import MiniMindConfig
@@ -221,7 +222,7 @@ def find_weights(name: str, out_dir, hidden_size: int | None, use_moe: bool) -> 
 INTEGERS = {  # of a configuration: least, most
     **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), (1, 10**7)),
     **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), (1, 10**4)),
-    **dict.fromkeys(("n_routed_experts", "num_experts_per_tok", "head_dim"), (1, 10**4)),
+    **dict.fromkeys(("n_routed_experts", "num_experts_per_tok", "head_dim", "spatial_merge_size"), (1, 10**4)),
     **dict.fromkeys(("n_shared_experts", "bos_token_id", "eos_token_id"), (0, 10**7)),
     "ve_hidden_size": (1, 10**6),
 }
@@ -262,8 +263,8 @@ def config_of(state: dict, path: Path, known: dict, generation: Generation = MIN
     up = f"model.layers.0.mlp.{'experts.0.' if use_moe else ''}up_proj.weight"
     for key in ("model.embed_tokens.weight", "model.layers.0.self_attn.k_proj.weight", up):
         if key not in state:
-            clip = any(key.startswith("vision_model.") for key in state)
-            what = "a CLIP, whose folder belongs to --vision_model_path" if clip else "not MiniMind of a known naming"
+            sees = any(re.match(r"(vision_model|vit|dinov2\w*|embeddings)\.", key) for key in state)
+            what = "an encoder, whose folder is for --vision_model_path" if sees else "not MiniMind of a known naming"
             raise ValueError(f"{path} has no {key}, but {next(iter(state), 'no tensor')}: this is {what}")
     vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
     layers = 1 + max(int(match[1]) for key in state if (match := re.match(r"model\.layers\.(\d+)\.", key)))
@@ -328,11 +329,15 @@ def refuse_other_architecture(path: Path, config: VLMConfig, resumable: bool = F
 
 
 def fingerprint(encoder: torch.nn.Module) -> str:
-    """sha256 of its weights, whatever the format of their file."""
+    """sha256 of its weights, whatever the format of their file and the version of Transformers."""
+    state = sorted(encoder.state_dict().items())
+    # position_ids are a buffer that only some versions of Transformers keep.
+    parts = [value.cpu().float().numpy().tobytes() for key, value in state if "position_ids" not in key]
+    if family_of(encoder.config.model_type).renamed:
+        parts = sorted(hashlib.sha256(part).digest() for part in parts)
     digest = hashlib.sha256()
-    for key, value in sorted(encoder.state_dict().items()):
-        if "position_ids" not in key:  # a buffer that only some versions of Transformers keep
-            digest.update(value.cpu().float().numpy().tobytes())
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()
 
 
@@ -344,6 +349,7 @@ def make_sidecar(model, origin, **facts) -> dict:
     """What stands in the JSON beside the weights. origin: of the model, as `build_model` returns it."""
     fields = [*signature(MiniMindConfig).parameters, "ve_hidden_size", "image_special_token", "projector"]
     fields = [key for key in fields if key not in LATER_FIELDS or model.config.qk_norm]
+    fields += ["spatial_merge_size"] * (getattr(model.config, "spatial_merge_size", 1) > 1)
     eyes = origin.encoder_sha256
     return {
         "config": {key: getattr(model.config, key) for key in fields if hasattr(model.config, key)},

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from model import weights
-from model.files import read_json, vision_config
+from model.families import vision_config
+from model.files import read_json
 from model.processing import ImageProcessor, TooManyPixels, encode_chat, load_tokenizer
 from model.rgb import to_rgb
 
@@ -177,6 +178,7 @@ BY_PILLOW = OLD | {"resample": 1}
 
 @pytest.mark.parametrize("written", [OLD, NEW, SQUASH, UNCROPPED, PADDED, BY_PILLOW])
 def test_preprocessor_files_old_and_new_are_read_as_transformers_reads_them(written, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(written))
     ours, reference = ImageProcessor.from_pretrained(tmp_path), ReferenceProcessor.from_pretrained(tmp_path)
     for size in ((60, 41), (33, 70)):
@@ -184,6 +186,7 @@ def test_preprocessor_files_old_and_new_are_read_as_transformers_reads_them(writ
 
 
 def test_what_transformers_writes_is_read(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     reference = ReferenceProcessor(
         size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}, image_std=[0.2] * 3
     )
@@ -196,7 +199,8 @@ def test_without_a_preprocessor_file_the_size_is_that_of_the_encoder(clip_folder
     processor = ImageProcessor.from_pretrained(tmp_path)
     assert (processor.size, processor.crop_size) == (32, (32, 32))
     assert processor.image_mean == ImageProcessor.from_pretrained(clip_folder).image_mean
-    assert vision_config(tmp_path) == {"image_size": 32, "patch_size": 8, "hidden_size": 32}
+    fields = {"image_size": 32, "patch_size": 8, "hidden_size": 32}
+    assert vision_config(tmp_path) == {"model_type": "clip", "num_register_tokens": 0} | fields
 
 
 def test_a_folder_without_configuration_and_a_broken_one_are_named(tmp_path):

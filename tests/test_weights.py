@@ -452,7 +452,7 @@ def checkpoint(state):
         (no_heads, "q_norm of 7 does not fit queries of 64 and keys of 16. Fetch the weights again"),
         (
             clip,
-            "has no model.embed_tokens.weight, but vision_model.embeddings.*: this is a CLIP, whose folder belongs to",
+            "has no model.embed_tokens.weight, but vision_model.embeddings.*: this is an encoder, whose folder is for",
         ),
         (checkpoint, "has no model.embed_tokens.weight, but no tensor: this is not MiniMind of a known naming"),
         (lambda state: state.pop("model.layers.0.mlp.up_proj.weight"), "has no model.layers.0.mlp.up_proj.weight"),

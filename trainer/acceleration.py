@@ -1,8 +1,6 @@
 """What makes a step faster and computes the same."""
 
 import torch
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from common.devices import cpu_has
 from model.attention import Attention
@@ -39,9 +37,12 @@ def compile_layers(model) -> None:
     All layers of a kind share what is compiled for the first, so it takes half a minute where the whole model takes
     several.
     """
-    for module in model.modules():
-        if isinstance(module, (MiniMindBlock, CLIPEncoderLayer, SiglipEncoderLayer)):
-            module.compile(dynamic=True)
+    layers = [module for module in model.modules() if isinstance(module, MiniMindBlock)]
+    for module in getattr(model, "vision_encoder", torch.nn.Module()).modules():
+        if isinstance(module, torch.nn.ModuleList):  # of the encoder's blocks, whatever its family calls them
+            layers += module
+    for layer in layers:
+        layer.compile(dynamic=True)
 
 
 @torch.compiler.disable  # what it makes of this for rows of any length is slower

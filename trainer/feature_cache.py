@@ -10,9 +10,11 @@ from tqdm import tqdm
 from common.devices import autocast, pick_dtype
 from common.distributed import gather, is_main, rank, say, world_size
 from dataset.features import NO_KEY, FeatureCache, Pictures, read_hashes, write_hashes
+from model.families import family_of
 from trainer.loader import ignore_interrupt
 
-ARCHITECTURE = ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")  # no weight tells
+ARCHITECTURE = ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")
+ARCHITECTURE += ("rms_norm_eps", "rope_theta")  # no weight tells; the last two only where an encoder has them
 
 
 def cache_features(args, model, encoder_sha256: str, device, *sets) -> None:
@@ -29,13 +31,16 @@ def cache_features(args, model, encoder_sha256: str, device, *sets) -> None:
         return
     sets = [data for data in sets if data is not None]
     dtype, config = pick_dtype(args.dtype, device), model.config
+    known = model.vision_encoder.config
     settings = {
         "encoder": encoder_sha256,
-        "architecture": {key: getattr(model.vision_encoder.config, key) for key in ARCHITECTURE},
+        "architecture": {key: getattr(known, key) for key in ARCHITECTURE if hasattr(known, key)},
         "preprocessing": vars(model.processor),
         "computed as": str(dtype),
     }
-    cache = FeatureCache(args.cache_features, settings, len(config.image_ids), config.ve_hidden_size, args.cache_dtype)
+    if family_of(known.model_type).norm and config.projector == "linear":
+        settings["features"] = "before the last norm"
+    cache = FeatureCache(args.cache_features, settings, config.patches, config.ve_hidden_size, args.cache_dtype)
     pictures = Pictures(sets)
     keys, broken = hash_all(pictures, args)
     numbers = cache.find(keys)

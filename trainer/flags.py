@@ -78,6 +78,9 @@ def add_training_arguments(
     add("--weight_decay", type=float, default=0.1, help="AdamW's, for matrices; norms and biases have none")
     add("--grad_clip", type=positive(float), default=1.0, help="largest norm of the gradient")
     add("--dropout", type=float, default=0.0, help="share of activations set to 0 while training")
+    if sees:
+        fewer = "of a picture, as 49 of 196: as many neighbouring patches become one; only of a new projector"
+        add("--image_tokens", type=positive(int), metavar="N", help=fewer)
 
     add = parser.group("the data").add_argument
     bad = "what to do with rows that cannot be used: skip leaves them out, of broken pictures up to 10 or 1 percent"
@@ -93,7 +96,7 @@ def add_training_arguments(
     if sees:
         add_urls_argument(parser)
         add("--val_images_path", nargs="+", metavar="PATH", help="of --val_path; default: as --images_path")
-        kept = "keep what CLIP makes of the pictures there, and never encode them again"
+        kept = "keep what the encoder makes of the pictures there, and never encode them again"
         add("--cache_features", metavar="DIR", help=kept)
         kept = "as what: int8 takes half the room and rounds more"
         add("--cache_dtype", choices=["float16", "int8"], default="float16", help=kept)
