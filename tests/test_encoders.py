@@ -60,6 +60,7 @@ def folders(tmp_path_factory):
 
 
 EVERY = pytest.mark.parametrize("kind", list(FOLDERS))
+APART = pytest.mark.parametrize("to, kind", [*(("llava", kind) for kind in FOLDERS), ("transformers", "dinov3_vit")])
 
 
 @EVERY
@@ -196,8 +197,7 @@ def test_both_stages_learn_with_it_resume_answer_and_become_a_llava_and_come_bac
 
 
 @pytest.mark.slow
-@EVERY
-@pytest.mark.parametrize("to", ["llava", "transformers"])
+@APART
 def test_a_process_that_cannot_see_the_repo_loads_it(flags, kind, to, world, tmp_path, capsys):
     train_sft_vlm.main(flags(kind, "--from_weight", "none"))
     made = converted(to, tmp_path / "out/sft_vlm_64.pth", tmp_path / to, world)
@@ -207,8 +207,7 @@ def test_a_process_that_cannot_see_the_repo_loads_it(flags, kind, to, world, tmp
 
 @pytest.mark.slow
 @needs_other
-@EVERY
-@pytest.mark.parametrize("to", ["llava", "transformers"])
+@APART
 def test_another_version_of_transformers_loads_it(flags, kind, to, world, tmp_path, monkeypatch):
     train_sft_vlm.main(flags(kind, "--from_weight", "none"))
     lines, check = [], convert_vlm.check_folder
