@@ -14,7 +14,14 @@ import torch
 from model.encoders import measure
 from model.families import FAMILIES, family_of, vision_config
 from model.files import read_json
-from model.generations import MINIMIND_2, MINIMIND_3, Generation, generation_of
+from model.generations import (
+    LATER_TOKENIZER,
+    MINIMIND_2,
+    MINIMIND_3,
+    PUBLIC_TOKENIZER,
+    Generation,
+    generation_of,
+)
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing import load_tokenizer
@@ -29,10 +36,6 @@ from model.weights import (
     sidecar_path,
     tokenizer_hash,
 )
-
-# sha256 of tokenizer.json: of the public weights that this code reads, and of the generation after them
-PUBLIC_TOKENIZER = "d98595c6aef70d95f72748582fb9b4f53d76dd58c1ae1dd702ad7c84e1caf5e4"
-LATER_TOKENIZER = "71f32c68cf63a15355a8fc171b7594b3d41870fe0ddb54fc6aefa55f73a4a668"
 
 ROOT = Path(__file__).parent.parent  # of the repository
 PARTS = {"tokenizer": "tokenizer.json", "vision_model": "config.json"}  # beside weights; what tells such a folder
@@ -142,7 +145,7 @@ def find_part(part: str, flag: str | None, weights: Path | None, sidecar: dict, 
     if not folders and generation.hub and not Path(usual, file).is_file():
         raise FileNotFoundError(
             f"{weights} is a {generation.name}, whose {part} is not in {usual}.\n"
-            f"Fetch it from {generation.hub[part]}, or pass --{part}_path"
+            f"Fetch it: {generation.hub[part]}, or pass --{part}_path"
         )
     return str(folders[0]) if folders else usual
 

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 
 from .defaults import DEFAULT_VISION_MODEL
 
+# sha256 of the public tokenizer.json: of MINIMIND_2 and of MINIMIND_3
+PUBLIC_TOKENIZER = "d98595c6aef70d95f72748582fb9b4f53d76dd58c1ae1dd702ad7c84e1caf5e4"
+LATER_TOKENIZER = "71f32c68cf63a15355a8fc171b7594b3d41870fe0ddb54fc6aefa55f73a4a668"
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -19,7 +23,7 @@ class Generation:
     placeholder: int = 34  # the id of its placeholder in its public tokenizer
     tokenizer: str = "./model"  # where its parts usually are
     vision_model: str = DEFAULT_VISION_MODEL
-    hub: dict = field(default_factory=dict)  # where these are, if scripts.download does not fetch them
+    hub: dict = field(default_factory=dict)  # how these two are fetched, if they are not those of every new model
 
 
 MINIMIND_2 = Generation("MiniMind2-V")  # February 2025 to February 2026, and what this repository makes from nothing
@@ -42,8 +46,8 @@ MINIMIND_3 = Generation(  # since 2026-04-20
     tokenizer="./model/minimind-3v",
     vision_model="./model/vision_model/siglip2-base-p32-256-ve",
     hub={
-        "tokenizer": "huggingface.co/jingyaogong/minimind-3v",
-        "vision_model": "huggingface.co/jingyaogong/siglip2-base-p32-256-ve",
+        "tokenizer": "python -m scripts.download --generation 3v --what llm",
+        "vision_model": "python -m scripts.download --generation 3v --what encoder",
     },
 )
 
@@ -74,7 +78,7 @@ def generation_of(state: dict, path, older: bool = False) -> Generation:
         which = "v3-beta (2026-04-19)" if beta else "v3-alpha (until 2026-04-18)"
         raise ValueError(
             f"{path} is of {which}, which saw with another encoder.\n"
-            "Take minimind-3v as it is since 2026-04-20: huggingface.co/jingyaogong/minimind-3v-pytorch"
+            "Take minimind-3v as of 2026-04-20: python -m scripts.download --generation 3v --what encoder vlm"
         )
     return MINIMIND_3 if any(".q_norm." in key for key in state) else MINIMIND_2
 

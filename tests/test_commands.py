@@ -168,7 +168,16 @@ def test_what_the_quickstart_says_to_try_next_can_be_typed(parse, given):
         parse(*named(command))
 
 
-@pytest.mark.parametrize("what", [[], ["--what", "clip", "vlm"], ["--size", "104m", "--use_moe", "--root", "other"]])
+@pytest.mark.parametrize(
+    "what",
+    [
+        [],
+        ["--what", "clip", "vlm"],
+        ["--size", "104m", "--use_moe", "--root", "other"],
+        ["--generation", "3v", "--use_moe"],
+        ["--what", "encoder", "--encoder", "siglip2"],
+    ],
+)
 def test_what_the_download_says_to_type_next_can_be_typed(parse, what, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = download.parse_args(what)

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
@@ -21,13 +22,21 @@ import huggingface_hub
 import modelscope_hub
 import pytest
 
+import eval_vlm
 import train_pretrain_vlm
 import train_sft_vlm
+from dataset.sources import row_files
+from inference.models import choose_model
+from model.build import find_part
+from model.generations import MINIMIND_3
+from model.weights import find_weights
 from scripts.download import __main__ as download
 from scripts.download.hubs import HuggingFace
+from scripts.download.tasks import ENCODERS
 
 SOURCES = ["hf", "modelscope"]
-CLIP = "model/vision_model/clip-vit-base-patch16"
+CLIP, SIGLIP = "model/vision_model/clip-vit-base-patch16", "model/vision_model/siglip2-base-p32-256-ve"
+LATER = ["--generation", "3v"]
 LARGE = (".pth", ".zip", ".jsonl", ".parquet", ".safetensors", ".bin", ".h5")  # in LFS; the rest is in git itself
 
 
@@ -35,8 +44,9 @@ def content(name, size):
     return random.Random(name).randbytes(size)
 
 
-TOKENIZER = content("tokenizer", 700)
+TOKENIZER, LATER_TOKENIZER = content("tokenizer", 700), content("later tokenizer", 800)
 WEIGHTS = ["llm_512.pth", "llm_768.pth", "llm_768_moe.pth", "pretrain_vlm_512.pth", "sft_vlm_512.pth"]
+LATER_WEIGHTS = [f"{stage}_768{moe}.pth" for stage in ("llm", "pretrain_vlm", "sft_vlm") for moe in ("", "_moe")]
 ROWS = ["pretrain_data.jsonl", "pretrain_images.zip", "sft_data.jsonl", "sft_images.zip", "sft_vlm_data_multi.jsonl"]
 
 
@@ -51,13 +61,21 @@ def repositories():
         "onnx/config.json",
     ]
     parquet = ["pretrain_i2t.parquet", "sft_i2t.parquet"]
-    texts = {"tokenizer.json": TOKENIZER, "tokenizer_config.json": content("config", 90)}
+    config = content("config", 90)
+    texts, later_texts = (
+        {"tokenizer.json": text, "tokenizer_config.json": config, "config.json": b"{}", "pytorch_model.bin": b"0"}
+        for text in (TOKENIZER, LATER_TOKENIZER)
+    )
     files = {
         ("model", "clip-vit-base-patch16"): {name: content(name, 900) for name in clip},
         ("model", "MiniMind2-V-PyTorch"): {name: content(name, 30_000) for name in WEIGHTS},
         ("dataset", "minimind-v_dataset"): {name: content(name, 5_000) for name in [*ROWS, *parquet]},
     }
-    return files | {("model", name): dict(texts) for name in ("MiniMind2-Small-V", "MiniMind2-V")}
+    files["model", "minimind-3v-pytorch"] = {name: content(f"later {name}", 40_000) for name in LATER_WEIGHTS}
+    for encoder in ["siglip2-base-p32-256-ve", *(name.split("/")[1] for name in ENCODERS.values())]:
+        files.setdefault(("model", encoder), {name: content(f"{encoder} {name}", 900) for name in clip[:3]})
+    files |= {("model", name): dict(texts) for name in ("MiniMind2-Small-V", "MiniMind2-V")}
+    return files | {("model", name): dict(later_texts) for name in ("minimind-3v", "minimind-3v-moe")}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -77,9 +95,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(fault.kind, b"{}", {"Retry-After": "0"})
         if path.startswith("/cdn/"):
             return self.send(self.server.blobs[path[5:]], fault)
-        hub = re.fullmatch(r"/api/(models|datasets)/(jingyaogong|openai)/([^/]+)/tree/main", path)
-        file = re.fullmatch(r"/(datasets/)?(jingyaogong|openai)/([^/]+)/resolve/main/(.+)", path)
-        scope = re.fullmatch(r"/api/v1/(models|datasets)/(gongjy|openai-mirror)/([^/]+)/repo(/files|/tree)?", path)
+        hub = re.fullmatch(r"/api/(models|datasets)/(jingyaogong|openai|google|facebook)/([^/]+)/tree/main", path)
+        file = re.fullmatch(r"/(datasets/)?(jingyaogong|openai|google|facebook)/([^/]+)/resolve/main/(.+)", path)
+        owners = "gongjy|openai-mirror|google|facebook"
+        scope = re.fullmatch(rf"/api/v1/(models|datasets)/({owners})/([^/]+)/repo(/files|/tree)?", path)
         found = hub or file or scope
         if found is None:
             return self.answer(404, b"{}")
@@ -162,7 +181,8 @@ def hubs(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.url)
     monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(download, "TOKENIZER_SHA256", sha256(TOKENIZER))
+    for folder, text in {"model": TOKENIZER, "model/minimind-3v": LATER_TOKENIZER}.items():
+        monkeypatch.setitem(download.TOKENIZERS, f"{folder}/tokenizer.json", sha256(text))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the libraries wait between attempts
     monkeypatch.setattr(modelscope_hub._download, "DOWNLOAD_RETRY_TIMES", 2)  # it waits by other means, for a minute
     logging.getLogger("modelscope_hub").handlers.clear()  # they write to what was stderr in an earlier test
@@ -282,6 +302,159 @@ def test_the_next_commands_are_ones_that_the_scripts_take(hubs, get, monkeypatch
     monkeypatch.chdir(get.root / "here")
     assert download.main([]) == [["python", "train_pretrain_vlm.py"], ["python", "train_sft_vlm.py"]]
     assert download.main(["--what", "vlm"]) == [["python", "eval_vlm.py"]]
+
+
+# ---------------------------------------------------------------------------- the generation of 2026
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("moe", ["", "_moe"])
+def test_all_of_the_later_generation_goes_beside_the_older_and_a_second_run_fetches_nothing(
+    hubs, get, source, moe, capsys
+):
+    get(source)
+    older = tree(get.root)
+    flags = [*LATER, *(["--use_moe"] if moe else []), "--what", "all", "vlm"]
+    get(source, *flags)
+    names = ["config.json", "preprocessor_config.json", "model.safetensors"]
+    expected = {f"{SIGLIP}/{name}": content(f"siglip2-base-p32-256-ve {name}", 900) for name in names}
+    rows = {stage: content(f"{stage}_i2t.parquet", 5_000) for stage in ("pretrain", "sft")}
+    expected |= {f"dataset/{stage}_data.parquet": body for stage, body in rows.items()}
+    weights = [f"{stage}_768{moe}.pth" for stage in ("llm", "pretrain_vlm", "sft_vlm")]
+    expected |= {f"out/{name}": content(f"later {name}", 40_000) for name in weights}
+    texts = {"tokenizer.json": LATER_TOKENIZER, "tokenizer_config.json": content("config", 90)}
+    expected |= {f"model/minimind-3v/{name}": text for name, text in texts.items()}
+    found = tree(get.root)
+    del found[".download.json"], older[".download.json"]
+    assert found == older | expected
+    hubs.requests.clear()
+    capsys.readouterr()
+    get(source, *flags)
+    assert all("/tree/" in url or "/repo/" in url for _, _, _, url in hubs.requests)
+    assert "0 B to fetch" in capsys.readouterr().out
+
+
+def test_the_command_line_fetches_it(hubs, tmp_path):
+    command = [sys.executable, "-m", "scripts.download", *LATER, "--what", "encoder", "data", "--root", str(tmp_path)]
+    told = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(2)]
+    assert "13 KB to fetch" in told[0] and "0 B to fetch" in told[1]
+    assert "Next:\npython -m scripts.download --what llm --generation 3v" in told[1]
+
+
+@pytest.mark.parametrize("moe", [[], ["--use_moe"]])
+def test_the_scripts_find_what_was_fetched_of_the_later_generation(hubs, get, moe, monkeypatch):
+    """Also where the older ones lie beside it, from within the folder and from elsewhere."""
+    get("hf")
+    elsewhere = get("hf", *LATER, *moe)
+    monkeypatch.chdir(get.root)
+    for commands in elsewhere, download.main([*LATER, *moe, "--source", "hf"]):
+        for command, script in zip(commands, (train_pretrain_vlm, train_sft_vlm), strict=True):
+            args, stage = script.parse_args(command[2:]), command[1].split("_")[1]
+            assert command[1] == f"{script.__name__}.py"
+            assert row_files(Path(args.data_path[0]))[0].resolve() == get.root / f"dataset/{stage}_data.parquet"
+            name = f"{args.from_weight}_768{'_moe' if moe else ''}.pth"
+            (get.root / "out" / name).touch()  # stage 1 makes what stage 2 takes
+            weights = find_weights(args.from_weight, args.out_dir, args.hidden_size, args.use_moe)
+            assert weights.resolve() == get.root / "out" / name
+            for part, folder in (("tokenizer", "model/minimind-3v"), ("vision_model", SIGLIP)):
+                flag = getattr(args, f"{part}_path")
+                place = find_part(part, flag, weights, dict.fromkeys(["tokenizer", "vision_model"], {}), MINIMIND_3)
+                assert Path(place).resolve() == get.root / folder and any(Path(place).iterdir())
+    (get.root / "out" / name).unlink()
+    (ask,) = download.main([*LATER, *moe, "--source", "hf", "--what", "vlm"])
+    args = eval_vlm.parse_args(ask[2:])
+    assert ask[1] == "eval_vlm.py" and choose_model(args).name == f"sft_vlm_768{'_moe' if moe else ''}.pth"
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_names_that_are_a_little_different_are_found_in_the_later_generation_too(hubs, get, source):
+    weights, texts = hubs.files["model", "minimind-3v-pytorch"], hubs.files["model", "minimind-3v"]
+    weights["minimind-3v_llm-768.pth"] = weights.pop("llm_768.pth")
+    weights["weights/sft-vlm-768.pth"] = weights.pop("sft_vlm_768.pth")
+    weights["sft_vlm_multi_768.pth"] = b"another one"
+    eyes = hubs.files["model", "siglip2-base-p32-256-ve"]
+    eyes["vision.safetensors"] = eyes.pop("model.safetensors")
+    del texts["tokenizer.json"]  # the folder of the experts has the same
+    get(source, *LATER, "--what", "all", "vlm")
+    assert (get.root / "out/llm_768.pth").read_bytes() == weights["minimind-3v_llm-768.pth"]
+    assert (get.root / "out/sft_vlm_768.pth").read_bytes() == weights["weights/sft-vlm-768.pth"]
+    assert (get.root / SIGLIP / "model.safetensors").read_bytes() == eyes["vision.safetensors"]
+    assert (get.root / "model/minimind-3v/tokenizer.json").read_bytes() == LATER_TOKENIZER
+
+
+def test_weights_of_the_other_generation_that_are_named_alike_are_not_replaced_unasked(hubs, get, capsys):
+    get("hf", "--size", "104m", "--what", "llm")
+    told = refused(capsys, get, "hf", *LATER, "--what", "llm")
+    assert "out/llm_768.pth (30,000 bytes, expected 40,000)" in told and "--root" in told
+    get("hf", *LATER, "--what", "llm", "--overwrite")
+    assert (get.root / "out/llm_768.pth").read_bytes() == content("later llm_768.pth", 40_000)
+    hubs.files["model", "minimind-3v-pytorch"]["llm_768.pth"] = content("newer", 40_000)
+    get("hf", *LATER, "--what", "llm")  # now it is this one's, and a newer one replaces it
+    assert (get.root / "out/llm_768.pth").read_bytes() == content("newer", 40_000)
+    assert "llm_768.pth" in refused(capsys, get, "hf", "--size", "104m", "--what", "llm")
+
+
+def test_without_experts_on_the_hub_it_says_how_to_make_them(hubs, get, capsys):
+    del hubs.files["model", "minimind-3v-pytorch"]["llm_768_moe.pth"]
+    told = refused(capsys, get, "modelscope", *LATER, "--use_moe", "--what", "llm")
+    assert "gongjy/minimind-3v-pytorch has no llm_768_moe.pth" in told
+    args = train_pretrain_vlm.parse_args(told.splitlines()[-1].split()[2:])
+    assert args.use_moe and args.from_weight == "out/llm_768.pth"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([*LATER, "--size", "104m"], "leave --size and --encoder out"),
+        ([*LATER, "--encoder", "dinov2"], "leave --size and --encoder out"),
+        (["--what", "clip", "vlm", "--encoder", "dinov2"], "trained ones have theirs"),
+        (["--what", "llm", "--encoder", "dinov2"], "give it with --what encoder"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags, said, capsys):
+    with pytest.raises(SystemExit):
+        download.parse_args(flags)
+    assert said in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- other encoders
+
+
+@pytest.mark.parametrize(("encoder", "source"), list(zip(ENCODERS, SOURCES * 4)))
+def test_any_encoder_goes_into_a_folder_of_its_own_with_how_to_train_with_it(hubs, get, source, encoder, monkeypatch):
+    get(source, "--what", "llm", "data")
+    (command, sft) = get(source, "--what", "clip", "--encoder", encoder)
+    folder = get.root / "model/vision_model" / ENCODERS[encoder].split("/")[1]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["config.json", "preprocessor_config.json", "model.safetensors"]
+    )
+    for args in train_pretrain_vlm.parse_args(command[2:]), train_sft_vlm.parse_args(sft[2:]):
+        assert args.vision_model_path == str(folder)
+    monkeypatch.chdir(get.root)
+    commands = download.main(["--source", source, "--what", "encoder", "--encoder", encoder])
+    eyes = ["--vision_model_path", str(folder.relative_to(get.root))]
+    assert commands == [["python", "train_pretrain_vlm.py", *eyes], ["python", "train_sft_vlm.py", *eyes]]
+    hubs.requests.clear()
+    download.main(["--source", source, "--what", "encoder", "--encoder", encoder])
+    assert all("/tree/" in url or "/repo/" in url for _, _, _, url in hubs.requests)
+
+
+def test_an_encoder_alone_comes_with_what_else_is_needed(hubs, get):
+    fetch, train = get("hf", "--what", "encoder", "--encoder", "dinov2")
+    assert fetch[2:] == ["scripts.download", "--what", "llm", "data", "--root", str(get.root)]
+    assert train_pretrain_vlm.parse_args(train[2:]).vision_model_path.endswith("vision_model/dinov2-base")
+    get("hf", "--what", *fetch[4:6])
+    args = train_pretrain_vlm.parse_args(train[2:])
+    assert row_files(Path(args.data_path[0])) == [get.root / "dataset/pretrain_data.jsonl"]
+
+
+@pytest.mark.parametrize(("source", "page"), [("hf", "huggingface.co/"), ("modelscope", "modelscope.cn/models/")])
+def test_terms_to_accept_are_named_with_their_page(hubs, get, source, page, capsys):
+    fault(hubs, "config.json", 403, times=100)
+    told = refused(capsys, get, source, "--what", "clip", "--encoder", "dinov3")
+    assert f"on {page}facebook/dinov3-vitb16-pretrain-lvd1689m, and export" in told
+    fault(hubs, "/tree/|/repo/", 404, times=100)
+    assert "The other hub may: --source" in refused(capsys, get, source, "--what", "clip", "--encoder", "vit")
 
 
 # ---------------------------------------------------------------------------- what goes wrong on the way
@@ -464,10 +637,11 @@ def test_when_the_network_goes_away_the_other_hub_is_offered(hubs, get, capsys, 
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_the_tokenizer_of_another_generation_is_refused(hubs, get, source, capsys):
-    hubs.files["model", "MiniMind2-Small-V"]["tokenizer.json"] = content("a later generation", 700)
-    told = refused(capsys, get, source, "--what", "llm")
-    assert "MiniMind2-Small-V/tokenizer.json is not the tokenizer of these weights" in told
+@pytest.mark.parametrize(("repo", "flags"), [("MiniMind2-Small-V", []), ("minimind-3v", LATER)])
+def test_the_tokenizer_of_another_generation_is_refused(hubs, get, source, repo, flags, capsys):
+    hubs.files["model", repo]["tokenizer.json"] = TOKENIZER if flags else content("a later generation", 700)
+    told = refused(capsys, get, source, "--what", "llm", *flags)
+    assert f"{repo}/tokenizer.json is not the tokenizer of these weights" in told
     assert not [name for name in tree(get.root) if "tokenizer.json" in name]
 
 

@@ -285,14 +285,13 @@ def test_a_public_folder_is_read_by_the_names_of_its_configuration(tmp_path, pub
         build_model(parse_args(parts[2:]), folder)
 
 
-@pytest.mark.parametrize("part", ["tokenizer", "vision_model"])
-def test_a_part_that_is_not_where_it_usually_is_is_named_with_where_to_fetch_it(public, parts, part, monkeypatch):
+@pytest.mark.parametrize(("part", "what"), [("tokenizer", "llm"), ("vision_model", "encoder")])
+def test_a_part_that_is_not_where_it_usually_is_is_named_with_how_to_fetch_it(public, parts, part, what, monkeypatch):
     path, _, _ = public()
     monkeypatch.chdir(path.parent)
     at = parts.index(f"--{part}_path")
-    with pytest.raises(
-        FileNotFoundError, match=f"is a minimind-3v, whose {part} is not in ./model/.*\nFetch it from hugg"
-    ):
+    fetch = f"Fetch it: python -m scripts.download --generation 3v --what {what}, or pass"
+    with pytest.raises(FileNotFoundError, match=f"is a minimind-3v, whose {part} is not in ./model/.*\n{fetch}"):
         build_model(parse_args(parts[:at] + parts[at + 2 :]), path)
 
 
@@ -327,7 +326,8 @@ def test_eyes_and_words_of_the_other_generation_are_refused(public, parts, clip_
     assert "warning" not in build_model(parse_args(parts), path)[2].note
     monkeypatch.setattr(build, "LATER_TOKENIZER", "")
     monkeypatch.setattr(build, "PUBLIC_TOKENIZER", mine)
-    with pytest.raises(ValueError, match="(?s)the tokenizer of an earlier generation .*For that: hugging"):
+    fetch = "python -m scripts.download --generation 3v"
+    with pytest.raises(ValueError, match=f"(?s)the tokenizer of an earlier generation .*For that: {fetch}"):
         build_model(parse_args(parts), path)
 
 

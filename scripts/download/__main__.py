@@ -3,10 +3,14 @@
     python -m scripts.download                                    # CLIP, LLM, data: what the two trainings need
     python -m scripts.download --what clip vlm                    # or a trained model, to ask it
     python -m scripts.download --source modelscope --size 104m
+    python -m scripts.download --generation 3v                    # minimind-3v (2026) instead of MiniMind2-V (2025)
+    python -m scripts.download --what encoder --encoder siglip2   # another encoder, for a model of your own
     HF_ENDPOINT=https://hf-mirror.com python -m scripts.download  # a mirror; tokens and proxies as usual
 
-    clip    model/vision_model/clip-vit-base-patch16/
-    llm     out/llm_{hidden}{_moe}.pth, and its tokenizer in model/
+    encoder model/vision_model/clip-vit-base-patch16/, or the folder of another;
+            clip is the older word
+    llm     out/llm_{hidden}{_moe}.pth, and its tokenizer in model/,
+            that of generation 3v in model/minimind-3v/
     vlm     out/{pretrain,sft}_vlm_{hidden}{_moe}.pth, and their tokenizer
     data    dataset/{pretrain,sft}_data.jsonl with {pretrain,sft}_images.zip,
             or dataset/{pretrain,sft}_data.parquet
@@ -27,104 +31,15 @@ import errno
 import hashlib
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from common.cli import SWITCH, Parser, disk_full
 from common.display import typed
 from common.files import write_json
 from model.files import read_json
 from scripts.download.hubs import Damaged, Failed, Hub, RemoteFile, Unreachable, choose_hub, failure, size_of, status_of
-
-CLIP_FOLDER = "model/vision_model/clip-vit-base-patch16"
-HIDDEN = {"26m": 512, "104m": 768}
-TRANSFORMERS_REPO = {"26m": "MiniMind2-Small-V", "104m": "MiniMind2-V"}  # they hold the tokenizer
-TOKENIZER_SHA256 = "d98595c6aef70d95f72748582fb9b4f53d76dd58c1ae1dd702ad7c84e1caf5e4"
-
-# ---------------------------------------------------------------------------- what to fetch
-
-
-def in_words(files: list[RemoteFile]) -> str:
-    names = sorted(file.path for file in files)
-    return ", ".join(names[:30]) + (f" and {len(names) - 30} more" if len(names) > 30 else "") or "nothing"
-
-
-class Repository:
-    """The files of one repository, to be picked by name, in whatever folder of it they are."""
-
-    def __init__(self, hub: Hub, name: str, kind: str = "model", owner: str = ""):
-        self.name = f"{owner or hub.owner}/{name}"
-        try:
-            files = hub.list(self.name, kind)
-        except Exception as error:  # of either library, or of the HTTP client below it
-            raise failure(error, hub, self.name) from error
-        self.files = [file for file in files if ".." not in PurePosixPath(file.path).parts and file.path[0] != "/"]
-
-    def find(self, *patterns: str) -> RemoteFile | None:
-        """The file that fits the first pattern that any file fits. Raises Failed if several do."""
-        for pattern in patterns:
-            matches = [file for file in self.files if fnmatch(PurePosixPath(file.path).name, pattern)]
-            depth = min((file.path.count("/") for file in matches), default=0)
-            matches = [file for file in matches if file.path.count("/") == depth]
-            if len(matches) > 1:
-                raise Failed(f"{self.name} has several files {pattern}: {in_words(matches)}. Take one by hand")
-            if matches:
-                return matches[0]
-        return None
-
-    def pick(self, *patterns: str) -> RemoteFile:
-        if file := self.find(*patterns):
-            return file
-        raise Failed(f"{self.name} has no {' or '.join(patterns)}. It holds {in_words(self.files)}")
-
-
-def weights_suffix(args) -> str:
-    return f"{HIDDEN[args.size]}{'_moe' if args.use_moe else ''}"
-
-
-def tokenizer(hub: Hub, args) -> dict[str, RemoteFile]:
-    repo = Repository(hub, TRANSFORMERS_REPO[args.size])
-    return {f"model/{name}": repo.pick(name) for name in ("tokenizer.json", "tokenizer_config.json")}
-
-
-def clip(hub: Hub, args) -> dict[str, RemoteFile]:
-    repo = Repository(hub, "clip-vit-base-patch16", owner=hub.clip_owner)
-    weights = repo.pick("model.safetensors", "pytorch_model.bin")
-    files = [repo.pick("config.json"), repo.pick("preprocessor_config.json"), weights]
-    return {f"{CLIP_FOLDER}/{PurePosixPath(file.path).name}": file for file in files}
-
-
-def llm(hub: Hub, args) -> dict[str, RemoteFile]:
-    name = f"{weights_suffix(args)}.pth"
-    repo = Repository(hub, "MiniMind2-V-PyTorch")
-    return {f"out/llm_{name}": repo.pick(f"llm_{name}", f"lm_{name}"), **tokenizer(hub, args)}
-
-
-def vlm(hub: Hub, args) -> dict[str, RemoteFile]:
-    names = [f"{stage}_{weights_suffix(args)}.pth" for stage in ("pretrain_vlm", "sft_vlm")]
-    repo = Repository(hub, "MiniMind2-V-PyTorch")
-    repo.pick(*names)  # one at least
-    return {f"out/{name}": file for name in names if (file := repo.find(name))} | tokenizer(hub, args)
-
-
-def data(hub: Hub, args) -> dict[str, RemoteFile]:
-    repo = Repository(hub, "minimind-v_dataset", "dataset")
-    jsonl, parquet = {}, {}  # place: what it may be called
-    for stage in ("pretrain", "sft"):
-        jsonl[f"dataset/{stage}_data.jsonl"] = f"{stage}_data.jsonl", f"{stage}_vlm_data.jsonl"
-        jsonl[f"dataset/{stage}_images.zip"] = (f"{stage}_images.zip",)
-        parquet[f"dataset/{stage}_data.parquet"] = f"{stage}_i2t.parquet", f"{stage}*.parquet"
-    chosen = args.data_format
-    if chosen == "auto":  # as JSONL the same rows take less room
-        chosen = "jsonl" if all(repo.find(*names) for names in jsonl.values()) else "parquet"
-        print(f"{repo.name}: taking {chosen}")
-    return {place: repo.pick(*names) for place, names in (jsonl if chosen == "jsonl" else parquet).items()}
-
-
-TASKS: dict[str, Callable] = {"clip": clip, "llm": llm, "data": data, "vlm": vlm}  # --what → {place: file}
-
+from scripts.download.tasks import ENCODERS, MODELS, TASKS, TOKENIZERS, encoder_folder, weights_suffix
 
 # ---------------------------------------------------------------------------- what is there
 
@@ -169,21 +84,33 @@ class Record:
         checksum, *stamp = self.files.get(place, [None])
         return checksum if stamp == stamp_of(self.root / place) else None
 
+    def weights_of_others(self, model: str) -> set[str]:
+        """Places that were asked for as weights of another model: 104m and 3v are as wide, so they are named alike."""
+        asked = [places for key, places in self.asked.items() if f" {model} " not in key]
+        return {place for places in asked for place in places if place.endswith(".pth")}
+
+    def ask(self, groups: dict[str, list[str]], replaced) -> None:
+        """Notes what was asked for, and forgets what was before and has been replaced."""
+        kept = {key: places for key, places in self.asked.items() if not set(places) & set(replaced)}
+        self.asked = kept | groups
+        self.save()
+
     def has_all(self, keys: list[str]) -> bool:
         """Is all that was asked for under these keys still there?"""
         return all(self.checksum(place) is not None for key in keys for place in self.asked.get(key, [""]))
 
 
-def missing_files(wanted: dict[str, RemoteFile], record: Record, overwrite: bool) -> dict[str, RemoteFile]:
-    """What is still to be fetched. Raises Failed if something else stands in its place."""
-    missing, foreign = {}, []
+def missing_files(wanted: dict[str, RemoteFile], record: Record, overwrite: bool, model: str) -> dict[str, RemoteFile]:
+    """What is still to be fetched. Raises Failed if something else stands in its place: a file of yours, or weights
+    of another model than this one that have the same name."""
+    missing, foreign, others = {}, [], record.weights_of_others(model)
     for place, file in sorted(wanted.items(), key=lambda item: item[1].size):  # small mistakes show before large files
         path, known = record.root / place, record.checksum(place)
         if path.exists() and (known == file.checksum or is_whole(path, file)):
             record.note(place, file.checksum)
             continue
         missing[place] = file
-        if path.exists() and known is None:  # else an earlier run fetched it, and there is a newer one
+        if path.exists() and (known is None or place in others):  # else an earlier run fetched it: there is a newer one
             foreign.append(f"{path} ({path.stat().st_size:,} bytes, expected {file.size:,})")
     if foreign and not overwrite:
         hint = "Rename it and its .json, fetch elsewhere with --root DIR, or give it up with --overwrite"
@@ -237,7 +164,7 @@ def bring(hub: Hub, file: RemoteFile, target: Path) -> None:
                 raise Damaged(str(error)) from error
             fruitless = 0 if size_of(partial) > before else fruitless + 1
             if status_of(error) or fruitless >= hub.attempts:
-                raise failure(error, hub, f"{file.repo}/{file.path}") from error
+                raise failure(error, hub, f"{file.repo}/{file.path}", file.kind) from error
             print(f"the connection broke at {in_units(size_of(partial))}: going on from there")
             time.sleep(2**fruitless - 1)
 
@@ -248,8 +175,11 @@ def clear(file: RemoteFile, target: Path) -> None:
         file.staging(target).parent.rmdir()
 
 
-def fetch(hub: Hub, file: RemoteFile, target: Path) -> None:
-    """A verified file at its place. One that is not what the hub lists is fetched once more."""
+def fetch(hub: Hub, file: RemoteFile, target: Path, sha256: str | None) -> None:
+    """A verified file at its place. One that is not what the hub lists is fetched once more.
+
+    sha256: of the one tokenizer that belongs there.
+    """
     whole, name = file.whole(target), f"{file.repo}/{file.path}"
     for _ in range(2):
         with suppress(Damaged):
@@ -261,9 +191,9 @@ def fetch(hub: Hub, file: RemoteFile, target: Path) -> None:
     else:
         hint = f"A proxy that changes files? Try --source {hub.other}"
         raise Failed(f"{name} came twice other than {hub.endpoint} lists it;\nnothing was kept. {hint}")
-    if target.name == "tokenizer.json" and digest(whole, "sha256") != f"sha256:{TOKENIZER_SHA256}":
+    if sha256 and digest(whole, "sha256") != f"sha256:{sha256}":
         clear(file, target)
-        wrong = f"is not the tokenizer of these weights (sha256 {TOKENIZER_SHA256[:8]}...) and was not kept"
+        wrong = f"is not the tokenizer of these weights (sha256 {sha256[:8]}...) and was not kept"
         raise Failed(f"{name} {wrong}. Try --source {hub.other}")
     if target.exists() and target.suffix == ".pth":  # --overwrite: what its JSON says is no longer so
         target.with_suffix(".json").unlink(missing_ok=True)
@@ -278,36 +208,49 @@ def fetch(hub: Hub, file: RemoteFile, target: Path) -> None:
 
 def next_commands(args, tasks: list[str]) -> list[list]:
     """What is possible with what is there now, of what was asked for; else the download that is missing."""
-    root, name = args.root, f"{weights_suffix(args)}.pth"
-    elsewhere = root.resolve() != Path.cwd()
+    root, name, model = args.root, f"{weights_suffix(args)}.pth", MODELS[args.model]
+    elsewhere, later, chosen = root.resolve() != Path.cwd(), args.model == "3v", args.encoder is not None
 
     def first(*places):
         """The first of them that is there."""
         return next((root / place for place in places if (root / place).is_file()), None)
 
-    encoder = first(f"{CLIP_FOLDER}/model.safetensors", f"{CLIP_FOLDER}/pytorch_model.bin")
-    words = first("model/tokenizer.json")
+    def rows_of(stage, *kinds):
+        return first(*(f"dataset/{stage}_data.{kind}" for kind in kinds))
+
+    def train(stage):
+        flag = ["--data_path", rows[stage] or root / f"dataset/{stage}_data"]
+        needed = elsewhere or rows[stage] != rows_of(stage, "jsonl", "parquet")  # which it takes without
+        return ["python", f"train_{stage}_vlm.py", *flags, *(flag if needed else [])]
+
+    eyes = encoder_folder(args)
+    encoder = first(f"{eyes}/model.safetensors", f"{eyes}/pytorch_model.bin")
+    words = first(f"{model.words}/tokenizer.json")
     llm, pretrained, trained = (first(f"out/{stage}_{name}") for stage in ("llm", "pretrain_vlm", "sft_vlm"))
-    rows = {key: first(f"dataset/{key}_data.jsonl", f"dataset/{key}_data.parquet") for key in ("pretrain", "sft")}
-    large, moe = args.size != "26m", ["--use_moe"] if args.use_moe else []
-    flags = [*(["--hidden_size", HIDDEN[args.size]] if large else []), *moe]
-    if elsewhere:
-        flags += ["--tokenizer_path", root / "model", "--vision_model_path", root / CLIP_FOLDER]
-        flags += ["--out_dir", root / "out"]
-    asks, trains, commands = "vlm" in tasks, "llm" in tasks or "data" in tasks, []
+    kinds = ["parquet", "jsonl"] if later and args.data_format != "jsonl" else ["jsonl", "parquet"]
+    rows = {stage: rows_of(stage, *kinds) for stage in ("pretrain", "sft")}
+    large, moe = args.model != "26m", ["--use_moe"] if args.use_moe else []
+    flags = [*(["--hidden_size", model.hidden] if large else []), *moe]
+    flags += ["--tokenizer_path", root / model.words] if elsewhere else []
+    flags += ["--vision_model_path", root / eyes] if elsewhere or chosen else []
+    flags += ["--out_dir", root / "out"] if elsewhere else []
+    asks, trains, commands = "vlm" in tasks, chosen or "llm" in tasks or "data" in tasks, []
     if encoder and words and (trains or not asks):
-        for stage, start in (("pretrain", llm), ("sft", pretrained)):
+        for stage, start in (("pretrain", llm), ("sft", None if chosen else pretrained)):  # which sees with another
             if rows[stage] and (start or commands):
-                data_flags = ["--data_path", rows[stage]] if elsewhere else []
-                commands.append(["python", f"train_{stage}_vlm.py", *flags, *data_flags])
+                commands.append(train(stage))
     if encoder and words and (asks or not trains) and (trained or pretrained):
         commands.append(["python", "eval_vlm.py", *([] if trained else ["--model_mode", 0]), *flags])
     if not commands:
         ready = {"vlm": words and (trained or pretrained)}
-        ready = {"clip": encoder} | (ready if asks else {"llm": words and llm, "data": all(rows.values())})
+        ready = ready if asks else {"llm": words and llm, "data": all(rows.values())}
+        ready = {"encoder" if later else "clip": encoder} | ready
         missing = [task for task, there in ready.items() if not there]
-        more = [*(["--size", args.size] if large else []), *moe, *(["--root", root] if elsewhere else [])]
+        more = ["--generation", "3v"] if later else ["--size", args.model] if large else []
+        more += [*moe, *(["--root", root] if elsewhere else [])]
         commands.append(["python", "-m", "scripts.download", "--what", *missing, *more])
+        if chosen:
+            commands.append(train("pretrain"))
     return commands
 
 
@@ -317,8 +260,9 @@ def next_commands(args, tasks: list[str]) -> list[list]:
 def download(args) -> list[list[str]]:
     """Fetches what is missing, says what is there and what to type next, and returns the latter."""
     tasks = [task for task in TASKS if task in args.what or ("all" in args.what and task != "vlm")]
-    keys = [f"{task} {args.size} {'moe' if args.use_moe else 'dense'} {args.data_format}" for task in tasks]
-    record = Record(args.root)
+    models = [args.encoder if task == "clip" and args.encoder else args.model for task in tasks]
+    what = f"{'moe' if args.use_moe else 'dense'} {args.data_format}"
+    keys, record = [f"{task} {model} {what}" for task, model in zip(tasks, models)], Record(args.root)
     try:
         hub = choose_hub(args.source)
         print(f"from {hub.endpoint}")
@@ -329,7 +273,7 @@ def download(args) -> list[list[str]]:
         print(f"{error}\nBut all of it is here already, as it was when it was verified.")
     else:
         wanted = {place: file for group in groups.values() for place, file in group.items()}
-        missing = missing_files(wanted, record, args.overwrite)
+        missing = missing_files(wanted, record, args.overwrite, args.model)
         check_space(args.root, missing)
         for place, file in missing.items():
             begun = size_of(file.partial(args.root / place))
@@ -337,10 +281,9 @@ def download(args) -> list[list[str]]:
             print(f"  {in_units(file.size):>8}  {file.repo}/{file.path}{note}")
         print(f"{in_units(sum(file.size for file in missing.values()))} to fetch", flush=True)
         for place, file in missing.items():
-            fetch(hub, file, args.root / place)
+            fetch(hub, file, args.root / place, TOKENIZERS.get(place))
             record.note(place, file.checksum)
-        record.asked |= {key: list(group) for key, group in groups.items()}
-        record.save()
+        record.ask({key: list(group) for key, group in groups.items()}, missing)
 
     print("\nVerified and in place:")
     for place in sorted({place for key in keys for place in record.asked[key]}):
@@ -355,17 +298,27 @@ def download(args) -> list[list[str]]:
 def parse_args(argv=None):
     parser = Parser(__file__, __doc__)
     add = parser.start.add_argument
-    parts = {"nargs": "+", "choices": [*TASKS, "all"], "default": ["all"], "metavar": "PART"}
-    add("--what", **parts, help="clip, llm, vlm, data; all: clip llm data")
-    add("--size", choices=list(HIDDEN), default="26m", help="of the model: 26m (hidden 512) or 104m (768)")
+    parts = {"nargs": "+", "choices": ["encoder", *TASKS, "all"], "default": ["all"], "metavar": "PART"}
+    add("--what", **parts, help="encoder, llm, vlm, data; all: encoder llm data")
+    add("--generation", choices=["2", "3v"], default="2", help="MiniMind2-V (2025), or minimind-3v (2026)")
+    sizes = "of generation 2: 26m (hidden 512) or 104m (768); default: 26m"
+    add("--size", choices=[name for name in MODELS if name != "3v"], help=sizes)
+    add("--encoder", choices=list(ENCODERS), help="for a model of your own; default: that of the generation")
     add("--source", choices=["auto", "hf", "modelscope"], default="auto", help="auto: the first that answers")
     add = parser.group("what, and where to").add_argument
     add("--use_moe", **SWITCH, help="weights with a mixture of experts")
     formats = ["auto", "jsonl", "parquet"]
-    add("--data_format", choices=formats, default="auto", help="auto: jsonl if there, as it is smaller")
+    add("--data_format", choices=formats, default="auto", help="auto: of generation 2 jsonl if there, as it is smaller")
     add("--root", type=Path, default=Path(), metavar="DIR", help="gets model/, out/, dataset/")
     add("--overwrite", action="store_true", help="replace files that are there but differ")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.what = ["clip" if part == "encoder" else part for part in args.what]
+    args.model = "3v" if args.generation == "3v" else args.size or "26m"
+    if args.generation == "3v" and (args.size or args.encoder):
+        parser.error("--generation 3v has one size and one encoder: leave --size and --encoder out")
+    if args.encoder and ("vlm" in args.what or not {"clip", "all"} & set(args.what)):
+        parser.error("--encoder is for a model of your own, trained ones have theirs: give it with --what encoder")
+    return args
 
 
 def main(argv=None):

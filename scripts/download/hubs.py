@@ -44,7 +44,9 @@ class RemoteFile:
 
 
 class HuggingFace:
-    source, other, owner, clip_owner = "hf", "modelscope", "jingyaogong", "openai"
+    source, other = "hf", "modelscope"
+    owners = {}  # who has another name here than on Hugging Face
+    pages = {"model": "huggingface.co", "dataset": "huggingface.co/datasets"}
     attempts = 4  # in a row that bring nothing
     token = "HF_TOKEN (huggingface.co/settings/tokens)"
 
@@ -88,7 +90,9 @@ class HuggingFace:
 
 
 class ModelScope:
-    source, other, owner, clip_owner = "modelscope", "hf", "gongjy", "openai-mirror"
+    source, other = "modelscope", "hf"
+    owners = {"jingyaogong": "gongjy", "openai": "openai-mirror"}
+    pages = {"model": "modelscope.cn/models", "dataset": "modelscope.cn/datasets"}
     attempts = 1  # its library makes several itself
     token = "MODELSCOPE_API_TOKEN (modelscope.cn/my/myaccesstoken)"
 
@@ -146,15 +150,19 @@ def status_of(error: Exception) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status_code", None)
 
 
-def failure(error: Exception, hub: Hub, what: str) -> Failed:
-    """The exception to raise for one of either library, or of the HTTP client below it."""
+def failure(error: Exception, hub: Hub, what: str, kind: str) -> Failed:
+    """The exception to raise for one of either library, or of the HTTP client below it.
+
+    what: a repository of this kind, "owner/name", or a file in it.
+    """
     status, other = status_of(error), f"The other hub may: --source {hub.other}"
     if not status:
         cause = error.__cause__ or error
         reason = (str(cause) or type(cause).__name__).splitlines()[0]
         again = "The same command goes on where it was"
         return Unreachable(f"the connection to {hub.endpoint} failed at {what}: {reason}. {again}. {other}")
-    login = f"Accept the terms on its page if there are any, and export {hub.token.replace(' ', '=... ', 1)}"
+    page = f"{hub.pages[kind]}/{'/'.join(what.split('/')[:2])}"
+    login = f"Accept the terms if there are any, on {page}, and export {hub.token.replace(' ', '=... ', 1)}"
     wait = "Wait some minutes, then type the same command: it goes on where it was"
     reasons = {
         401: f"wants a login for {what}, or does not have it. {login}. {other}",
