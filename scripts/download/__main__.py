@@ -230,9 +230,9 @@ def next_commands(args, tasks: list[str]) -> list[list]:
     kinds = ["parquet", "jsonl"] if later and args.data_format != "jsonl" else ["jsonl", "parquet"]
     rows = {stage: rows_of(stage, *kinds) for stage in ("pretrain", "sft")}
     large, moe = args.model != "26m", ["--use_moe"] if args.use_moe else []
-    flags = [*(["--hidden_size", model.hidden] if large else []), *moe]
-    flags += ["--tokenizer_path", root / model.words] if elsewhere else []
-    flags += ["--vision_model_path", root / eyes] if elsewhere or chosen else []
+    parts = ["--tokenizer_path", root / model.words] if elsewhere else []
+    parts += ["--vision_model_path", root / eyes] if elsewhere or chosen else []
+    flags = [*(["--hidden_size", model.hidden] if large else []), *moe, *parts]
     flags += ["--out_dir", root / "out"] if elsewhere else []
     asks, trains, commands = "vlm" in tasks, chosen or "llm" in tasks or "data" in tasks, []
     if encoder and words and (trains or not asks):
@@ -240,7 +240,10 @@ def next_commands(args, tasks: list[str]) -> list[list]:
             if rows[stage] and (start or commands):
                 commands.append(train(stage))
     if encoder and words and (asks or not trains) and (trained or pretrained):
-        commands.append(["python", "eval_vlm.py", *([] if trained else ["--model_mode", 0]), *flags])
+        which = [*([] if trained else ["--model_mode", 0]), *flags]
+        if later:  # others may be as wide, and newer
+            which = ["--weights", trained or pretrained, *parts]
+        commands.append(["python", "eval_vlm.py", *which])
     if not commands:
         ready = {"vlm": words and (trained or pretrained)}
         ready = ready if asks else {"llm": words and llm, "data": all(rows.values())}
