@@ -389,6 +389,7 @@ def test_weights_of_the_other_generation_that_are_named_alike_are_not_replaced_u
     assert "out/llm_768.pth (30,000 bytes, expected 40,000)" in told and "--root" in told
     get("hf", *LATER, "--what", "llm", "--overwrite")
     assert (get.root / "out/llm_768.pth").read_bytes() == content("later llm_768.pth", 40_000)
+    assert "llm 104m dense auto" not in json.loads((get.root / ".download.json").read_text())["asked"]
     hubs.files["model", "minimind-3v-pytorch"]["llm_768.pth"] = content("newer", 40_000)
     get("hf", *LATER, "--what", "llm")  # now it is this one's, and a newer one replaces it
     assert (get.root / "out/llm_768.pth").read_bytes() == content("newer", 40_000)

@@ -89,9 +89,10 @@ class Record:
         asked = [places for key, places in self.asked.items() if f" {model} " not in key]
         return {place for places in asked for place in places if place.endswith(".pth")}
 
-    def ask(self, groups: dict[str, list[str]], replaced) -> None:
-        """Notes what was asked for, and forgets what was before and has been replaced."""
-        kept = {key: places for key, places in self.asked.items() if not set(places) & set(replaced)}
+    def ask(self, groups: dict[str, list[str]], model: str) -> None:
+        """Notes what was asked for, and forgets what was of another model where weights of this one are now."""
+        ours = {place for places in groups.values() for place in places} & self.weights_of_others(model)
+        kept = {key: places for key, places in self.asked.items() if f" {model} " in key or not ours & set(places)}
         self.asked = kept | groups
         self.save()
 
@@ -286,7 +287,7 @@ def download(args) -> list[list[str]]:
         for place, file in missing.items():
             fetch(hub, file, args.root / place, TOKENIZERS.get(place))
             record.note(place, file.checksum)
-        record.ask({key: list(group) for key, group in groups.items()}, missing)
+        record.ask({key: list(group) for key, group in groups.items()}, args.model)
 
     print("\nVerified and in place:")
     for place in sorted({place for key in keys for place in record.asked[key]}):
