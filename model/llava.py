@@ -46,7 +46,7 @@ def llava_config(model, tokenizer) -> dict:
             "--to llava: no stock LLaVA is a minimind-3v, with its norms and projector.\nUse --to transformers"
         )
     if config.spatial_merge_size > 1:
-        raise ValueError("--to llava: no stock LLaVA merges patches, as --image_tokens does.\nUse --to transformers")
+        raise ValueError("--to llava: no stock LLaVA merges patches as this model does.\nUse --to transformers")
     text = {key: getattr(config, key) for key in SAME_FIELDS} | token_ids(tokenizer)
     text |= {"vocab_size": config.vocab_size + 1, "rope_theta": config.rope_theta, "tie_word_embeddings": True}
     if not config.use_moe:

@@ -92,17 +92,12 @@ class VLMConfig(MiniMindConfig):
 
 
 class VisionProj(nn.Module):
-    """From the encoder's width to the decoder's: "linear" is one layer, "mlp" a norm and two (MiniMind-3).
+    """From the encoder's width to the decoder's: "linear" is one layer, "mlp" a norm and two (MiniMind-3). For fewer
+    tokens S · S neighbouring patches become one vector first."""
 
-    spatial_merge_size: S · S neighbouring patches become one vector first, so that a picture takes fewer tokens.
-    """
-
-    def __init__(
-        self, ve_hidden_size: int = 768, hidden_size: int = 512, kind: str = "linear", spatial_merge_size: int = 1
-    ):
+    def __init__(self, ve_hidden_size: int = 768, hidden_size: int = 512, kind: str = "linear", S: int = 1):
         super().__init__()
-        self.spatial_merge_size = spatial_merge_size
-        width = ve_hidden_size * spatial_merge_size**2
+        self.S, width = S, ve_hidden_size * S**2
         if kind == "mlp":
             first, second = nn.Linear(width, hidden_size), nn.Linear(hidden_size, hidden_size)
             self.mlp = nn.Sequential(nn.LayerNorm(width), first, nn.GELU(), second)
@@ -118,10 +113,9 @@ class VisionProj(nn.Module):
 
     def merge(self, features):
         """(..., P, V) → (..., P / S², S² · V): the patches of a block one after the other, row by row."""
-        S = self.spatial_merge_size
-        if S == 1:
+        if self.S == 1:
             return features
-        side = math.isqrt(features.shape[-2])
+        S, side = self.S, math.isqrt(features.shape[-2])
         patches = features[..., -side * side :, :]  # without registers
         blocks = patches.unflatten(-2, (side // S, S, side // S, S)).transpose(-4, -3)  # (..., row, column, S, S, V)
         return blocks.flatten(-3).flatten(-3, -2)
@@ -136,9 +130,8 @@ class MiniMindVLM(MiniMindForCausalLM):
         """vision_model_path: an encoder's folder, whole or vision tower only; None builds the model without eyes."""
         config = params or VLMConfig()
         super().__init__(config)
-        self.vision_proj = VisionProj(
-            config.ve_hidden_size, config.hidden_size, config.projector, config.spatial_merge_size
-        )
+        shape = config.ve_hidden_size, config.hidden_size, config.projector, config.spatial_merge_size
+        self.vision_proj = VisionProj(*shape)
         self.vision_encoder = self.processor = None
         if vision_model_path is not None:  # after post_init, which would initialise the encoder anew
             self.load_vision_encoder(vision_model_path)
@@ -203,8 +196,7 @@ class MiniMindVLM(MiniMindForCausalLM):
     @staticmethod
     @torch.no_grad()
     def get_image_embeddings(image_tensors, vision_model) -> torch.Tensor:
-        """float (N, 3, H, W) → features (N, P, V) of the patches, in reading order, as the last block leaves them; for
-        the projector "mlp" after the last norm."""
+        """float (N, 3, H, W) → patch features (N, P, V), of the last block; for the projector "mlp" normed."""
         # CLIP puts a class token, a summary of the picture, before the patches. The patches know what is where.
         features = vision_model(pixel_values=image_tensors.to(vision_model.dtype)).last_hidden_state
         return features[:, int(family_of(vision_model.config.model_type).class_token) :]

@@ -231,7 +231,7 @@ def test_weights_without_json_are_not_given_another_family_of_the_same_shape(fla
 
 def test_neighbouring_patches_are_merged_block_by_block():
     features = torch.arange(2 * 16 * 3.0).view(2, 16, 3)
-    merged = VisionProj(3, 5, spatial_merge_size=2).merge(features)
+    merged = VisionProj(3, 5, S=2).merge(features)
     assert merged.shape == (2, 4, 12)
     for row in range(2):
         for column in range(2):
@@ -239,7 +239,7 @@ def test_neighbouring_patches_are_merged_block_by_block():
             block = features[:, [first, first + 1, first + 4, first + 5]].flatten(1)
             assert torch.equal(merged[:, 2 * row + column], block)
     registered = torch.cat([torch.full((2, 4, 3), -1.0), features], dim=1)
-    assert torch.equal(VisionProj(3, 5, spatial_merge_size=2).merge(registered), merged)
+    assert torch.equal(VisionProj(3, 5, S=2).merge(registered), merged)
 
 
 @pytest.mark.parametrize("kind", ["clip", "dinov3_vit"])
@@ -263,7 +263,7 @@ def test_a_model_of_fewer_image_tokens_learns_answers_and_is_exported(
         eval_vlm.main(["--weights", str(path), "--load", str(int(path == made)), *ask])
         answers.append(capsys.readouterr().out.splitlines()[-1])
     assert len(set(answers)) == 1
-    with pytest.raises(ValueError, match="no stock LLaVA merges patches.*\nUse --to transformers"):
+    with pytest.raises(ValueError, match="no stock LLaVA merges patches as .*\nUse --to transformers"):
         converted("llava", weights, tmp_path / "no", world)
     if kind != "clip":  # without JSON weights are taken for public ones
         return
