@@ -17,6 +17,7 @@ from scripts.quickstart import __main__ as quickstart
 from tests.test_flags import ROOT, SCRIPTS, SOURCES, names, parsers  # noqa: F401 (a fixture)
 
 READMES = ["README.md", "README_zh.md"]
+PAGES = [*READMES, *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 FLAG = r"(?<![\w-])--[a-z]\w*(?:-\w+)*"
 # In a sentence a command ends at punctuation, in a text at the end of the line.
 COMMAND = re.compile(
@@ -114,10 +115,10 @@ def imports_of(tree) -> set[Path]:
     return files
 
 
-@pytest.mark.parametrize("source", [*READMES, *map(names, SOURCES)])
+@pytest.mark.parametrize("source", [*PAGES, *map(names, SOURCES)])
 def test_every_command_in_a_text_is_one_that_its_script_takes(parse, source):
     path = ROOT / source
-    texts = [readme_text(source)] if source in READMES else texts_of(SOURCES[path])
+    texts = [readme_text(source)] if source in PAGES else texts_of(SOURCES[path])
     for script, flags in [command for text in texts for command in commands_in(text)]:
         parse(script, flags)
 
@@ -142,7 +143,7 @@ def test_every_flag_in_a_text_is_one_of_a_script_that_can_show_it(parsers):  # n
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("readme", READMES)
+@pytest.mark.parametrize("readme", PAGES)
 def test_every_flag_in_a_readme_is_one_of_a_script(parsers, readme):  # noqa: F811
     every = {flag for script in SCRIPTS for parser in parsers(script) for flag in parser._option_string_actions}
     every |= {*TORCHRUN, *RENAMED}
