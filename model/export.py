@@ -3,6 +3,7 @@
 Weights are safetensors; the tokenizer knows the chat format; the encoder and its preprocessing are there.
 """
 
+import json
 import re
 import shutil
 import tempfile
@@ -15,9 +16,10 @@ from transformers import PretrainedConfig
 import model as model_package
 from common.files import write_json, write_safely
 from model.families import family_of
+from model.files import read_json
 from model.processing import DEFAULT_SYSTEM, IMAGE_TAG, NO_THOUGHT
 from model.processor import HIDE
-from model.weights import STAGES, save_weights, weights_name
+from model.weights import SIDECAR, STAGES, save_weights, tokenizer_hash, weights_name
 
 CODE = ("model_vlm.py", "model_minimind.py", "config.py", "attention.py", "feed_forward.py")
 CODE += (
@@ -45,7 +47,7 @@ TEMPLATE = r"""
     {{- message.content | replace("<|", "<HIDE|") -}}
   {%- else -%}
     {%- for part in message.content -%}
-      {{- "TAG" if part.type != "text" else part.text | replace("<|", "<HIDE|") | replace("TAG", "<HIDEimage>") -}}
+      {{- PART -}}
       {{- "" if loop.last else "\n" -}}
     {%- endfor -%}
   {%- endif -%}
@@ -60,6 +62,8 @@ ANSWER  {%- else -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ "<|im_start|>assistant\nTHOUGHT" }}{%- endif -%}
 """
+SEEN = '"TAG" if part.type != "text" else part.text | replace("<|", "<HIDE|") | replace("TAG", "<HIDEimage>")'
+READ = 'part.text | replace("<|", "<HIDE|") if part.type == "text" else raise_exception("it sees no pictures")'
 DEFAULT = r"""{%- if messages[0].role != "system" -%}{{ "<|im_start|>system\nSYSTEM<|im_end|>\n" }}{%- endif -%}
 """
 ANSWER = r"""    {%- generation -%}{{- said(message) + "<|im_end|>" -}}{%- endgeneration -%}
@@ -75,10 +79,11 @@ AFTER_THOUGHT = r"""    {%- set parts = said(message).split("</think>") -%}
 """
 
 
-def chat_template(thinks: bool) -> str:
+def chat_template(thinks: bool, sees: bool = True) -> str:
     """What `encode_chat` does, for other programs. thinks: as MiniMind-3, whose chats begin without a system turn, and
-    answers with a thought, mostly an empty one."""
-    template = TEMPLATE.replace("DEFAULT", "" if thinks else DEFAULT).replace("SYSTEM", DEFAULT_SYSTEM)
+    answers with a thought, mostly an empty one. sees: or else <image> is a text like any other."""
+    template = TEMPLATE.replace("PART", SEEN if sees else READ)
+    template = template.replace("DEFAULT", "" if thinks else DEFAULT).replace("SYSTEM", DEFAULT_SYSTEM)
     template = template.replace("ANSWER", AFTER_THOUGHT if thinks else ANSWER)
     template = template.replace("THOUGHT", NO_THOUGHT.encode("unicode_escape").decode() if thinks else "")
     return template.replace("TAG", IMAGE_TAG).replace("HIDE", HIDE.encode("unicode_escape").decode())
@@ -100,7 +105,7 @@ def write_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
     write_safely(path, lambda file: file.write(weights))
 
 
-def write_tokenizer_config(folder: Path, pad_token: str, thinks: bool = False) -> None:
+def write_tokenizer_config(folder: Path, pad_token: str, thinks: bool = False, sees: bool = True) -> None:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|im_start|>",
@@ -113,7 +118,47 @@ def write_tokenizer_config(folder: Path, pad_token: str, thinks: bool = False) -
         "clean_up_tokenization_spaces": False,
     }
     write_json(folder / "tokenizer_config.json", config)
-    (folder / "chat_template.jinja").write_text(chat_template(thinks), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(chat_template(thinks, sees), encoding="utf-8")
+
+
+def edit_tokenizer(source: Path, target: Path, change) -> None:
+    """Writes change(tokenizer.json) as the library writes it: changed and changed back, it has the sha256 it had."""
+    text = (source / "tokenizer.json").read_text(encoding="utf-8")
+    changed = json.dumps(change(json.loads(text)), indent=2, ensure_ascii=False)
+    (target / "tokenizer.json").write_text(changed + text[len(text.rstrip()) :], encoding="utf-8")
+
+
+def write_tokenizer(folder: Path, tokenizer, tokenizer_path, to: str, image: dict | None = None) -> None:
+    """Such that what people typed is plain text to a stock tokenizer too. image: a token more; None: it is not asked
+    about pictures."""
+
+    def change(ours):
+        if ours.get("normalizer"):
+            raise ValueError(f"--to {to}: {tokenizer_path}/tokenizer.json has a normalizer, MiniMind's have none")
+        added = [token | {"normalized": False} for token in ours["added_tokens"]]  # found before HIDE is taken out
+        without = {"type": "Replace", "pattern": {"String": HIDE}, "content": ""}
+        return ours | {"added_tokens": added + ([image] if image else []), "normalizer": without}
+
+    edit_tokenizer(Path(tokenizer_path), folder, change)
+    thinks = tokenizer.backend_tokenizer.token_to_id("<think>") is not None
+    write_tokenizer_config(folder, tokenizer.pad_token, thinks, sees=image is not None)
+
+
+def restore_tokenizer(folder: Path, to: Path, saver: str) -> None:
+    """saver: what saves it, for the FileNotFoundError."""
+
+    def change(theirs):
+        added = [token for token in theirs["added_tokens"] if token["content"] != IMAGE_TAG]
+        return theirs | {"added_tokens": added, "normalizer": None}
+
+    if not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(
+            f"--weights {folder}: no tokenizer.json there\nSave it too: {saver}.save_pretrained(FOLDER)"
+        )
+    edit_tokenizer(folder, to, change)
+    write_tokenizer_config(to, read_json(folder / "tokenizer_config.json")["pad_token"])
+    if (folder / SIDECAR).is_file():
+        write_json(to / SIDECAR, read_json(folder / SIDECAR) | {"tokenizer": {"sha256": tokenizer_hash(to)}})
 
 
 def token_ids(tokenizer) -> dict[str, int]:
@@ -155,14 +200,20 @@ def write_encoder(folder: Path, state: dict, config: dict, preprocessor: dict) -
     write_json(folder / "preprocessor_config.json", preprocessor)
 
 
+def has_eyes(model) -> bool:
+    """Or is it a language model alone?"""
+    return hasattr(model, "vision_encoder")
+
+
 def write_parts(folder: Path, model, tokenizer, tokenizer_path) -> None:
-    """Tokenizer and encoder, which have the same files beside a .pth as in a Transformers folder."""
+    """Tokenizer and encoder, if it has one, which have the same files beside a .pth as in a Transformers folder."""
     shutil.copyfile(Path(tokenizer_path) / "tokenizer.json", folder / "tokenizer.json")  # its sha256 stays
     thinks = tokenizer.backend_tokenizer.token_to_id("<think>") is not None
-    write_tokenizer_config(folder, tokenizer.pad_token, thinks)
-    eyes = model.vision_encoder
-    description = encoder_config(eyes), model.processor.to_dict()
-    write_encoder(folder / "vision_encoder", encoder_state(eyes), *description)
+    write_tokenizer_config(folder, tokenizer.pad_token, thinks, has_eyes(model))
+    if has_eyes(model):
+        eyes = model.vision_encoder
+        description = encoder_config(eyes), model.processor.to_dict()
+        write_encoder(folder / "vision_encoder", encoder_state(eyes), *description)
 
 
 # ---------------------------------------------------------------------------- our architecture
@@ -172,6 +223,7 @@ def write_pth(folder: Path, model, tokenizer, tokenizer_path, sidecar: dict) -> 
     """The weights as training leaves them, with the tokenizer and encoder that eval_vlm.py needs beside them."""
     write_parts(folder, model, tokenizer, tokenizer_path)
     stage = sidecar.get("stage") if sidecar.get("stage") in STAGES.values() else "sft_vlm"
+    stage = stage if has_eyes(model) else "llm"
     save_weights(folder / weights_name(stage, model.config), model, sidecar)
 
 

@@ -116,7 +116,8 @@ def read_sidecar(weights: Path) -> dict:
     sidecar = read_json(path) if path.is_file() else {}
     if weights.is_dir():
         if (kind := sidecar.get("model_type")) not in ("minimind", "minimind-v"):
-            back = f". Make one of it: python -m scripts.convert_vlm --to pth --weights {weights}" * (kind == "llava")
+            back = f". Make one of it: python -m scripts.convert_vlm --to pth --weights {weights}"
+            back *= kind == "llava" or "made_by" in sidecar  # of model/llm.py
             raise ValueError(f"{path}: expected a MiniMind with model_type minimind-v, got {kind}{back}")
         fields = [*signature(MiniMindConfig).parameters, "image_ids", "image_special_token", "projector"]
         sidecar = own_names(sidecar)

@@ -63,7 +63,7 @@ def convert(tmp_path, world, clip_folder, tokenizer_folder, monkeypatch):
     """convert(kind, weights, ...) → the folder made. The check runs in this process unless `apart`: much faster."""
 
     def run(kind, weights, *more, apart=False, name=None) -> Path:
-        if not apart and kind == "llava":
+        if not apart and kind in ("llava", "llm"):
             monkeypatch.setattr(convert_vlm, "check_folder", lambda made, ours: check_export.check(str(made), ours))
         elif not apart:
             monkeypatch.setattr(convert_vlm, "check_folder", lambda made, ours: "not checked")

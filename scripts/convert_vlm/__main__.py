@@ -2,13 +2,15 @@
 
     python -m scripts.convert_vlm --to llava                # for Transformers, vLLM, lmms-eval, ...
     python -m scripts.convert_vlm --to transformers         # our code inside (trust_remote_code)
-    python -m scripts.convert_vlm --to pth --weights out/sft_vlm_512_llava  # from either folder
+    python -m scripts.convert_vlm --to llm                  # its language model alone, or an llm_*.pth: for text
+    python -m scripts.convert_vlm --to pth --weights out/sft_vlm_512_llava  # from any of these folders
     python -m scripts.convert_vlm --to llava --push YOU/NAME                # to huggingface.co
     python -m scripts.convert_vlm --to llava --versions 4.57.6 5.0.0        # checked on these too
 
 --to llava makes a stock LLaVA, whose text half is a Llama or, with experts, a GraniteMoeShared: no code of ours is
-needed to run it. What it is comes from the weights and their JSON; tokenizer, encoder and a model card come along. At
-the end the folder is loaded by a process that cannot see this repo, and must say what our model says.
+needed to run it. --to llm makes this half alone, of a minimind-3v a Qwen3 or Qwen3Moe, for programs that serve text.
+What it is comes from the weights and their JSON; tokenizer, encoder and a model card come along. At the end the folder
+is loaded by a process that cannot see this repo, and must say what our model says.
 """
 
 if __spec__ is None or __spec__.name == "__main__":  # started by its path, from where Python finds no other folder
@@ -36,22 +38,24 @@ from inference.models import choose_model, prompts_of
 from inference.pictures import open_image
 from inference.scoring import count_parameters
 from model.build import build_model
-from model.export import write_pth, write_transformers
+from model.export import has_eyes, write_pth, write_transformers
 from model.files import read_json
 from model.flags import add_parts_arguments
 from model.llava import unpacked, write_llava
+from model.llm import build_decoder, write_llm
 from model.processing import IMAGE_TAG, encode_chat
 from model.rgb import to_rgb
 from model.weights import SIDECAR, bare_name, make_sidecar
-from scripts.convert_vlm.check_export import QUESTIONS
+from scripts.convert_vlm.check_export import QUESTIONS, texts_of
 
-WRITE = {"llava": write_llava, "transformers": write_transformers, "pth": write_pth}
+WRITE = {"llava": write_llava, "transformers": write_transformers, "llm": write_llm, "pth": write_pth}
+ABOUT_PICTURES = ("prompts", "pictures_first", "rows_without_picture")  # in the JSON of weights
 
 
 def parse_args(argv=None):
     parser = Parser(__file__, __doc__)
     add = parser.start.add_argument
-    add("--to", required=True, choices=["llava", "transformers", "pth"], help="what to make")
+    add("--to", required=True, choices=[*WRITE], help="what to make")
     add("--weights", metavar="W", help="a .pth file, a folder, or pretrain_vlm; default: the newest sft_vlm")
     add("--out_dir", default="./out", help="folder of the weights, or of folders with them")
     add("--output", metavar="DIR", help="folder to make; default: beside the weights, named after them and --to")
@@ -69,7 +73,7 @@ def parse_args(argv=None):
     parser.set_defaults(num_hidden_layers=None, num_key_value_heads=None, load=0, model_mode=1)
     args = parser.parse_args(argv)
     if args.to == "pth" and (args.versions or args.push):
-        parser.error("--versions and --push are for folders: --to llava or --to transformers")
+        parser.error("--versions and --push are for folders: --to llava, transformers or llm")
     return args
 
 
@@ -85,50 +89,59 @@ def info_of(weights: Path, model, origin, to: str, output: Path) -> dict:
     parts = make_sidecar(model, origin)
     for key, folder in (("tokenizer", output), ("vision_model", output / "vision_encoder")):
         path = {"path": str(folder)} if to == "pth" else {}
-        known[key] = path | {"sha256": parts[key]["sha256"]}
+        known[key] = path | {"sha256": parts[key]["sha256"]} if parts[key] else {}
+    if not has_eyes(model):
+        known = {key: value for key, value in known.items() if key not in ABOUT_PICTURES} | {"stage": "llm"}
     return {"versions": {}} | known | {"config": parts["config"]}
 
 
 def model_card(kind: str, name: str, model, info: dict, prompts: list[str]) -> str:
-    """prompts: questions that the model knows, the first one for the example."""
-    config, counts = model.config, count_parameters(model)
+    """prompts: questions that the model knows, the first one for the example; none of a language model alone."""
+    config, eyes = model.config, has_eyes(model)
+    counts = count_parameters(model) if eyes else {"llm": sum(weight.numel() for weight in model.parameters())}
     experts = f", {config.n_routed_experts} experts of which {config.num_experts_per_tok} work"
     size = f"{config.num_hidden_layers} layers, {config.hidden_size} wide{experts if config.use_moe else ''}"
     trust = ", trust_remote_code=True" if kind == "transformers" else ""
-    what = "stock LLaVA, which needs no code of its own" if kind == "llava" else "with its code in this repository"
+    stock = {"llava": "stock LLaVA", "llm": "stock language model"}.get(kind)
+    what = f"{stock}, which needs no code of its own" if stock else "with its code in this repository"
     facts = {"Stage": info.get("stage"), "Data": ", ".join(map(str, info.get("data") or []))}
     facts["Questions it knows"] = " · ".join(prompts)
     facts |= {"Steps": info.get("step"), "Rows": info.get("rows"), "Seed": info.get("seed")}
     facts |= {"Command": f"`python {info['command']}`" if info.get("command") else None}
     facts |= {"Versions": ", ".join(f"{key} {value}" for key, value in info["versions"].items())}
     table = "".join(f"| {key} | {value} |\n" for key, value in facts.items() if value not in (None, ""))
-    picture, text = {"type": "image", "path": "photo.jpg"}, {"type": "text", "text": prompts[0]}
-    parts = [picture, text] if info.get("pictures_first") else [text, picture]
+    parameters = f"| language model | {counts['llm']:,} ({size}) |\n"
+    if eyes:
+        task, does = "image-text-to-text", "looks at pictures and answers questions about them"
+        parameters += f"| projector | {counts['projector']:,} |\n"
+        parameters += f"| vision encoder, frozen | {counts['encoder']:,} ({len(config.image_ids)} tokens a picture) |\n"
+        picture, text = {"type": "image", "path": "photo.jpg"}, {"type": "text", "text": prompts[0]}
+        question = [picture, text] if info.get("pictures_first") else [text, picture]
+    else:
+        task, does, question = "text-generation", "answers in a chat, and sees no pictures", "Who are you?"
+    argument = "text" if eyes else "text_inputs"
     serve = "\nAs a server with OpenAI's interface: `transformers serve` (README of MiniMind-V).\n" if not trust else ""
     return f"""\
 ---
 library_name: transformers
-pipeline_tag: image-text-to-text
+pipeline_tag: {task}
 tags: [minimind-v]
 ---
 # {name}
 
-A small vision-language model, made with MiniMind-V: {what}. It looks at pictures and answers questions about them.
+A small {"vision-" * eyes}language model, made with MiniMind-V: {what}. It {does}.
 
 | parameters | |
 |---|---|
-| language model | {counts["llm"]:,} ({size}) |
-| projector | {counts["projector"]:,} |
-| vision encoder, frozen | {counts["encoder"]:,} ({len(config.image_ids)} tokens a picture) |
-
+{parameters}
 ## Run
 
 ```python
 from transformers import pipeline
 
-ask = pipeline("image-text-to-text", "{name}"{trust})
-question = {json.dumps(parts, ensure_ascii=False)}
-print(ask(text=[{{"role": "user", "content": question}}], return_full_text=False)[0]["generated_text"])
+ask = pipeline("{task}", "{name}"{trust})
+question = {json.dumps(question, ensure_ascii=False)}
+print(ask({argument}=[{{"role": "user", "content": question}}], return_full_text=False)[0]["generated_text"])
 ```
 {serve}
 ## Training
@@ -147,11 +160,12 @@ It knows what its data taught it, and says it without knowing whether it is true
 
 @torch.no_grad()
 def reference(model, tokenizer, pictures: list) -> dict:
-    """What our model makes of QUESTIONS, as scripts/convert_vlm/check_export.py wants it."""
-    questions = []
-    for question in QUESTIONS:
+    """What our model makes of QUESTIONS, as scripts/convert_vlm/check_export.py wants it; without eyes, of the texts in
+    them."""
+    questions, image_ids = [], model.config.image_ids if has_eyes(model) else []
+    for question in QUESTIONS if image_ids else map(texts_of, QUESTIONS):
         text = "\n".join(part if isinstance(part, str) else IMAGE_TAG for part in question)
-        pieces = encode_chat(tokenizer, [{"role": "user", "content": text}], model.config.image_ids)
+        pieces = encode_chat(tokenizer, [{"role": "user", "content": text}], image_ids)
         ids = torch.tensor([[token for piece, _, _ in pieces for token in piece]])
         shown = [pictures[part] for part in question if isinstance(part, int)]
         pixels = model.processor(shown)["pixel_values"] if shown else None
@@ -168,7 +182,7 @@ def reference(model, tokenizer, pictures: list) -> dict:
             }
         )
     pictures = [torch.tensor(np.asarray(to_rgb(picture))) for picture in pictures]  # uint8 (H, W, 3)
-    return {"questions": questions, "pictures": pictures, "placeholder": model.config.image_ids[0]}
+    return {"questions": questions, "pictures": pictures, "placeholder": image_ids[0] if image_ids else -1}
 
 
 def check_folder(folder: Path, ours: dict, transformers: str = "") -> str:
@@ -225,7 +239,9 @@ def convert(args, weights: Path, output: Path, temporary: Path) -> None:
     made = temporary / "made"
     made.mkdir()
     with unpacked(weights) as source:
-        model, tokenizer, origin = build_model(args, source)
+        alone = source.is_dir() and read_json(source / "config.json").get("model_type") == "minimind"
+        builder = build_decoder if args.to == "llm" or (args.to == "pth" and alone) else build_model
+        model, tokenizer, origin = builder(args, source)
         print(origin.note.replace(str(source), str(weights)))
         if "new: projector" in origin.note:
             raise ValueError(f"--weights {weights} is a language model that has not seen a picture: train it first")
@@ -233,10 +249,12 @@ def convert(args, weights: Path, output: Path, temporary: Path) -> None:
         WRITE[args.to](made, model, tokenizer, origin.tokenizer_path, info)
     if args.to != "pth":
         write_json(made / SIDECAR, info)
-        prompts = dict.fromkeys([*prompts_of(weights, "en"), *prompts_of(weights, "zh")])
+        eyes = has_eyes(model)
+        prompts = dict.fromkeys([*prompts_of(weights, "en"), *prompts_of(weights, "zh")] if eyes else [])
         card = model_card(args.to, args.push or output.name, model, info, [*prompts])
         (made / "README.md").write_text(card, encoding="utf-8")
-        ours = reference(model, tokenizer, [open_image(path, model.processor, "--images") for path in args.images])
+        pictures = [open_image(path, model.processor, "--images") for path in args.images] if eyes else []
+        ours = reference(model, tokenizer, pictures)
         print(check_folder(made, ours))
         for version in args.versions:
             with tempfile.TemporaryDirectory() as other:

@@ -20,7 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
-    LlavaForConditionalGeneration,
+    AutoTokenizer,
     pipeline,
 )
 from transformers.utils import logging
@@ -33,8 +33,14 @@ QUESTIONS = (  # parts of a message: text, or which of the pictures
 )
 
 
-def messages(question, pictures) -> list[dict]:
-    """A question as Transformers has it."""
+def texts_of(question) -> list[str]:
+    return [part for part in question if isinstance(part, str)]
+
+
+def messages(question, pictures=None) -> list[dict]:
+    """A question as Transformers has it; without pictures, its texts alone."""
+    if pictures is None:
+        return [{"role": "user", "content": "\n".join(texts_of(question))}]
     parts = [
         {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": pictures[part]}
         for part in question
@@ -45,20 +51,23 @@ def messages(question, pictures) -> list[dict]:
 def check(folder: str, ours: dict) -> str:
     """A line about the folder; SystemExit with what differs.
 
+    A stock language model, which sees nothing, is asked the texts of QUESTIONS alone.
     ours: "pictures", uint8 (H, W, 3) each; "placeholder", the id of ours; "questions", for each of QUESTIONS input_ids
     (1, T), pixel_values (N, 3, H, W) or None, logits (T, V), answer_ids (n,) and answer.
     """
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     trust = {"trust_remote_code": True} if "auto_map" in config else {}
+    sees = bool(trust) or config["model_type"] == "llava"
     load = {"pretrained_model_name_or_path": folder, "dtype": torch.float32} | trust
-    processor = AutoProcessor.from_pretrained(folder, **trust)
-    models = [AutoModelForImageTextToText.from_pretrained(**load).eval()]
+    processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(folder, **trust)
+    models = [(AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(**load).eval()]
+    loaded, expected = type(models[0]).__name__, config["architectures"][0]
     if trust:
         models.append(AutoModelForCausalLM.from_pretrained(**load).eval())
-    elif type(models[0]) is not LlavaForConditionalGeneration:
-        raise SystemExit(f"it loads as {type(models[0]).__name__}, not as LlavaForConditionalGeneration")
-    ask = pipeline("image-text-to-text", folder, dtype=torch.float32, **trust)
-    pictures = [Image.fromarray(picture.numpy()) for picture in ours["pictures"]]
+    elif loaded != expected:
+        raise SystemExit(f"it loads as {loaded}, not as {expected}")
+    ask = pipeline("image-text-to-text" if sees else "text-generation", folder, dtype=torch.float32, **trust)
+    pictures = [Image.fromarray(picture.numpy()) for picture in ours["pictures"]] if sees else None
     # Without torchvision Transformers resizes with Pillow, whose values differ in places by up to 2 of 256 levels.
     rounding = 0.0 if trust else 0.04
 
@@ -89,7 +98,8 @@ def check(folder: str, ours: dict) -> str:
                 said = processor.decode(out, skip_special_tokens=True)
                 raise SystemExit(f"{question}: the answer is {said!r}, ours {our['answer']!r}")
             largest, peak = max(largest, apart), max(peak, logits.abs().max().item())
-        said = ask(text=asked, max_new_tokens=n, return_full_text=False)[0]["generated_text"].strip()
+        question_of = {"text": asked} if sees else {"text_inputs": asked, "do_sample": False}  # it samples unasked
+        said = ask(**question_of, max_new_tokens=n, return_full_text=False)[0]["generated_text"].strip()
         if pixels is not None:
             inputs["pixel_values"] = pixels  # its own: what differs by rounding may be answered otherwise
         out = models[0].generate(**inputs, max_new_tokens=n, do_sample=False)[0, ids.shape[1] :]
@@ -97,8 +107,8 @@ def check(folder: str, ours: dict) -> str:
         if said != expected:
             raise SystemExit(f"{question}: the pipeline answers {said!r}, the model {expected!r}")
     return (
-        f"Transformers {transformers.__version__}: {len(QUESTIONS)} questions, tokens and pixels as ours, logits "
-        f"within {largest:.1e} at ±{peak:.0f}, the same answers"
+        f"Transformers {transformers.__version__}: {len(QUESTIONS)} questions, tokens {'and pixels ' * sees}as ours, "
+        f"logits within {largest:.1e} at ±{peak:.0f}, the same answers"
     )
 
 
