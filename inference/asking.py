@@ -11,6 +11,7 @@ from transformers import TextStreamer
 from inference.generate import generate, user_turn
 from inference.models import pictures_first, prompts_of
 from inference.pictures import open_image, pictures_in
+from model.generations import without_thoughts
 from model.processing import IMAGE_TAG
 
 
@@ -72,7 +73,7 @@ def ask_about_pictures(model, tokenizer, args, weights: Path) -> None:
             began = time.perf_counter()
             ids, start, pixels = generate(model, tokenizer, [{"role": "user", "content": text}], images, args, streamer)
             if args.json:
-                answer = tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+                answer = without_thoughts(tokenizer.decode(ids[0, start:], skip_special_tokens=True))
                 cost = {"seconds": round(time.perf_counter() - began, 3), "tokens": ids.shape[1] - start}
                 print(json.dumps(line | {"prompt": prompt, "answer": answer} | cost, ensure_ascii=False), flush=True)
             if args.show_attention:

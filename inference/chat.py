@@ -16,6 +16,7 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 from common.devices import pick_device
 from inference.generate import ask, user_turn
 from inference.models import load_model
+from model.generations import without_thoughts
 from model.processing import IMAGE_TAG, ImageProcessor, TooManyPixels, encode_chat
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
@@ -169,10 +170,10 @@ def stream(model, tokenizer, chat: list[dict], pictures: list, args, stop: Stop)
         for piece in streamer:
             answer += piece
             if streamer.text_queue.empty():  # the page may be slower than the model: it gets the latest
-                yield answer.strip()
+                yield without_thoughts(answer)
     finally:
         stop.stopped.set()
         thread.join()
     if failures:
         raise failures[0]
-    yield answer.strip()
+    yield without_thoughts(answer)

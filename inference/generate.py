@@ -6,6 +6,7 @@ Reading path, 10 of 10; the last
 import torch
 
 from common.devices import autocast, pick_dtype
+from model.generations import without_thoughts
 from model.processing import IMAGE_TAG, encode_chat
 
 
@@ -14,8 +15,7 @@ def generate(model, tokenizer, conversations: list[dict], images: list, args, st
     """Answers a conversation that ends with a question; its <image> tags stand for `images`, in order.
 
     images: pictures, or what `processor.resize` made of them; stopping: a list of StoppingCriteria. Returns question
-    and answer as tokens int64 (1, T), where in them the answer begins, and the pictures as the model gets them, uint8
-    (N, 3, H, W) or None.
+    and answer as tokens int64 (1, T), where in them the answer begins, the pictures as uint8 (N, 3, H, W) or None.
     """
     pieces = encode_chat(tokenizer, conversations, model.config.image_ids)
     ids = [token for piece, _, _ in pieces for token in piece]
@@ -46,7 +46,7 @@ def generate(model, tokenizer, conversations: list[dict], images: list, args, st
 def ask(model, tokenizer, conversations: list[dict], images: list, args, streamer=None, stopping=None) -> str:
     """The answer alone; arguments as in `generate`."""
     out, start, _ = generate(model, tokenizer, conversations, images, args, streamer, stopping)
-    return tokenizer.decode(out[0, start:], skip_special_tokens=True).strip()
+    return without_thoughts(tokenizer.decode(out[0, start:], skip_special_tokens=True))
 
 
 def user_turn(prompt: str, pictures: int, first: bool = False, flag: str = "--prompt") -> str:
@@ -105,4 +105,4 @@ def answer_batches(model, tokenizer, batches, args, device, dtype):
                     pad_token_id=tokenizer.pad_token_id,
                 )
             texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        yield {number: text.strip() for number, text in zip(batch["numbers"], texts)}, batch["broken"]
+        yield dict(zip(batch["numbers"], map(without_thoughts, texts))), batch["broken"]

@@ -25,6 +25,7 @@ from dataset.shapes import ReadOptions
 from dataset.values import BadRow
 from inference.generate import answer_batches, collate_prompts
 from model.files import read_json
+from model.generations import without_thoughts
 from model.processing import encode_chat, language
 from model.weights import bare_name
 from trainer.loader import ignore_interrupt
@@ -91,7 +92,7 @@ def questions_of(data: VLMDataset, captions: dict[str, list[str]]) -> list[Quest
         others = [data.row(other).conversations[-1]["content"] for other in range(row + 1, end)]
         conversations, images, kind = example.conversations, example.images, example.kind
         pieces = encode_chat(data.tokenizer, conversations, data.image_ids)
-        answers = [turn["content"] for turn in conversations if turn["role"] == "assistant"]
+        answers = [without_thoughts(turn["content"]) for turn in conversations if turn["role"] == "assistant"]
         kinds = [*map(str, kind), *[""] * len(answers)] if isinstance(kind, list) else [str(kind)] * len(answers)
         users = [turn["content"] for turn in conversations if turn["role"] == "user"]
         ids, pictures = [], 0

@@ -3,6 +3,7 @@
 Shapes tell the rest (weights.py). Those that are not read are refused with a sentence that names them.
 """
 
+import re
 from dataclasses import dataclass, field
 
 from .defaults import DEFAULT_VISION_MODEL
@@ -90,3 +91,8 @@ def own_names(config: dict) -> dict:
         config["image_special_token"] = MINIMIND_3.eyes["image_token"] * patches
         config["image_ids"] = [MINIMIND_3.placeholder] * patches
     return config
+
+
+def without_thoughts(text: str) -> str:
+    """What an answer says, without what MINIMIND_3 may write in <think> before; while that goes on: nothing of it."""
+    return re.sub(r"<think>.*?(</think>|\Z)", "", text, flags=re.DOTALL).strip()

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,15 +20,20 @@ from transformers import (
 import eval_vlm
 import train_pretrain_vlm
 import train_sft_vlm
+import web_demo_vlm
+from dataset.lm_dataset import VLMDataset
+from inference.chat import Stop, stream
+from inference.generate import answer_batches, ask, collate_prompts
+from inference.scoring import questions_of
 from model import build
 from model.attention import RMSNorm
 from model.build import build_model
 from model.export import chat_template
 from model.model_vlm import MiniMindVLM
-from model.processing import encode_chat, load_tokenizer
+from model.processing import ImageProcessor, encode_chat, load_tokenizer
 from model.processor import MiniMindVProcessor
 from scripts.convert_vlm import __main__ as convert_vlm
-from tests.conftest import lively, turn
+from tests.conftest import lively, turn, write_rows
 from tests.test_loop import interrupt, same
 from train_sft_vlm import parse_args
 
@@ -418,3 +424,50 @@ def test_dense_weights_become_experts_that_compute_the_same(public, parts):
     assert "each expert starts as its dense feed-forward" in origin.note and model.config.num_experts_per_tok == 1
     ids = torch.randint(PAD + 1, VOCABULARY, (2, 20))
     torch.testing.assert_close(model.eval()(ids).logits, dense(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------- what it thinks
+
+
+THOUGHTS = {
+    "A cat.": "A cat.",
+    "<think>\nhm\n</think>\n\nA cat.\n": "A cat.",
+    f"{EMPTY}<think>hm": "",
+    "A cat, <think>\n\na <b>?\n</think>sitting.": "A cat, sitting.",
+}
+
+
+@pytest.mark.parametrize("said", THOUGHTS)
+def test_thoughts_are_no_part_of_an_answer(words, said):
+    """Whatever a model says, as an answer alone, in a batch, and as the page streams it."""
+    ids = torch.tensor([words(said)["input_ids"]])
+    model = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(image_ids=[PAD] * P))
+
+    def generate(input_ids, streamer=None, **flags):
+        if streamer:
+            for tokens in (input_ids, *ids[0].split(1)):
+                streamer.put(tokens)
+            streamer.end()
+        return torch.cat([input_ids, ids], dim=1)
+
+    model.generate = generate
+    args = web_demo_vlm.parse_args([])
+    args.greedy = True
+    chat = [turn("user", "What?")]
+    assert ask(model, words, chat, [], args) == THOUGHTS[said]
+    batch = collate_prompts([{"number": 7, "ids": [1], "pictures": None}], 0)
+    assert [*answer_batches(model, words, [batch], args, model.device, torch.float32)] == [({7: THOUGHTS[said]}, {})]
+    shown = [*stream(model, words, chat, [], args, Stop(60))]
+    assert shown[-1] == THOUGHTS[said] and not any("hm" in text or "think" in text for text in shown)
+
+
+def test_scores_compare_what_is_said_with_what_the_data_say_not_with_what_they_think(words, siglip_folder, tmp_path):
+    rows = [
+        {"conversations": [turn("user", "Is it?"), turn("assistant", said)]} for said in THOUGHTS if "hm" not in said
+    ]
+    rows += [{"conversations": [turn("user", "Is it?"), turn("assistant", "<think>\n为什么\n</think>\n\nYes.")]}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    data = VLMDataset(path, None, words, ImageProcessor.from_pretrained(siglip_folder), 500, [PAD] * P)
+    questions = questions_of(data, {})
+    assert [each.references for each in questions] == [["A cat."], ["A cat, sitting."], ["Yes."]]
+    assert {each.language for each in questions} == {"en"}
