@@ -50,7 +50,7 @@ def main(argv=None):
         check_compiler(device)
     distributed.start(device)
 
-    # ---- model: the decoder from its weights, CLIP frozen, the projector new
+    # ---- model: the decoder from its weights, the encoder frozen, the projector new
     weights = find_weights(args.from_weight, args.out_dir, args.hidden_size, args.use_moe)
     model, tokenizer, origin = build_model(args, weights, training=True)
     distributed.say(origin.note)

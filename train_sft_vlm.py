@@ -4,8 +4,8 @@
     python train_sft_vlm.py --data_path rows.jsonl --images_path pictures
     torchrun --nproc_per_node 2 train_sft_vlm.py                   # two GPUs
 
-What learns: everything but CLIP. On a small card `--trainable attention` (projector and q/k/v/o projections) keeps a
-fifth of the optimizer state. Writes out/sft_vlm_{hidden}{_moe}.pth.
+What learns: everything but the encoder. On a small card `--trainable attention` (projector and q/k/v/o projections)
+keeps a fifth of the optimizer state. Writes out/sft_vlm_{hidden}{_moe}.pth.
 """
 
 from common.start import begin
@@ -50,7 +50,7 @@ def main(argv=None):
         check_compiler(device)
     distributed.start(device)
 
-    # ---- model: decoder and projector from stage 1, CLIP frozen
+    # ---- model: decoder and projector from stage 1, the encoder frozen
     weights = find_weights(args.from_weight, args.out_dir, args.hidden_size, args.use_moe)
     model, tokenizer, origin = build_model(args, weights, training=True)
     distributed.say(origin.note)

@@ -132,7 +132,7 @@ GONE = {
     "--save_weight": "the stage names the file; for a folder of its own: --out_dir DIR",
     "--show_speed": "--json tells seconds and tokens of each answer",
     "--stream": "leave it out, answers stream",
-    "--visual_encoder": "a CLIP is named by its folder, --vision_model_path DIR",
+    "--visual_encoder": "an encoder is named by its folder, --vision_model_path DIR",
 }
 
 

@@ -337,7 +337,7 @@ def look(args, rows: list[str] | Shard, total: int | None = None) -> None:
     generation = generation_at(weights) if weights else MINIMIND_2
     words = find_part("tokenizer", args.tokenizer_path, weights, sidecar, generation)
     eyes = find_part("vision_model", args.vision_model_path, weights, sidecar, generation)
-    if (Path(eyes) / "config.json").exists():
+    if (Path(eyes) / "config.json").exists() or generation is not MINIMIND_2:
         config, processor = VLMConfig.for_encoder(eyes, **generation.eyes), ImageProcessor.from_pretrained(eyes)
     else:
         config, processor = VLMConfig(), ImageProcessor()

@@ -1,9 +1,12 @@
 """model/generations.py: minimind-3v, from files as the hubs have them, on a small random SigLIP and tokenizer."""
 
+import io
 import json
 import signal
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -32,10 +35,12 @@ from model.export import chat_template
 from model.model_vlm import MiniMindVLM
 from model.processing import ImageProcessor, encode_chat, load_tokenizer
 from model.processor import MiniMindVProcessor
+from scripts import inspect_data, train_llm
 from scripts.convert_vlm import __main__ as convert_vlm
 from tests.conftest import lively, turn, write_rows
 from tests.test_loop import interrupt, same
 from train_sft_vlm import parse_args
+from trainer.optimizer import ATTENTION
 
 P, PAD = 16, 12  # placeholders of a picture, and their id
 VOCABULARY = 322
@@ -471,3 +476,98 @@ def test_scores_compare_what_is_said_with_what_the_data_say_not_with_what_they_t
     questions = questions_of(data, {})
     assert [each.references for each in questions] == [["A cat."], ["A cat, sitting."], ["Yes."]]
     assert {each.language for each in questions} == {"en"}
+
+
+# ---------------------------------------------------------------------------- where else it is used
+
+
+def test_two_pictures_without_text_between_them_are_two(public, words):
+    """In the public code they would be one run of placeholders, and so one picture."""
+    _, model, _ = public()
+    ids = torch.tensor([flat(encode_chat(words, [turn("user", "<image><image>Alike?")], [PAD] * P))])
+    assert ids.eq(PAD).sum() == 2 * P
+    red, blue = model.processor([Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")])["pixel_values"]
+    with torch.no_grad():
+        alike, other = (model(ids, pixel_values=torch.stack([red, second])).logits for second in (red, blue))
+    at = ids[0].tolist().index(PAD) + P  # where the second one begins
+    assert torch.equal(alike[:, :at], other[:, :at]) and not torch.allclose(alike[:, at:], other[:, at:])
+
+
+def test_queries_and_keys_stay_in_half_precision(public):
+    _, model, _ = public()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cache = model(torch.arange(20, 50)[None], use_cache=True).past_key_values
+    assert {cache.layers[0].keys.dtype, cache.layers[0].values.dtype} == {torch.bfloat16}
+
+
+@KINDS
+def test_scores_and_captions_are_of_the_answers_that_it_gives_alone(public, parts, world, tmp_path, use_moe):
+    path, model, words = public(use_moe)
+    asks = ["--weights", str(path), *parts, "--max_new_tokens", "6", "--num_workers", "0"]
+    args = eval_vlm.parse_args([*asks, "--greedy"])
+    pictures = sorted((world / "pictures").iterdir())
+    said = [ask(model, words, [turn("user", "What?\n<image>")], [Image.open(each)], args) for each in pictures]
+    rows = [
+        {"image": picture.name, "conversations": [turn("user", "What?\n<image>"), turn("assistant", text)]}
+        for picture, text in zip(pictures, said)
+    ]
+    output, captions = tmp_path / "scores.json", tmp_path / "captions.jsonl"
+    rows = ["--data_path", str(write_rows(tmp_path / "rows.jsonl", rows)), "--images_path", str(world / "pictures")]
+    eval_vlm.main([*asks, *rows, "--output", str(output)])
+    assert [each["answer"] for each in json.loads(output.read_text())["answers"]] == said
+    eval_vlm.main([*asks, "--captions", str(captions), "--image_dir", str(world / "pictures"), "--prompt", "What?"])
+    assert [json.loads(line)["answer"] for line in captions.read_text().splitlines()] == said
+
+
+def test_public_rows_are_looked_at_with_its_own_encoder_and_tokenizer(public, parts, tmp_path, monkeypatch, capsys):
+    """Parquet of two columns; rows of text alone have a small black picture."""
+    path, _, _ = public()
+    monkeypatch.chdir(tmp_path)
+    chats = [
+        [turn("user", "<image>\nWhat?"), turn("assistant", "\n\nIt is red.")],
+        [turn("user", "@@@@?"), turn("assistant", "Hi.")],
+    ]
+    files = [io.BytesIO(), io.BytesIO()]
+    for file, size in zip(files, (40, 8)):
+        Image.new("RGB", (size, size)).save(file, "PNG")
+    columns = {"conversations": [*map(json.dumps, chats)], "image_bytes": [file.getvalue() for file in files]}
+    pq.write_table(pa.table(columns), "sft_i2t.parquet")
+    look = ["sft_i2t.parquet", "--from_weight", str(path), *parts[:4]]
+    inspect_data.main(look)
+    out, page = capsys.readouterr().out, (tmp_path / "out/inspect.html").read_text()
+    assert "1  rows had no <image> and a picture of at most 8×8" in out
+    assert page.count(f'chip">&lt;|image_pad|&gt;×{P}<') == 1 and "×196" not in page and "CLIP" not in out + page
+    with pytest.raises(FileNotFoundError, match="--vision_model_path nowhere"):
+        inspect_data.main([*look, "--vision_model_path", "nowhere"])
+
+
+@KINDS
+def test_its_language_model_trains_on_text_and_resumes(public, parts, world, tmp_path, use_moe, monkeypatch):
+    """The dense one at last becomes experts."""
+    path, _, _ = public(use_moe, sees=False)
+    rows = [{"conversations": [turn("user", f"Say {n}."), turn("assistant", f"\n{n}")]} for n in range(14)]
+    flags = [*parts[:2], "--device", "cpu", "--data_path", str(write_rows(tmp_path / "rows.jsonl", rows))]
+    flags += [*rows_flags(world, tmp_path)[4:], "--from_weight", str(path)]
+    whole = train_llm.main(flags)
+    config = json.loads((tmp_path / "out" / path.with_suffix(".json").name).read_text())["config"]
+    assert config["qk_norm"] and config["norm_in_fp32"] and "projector" not in config
+    other = [*flags, "--out_dir", str(tmp_path / "other")]
+    with monkeypatch.context() as patch:
+        interrupt(patch, 1, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train_llm.main(other)
+    same(whole, train_llm.main([*other, "--from_resume"]))
+    if not use_moe:
+        config = train_llm.main([*flags, "--use_moe"]).model.config
+        assert (config.use_moe, config.num_experts_per_tok, config.n_shared_experts) == (True, 1, 0)
+
+
+@KINDS
+@pytest.mark.parametrize("level, parts_of_it", [("projector", ()), ("attention", ATTENTION)])
+def test_nothing_else_learns_also_in_bfloat16(public, parts, world, tmp_path, use_moe, level, parts_of_it):
+    path, _, _ = public(use_moe)
+    flags = [*parts, *rows_flags(world, tmp_path), "--from_weight", str(path), "--accumulation_steps", "2"]
+    train_sft_vlm.main([*flags, "--trainable", level, "--dtype", "bfloat16"])
+    before, after = torch.load(path), torch.load(tmp_path / "out" / path.name)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {key for key in before if any(part in key for part in ("vision_proj.", *parts_of_it))}
