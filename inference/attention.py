@@ -3,9 +3,11 @@
 A token of the answer is chosen at the position before it. There, in each layer and head, attention spreads 1 over all
 earlier positions, the P placeholders of a picture among them. Their mean over layers and heads is what is drawn.
 
-Shapes as in model_minimind.py and model_vlm.py, and A tokens of an answer, g·g = P patches.
+Shapes as in model_minimind.py and model_vlm.py, and A tokens of an answer; the last g·g of the P are patches (DINO has
+registers before them).
 """
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -98,7 +100,7 @@ def draw_attention(path: Path, model, tokenizer, ids, start: int, pixels, images
     answer = ids[0, start:].tolist()
     words = words_of(tokenizer, answer)
     heat = attention_to_pictures(model, ids, start, pixels)  # (A, N, P)
-    g, N = round(heat.shape[-1] ** 0.5), len(images)
+    g, N = math.isqrt(heat.shape[-1]), len(images)
     heats = [heat[places].mean(dim=0) for _, places in words]  # (N, P) each
     brightest = max((float(each.max()) for each in heats), default=1.0)
     columns = max(1, COLUMNS // N)  # of panels, N pictures each
@@ -118,7 +120,7 @@ def draw_attention(path: Path, model, tokenizer, ids, start: int, pixels, images
             picture = as_seen(image, model.processor)
             grid[0, n].imshow(picture)
             for row, (word, _), each in zip(grid[1:], words, heats):
-                row[n].imshow(spotlight(picture, (each[n] / brightest).view(g, g)).numpy())
+                row[n].imshow(spotlight(picture, (each[n, -g * g :] / brightest).view(g, g)).numpy())
                 row[n].set_title(word if n == 0 else "", loc="left", size=12)
                 row[n].set_title(f"{each[n].sum():.0%}", loc="right", size=8, color="grey")
         try:

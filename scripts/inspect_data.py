@@ -338,7 +338,9 @@ def look(args, rows: list[str] | Shard, total: int | None = None) -> None:
     words = find_part("tokenizer", args.tokenizer_path, weights, sidecar, generation)
     eyes = find_part("vision_model", args.vision_model_path, weights, sidecar, generation)
     if (Path(eyes) / "config.json").exists() or generation is not MINIMIND_2:
-        config, processor = VLMConfig.for_encoder(eyes, **generation.eyes), ImageProcessor.from_pretrained(eyes)
+        merge = sidecar.get("config", {}).get("spatial_merge_size", 1)
+        config = VLMConfig.for_encoder(eyes, spatial_merge_size=merge, **generation.eyes)
+        processor = ImageProcessor.from_pretrained(eyes)
     else:
         config, processor = VLMConfig(), ImageProcessor()
         notes.append(f"No encoder in {eyes}: 196 tokens per picture are assumed, the public CLIP's.")

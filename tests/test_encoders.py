@@ -21,6 +21,7 @@ from model.families import FAMILIES, vision_config
 from model.model_vlm import MiniMindVLM, VisionProj, VLMConfig
 from model.processing import ImageProcessor
 from model.weights import fingerprint
+from scripts import inspect_data
 from scripts.convert_vlm import __main__ as convert_vlm
 from tests.test_loop import interrupt, same
 from tests.test_model_minimind import OTHER, needs_other
@@ -184,6 +185,7 @@ def test_both_stages_learn_with_it_resume_answer_and_become_a_llava_and_come_bac
     capsys.readouterr()
     eval_vlm.main(["--weights", str(weights), *ask])
     answer = capsys.readouterr().out.splitlines()[-1]
+    eval_vlm.main(["--weights", str(weights), *ask, "--show_attention", str(tmp_path / "looked.png")])
     with monkeypatch.context() as patch:
         patch.setattr(convert_vlm, "check_folder", lambda made, ours: "not checked")
         for to in ("llava", "transformers"):
@@ -263,6 +265,9 @@ def test_a_model_of_fewer_image_tokens_learns_answers_and_is_exported(
         eval_vlm.main(["--weights", str(path), "--load", str(int(path == made)), *ask])
         answers.append(capsys.readouterr().out.splitlines()[-1])
     assert len(set(answers)) == 1
+    look = [str(world / "rows.jsonl"), "--images_path", str(world / "pictures"), "--from_weight", str(weights)]
+    inspect_data.main([*look, "--html", str(tmp_path / "rows.html")])
+    assert "@×4<" in (tmp_path / "rows.html").read_text()
     with pytest.raises(ValueError, match="no stock LLaVA merges patches as .*\nUse --to transformers"):
         converted("llava", weights, tmp_path / "no", world)
     if kind != "clip":  # without JSON weights are taken for public ones

@@ -39,6 +39,7 @@ from scripts import inspect_data, train_llm
 from scripts.convert_vlm import __main__ as convert_vlm
 from tests.conftest import lively, turn, write_rows
 from tests.test_loop import interrupt, same
+from tests.test_model_minimind import OTHER
 from train_sft_vlm import parse_args
 from trainer.optimizer import ATTENTION
 
@@ -414,12 +415,17 @@ def test_it_becomes_a_folder_and_comes_back_to_the_bit(public, parts, world, tmp
 
 @pytest.mark.slow
 @KINDS
-def test_a_process_that_cannot_see_the_repo_loads_it(public, parts, world, tmp_path, use_moe, capsys):
+def test_a_process_that_cannot_see_the_repo_loads_it(public, parts, world, tmp_path, use_moe, monkeypatch):
     path, _, _ = public(use_moe)
+    lines, check = [], convert_vlm.check_folder
+    others = [""] if OTHER is None else ["", OTHER]
+    monkeypatch.setattr(
+        convert_vlm, "check_folder", lambda made, ours: lines.extend(check(made, ours, o) for o in others)
+    )
     pictures = [str(world / "pictures" / f"{colour}.png") for colour in ("red", "blue")]
     made = ["--to", "transformers", "--weights", str(path), "--output", str(tmp_path / "made")]
     convert_vlm.main([*made, *parts[:4], "--images", *pictures])
-    assert "tokens and pixels as ours" in capsys.readouterr().out
+    assert len(lines) == len(others) and all("tokens and pixels as ours" in line for line in lines)
 
 
 def test_dense_weights_become_experts_that_compute_the_same(public, parts):
