@@ -63,10 +63,10 @@ class ImageProcessor:
     @classmethod
     def from_pretrained(cls, folder) -> "ImageProcessor":
         """Reads `preprocessor_config.json` of an encoder's folder, in the old style (plain numbers) or the new one."""
-        folder = Path(folder)
-        path, vision = folder / "preprocessor_config.json", vision_config(folder)
+        path, vision = Path(folder) / "preprocessor_config.json", vision_config(folder)
         family, edge = FAMILIES[vision["model_type"]], vision["image_size"]
-        config = family.pixels | {"size": edge} | (read_json(path) if path.exists() else {})
+        written = read_json(path) if path.exists() else {}
+        config = family.pixels | {"size": edge} | {key: value for key, value in written.items() if value is not None}
         if old := [key for key in ("do_resize", "do_rescale", "do_normalize") if config.get(key) is False]:
             raise ValueError(
                 f"{path}: {old[0]} is false, expected an encoder that wants pictures resized and normalised"

@@ -33,12 +33,13 @@ IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.2
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 SQUARE = {"height": 32, "width": 32}
 CROPPED = {"size": {"shortest_edge": 36}, "crop_size": SQUARE, "resample": 3, "do_center_crop": True}
+NULLS = {"crop_size": None, "do_center_crop": None, "do_convert_rgb": None}
 FOLDERS = {  # model_type: configuration, preprocessor_config.json as the public folders have it, their processor
     "clip": (MLP, {"size": 32, "crop_size": 32, "resample": 3}, CLIPImageProcessor),
     "siglip": (MLP, {"size": SQUARE, "resample": 3, **HALF}, SiglipImageProcessor),
     "dinov2": (DINOV2, CROPPED | IMAGENET, BitImageProcessor),
     "dinov2_with_registers": (DINOV2 | {"num_register_tokens": 4}, CROPPED | IMAGENET, BitImageProcessor),
-    "dinov3_vit": (MLP | {"num_register_tokens": 4}, {"size": SQUARE, "resample": 2, **IMAGENET}, None),
+    "dinov3_vit": (MLP | {"num_register_tokens": 4}, {"size": SQUARE, "resample": 2, **IMAGENET, **NULLS}, None),
     "vit": (MLP, {"size": 32, **HALF}, ViTImageProcessor),  # as of 2021, when the filter was left out
     "aimv2": (MLP, CROPPED, CLIPImageProcessor),
 }
