@@ -361,8 +361,8 @@ def test_without_a_cache_the_pictures_are_the_same(world, capsys):
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_one_others(world, tmp_path):
-    for name, seed in (("one", "1"), ("again", "1"), ("two", "2")):
-        train_clip.main(flags(world, tmp_path / name, "--epochs", "2", "--seed", seed, "--mask_ratio", "0.5"))
+    for name, seed, *more in (("one", "1"), ("again", "1", "--kind", "clip"), ("two", "2")):
+        train_clip.main(flags(world, tmp_path / name, "--epochs", "2", "--seed", seed, "--mask_ratio", "0.5", *more))
     one, again, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "again", "two"))
     assert one == again
     assert one != two
@@ -415,6 +415,7 @@ def test_mistakes_are_named_before_anything_is_trained(world, tmp_path, change, 
         ["--epochs", "0"],
         ["--max_minutes", "-1"],
         ["--patch_pool", "sum"],
+        ["--kind", "dino"],
         ["--words_weight", "1"],
         ["--images_path", "nowhere"],
     ],

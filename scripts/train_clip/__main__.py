@@ -1,4 +1,4 @@
-"""Train a CLIP from scratch on your own pictures and captions: the eyes of a model, without any download.
+"""Train a CLIP or SigLIP from scratch on your own pictures and captions: the eyes of a model, without any download.
 
     python -m scripts.train_clip --data_path train.jsonl --images_path images \\
         --tokenizer_path out/tokenizer --out_dir out/clip --val_path val.jsonl
@@ -12,13 +12,15 @@ of any CLIP on the hubs: python train_pretrain_vlm.py --vision_model_path out/cl
                     ├─ patches ───── visual_projection ─┼─ cosine / temperature
     caption ── causal transformer ─ text_projection ────┘
 
-InfoNCE both ways: of the (B, B) logits the diagonal is right.
+InfoNCE both ways: of the (B, B) logits the diagonal is right. With `--kind siglip` a head that attends to the
+patches stands in place of class token and visual_projection, and each of the (B, B) pairs is judged by itself, right or
+wrong (towers.py).
 
 A language model reads the patches, so half of the contrastive loss is on them: a class token alone would leave them
 without any gradient in the last layer. For a caption of the whole picture it takes their mean; where each caption is
 about one object, `--patch_pool max` takes the patch that fits it best, so that patches learn what is where (as FILIP
-does for single words, https://arxiv.org/abs/2111.07783). CLIP's own output, the class token's, is trained beside them
-and is what retrieval measures.
+does for single words, https://arxiv.org/abs/2111.07783). CLIP's own output, the class token's, or SigLIP's, its head's,
+is trained beside them and is what retrieval measures.
 
 Shapes: B batch, T tokens, P patches, V width of the ViT, E of the shared space.
 """
@@ -41,82 +43,27 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import CLIPConfig, CLIPModel
 
 from common.cli import Parser, not_negative, positive, run_main
 from common.devices import make_deterministic, pick_device
 from common.files import write_json, write_safely
 from dataset.flags import add_urls_argument
 from model.processing import ImageProcessor, load_tokenizer
-from scripts.train_clip.captions import END_OF_CAPTION, augment, load_split
+from scripts.train_clip.captions import augment, load_split
+from scripts.train_clip.towers import (
+    build_config,
+    build_model,
+    build_processor,
+    contrastive_loss,
+    encode_pictures,
+    encode_texts,
+    folder_configs,
+    heads,
+)
 from trainer.optimizer import Muon, set_learning_rate
 
-# ---------------------------------------------------------------------------- model
-
-
-def heads(width: int) -> int:
-    return max(1, width // 64)  # 64 wide, as in CLIP
-
-
-def build_config(args, vocab_size: int) -> dict:
-    """What becomes config.json: both towers, in the classic form that every version of Transformers reads."""
-
-    def tower(kind, width, layers, **rest):
-        common = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
-        common |= {"num_attention_heads": heads(width), "projection_dim": args.projection_dim, "hidden_act": "gelu"}
-        return {"model_type": kind} | common | rest
-
-    vision = tower("clip_vision_model", args.hidden_size, args.num_hidden_layers, num_channels=3)
-    text = tower("clip_text_model", args.text_hidden_size, args.text_num_hidden_layers, vocab_size=vocab_size)
-    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_CAPTION)
-    return {
-        "model_type": "clip",
-        "architectures": ["CLIPModel"],
-        "projection_dim": args.projection_dim,
-        "logit_scale_init_value": math.log(1 / 0.07),
-        "vision_config": vision | {"image_size": args.image_size, "patch_size": args.patch_size},
-        "text_config": text | ends | {"max_position_embeddings": args.max_text_len},
-    }
-
-
-def encode_pictures(model, pixels, patch_pool: str = "mean", mask_ratio: float = 0.0):
-    """float (B, 3, S, S) → unit vectors of the class token (B, 1, E), and of the patches' mean, or with "max" of each
-    patch: (B, 1 or P, E).
-
-    mask_ratio of the patches, others for each picture, are left out altogether: as much less to compute, and harder to
-    learn by heart (FLIP, Li et al. 2023, https://arxiv.org/abs/2212.00794).
-    """
-    vision = model.vision_model
-    h = vision.embeddings(pixels)  # (B, 1 + P, V), positions added already
-    if mask_ratio:
-        B, P, V = h.shape[0], h.shape[1] - 1, h.shape[2]
-        kept = torch.rand(B, P, device=h.device).argsort(dim=1)[:, : round(P * (1 - mask_ratio))] + 1
-        h = torch.cat([h[:, :1], h.gather(1, kept[..., None].expand(-1, -1, V))], dim=1)
-    h = vision.encoder(inputs_embeds=vision.pre_layrnorm(h)).last_hidden_state
-    patches = h[:, 1:] if patch_pool == "max" else h[:, 1:].mean(dim=1, keepdim=True)
-    h = vision.post_layernorm(torch.cat([h[:, :1], patches], dim=1))
-    h = F.normalize(model.visual_projection(h).float(), dim=-1)
-    return h[:, :1], h[:, 1:]
-
-
-def encode_texts(model, ids):
-    """int64 (B, T) → unit vectors (B, E)."""
-    ids = ids[:, : int((ids != END_OF_CAPTION).sum(dim=1).max()) + 1]  # no more padding than the longest needs
-    return F.normalize(model.text_projection(model.text_model(input_ids=ids).pooler_output).float(), dim=-1)
-
-
-def contrastive_loss(pictures, texts, right, scale):
-    """Symmetric InfoNCE of unit vectors (B, P, E) and (B, E); also how often a picture finds its caption in the batch.
-
-    A picture fits a caption as well as the best of its P vectors does. right: bool (B, B), which captions are right for
-    which pictures: the diagonal, and others that happen to be among a picture's own, which are not told apart.
-    """
-    logits = scale * (pictures @ texts.T).amax(dim=1)  # (B, B)
-    targets = [each / each.sum(dim=1, keepdim=True) for each in (right, right.T)]
-    loss = (F.cross_entropy(logits, targets[0]) + F.cross_entropy(logits.T, targets[1])) / 2
-    return loss, right.gather(1, logits.argmax(dim=1, keepdim=True)).float().mean()
+# ---------------------------------------------------------------------------- optimizer
 
 
 def make_optimizer(model, args):
@@ -163,15 +110,14 @@ def retrieval(model, processor, pictures, captions, device) -> dict[str, float]:
 
 
 def save(model, config: dict, processor: ImageProcessor, folder: Path, vision_only: bool, metrics: dict) -> None:
-    """Writes an ordinary CLIP folder, each file beside its place first, then renamed: never half a file."""
+    """Writes an ordinary folder of its kind, each file beside its place first, then renamed: never half a file."""
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     if vision_only:
         state = {key: value for key, value in state.items() if key.startswith("vision_model.")}
-        config = {key: value for key, value in config.items() if key != "text_config"}
     # Not save_file, whose file nobody but its owner may read.
     weights = safetensors.torch.save(state, metadata={"format": "pt"})
     write_safely(folder / "model.safetensors", lambda file: file.write(weights))
-    for name, content in {"config": config, "preprocessor_config": processor.to_dict(), "metrics": metrics}.items():
+    for name, content in (folder_configs(config, processor, vision_only) | {"metrics": metrics}).items():
         write_json(folder / f"{name}.json", content)
 
 
@@ -194,13 +140,14 @@ def parse_args(argv):
     add("--device", default="auto", metavar="NAME", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
 
     add = parser.group("the encoder").add_argument
+    add("--kind", choices=["clip", "siglip"], default="clip", help="a class token and softmax, or a head and sigmoid")
     add("--image_size", type=positive(int), default=128, help="edge of the pictures, pixels")
     add("--patch_size", type=positive(int), default=16, help="edge of a patch, pixels")
     add("--hidden_size", type=positive(int), default=192, help="width of the picture encoder; heads are 64 wide")
     add("--num_hidden_layers", type=positive(int), default=6, help="layers of the picture encoder")
     add("--text_hidden_size", type=positive(int), default=192, help="width of the caption encoder")
     add("--text_num_hidden_layers", type=positive(int), default=2, help="layers of the caption encoder")
-    add("--projection_dim", type=positive(int), default=192, help="dimensions of the space both share")
+    add("--projection_dim", type=positive(int), default=192, help="of the space both share; SigLIP: --hidden_size")
     add("--max_text_len", type=positive(int), default=32, help="tokens of a caption with its end; the rest is cut")
     add("--vision_only", action="store_true", help="save the picture half alone, all that the other scripts need")
 
@@ -229,6 +176,9 @@ def check(args) -> None:
     for name in ("hidden_size", "text_hidden_size"):
         if getattr(args, name) % heads(getattr(args, name)):
             raise ValueError(f"--{name} {getattr(args, name)} does not divide into heads: choose a multiple of 64")
+    if args.kind == "siglip" and args.projection_dim != args.hidden_size:
+        width = f"a SigLIP shares the space of its picture encoder: type --projection_dim {args.hidden_size}"
+        raise ValueError(f"--projection_dim {args.projection_dim}: {width}")
     for name in ("batch_size", "max_text_len"):  # another picture to be told from; a token and the end
         if getattr(args, name) < 2:
             raise ValueError(f"--{name} {getattr(args, name)}: must be 2 at least")
@@ -249,7 +199,7 @@ def main(argv=None):
 
     # ------------------------------------------------------------------------ data
     tokenizer = load_tokenizer(args.tokenizer_path)
-    processor = ImageProcessor(args.image_size, (args.image_size, args.image_size))
+    processor = build_processor(args.kind, args.image_size)
     pictures, (captions, numbers) = load_split(args, args.data_path, "--data_path", tokenizer, processor)
     vals = {path: load_split(args, [path], "--val_path", tokenizer, processor) for path in args.val_path}
     if args.batch_size > len(pictures):
@@ -259,7 +209,7 @@ def main(argv=None):
 
     # ------------------------------------------------------------------------ model and optimizer
     config = build_config(args, len(tokenizer))
-    model = CLIPModel(CLIPConfig(**config)).to(device).train()
+    model = build_model(config).to(device).train()
     total, seeing = (sum(weight.numel() for weight in part.parameters()) / 1e6 for part in (model, model.vision_model))
     print(f"{total:.1f}M parameters, {seeing:.1f}M of them see, on {device}")
     weights = list(model.parameters())
@@ -288,9 +238,9 @@ def main(argv=None):
             with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
                 by_class, by_patches = encode_pictures(model, pixels, args.patch_pool, args.mask_ratio)
                 read = encode_texts(model, texts)  # (B, E)
-            scale = model.logit_scale.exp()
-            class_loss, _ = contrastive_loss(by_class, read, right, scale)
-            patch_loss, accuracy = contrastive_loss(by_patches, read, right, scale)
+            scale, bias = model.logit_scale.exp(), getattr(model, "logit_bias", None)
+            class_loss, _ = contrastive_loss(by_class, read, right, scale, bias)
+            patch_loss, accuracy = contrastive_loss(by_patches, read, right, scale, bias)
             loss = (1 - args.patch_weight) * class_loss + args.patch_weight * patch_loss
 
             optimizer.zero_grad()

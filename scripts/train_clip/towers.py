@@ -1,0 +1,132 @@
+"""The two kinds of encoder that `scripts.train_clip` trains: what they are made of, and how they see, read and learn.
+
+    clip      a class token among the patches sees; captions are read forwards, up to their end; one matrix for each
+              leads into the shared space; each caption has to be told from those of the other pictures
+    siglip    patches alone, to which its head attends; captions are read both ways, and their last place is pooled,
+              padding or not; of each caption and each picture it is asked whether they belong together
+
+CLIP: Radford et al. 2021, https://arxiv.org/abs/2103.00020; SigLIP: Zhai et al. 2023, https://arxiv.org/abs/2303.15343
+
+Shapes: B batch, T tokens, P patches, V width of the ViT, E of the shared space.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
+
+from model.families import FAMILIES
+from model.processing import ImageProcessor
+from scripts.train_clip.captions import END_OF_CAPTION
+
+
+def heads(width: int) -> int:
+    return max(1, width // 64)  # 64 wide, as in CLIP
+
+
+def build_config(args, vocab_size: int) -> dict:
+    """What becomes config.json: both towers, in the classic form that every version of Transformers reads."""
+    if args.kind == "siglip":
+        name, top, both = "SiglipModel", {}, {"hidden_act": "gelu_pytorch_tanh"}
+        reads = {"vocab_size": vocab_size, "projection_size": args.projection_dim}
+    else:
+        space, reads = {"projection_dim": args.projection_dim}, {"vocab_size": vocab_size}
+        name, both = "CLIPModel", space | {"hidden_act": "gelu"}
+        top = space | {"logit_scale_init_value": math.log(1 / 0.07)}
+
+    def tower(half, width, layers):
+        common = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+        return {"model_type": f"{args.kind}_{half}_model"} | common | {"num_attention_heads": heads(width)} | both
+
+    vision = tower("vision", args.hidden_size, args.num_hidden_layers) | {"num_channels": 3}
+    text = tower("text", args.text_hidden_size, args.text_num_hidden_layers) | reads
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_CAPTION)
+    return {
+        "model_type": args.kind,
+        "architectures": [name],
+        **top,
+        "vision_config": vision | {"image_size": args.image_size, "patch_size": args.patch_size},
+        "text_config": text | ends | {"max_position_embeddings": args.max_text_len},
+    }
+
+
+def build_model(config: dict):
+    if config["model_type"] == "clip":
+        return CLIPModel(CLIPConfig(**config))
+    model = SiglipModel(SiglipConfig(**config))
+    with torch.no_grad():  # nearly all pairs are wrong ones: a start at "no" spares the first steps to learn that
+        model.logit_scale.fill_(math.log(10))
+        model.logit_bias.fill_(-10)
+    return model
+
+
+def build_processor(kind: str, edge: int) -> ImageProcessor:
+    """edge: of the pictures, pixels."""
+    family = FAMILIES[kind]
+    return ImageProcessor((edge, edge) if family.squash else edge, (edge, edge), **family.pixels)
+
+
+def folder_configs(config: dict, processor: ImageProcessor, vision_only: bool) -> dict[str, dict]:
+    """What stands in {name}.json of the encoder's folder, in the words of the kind's own classes of Transformers."""
+    pixels = processor.to_dict()
+    if config["model_type"] == "siglip":
+        pixels = {key: value for key, value in pixels.items() if "crop" not in key}  # it squashes
+        pixels["image_processor_type"] = "SiglipImageProcessor"
+    if vision_only and config["model_type"] == "siglip":
+        config = {"architectures": ["SiglipVisionModel"]} | config["vision_config"]
+    elif vision_only:
+        config = {key: value for key, value in config.items() if key != "text_config"}
+    return {"config": config, "preprocessor_config": pixels}
+
+
+def encode_pictures(model, pixels, patch_pool: str = "mean", mask_ratio: float = 0.0):
+    """float (B, 3, S, S) → unit vectors of the picture (B, 1, E): of the class token, or of what SigLIP's head finds in
+    all patches; and of the patches' mean, or with "max" of each patch: (B, 1 or P, E).
+
+    mask_ratio of the patches, others for each picture, are left out altogether: as much less to compute, and harder to
+    learn by heart (FLIP, Li et al. 2023, https://arxiv.org/abs/2212.00794).
+    """
+    vision, siglip = model.vision_model, model.config.model_type == "siglip"
+    first = 0 if siglip else 1  # patch, after the class token
+    h = vision.embeddings(pixels)  # (B, first + P, V), positions added already
+    if mask_ratio:
+        B, P, V = h.shape[0], h.shape[1] - first, h.shape[2]
+        kept = torch.rand(B, P, device=h.device).argsort(dim=1)[:, : round(P * (1 - mask_ratio))] + first
+        h = torch.cat([h[:, :first], h.gather(1, kept[..., None].expand(-1, -1, V))], dim=1)
+    h = vision.encoder(inputs_embeds=h if siglip else vision.pre_layrnorm(h)).last_hidden_state
+    patches = h[:, first:] if patch_pool == "max" else h[:, first:].mean(dim=1, keepdim=True)
+    if siglip:  # a patch's own vector is what the head makes of it when there is no other to attend to
+        each = vision.head(vision.post_layernorm(patches).flatten(0, 1)[:, None])
+        whole = vision.head(vision.post_layernorm(h))
+        h = torch.cat([whole[:, None], each.unflatten(0, patches.shape[:2])], dim=1)
+    else:
+        h = model.visual_projection(vision.post_layernorm(torch.cat([h[:, :1], patches], dim=1)))
+    h = F.normalize(h.float(), dim=-1)
+    return h[:, :1], h[:, 1:]
+
+
+def encode_texts(model, ids):
+    """int64 (B, T) → unit vectors (B, E)."""
+    if model.config.model_type == "siglip":  # which reads the padding too, always as much of it as in training
+        return F.normalize(model.text_model(input_ids=ids).pooler_output.float(), dim=-1)
+    ids = ids[:, : int((ids != END_OF_CAPTION).sum(dim=1).max()) + 1]  # no more padding than the longest needs
+    return F.normalize(model.text_projection(model.text_model(input_ids=ids).pooler_output).float(), dim=-1)
+
+
+def contrastive_loss(pictures, texts, right, scale, bias=None):
+    """Loss of unit vectors (B, P, E) and (B, E); also how often a picture finds its caption in the batch.
+
+    A picture fits a caption as well as the best of its P vectors does. right: bool (B, B), which captions are right for
+    which pictures: the diagonal, and others that happen to be among a picture's own, which are not told apart.
+
+    Without a bias CLIP's, InfoNCE both ways. With one SigLIP's: sigmoid(logit + bias) is the probability that picture
+    and caption belong together, for each of the B² pairs by itself; the sum over all of them, divided by B.
+    """
+    logits = scale * (pictures @ texts.T).amax(dim=1)  # (B, B)
+    if bias is None:
+        targets = [each / each.sum(dim=1, keepdim=True) for each in (right, right.T)]
+        loss = (F.cross_entropy(logits, targets[0]) + F.cross_entropy(logits.T, targets[1])) / 2
+    else:
+        loss = F.binary_cross_entropy_with_logits(logits + bias, right.float(), reduction="sum") / len(logits)
+    return loss, right.gather(1, logits.argmax(dim=1, keepdim=True)).float().mean()
