@@ -198,7 +198,7 @@ def plan_config(args, saved: Pretrained, encoder: str | None, training: bool) ->
 def plan_merge(args, saved: Pretrained, encoder: str, training: bool) -> int:
     """How many patches, in each direction, become one token: --image_tokens says so of a new projector. ValueError for
     an encoder that weights without JSON cannot have seen with, or a number of tokens that there is no way to."""
-    side, _, width = measure(encoder)
+    side, registers, width = measure(encoder)
     merge, new = 1, args.image_tokens if training else None
     if any(key.startswith("vision_proj.") for key in saved.state):
         kind = vision_config(encoder)["model_type"]
@@ -215,7 +215,8 @@ def plan_merge(args, saved: Pretrained, encoder: str, training: bool) -> int:
                 "picture, and is what learned to. Leave the flag out, or start from the llm"
             )
     elif new:
-        possible = {(side // merge) ** 2: merge for merge in range(1, side + 1) if side % merge == 0}
+        possible = {(side // merge) ** 2: merge for merge in range(2, side + 1) if side % merge == 0}
+        possible |= {side**2 + registers: 1}
         if new not in possible:
             raise ValueError(
                 f"--image_tokens {new}: {encoder} sees {side} x {side} patches, which merge into\n"
