@@ -41,6 +41,7 @@ ROOT = Path(__file__).parent.parent  # of the repository
 PARTS = {"tokenizer": "tokenizer.json", "vision_model": "config.json"}  # beside weights; what tells such a folder
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 FOLLOWS = ("image_special_token", "image_ids", "ve_hidden_size", "projector", "spatial_merge_size", "dropout")
+LINEAR = "vision_proj.vision_proj.0.weight"
 CAUSES = (  # what a misfit is likely to come from
     (r"embed_tokens\.weight is", "another hidden_size or vocabulary"),
     (r"mlp\.(gate\.|experts|shared_experts)", "one is a mixture of experts, the other dense"),
@@ -199,7 +200,10 @@ def plan_merge(args, saved: Pretrained, encoder: str, training: bool) -> int:
     """How many patches, in each direction, become one token: --image_tokens says so of a new projector. ValueError for
     an encoder that weights without JSON cannot have seen with, or a number of tokens that there is no way to."""
     side, registers, width = measure(encoder)
-    merge, new = 1, args.image_tokens if training else None
+    new = args.image_tokens if training else None
+    # One token would be one "@", which people type; registers stay where nothing is merged.
+    tokens = {merge: (side // merge) ** 2 for merge in range(2, side) if side % merge == 0}
+    tokens = {1: side**2 + registers} | tokens
     if any(key.startswith("vision_proj.") for key in saved.state):
         kind = vision_config(encoder)["model_type"]
         if kind != saved.generation.family and not saved.sidecar["vision_model"].get("sha256"):
@@ -207,23 +211,21 @@ def plan_merge(args, saved: Pretrained, encoder: str, training: bool) -> int:
             raise ValueError(
                 f"{encoder} holds a {given}: the model was made for a {wanted}, pass its --vision_model_path"
             )
-        columns = saved.state.get("vision_proj.vision_proj.0.weight", torch.empty(1, width)).shape[1]
+        first = "vision_proj.mlp.1.weight" if "vision_proj.mlp.1.weight" in saved.state else LINEAR
+        columns = saved.state[first].shape[1] if first in saved.state else width
         merge = max(math.isqrt(columns // width), 1)
-        if new and (side // merge) ** 2 != new:
+        if new and tokens.get(merge) != new:
             raise ValueError(
-                f"--image_tokens {new}: the projector of {saved.path} makes {(side // merge) ** 2} tokens of a\n"
-                "picture, and is what learned to. Leave the flag out, or start from the llm"
+                f"--image_tokens {new}: the projector of {saved.path} has learned to make {tokens.get(merge)} tokens\n"
+                "of a picture. Leave the flag out, or start from a language model"
             )
-    elif new:
-        possible = {(side // merge) ** 2: merge for merge in range(2, side + 1) if side % merge == 0}
-        possible |= {side**2 + registers: 1}
-        if new not in possible:
-            raise ValueError(
-                f"--image_tokens {new}: {encoder} sees {side} x {side} patches, which merge into\n"
-                f"{', '.join(map(str, sorted(possible)))} tokens"
-            )
-        merge = possible[new]
-    return merge
+        return merge
+    if new and new not in tokens.values():
+        raise ValueError(
+            f"--image_tokens {new}: {encoder} sees {side} x {side} patches, which can become\n"
+            f"{', '.join(map(str, sorted(tokens.values())))} tokens"
+        )
+    return next(merge for merge, number in tokens.items() if number == (new or tokens[1]))
 
 
 def plan_architecture(args, saved: Pretrained, training: bool) -> dict:

@@ -17,7 +17,9 @@ def measure(folder) -> tuple[int, int, int]:
     vision = vision_config(folder)
     size = vision["image_size"]
     if FAMILIES[vision["model_type"]].any_size:  # DINOv2 was trained on 518 pixels, and is given 224
-        size = ImageProcessor.from_pretrained(folder).crop_size[0]
+        size, width = ImageProcessor.from_pretrained(folder).crop_size
+        if size != width:
+            raise ValueError(f"{folder}/preprocessor_config.json gives {size} x {width} pixels, expected a square")
     return size // vision["patch_size"], vision["num_register_tokens"], vision["hidden_size"]
 
 
@@ -52,7 +54,7 @@ def load_encoder(path, normed: bool = False):
             f"{path}/preprocessor_config.json gives pictures of {' x '.join(map(str, given))} pixels, and\n"
             f"its config.json wants {edge} x {edge}: take both from the same place"
         )
-    files = [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]
+    files = [*Path(path).glob("*.safetensors")] or [*Path(path).glob("*.bin")]
     if not files:
         raise FileNotFoundError(f"--vision_model_path {path}: no model.safetensors or pytorch_model.bin there")
     tower = getattr(transformers, family.tower)

@@ -20,14 +20,15 @@ class Family:
     name: str
     tower: str  # its class in Transformers
     norm: str  # its last norm, before which the linear projector takes its features; "": they never go through one
-    pixels: dict  # of its processor: mean, spread, filter
+    pixels: dict  # of its processor: mean, spread, filter; size where it is not that of config.json
     squash: bool = False  # pictures to a square, in place of the shortest edge to a size, and a crop
     class_token: bool = True  # a summary of the picture before the patches
     any_size: bool = False  # of pictures: its positions are computed for it
     renamed: bool = True  # Transformers 4 and 5 sort its weights differently, as their names in memory differ
 
 
-DINOV2 = {"norm": "layernorm", "pixels": OPENAI | {"resample": BICUBIC}, "any_size": True}
+PART = {"size": 256, "crop_size": 224}
+DINOV2 = {"norm": "layernorm", "pixels": OPENAI | PART | {"resample": BICUBIC}, "any_size": True}
 FAMILIES = {
     "clip": Family("CLIP", "CLIPVisionModel", "", OPENAI | {"resample": BICUBIC}, renamed=False),
     "siglip": Family(
@@ -67,14 +68,15 @@ def vision_config(folder) -> dict:
             "For the public CLIP: python -m scripts.download --what clip"
         )
     config = read_json(path)
-    family = family_of(str(config.get("model_type")))
+    kind = str(config.get("model_type"))
+    family = family_of(kind)
     if family is None:
-        naflex = ", a SigLIP2 of any proportions, not of a fixed size" if config.get("model_type") == "siglip2" else ""
+        naflex = ", a SigLIP2 of any proportions, not of a fixed size" if kind.startswith("siglip2") else ""
         raise ValueError(
             f"{path}: model_type {config.get('model_type')!r}{naflex}.\n"
             f"Encoders that are read: {', '.join(family.name for family in FAMILIES.values())}"
         )
-    vision = config.get("vision_config", config)
+    vision = config.get("vision_config") or config
     usual = getattr(transformers, family.tower.replace("Model", "Config"))()
     fields = {key: getattr(usual, key) for key in ("image_size", "patch_size", "hidden_size")}
     fields |= {"num_register_tokens": getattr(usual, "num_register_tokens", 0)}

@@ -51,6 +51,8 @@ def why_unreadable(error: BaseException) -> str:
         if match := re.search(r"GLOBAL (\S+)", str(cause)):
             return f"it would call {match[1]}, where only tensors are read. Do not use a file that runs code"
     reason = (str(error) or type(error).__name__).split("\n")[0]
+    if "ignore_mismatched_sizes" in reason:
+        return "they have other shapes than its config.json says"
     return "it is no file of tensors that PyTorch wrote, or a damaged one" if "weights_only" in reason else reason
 
 

@@ -82,8 +82,7 @@ class VLMConfig(MiniMindConfig):
     ) -> "VLMConfig":
         """The configuration that fits an encoder: V its width, one placeholder for each vector that it gives.
 
-        spatial_merge_size: S · S patches become one. What DINO keeps in register tokens, which have no place in the
-        picture, is seen too, unless patches are merged.
+        spatial_merge_size: S · S patches become one; then DINO's registers, which have no place, are left out.
         """
         side, registers, width = measure(folder)
         tokens = (side // spatial_merge_size) ** 2 + registers * (spatial_merge_size == 1)

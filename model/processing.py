@@ -27,6 +27,7 @@ DEFAULT_SYSTEM = "You are a helpful assistant"
 NO_THOUGHT = "<think>\n\n</think>\n\n"  # with which an answer of MiniMind-3 begins
 IGNORE = -100  # label of a token without loss
 ROOMY = 4  # a large JPEG is decoded smaller, to so many times the edge that the model wants, or more
+USUAL = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}  # of a processor
 MAY_FOLLOW = {"system": (None,), "user": (None, "system", "assistant"), "assistant": ("user",)}  # roles in a chat
 
 
@@ -66,11 +67,11 @@ class ImageProcessor:
         path, vision = Path(folder) / "preprocessor_config.json", vision_config(folder)
         family, edge = FAMILIES[vision["model_type"]], vision["image_size"]
         written = read_json(path) if path.exists() else {}
-        config = family.pixels | {"size": edge} | {key: value for key, value in written.items() if value is not None}
-        if old := [key for key in ("do_resize", "do_rescale", "do_normalize") if config.get(key) is False]:
-            raise ValueError(
-                f"{path}: {old[0]} is false, expected an encoder that wants pictures resized and normalised"
-            )
+        config = {"size": edge} | family.pixels | {key: value for key, value in written.items() if value is not None}
+        cropped = "crop_size" in config and config.get("do_center_crop", not family.squash)
+        for key, usual in USUAL.items():
+            if config.get(key, usual) != usual:
+                raise ValueError(f"{path}: {key} is {config[key]!r}, expected {usual!r}")
 
         def pair(value):
             return (value.get("height"), value.get("width")) if isinstance(value, dict) else (value, value)
@@ -78,10 +79,10 @@ class ImageProcessor:
         size = config["size"]
         if isinstance(size, dict):
             size = size["shortest_edge"] if "shortest_edge" in size else pair(size)
-        elif family.squash and "crop_size" not in config:
+        elif family.squash and not cropped:
             size = pair(size)
         whole = size if isinstance(size, tuple) else pair(size)
-        crop = pair(config["crop_size"]) if "crop_size" in config and config.get("do_center_crop", True) else whole
+        crop = pair(config["crop_size"]) if cropped else whole
         processor = cls(size, crop)
         for key, values in (("size", whole), ("crop_size", crop)):
             for value in values:

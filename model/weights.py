@@ -333,11 +333,11 @@ def fingerprint(encoder: torch.nn.Module) -> str:
     """sha256 of its weights, whatever the format of their file and the version of Transformers."""
     state = sorted(encoder.state_dict().items())
     # position_ids are a buffer that only some versions of Transformers keep.
-    parts = [value.cpu().float().numpy().tobytes() for key, value in state if "position_ids" not in key]
-    if family_of(encoder.config.model_type).renamed:
-        parts = sorted(hashlib.sha256(part).digest() for part in parts)
+    parts = [(key, value.cpu().float().numpy().tobytes()) for key, value in state if "position_ids" not in key]
+    if family_of(encoder.config.model_type).renamed:  # but in each version the first number in a name is the layer
+        parts = sorted((re.findall(r"\.(\d+)\.", key)[:1], hashlib.sha256(part).digest()) for key, part in parts)
     digest = hashlib.sha256()
-    for part in parts:
+    for _, part in parts:
         digest.update(part)
     return digest.hexdigest()
 

@@ -134,11 +134,45 @@ def test_pictures_of_another_size_than_the_encoders_are_refused(folders, tmp_pat
     path = tmp_path / "vit/preprocessor_config.json"
     for pixels, message in (
         ({"size": 40}, r"gives pictures of 40 x 40 pixels, and\nits config.json wants 32 x 32"),
-        ({"size": 32, "do_resize": False}, "do_resize is false, expected"),
+        ({"size": 32, "do_resize": False}, "do_resize is False, expected True"),
+        ({"size": 32, "rescale_factor": 1 / 127.5}, "rescale_factor is 0.0078"),
     ):
         path.write_text(json.dumps(pixels))
         with pytest.raises(ValueError, match=message):
             MiniMindVLM.get_vision_model(tmp_path / "vit")
+
+
+def test_what_a_preprocessor_file_leaves_out_is_as_in_its_family(folders, tmp_path):
+    for kind, written, size, crop in (
+        ("dinov2", None, 256, (224, 224)),
+        ("vit", {"size": 32, "crop_size": 24}, (32, 32), (32, 32)),  # which does not crop unless it is said
+        ("vit", {"size": 36, "crop_size": 32, "do_center_crop": True}, 36, (32, 32)),
+    ):
+        folder = shutil.copytree(folders / kind, tmp_path / kind, dirs_exist_ok=True)
+        path = folder / "preprocessor_config.json"
+        path.write_text(json.dumps(written)) if written else path.unlink()
+        processor = ImageProcessor.from_pretrained(folder)
+        assert (processor.size, processor.crop_size) == (size, crop)
+
+
+def test_a_dino_of_pictures_that_are_no_squares_is_refused(folders, tmp_path):
+    folder = shutil.copytree(folders / "dinov3_vit", tmp_path / "dino")
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 32, "width": 48}}))
+    with pytest.raises(ValueError, match="gives 32 x 48 pixels, expected a square"):
+        VLMConfig.for_encoder(folder)
+
+
+def test_the_fingerprint_knows_layers_apart_and_a_file_that_is_not_needed_is_not_opened(folders, tmp_path):
+    folder = shutil.copytree(folders / "dinov2", tmp_path / "dino")
+    (folder / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
+    encoder = MiniMindVLM.get_vision_model(folder)[0]
+    before = fingerprint(encoder)
+    layers = next(module for module in encoder.modules() if isinstance(module, torch.nn.ModuleList))
+    first, second = (layer.state_dict() for layer in layers)
+    first = {key: value.clone() for key, value in first.items()}
+    layers[0].load_state_dict(second)
+    layers[1].load_state_dict(first)
+    assert fingerprint(encoder) != before
 
 
 # ---------------------------------------------------------------------------- from training to the programs of others
@@ -279,8 +313,10 @@ def test_a_model_of_fewer_image_tokens_learns_answers_and_is_exported(
 
 
 def test_tokens_that_patches_do_not_merge_into_are_refused_with_those_that_they_do(flags, tmp_path):
-    with pytest.raises(ValueError, match=r"--image_tokens 5: .*clip sees 4 x 4 patches, which merge into\n1, 4, 16"):
+    with pytest.raises(
+        ValueError, match=r"--image_tokens 5: .*clip sees 4 x 4 patches, which can become\n4, 16 tokens"
+    ):
         train_pretrain_vlm.main(flags("clip", "--from_weight", "none", "--image_tokens", "5"))
     train_pretrain_vlm.main(flags("clip", "--from_weight", "none"))
-    with pytest.raises(ValueError, match="--image_tokens 4: the projector of .*pretrain_vlm_64.pth makes 16 tokens"):
+    with pytest.raises(ValueError, match="--image_tokens 4: .*pretrain_vlm_64.pth has learned to make 16 tokens"):
         train_sft_vlm.main(flags("clip", "--image_tokens", "4"))

@@ -428,6 +428,14 @@ def test_a_process_that_cannot_see_the_repo_loads_it(public, parts, world, tmp_p
     assert len(lines) == len(others) and all("tokens and pixels as ours" in line for line in lines)
 
 
+def test_its_projector_merges_patches_too_and_later_commands_read_that_off_it(public, parts, world, tmp_path):
+    path, _, _ = public(sees=False)
+    common = [*parts, *rows_flags(world, tmp_path)]
+    train_pretrain_vlm.main([*common, "--from_weight", str(path), "--image_tokens", "4"])
+    run = train_sft_vlm.main(common)
+    assert (run.model.config.spatial_merge_size, len(run.model.config.image_ids)) == (2, 4)
+
+
 def test_dense_weights_become_experts_that_compute_the_same(public, parts):
     path, dense, _ = public()
     args = parse_args([*parts, "--use_moe"])
