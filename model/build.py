@@ -41,7 +41,7 @@ ROOT = Path(__file__).parent.parent  # of the repository
 PARTS = {"tokenizer": "tokenizer.json", "vision_model": "config.json"}  # beside weights; what tells such a folder
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 FOLLOWS = ("image_special_token", "image_ids", "ve_hidden_size", "projector", "spatial_merge_size", "dropout")
-LINEAR = "vision_proj.vision_proj.0.weight"
+FIRST_OF_PROJECTOR = ("vision_proj.vision_proj.0.weight", "vision_proj.mlp.1.weight")
 CAUSES = (  # what a misfit is likely to come from
     (r"embed_tokens\.weight is", "another hidden_size or vocabulary"),
     (r"mlp\.(gate\.|experts|shared_experts)", "one is a mixture of experts, the other dense"),
@@ -185,6 +185,7 @@ def plan_config(args, saved: Pretrained, encoder: str | None, training: bool) ->
     architecture = plan_architecture(args, saved, training) | {"dropout": args.dropout if training else 0.0}
     if encoder is None:
         return MiniMindConfig(**architecture)
+    check_family(saved, encoder)
     merge = plan_merge(args, saved, encoder, training)
     config = VLMConfig.for_encoder(encoder, spatial_merge_size=merge, **architecture, **saved.generation.eyes)
     patches, expected = len(config.image_ids), saved.config.get("image_special_token", "").count(config.image_token)
@@ -197,23 +198,15 @@ def plan_config(args, saved: Pretrained, encoder: str | None, training: bool) ->
 
 
 def plan_merge(args, saved: Pretrained, encoder: str, training: bool) -> int:
-    """How many patches, in each direction, become one token: --image_tokens says so of a new projector. ValueError for
-    an encoder that weights without JSON cannot have seen with, or a number of tokens that there is no way to."""
+    """How many patches, in each direction, become one token: what a projector has learned, or --image_tokens of a new
+    one. ValueError for a number of tokens that there is no way to."""
     side, registers, width = measure(encoder)
     new = args.image_tokens if training else None
     # One token would be one "@", which people type; registers stay where nothing is merged.
     tokens = {merge: (side // merge) ** 2 for merge in range(2, side) if side % merge == 0}
     tokens = {1: side**2 + registers} | tokens
-    if any(key.startswith("vision_proj.") for key in saved.state):
-        kind = vision_config(encoder)["model_type"]
-        if kind != saved.generation.family and not saved.sidecar["vision_model"].get("sha256"):
-            wanted, given = FAMILIES[saved.generation.family].name, FAMILIES[kind].name
-            raise ValueError(
-                f"{encoder} holds a {given}: the model was made for a {wanted}, pass its --vision_model_path"
-            )
-        first = "vision_proj.mlp.1.weight" if "vision_proj.mlp.1.weight" in saved.state else LINEAR
-        columns = saved.state[first].shape[1] if first in saved.state else width
-        merge = max(math.isqrt(columns // width), 1)
+    if learned := [saved.state[key] for key in FIRST_OF_PROJECTOR if key in saved.state]:
+        merge = max(math.isqrt(learned[0].shape[1] // width), 1)
         if new and tokens.get(merge) != new:
             raise ValueError(
                 f"--image_tokens {new}: the projector of {saved.path} has learned to make {tokens.get(merge)} tokens\n"
@@ -226,6 +219,16 @@ def plan_merge(args, saved: Pretrained, encoder: str, training: bool) -> int:
             f"{', '.join(map(str, sorted(tokens.values())))} tokens"
         )
     return next(merge for merge, number in tokens.items() if number == (new or tokens[1]))
+
+
+def check_family(saved: Pretrained, encoder: str) -> None:
+    """ValueError for an encoder of another family than public weights have learned to see with: of those without JSON
+    no sha256 tells."""
+    given = vision_config(encoder)["model_type"]
+    sees = any(key.startswith("vision_proj.") for key in saved.state)
+    if sees and given != saved.generation.family and not saved.sidecar["vision_model"].get("sha256"):
+        wanted, given = FAMILIES[saved.generation.family].name, FAMILIES[given].name
+        raise ValueError(f"{encoder} holds a {given}: the model was made for a {wanted}, pass its --vision_model_path")
 
 
 def plan_architecture(args, saved: Pretrained, training: bool) -> dict:

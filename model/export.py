@@ -21,17 +21,8 @@ from model.processing import DEFAULT_SYSTEM, IMAGE_TAG, NO_THOUGHT
 from model.processor import HIDE
 from model.weights import SIDECAR, STAGES, save_weights, tokenizer_hash, weights_name
 
-CODE = ("model_vlm.py", "model_minimind.py", "config.py", "attention.py", "feed_forward.py")
-CODE += (
-    "encoders.py",
-    "families.py",
-    "tokenizer.py",
-    "processing.py",
-    "processor.py",
-    "rgb.py",
-    "files.py",
-    "defaults.py",
-)
+CODE = ("model_vlm.py", "model_minimind.py", "config.py", "attention.py", "feed_forward.py", "encoders.py")
+CODE += ("families.py", "tokenizer.py", "processing.py", "processor.py", "rgb.py", "files.py", "defaults.py")
 AUTO_MAP = {
     "AutoConfig": "model_vlm.VLMConfig",
     "AutoModelForCausalLM": "model_vlm.MiniMindVLM",
