@@ -1,0 +1,88 @@
+"use strict";
+// Text ↔ tokens: byte-level BPE (Sennrich et al. 2016), as `tokenizers` does it with model/*/tokenizer.json.
+
+// What is never merged across: contractions, words, numbers, signs, each with the space before it, and other blanks.
+const PIECES =
+  /'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/gu;
+
+// A vocabulary is text, so each of the 256 bytes has a visible character: its own where it has one, else one above 255.
+const CHARACTER = [];
+for (let byte = 0, next = 256; byte < 256; byte++) {
+  const visible = (byte > 32 && byte < 127) || (byte > 160 && byte !== 173);
+  CHARACTER.push(String.fromCharCode(visible ? byte : next++));
+}
+const BYTE = new Map(CHARACTER.map((character, byte) => [character, byte]));
+
+class Tokenizer {
+  /** json: what tokenizer.json holds. */
+  constructor(json) {
+    this.added = json.added_tokens;
+    this.ids = new Map(Object.entries(json.model.vocab));
+    for (const token of this.added) this.ids.set(token.content, token.id);
+    this.tokens = [];
+    for (const [token, id] of this.ids) this.tokens[id] = token;
+    this.special = new Set(this.added.filter((token) => token.special).map((token) => token.id));
+    this.ranks = new Map(json.model.merges.map((pair, rank) => [Array.isArray(pair) ? pair.join(" ") : pair, rank]));
+    this.known = new Map(); // pieces that were seen → their ids
+  }
+
+  /** The ids of a text. specials: <|im_end|> is the token, and not, as in what people type, ten characters. */
+  encode(text, specials = false) {
+    if (/\p{Surrogate}/u.test(text)) throw new Error("The text holds half a character. Type it again.");
+    const whole = this.added.filter((token) => specials || !token.special).map((token) => token.content);
+    whole.sort((a, b) => b.length - a.length); // the longest of those that begin at the same place
+    const split = new RegExp(`(${whole.map((token) => token.replace(/[^\w\s]/g, "\\$&")).join("|")})`, "u");
+    const parts = whole.length ? text.split(split) : [text]; // text, token, text, token, ..., text
+    return parts.flatMap((part, i) => (i % 2 ? [this.ids.get(part)] : (part.match(PIECES) ?? []).flatMap((piece) => this.merge(piece))));
+  }
+
+  /** A piece → ids: of all neighbours the pair that was learned first becomes one token, until none is known. */
+  merge(piece) {
+    if (this.known.has(piece)) return this.known.get(piece);
+    let parts = Array.from(new TextEncoder().encode(piece), (byte) => CHARACTER[byte]);
+    for (;;) {
+      let first = Infinity;
+      const ranks = parts.map((part, i) => this.ranks.get(`${part} ${parts[i + 1]}`) ?? Infinity);
+      for (const rank of ranks) first = Math.min(first, rank);
+      if (first === Infinity) break;
+      const merged = [];
+      for (let i = 0; i < parts.length; i++) merged.push(ranks[i] === first ? parts[i] + parts[++i] : parts[i]);
+      parts = merged;
+    }
+    const ids = parts.map((part) => this.ids.get(part));
+    if (piece.length < 50) this.known.set(piece, ids);
+    return ids;
+  }
+
+  /** The text of tokens, without special ones. */
+  decode(ids) {
+    const decoder = new Decoder(this);
+    return decoder.add(ids) + decoder.end();
+  }
+}
+
+class Decoder {
+  /** Text from tokens as they come: a character that takes several of them is there when the last of them is. */
+  constructor(tokenizer) {
+    this.tokenizer = tokenizer;
+    this.bytes = new TextDecoder("utf-8", {ignoreBOM: true});
+  }
+
+  /** The text that these ids add. */
+  add(ids) {
+    const bytes = [];
+    for (const id of ids) {
+      const token = this.tokenizer.tokens[id];
+      if (token === undefined) throw new Error(`The tokenizer has no token ${id}. It is not that of the model.`);
+      if (this.tokenizer.special.has(id)) continue;
+      const own = Array.from(token, (character) => BYTE.get(character)); // none of a token that was added as it is
+      bytes.push(...(own.includes(undefined) ? new TextEncoder().encode(token) : own));
+    }
+    return this.bytes.decode(new Uint8Array(bytes), {stream: true});
+  }
+
+  /** What is left: the beginning of a character that never ended, as a question mark. */
+  end() {
+    return this.bytes.decode();
+  }
+}

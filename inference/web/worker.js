@@ -1,0 +1,171 @@
+"use strict";
+// The model at work, beside the page, which stays awake: what it is asked comes as messages, and answers stream back.
+//
+//     load {config, tokenizer, weights: ArrayBuffer | urls: [{url, bytes}], kernel}  → progress {share}, ready {seconds}
+//     ask {turns, pictures, temperature, top_p, max_new_tokens}                 → text {text} ..., done {text, words, ...}
+//     look {token}    → attention {token, word, side, maps}: where the decoder looked when it chose this word
+//     stop, clear     → nothing; whatever goes wrong → error {message}, a sentence
+
+let model = null, tokenizer = null, cache = null;
+let seen = []; // pictures of the chat: {pixels, features}
+let answer = {start: 0, ids: []}; // the last one, and where in the cache it begins
+let stopped = false, work = Promise.resolve();
+
+const post = (type, facts) => postMessage({type, ...facts});
+const HANDLERS = {load, ask, look, clear};
+
+globalThis.onmessage = ({data}) => {
+  if (data.type === "stop" || data.type === "clear") stopped = true;
+  if (data.type in HANDLERS) work = work.then(() => HANDLERS[data.type](data)).catch((error) => post("error", {message: sentence(error)}));
+};
+
+/** Until the messages that wait are read. */
+const pause = () => new Promise((resolve) => {
+  const {port1, port2} = new MessageChannel();
+  port1.onmessage = () => resolve(port1.close());
+  port2.postMessage(null);
+});
+
+function sentence(error) {
+  const full = error instanceof RangeError && /memory|alloc|grow|length/i.test(error.message);
+  return full ? "This device has too little free memory for that. Take fewer or smaller pictures, or start a new chat." : error.message;
+}
+
+// ---------------------------------------------------------------------------- the model comes
+
+async function load(message) {
+  const began = performance.now();
+  const weights = message.weights ?? (await fetchAll(message.urls));
+  model = await MiniMindV.load({config: message.config, weights, kernel: message.kernel ?? null});
+  tokenizer = new Tokenizer(message.tokenizer);
+  clear();
+  post("ready", {seconds: (performance.now() - began) / 1000});
+}
+
+/** The pieces of the file of weights, from the browser's cache where they were fetched before. */
+async function fetchAll(urls) {
+  const file = new Uint8Array(urls.reduce((sum, {bytes}) => sum + bytes, 0));
+  const kept = await globalThis.caches?.open("minimind-v").catch(() => null); // none without https
+  let at = 0;
+  for (const {url} of urls) {
+    let response = await kept?.match(url);
+    if (!response) {
+      response = await fetch(url).catch(() => ({ok: false, status: "no network"}));
+      if (!response.ok) throw new Error(`${url} cannot be fetched (${response.status}). Load the page again.`);
+      if (kept) await kept.put(url, response.clone()).catch(() => {}); // a full disk: it is fetched again next time
+    }
+    for (const reader = response.body.getReader(); ; ) {
+      const {done, value} = await reader.read();
+      if (done) break;
+      if (at + value.length > file.length) throw new Error(`${url} is longer than it should be. Load the page again.`);
+      file.set(value, at);
+      post("progress", {share: (at += value.length) / file.length});
+    }
+  }
+  if (at < file.length) throw new Error("A part of the model is missing. Load the page again.");
+  return file.buffer;
+}
+
+// ---------------------------------------------------------------------------- questions
+
+function clear() {
+  [cache, seen, answer] = [model.newCache(), [], {start: 0, ids: []}];
+}
+
+const equal = (a, b) => a.length === b.length && a.every((value, i) => value === b[i]);
+
+async function ask({turns, pictures, temperature, top_p, max_new_tokens}) {
+  const began = performance.now();
+  stopped = false;
+  const {ids, pictures: places} = model.encodeChat(turns, tokenizer);
+  if (places !== pictures.length) throw new Error(`The text has places for ${places} pictures, and there are ${pictures.length}.`);
+  const room = model.config.decoder.max_position_embeddings - ids.length;
+  if (room < 1) throw new Error("The chat is longer than the model can read. Start a new one.");
+  const shown = [];
+  for (const {rgba, width, height} of pictures) {
+    const pixels = resize(rgba, width, height, model.config.processor);
+    shown.push(seen.find((picture) => equal(picture.pixels, pixels)) ?? {pixels, features: model.see(pixels)});
+    await pause();
+    if (stopped) return post("done", {text: "", tokens: 0, words: [], seconds: (performance.now() - began) / 1000, why: "stopped"});
+  }
+  // What is as in the turn before is in the cache already; the last token is asked again, as its logits are wanted.
+  const begins = model.findPictures(ids), other = begins.findIndex((_, i) => shown[i] !== seen[i]);
+  let same = 0;
+  while (same < ids.length - 1 && ids[same] === cache.ids[same]) same++;
+  for (const [i, begin] of begins.entries()) {
+    if (i === other || (begin < same && same < begin + model.config.decoder.P)) same = Math.min(same, begin); // not half of one
+  }
+  cache.ids.length = same;
+  seen = shown;
+  answer = {start: ids.length, ids: []};
+  const features = shown.slice(begins.filter((begin) => begin < same).length).map((picture) => picture.features);
+  const decoder = new Decoder(tokenizer);
+  let text = "", firstSeconds = null, told = 0;
+  const settings = {temperature, top_p, max_new_tokens: Math.min(max_new_tokens, room)};
+  for (const token of model.generate(ids.slice(same), features, cache, settings)) {
+    answer.ids.push(token);
+    text += decoder.add([token]);
+    firstSeconds ??= (performance.now() - began) / 1000;
+    if (performance.now() - told > 30) {
+      post("text", {text: withoutThoughts(text)});
+      await pause();
+      told = performance.now();
+    }
+    if (stopped) break;
+  }
+  text += decoder.end();
+  const ended = answer.ids.at(-1) === model.config.decoder.eos_token_id;
+  const facts = {tokens: answer.ids.length, seconds: (performance.now() - began) / 1000, firstSeconds};
+  const why = ended ? "end" : stopped ? "stopped" : "length";
+  answer.words = wordsOf(text);
+  post("done", {text: withoutThoughts(text), words: answer.words, why, ...facts});
+}
+
+// ---------------------------------------------------------------------------- where it looked
+
+// Where a word begins: at a Chinese character, after a space, and where Chinese goes over into letters.
+const BEGIN = /[\u3400-\u9fff]|(?<!\S)\S|(?<=[\u3000-\u9fff\uff00-\uffef])(?![\u3400-\u9fff])[\p{L}\p{N}_]/gu;
+
+/** The words of the last answer, [{text, begin, end, tokens}]: where in what is shown, and the places of their tokens. */
+function wordsOf(text) {
+  const starts = new Set(Array.from(text.matchAll(BEGIN), (match) => match.index));
+  const decoder = new Decoder(tokenizer), words = [];
+  let waiting = [], begin = 0;
+  answer.ids.forEach((id, i) => {
+    const end = begin + decoder.add([id]).length; // a character is there when the last of its tokens is
+    waiting.push(i);
+    if (end === begin) return;
+    if (!words.length || [...starts].some((start) => begin <= start && start < end)) words.push({begin, end, tokens: []});
+    words.at(-1).end = end;
+    words.at(-1).tokens.push(...waiting);
+    [waiting, begin] = [[], end];
+  });
+  const before = text.indexOf(withoutThoughts(text)); // blanks and thoughts, which are not shown
+  return words.map(({begin, end, tokens}) => {
+    const word = text.slice(begin, end), left = word.length - word.trimStart().length;
+    return {text: word.trim(), begin: begin + left - before, end: begin + word.trimEnd().length - before, tokens};
+  }).filter((word) => word.text && word.begin >= 0);
+}
+
+/** token: a place in the last answer. For each picture a map (side, side), mean over layers, heads and the tokens of the
+ * word; the token is computed again, as what the decoder looks at is not kept. */
+function look({token}) {
+  const word = answer.words?.find(({tokens}) => tokens.includes(token));
+  if (!word) throw new Error(`The answer has no word at token ${token}.`);
+  const whole = [...cache.ids, ...answer.ids.slice(cache.ids.length - answer.start)];
+  const {P} = model.config.decoder, side = Math.floor(Math.sqrt(P)), kept = cache.ids.length;
+  const maps = model.findPictures(whole.slice(0, answer.start)).map((begin) => ({begin: begin + P - side * side, map: new Float32Array(side * side)}));
+  for (const place of word.tokens) {
+    const at = answer.start + place - 1; // a token is chosen at the position before it
+    const layers = [];
+    cache.ids.length = at;
+    model.forward([whole[at]], [], cache, layers);
+    for (const {begin, map} of maps) {
+      for (const layer of layers) {
+        for (let i = 0; i < map.length; i++) map[i] += layer[begin + i] / layers.length / word.tokens.length;
+      }
+    }
+  }
+  cache.ids = whole.slice(0, kept);
+  post("attention", {token, word, side, maps: maps.map(({map}) => map)});
+}

@@ -1,0 +1,159 @@
+"""A trained model as a page that answers in a browser, without a server: inference/web with the weights in it.
+
+Used by scripts.convert_vlm. What engine.js there reads is written here: config, tokenizer, weights as safetensors.
+"""
+
+import base64
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from common.files import write_safely, write_text
+from model.export import encoder_config, encoder_state, exact
+from model.families import FAMILIES
+from model.files import read_json
+from model.int8 import quantize
+from model.processing import DEFAULT_SYSTEM, IMAGE_TAG, NO_THOUGHT
+
+WEB = Path(__file__).parents[1] / "inference" / "web"
+SOURCES = ("bpe.js", "resize.js", "engine.js", "worker.js")  # which the page joins for its worker
+ACTIVATIONS = ("silu", "relu", "gelu", "quick_gelu", "gelu_pytorch_tanh")  # those of engine.js
+FILTERS = (2, 3)  # bilinear and bicubic, those of resize.js
+ONE_FILE = 50 * 10**6  # bytes of a page, above which the weights stand beside it
+PIECE = 95 * 10**6  # bytes of a file: static hosts take none over 100 MB
+DTYPES = ("int8", "fp16")
+
+# ---------------------------------------------------------------------------- what the engine cannot do
+
+
+def check_web(model, tokenizer_path) -> None:
+    """ValueError names what of the model engine.js does not know."""
+    encoder, path = model.vision_encoder.config, Path(tokenizer_path) / "tokenizer.json"
+    kind = encoder.model_type.removesuffix("_vision_model")
+    if kind not in ("clip", "siglip"):
+        raise ValueError(f"--to web: the page sees with a CLIP or a SigLIP, not with a {FAMILIES[kind].name} so far")
+    for act in (model.config.hidden_act, encoder.hidden_act):
+        if act not in ACTIVATIONS:
+            raise ValueError(f"--to web: the page does not know hidden_act {act!r}, only {', '.join(ACTIVATIONS)}")
+    if model.processor.resample not in FILTERS:
+        raise ValueError(
+            f"--to web: {model.config.model_type}'s encoder wants pictures resized with resample "
+            f"{int(model.processor.resample)},\nthe page knows 2 (bilinear) and 3 (bicubic)"
+        )
+    json = read_json(path)
+    split, bpe = json.get("pre_tokenizer") or {}, json["model"]
+    plain = split.get("type") == "ByteLevel" and split.get("use_regex", True) and not split.get("add_prefix_space")
+    plain &= bpe["type"] == "BPE" and not bpe.get("ignore_merges") and not json.get("normalizer")
+    plain &= not any(token[key] for token in json["added_tokens"] for key in ("single_word", "lstrip", "rstrip"))
+    if not plain:
+        raise ValueError(f"--to web: {path} is no plain byte-level BPE, as scripts.train_tokenizer makes it")
+
+
+# ---------------------------------------------------------------------------- its parts
+
+
+def web_config(model, tokenizer, sidecar: dict, name: str) -> dict:
+    """What engine.js knows of the model besides weights; sidecar: the JSON of the weights."""
+    config, thinks = model.config, tokenizer.backend_tokenizer.token_to_id("<think>") is not None
+    fields = (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"),
+        *("max_position_embeddings", "rms_norm_eps", "rope_theta", "hidden_act", "eos_token_id"),
+        *("use_moe", "num_experts_per_tok", "n_routed_experts", "n_shared_experts"),
+        *("ve_hidden_size", "spatial_merge_size"),
+    )
+    decoder = {key: getattr(config, key) for key in fields} | {"P": len(config.image_ids)}
+    decoder["head_dim"] = config.head_dim or config.hidden_size // config.num_attention_heads
+    decoder["placeholder"] = config.image_ids[0]
+    decoder["normed"] = config.norm_topk_prob if config.num_experts_per_tok > 1 else config.norm_top1_prob
+    pixels = {key: getattr(model.processor, key) for key in ("size", "crop_size", "image_mean", "image_std")}
+    chat = {
+        "tag": IMAGE_TAG,
+        "system": None if thinks else DEFAULT_SYSTEM,
+        "no_thought": NO_THOUGHT if thinks else None,
+    }
+    return {
+        "name": name,
+        "decoder": decoder,
+        "encoder": encoder_config(model.vision_encoder),
+        "processor": pixels | {"resample": int(model.processor.resample)},
+        "chat": chat | {"pictures_first": bool(sidecar.get("pictures_first"))},
+        "needs_picture": sidecar.get("rows_without_picture") == 0,
+        "prompts": sidecar.get("prompts", {}),
+    }
+
+
+def web_state(model, dtype: str) -> dict[str, torch.Tensor]:
+    """All weights that answers need, as they are stored: matrices in fp16, or as int8 with a scale for each row beside
+    them ("NAME.scale"), the rest in fp16 where that loses nothing."""
+    eyes = encoder_state(model.vision_encoder)
+    skip = r"\.head\." if model.config.projector == "mlp" else r"\.head\.|\.post_layernorm\."
+    if model.vision_encoder.config.model_type.startswith("clip"):
+        skip = r"\.post_layernorm\."  # of its class token alone
+    state = {key: value for key, value in eyes.items() if not re.search(skip, key)}
+    state |= {key: value for key, value in model.text_state_dict().items() if key != "lm_head.weight"}  # tied
+    stored = {}
+    for key, value in state.items():
+        value = value.detach().cpu().float()
+        if value.ndim == 1 or "position_embedding" in key:
+            stored[key] = exact(value)
+        elif dtype == "int8":
+            rows, scales = quantize(value.flatten(1))  # (O, I), (O, 1)
+            stored[key], stored[f"{key}.scale"] = rows.view(value.shape), scales[:, 0].contiguous()
+        else:
+            stored[key] = value.half().contiguous()
+            if not stored[key].isfinite().all():
+                raise ValueError(f"--dtype fp16: {key} holds values that are not finite in fp16. Take --dtype int8")
+    return stored
+
+
+def as_floats(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the stored weights stand for, in fp32."""
+
+    def widen(key, value):
+        scales = stored.get(f"{key}.scale")
+        return value.float() if scales is None else (value.flatten(1) * scales[:, None]).view(value.shape)
+
+    return {key: widen(key, value) for key, value in stored.items() if not key.endswith(".scale")}
+
+
+# ---------------------------------------------------------------------------- the page
+
+
+def inside(text: str) -> str:
+    """For a <script> of HTML, which "</script" or "<!--" in a text would end or change."""
+    return text.replace("<", "\\u003c")
+
+
+def write_web(
+    folder: Path, model, tokenizer, tokenizer_path, sidecar: dict, dtype="int8", split=False, name=""
+) -> dict:
+    """chat.html in `folder`, and the files of weights if there is more than ONE_FILE, or if `split`. Returns what is
+    stored, as `web_state`. Raises ValueError for models that the page cannot run."""
+    check_web(model, tokenizer_path)
+    stored = web_state(model, dtype)
+    weights = safetensors.torch.save(stored)
+    config = web_config(model, tokenizer, sidecar, name)
+    text = ""
+    if split or len(weights) * 4 / 3 > ONE_FILE:  # base64 has 6 bits in a byte
+        mark = hashlib.sha256(weights).hexdigest()[:12]  # a browser that has kept other weights fetches these
+        pieces = [weights[at : at + PIECE] for at in range(0, len(weights), PIECE)]
+        config["files"] = [{"name": f"weights_{mark}_{i}.bin", "bytes": len(piece)} for i, piece in enumerate(pieces)]
+        for file, piece in zip(config["files"], pieces):
+            write_safely(folder / file["name"], lambda out, piece=piece: out.write(piece))
+    else:
+        text = base64.b64encode(weights).decode()
+    parts = {
+        "ENGINE": "\n".join((WEB / source).read_text(encoding="utf-8") for source in SOURCES),
+        "CONFIG": inside(json.dumps(config, ensure_ascii=False)),
+        "TOKENIZER": inside((Path(tokenizer_path) / "tokenizer.json").read_text(encoding="utf-8")),
+        "KERNEL": base64.b64encode((WEB / "matmul.wasm").read_bytes()).decode(),
+        "WEIGHTS": text,
+    }
+    page = (WEB / "chat.html").read_text(encoding="utf-8")
+    page = re.sub(rf"/\*({'|'.join(parts)})\*/", lambda match: parts[match[1]], page)
+    write_text(folder / "chat.html", page)
+    return stored
