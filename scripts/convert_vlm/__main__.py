@@ -4,11 +4,13 @@
     python -m scripts.convert_vlm --to transformers         # our code inside (trust_remote_code)
     python -m scripts.convert_vlm --to llm                  # its language model alone, or an llm_*.pth: for text
     python -m scripts.convert_vlm --to pth --weights out/sft_vlm_512_llava  # from any of these folders
+    python -m scripts.convert_vlm --to web                  # a page that answers in any browser, offline
     python -m scripts.convert_vlm --to llava --push YOU/NAME                # to huggingface.co
     python -m scripts.convert_vlm --to llava --versions 4.57.6 5.0.0        # checked on these too
 
 --to llava makes a stock LLaVA, whose text half is a Llama or, with experts, a GraniteMoeShared: no code of ours is
 needed to run it. --to llm makes this half alone, of a minimind-3v a Qwen3 or Qwen3Moe, for programs that serve text.
+--to web makes chat.html, which opens by a double click; of large models a folder for any static host.
 What it is comes from the weights and their JSON; tokenizer, encoder and a model card come along. At the end the folder
 is loaded by a process that cannot see this repo, and must say what our model says.
 """
@@ -45,10 +47,12 @@ from model.llava import unpacked, write_llava
 from model.llm import build_decoder, write_llm
 from model.processing import IMAGE_TAG, encode_chat
 from model.rgb import to_rgb
+from model.web import DTYPES, write_web
 from model.weights import SIDECAR, bare_name, make_sidecar
 from scripts.convert_vlm.check_export import QUESTIONS, texts_of
+from scripts.convert_vlm.check_web import check_page, questions_of
 
-WRITE = {"llava": write_llava, "transformers": write_transformers, "llm": write_llm, "pth": write_pth}
+WRITE = {"llava": write_llava, "transformers": write_transformers, "llm": write_llm, "pth": write_pth, "web": write_web}
 ABOUT_PICTURES = ("prompts", "pictures_first", "rows_without_picture")  # in the JSON of weights
 
 
@@ -60,6 +64,9 @@ def parse_args(argv=None):
     add("--out_dir", default="./out", help="folder of the weights, or of folders with them")
     add("--output", metavar="DIR", help="folder to make; default: beside the weights, named after them and --to")
     add("--push", metavar="USER/NAME", help="upload to this repository of huggingface.co (HF_ENDPOINT, HF_TOKEN)")
+    add("--dtype", choices=DTYPES, default="int8", help="of the weights in a page (--to web); int8 is half as large")
+    split = "weights beside the page (--to web), for a web server; above 50 MB always"
+    add("--split", **SWITCH, help=split)
     add = parser.group("the check").add_argument
     pictures = ["dataset/eval_images/scene_1.png", "dataset/eval_images/scene_2.png"]
     add("--images", nargs=2, default=pictures, metavar="FILE", help="two pictures for the check")
@@ -72,8 +79,10 @@ def parse_args(argv=None):
     add_parts_arguments(parser)
     parser.set_defaults(num_hidden_layers=None, num_key_value_heads=None, load=0, model_mode=1)
     args = parser.parse_args(argv)
-    if args.to == "pth" and (args.versions or args.push):
+    if args.to in ("pth", "web") and (args.versions or args.push):
         parser.error("--versions and --push are for folders: --to llava, transformers or llm")
+    if args.to != "web" and args.split:
+        parser.error("--split is for --to web")
     return args
 
 
@@ -246,8 +255,12 @@ def convert(args, weights: Path, output: Path, temporary: Path) -> None:
         if "new: projector" in origin.note:
             raise ValueError(f"--weights {weights} is a language model that has not seen a picture: train it first")
         info = info_of(weights, model.eval(), origin, args.to, output)
-        WRITE[args.to](made, model, tokenizer, origin.tokenizer_path, info)
-    if args.to != "pth":
+        options = {"name": bare_name(weights), "dtype": args.dtype, "split": args.split} if args.to == "web" else {}
+        stored = WRITE[args.to](made, model, tokenizer, origin.tokenizer_path, info, **options)
+    if args.to == "web":
+        pictures = [open_image(path, model.processor, "--images") for path in args.images]
+        print(check_page(made, model, tokenizer, stored, questions_of(pictures)))
+    elif args.to != "pth":
         write_json(made / SIDECAR, info)
         eyes = has_eyes(model)
         prompts = dict.fromkeys([*prompts_of(weights, "en"), *prompts_of(weights, "zh")] if eyes else [])
