@@ -61,33 +61,75 @@ class Weights {
   linear(name, x) {
     const {shape} = this.tensors[`${name}.weight`];
     const O = shape[0], I = product(shape.slice(1)), T = x.length / I;
-    const y = this.kernel && O >= 4 && I % 4 === 0 ? this.fast(`${name}.weight`, x, T, I, O) : new Float32Array(T * O);
-    if (!(this.kernel && O >= 4 && I % 4 === 0)) {
-      const w = this.vector(`${name}.weight`);
-      for (let t = 0; t < T; t++) {
-        for (let o = 0; o < O; o++) {
-          let sum = 0;
-          for (let i = 0, a = t * I, b = o * I; i < I; i++) sum += x[a + i] * w[b + i];
-          y[t * O + o] = sum;
-        }
-      }
-    }
+    const fits = this.kernel && O >= 4 && I % 4 === 0;
+    const y = fits ? this.fast(`${name}.weight`, x, T, I, O) : this.slow(`${name}.weight`, x, T, I, O);
     return this.has(`${name}.bias`) ? add(y, this.vector(`${name}.bias`)) : y;
   }
 
-  /** The same product by the kernel. */
+  /** The product, in the open. */
+  slow(name, x, T, I, O) {
+    const y = new Float32Array(T * O), w = this.vector(name);
+    for (let t = 0; t < T; t++) {
+      for (let o = 0; o < O; o++) y[t * O + o] = dot(x, t * I, w, o * I, I);
+    }
+    return y;
+  }
+
+  /** The same by the kernel. */
   fast(name, x, T, I, O) {
-    const wide = this.size + 4 * T * I, y = wide + 4 * 4 * I, end = y + 4 * T * O;
+    const {at, dtype} = this.tensors[name], bytes = BYTES[dtype], scales = this.tensors[`${name}.scale`]?.at ?? 0;
+    const [input, wide, y] = this.room(T * I, 4 * I, T * O);
+    new Float32Array(this.memory.buffer, input, T * I).set(x);
+    this.kernel.matmul(input, 4 * I, at, bytes * I, bytes, scales, wide, y, T, I, O);
+    return new Float32Array(this.memory.buffer, y, T * O).slice();
+  }
+
+  /** Addresses behind the weights for arrays of so many floats. */
+  room(...lengths) {
+    let end = this.size;
+    const addresses = lengths.map((length) => (end += 16 * Math.ceil(length / 4)) - 16 * Math.ceil(length / 4));
     const missing = Math.ceil((end - this.memory.buffer.byteLength) / 65536);
     if (missing > 0) this.memory.grow(missing);
-    new Float32Array(this.memory.buffer, this.size, T * I).set(x);
-    const {at, dtype} = this.tensors[name], scales = this.tensors[`${name}.scale`]?.at ?? 0;
-    this.kernel.matmul(this.size, at, BYTES[dtype], scales, wide, y, T, I, O);
-    return new Float32Array(this.memory.buffer, y, T * O).slice();
+    return addresses;
+  }
+
+  /** What `attend` does, by the kernel. */
+  attend(q, k, v, {H, K, d, T, S, causal, seen}) {
+    if (!this.kernel || S < 4 || d % 8) return attend(q, k, v, {H, K, d, T, S, causal, seen});
+    const [query, key, value, y, out] = this.room(T * H * d, S * K * d, S * K * d, T * S, T * H * d);
+    const {buffer} = this.memory, scores = new Float32Array(buffer, y, T * S);
+    for (const [at, x, n] of [[query, q, T * H * d], [key, k, S * K * d], [value, v, S * K * d]]) {
+      new Float32Array(buffer, at, n).set(x.subarray(0, n));
+    }
+    for (let head = 0; head < H; head++) {
+      const shared = 4 * d * Math.floor((head * K) / H);
+      this.kernel.matmul(query + 4 * head * d, 4 * H * d, key + shared, 4 * K * d, 4, 0, 0, y, T, d, S);
+      for (let t = 0; t < T; t++) {
+        const n = causal ? S - T + t + 1 : S, row = scores.subarray(t * S, t * S + n);
+        softmax(row, 1 / Math.sqrt(d));
+        this.kernel.mix(y + 4 * t * S, value + shared, 4 * K * d, out + 4 * (t * H + head) * d, n, d);
+        if (seen && t === T - 1) row.forEach((share, s) => (seen[s] += share / H));
+      }
+    }
+    return new Float32Array(buffer, out, T * H * d).slice();
   }
 }
 
 // ---------------------------------------------------------------------------- what has no matrix
+
+/** The sum of n products of a from i on and b from j on; four sums, as each has to wait for itself. */
+function dot(a, i, b, j, n) {
+  let [s0, s1, s2, s3] = [0, 0, 0, 0];
+  const end = i + n - (n % 4);
+  for (; i < end; i += 4, j += 4) {
+    s0 += a[i] * b[j];
+    s1 += a[i + 1] * b[j + 1];
+    s2 += a[i + 2] * b[j + 2];
+    s3 += a[i + 3] * b[j + 3];
+  }
+  for (let rest = n % 4; rest > 0; rest--) s0 += a[i++] * b[j++];
+  return s0 + s1 + s2 + s3;
+}
 
 /** x (T, D) + y, (T, D) too or the same (D) for all, in place. */
 function add(x, y) {
@@ -118,12 +160,12 @@ function layerNorm(x, weight, bias, eps) {
   return add(rmsNorm(centred, weight, eps), bias);
 }
 
-/** The first n numbers become positive, of sum 1, in place. */
-function softmax(x, n = x.length) {
+/** Any numbers, times `scale`, become positive ones of sum 1, in place. */
+function softmax(x, scale = 1) {
   let largest = -Infinity, sum = 0;
-  for (let i = 0; i < n; i++) largest = Math.max(largest, x[i]);
-  for (let i = 0; i < n; i++) sum += x[i] = Math.exp(x[i] - largest);
-  for (let i = 0; i < n; i++) x[i] /= sum;
+  for (let i = 0; i < x.length; i++) largest = Math.max(largest, x[i] * scale);
+  for (let i = 0; i < x.length; i++) sum += x[i] = Math.exp(x[i] * scale - largest);
+  for (let i = 0; i < x.length; i++) x[i] /= sum;
   return x;
 }
 
@@ -151,15 +193,12 @@ function attend(q, k, v, {H, K, d, T, S, causal, seen}) {
     const at = Math.floor((head * K) / H) * d; // H heads of queries share K heads of keys and values
     for (let t = 0; t < T; t++) {
       const n = causal ? S - T + t + 1 : S, query = (t * H + head) * d; // no token sees a later one
+      const row = weights.subarray(0, n);
+      for (let s = 0; s < n; s++) row[s] = dot(q, query, k, s * K * d + at, d);
+      softmax(row, 1 / Math.sqrt(d));
       for (let s = 0; s < n; s++) {
-        let sum = 0;
-        for (let i = 0, key = s * K * d + at; i < d; i++) sum += q[query + i] * k[key + i];
-        weights[s] = sum / Math.sqrt(d);
-      }
-      softmax(weights, n);
-      for (let s = 0; s < n; s++) {
-        for (let i = 0, value = s * K * d + at; i < d; i++) out[query + i] += weights[s] * v[value + i];
-        if (seen && t === T - 1) seen[s] += weights[s] / H;
+        for (let i = 0, value = s * K * d + at; i < d; i++) out[query + i] += row[s] * v[value + i];
+        if (seen && t === T - 1) seen[s] += row[s] / H;
       }
     }
   }
@@ -211,7 +250,7 @@ class MiniMindV {
     for (let i = 0; i < encoder.num_hidden_layers; i++) {
       const layer = `${name}.encoder.layers.${i}`, normed = norm(h, `${layer}.layer_norm1`);
       const [q, k, v] = ["q", "k", "v"].map((part) => w.linear(`${layer}.self_attn.${part}_proj`, normed));
-      add(h, w.linear(`${layer}.self_attn.out_proj`, attend(q, k, v, {H, K: H, d: V / H, T, S: T})));
+      add(h, w.linear(`${layer}.self_attn.out_proj`, w.attend(q, k, v, {H, K: H, d: V / H, T, S: T})));
       const inner = w.linear(`${layer}.mlp.fc1`, norm(h, `${layer}.layer_norm2`)).map(ACTIVATIONS[encoder.hidden_act]);
       add(h, w.linear(`${layer}.mlp.fc2`, inner));
     }
@@ -303,7 +342,7 @@ class MiniMindV {
     }
     const looked = seen && new Float32Array(S);
     if (seen) seen.push(looked);
-    return w.linear(`${name}.o_proj`, attend(q, cache.k, cache.v, {H, K, d, T, S, causal: true, seen: looked}));
+    return w.linear(`${name}.o_proj`, w.attend(q, cache.k, cache.v, {H, K, d, T, S, causal: true, seen: looked}));
   }
 
   /** RoPE: entries i and i + d/2 of each head of x (T, heads·d) turn by position · theta^(-2i/d), in place. */
