@@ -129,7 +129,7 @@ def inside(text: str) -> str:
 
 
 def write_web(
-    folder: Path, model, tokenizer, tokenizer_path, sidecar: dict, dtype="int8", split=False, name=""
+    folder: Path, model, tokenizer, tokenizer_path, sidecar: dict, name="MiniMind-V", dtype="int8", split=False
 ) -> dict:
     """chat.html in `folder`, and the files of weights if there is more than ONE_FILE, or if `split`. Returns what is
     stored, as `web_state`. Raises ValueError for models that the page cannot run."""

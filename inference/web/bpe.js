@@ -31,7 +31,7 @@ class Tokenizer {
     if (/\p{Surrogate}/u.test(text)) throw new Error("The text holds half a character. Type it again.");
     const whole = this.added.filter((token) => specials || !token.special).map((token) => token.content);
     whole.sort((a, b) => b.length - a.length); // the longest of those that begin at the same place
-    const split = new RegExp(`(${whole.map((token) => token.replace(/[^\w\s]/g, "\\$&")).join("|")})`, "u");
+    const split = new RegExp(`(${whole.map((token) => token.replace(/[$()*+.?[\\\]^{|}]/g, "\\$&")).join("|")})`, "u");
     const parts = whole.length ? text.split(split) : [text]; // text, token, text, token, ..., text
     return parts.flatMap((part, i) => (i % 2 ? [this.ids.get(part)] : (part.match(PIECES) ?? []).flatMap((piece) => this.merge(piece))));
   }

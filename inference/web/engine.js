@@ -18,9 +18,12 @@ class Weights {
   /** file: the bytes of a safetensors file: fp16, or int8 beside "NAME.scale", a float for each row; kernel: those of
    * matmul.wasm, or null. With it they stay as small as they are, and are widened four rows at a time. */
   constructor(file, kernel) {
-    const length = Number(new DataView(file).getBigUint64(0, true));
-    this.tensors = JSON.parse(new TextDecoder().decode(new Uint8Array(file, 8, length)));
-    for (const tensor of Object.values(this.tensors)) tensor.at = 8 + length + (tensor.data_offsets?.[0] ?? 0);
+    const length = file.byteLength < 8 ? Infinity : Number(new DataView(file).getBigUint64(0, true));
+    const header = 8 + length > file.byteLength ? "{}" : new TextDecoder().decode(new Uint8Array(file, 8, length));
+    this.tensors = JSON.parse(header);
+    const end = Math.max(...Object.values(this.tensors).map((tensor) => tensor.data_offsets[1]));
+    if (8 + length + end !== file.byteLength) throw new Error("A part of the model is missing. Load the page again.");
+    for (const tensor of Object.values(this.tensors)) tensor.at = 8 + length + tensor.data_offsets[0];
     this.buffer = file;
     this.floats = new Map();
     this.size = 16 * Math.ceil(file.byteLength / 16); // behind the weights is room for x, y and what is widened
@@ -210,12 +213,7 @@ function attend(q, k, v, {H, K, d, T, S, causal, seen}) {
 class MiniMindV {
   /** config: what model/web.py writes; weights: ArrayBuffer of a safetensors file; kernel: Uint8Array or null. */
   static async load({config, weights, kernel}) {
-    try {
-      return new MiniMindV(config, new Weights(weights, kernel));
-    } catch (error) {
-      if (!(error instanceof RangeError)) throw error;
-      throw new Error("This device has too little free memory for the model. Close other pages and load it again.");
-    }
+    return new MiniMindV(config, new Weights(weights, kernel));
   }
 
   constructor(config, weights) {

@@ -16,8 +16,13 @@ const HANDLERS = {load, ask, look, clear};
 
 globalThis.onmessage = ({data}) => {
   if (data.type === "stop" || data.type === "clear") stopped = true;
-  if (data.type in HANDLERS) work = work.then(() => HANDLERS[data.type](data)).catch((error) => post("error", {message: sentence(error)}));
+  if (data.type in HANDLERS) work = work.then(() => handle(data)).catch((error) => post("error", {message: sentence(error)}));
 };
+
+function handle(data) {
+  if (!model && data.type !== "load") throw new Error("The model is not loaded yet.");
+  return HANDLERS[data.type](data);
+}
 
 /** Until the messages that wait are read. */
 const pause = () => new Promise((resolve) => {
@@ -27,8 +32,8 @@ const pause = () => new Promise((resolve) => {
 });
 
 function sentence(error) {
-  const full = error instanceof RangeError && /memory|alloc|grow|length/i.test(error.message);
-  return full ? "This device has too little free memory for that. Take fewer or smaller pictures, or start a new chat." : error.message;
+  const full = /memory|allocat|array.*length/i.test(error.message); // each browser has its own words
+  return full ? "This device has too little free memory. Close other pages, or take fewer and smaller pictures." : error.message;
 }
 
 // ---------------------------------------------------------------------------- the model comes
@@ -62,7 +67,6 @@ async function fetchAll(urls) {
       post("progress", {share: (at += value.length) / file.length});
     }
   }
-  if (at < file.length) throw new Error("A part of the model is missing. Load the page again.");
   return file.buffer;
 }
 
