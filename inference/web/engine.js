@@ -46,8 +46,8 @@ class Weights {
     const bytes = (this.memory?.buffer ?? this.buffer).slice(from, from + rows * I * BYTES[dtype]);
     if (dtype === "F32") return new Float32Array(bytes);
     if (dtype === "F16") {
-      // Exponent and fraction go where float32 has them, times 2^112, as its exponents begin there.
-      const bits = Uint32Array.from(new Uint16Array(bytes), (half) => ((half & 0x7fff) << 13) | ((half & 0x8000) << 16));
+      // Sign, exponent and fraction go where float32 has them, times 2^112, as its exponents begin there.
+      const bits = Uint32Array.from(new Int16Array(bytes), (half) => (half << 13) & 0x8fffe000);
       return new Float32Array(bits.buffer).map((number) => number * 2 ** 112);
     }
     const scales = this.read(`${name}.scale`, row, rows);

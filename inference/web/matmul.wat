@@ -20,19 +20,18 @@
       (local.set $to (i32.add (local.get $to) (i32.const 64)))
       (br_if $next (i32.lt_u (local.tee $from (i32.add (local.get $from) (i32.const 16))) (local.get $end)))))
 
-  ;; the same of fp16: exponent and fraction go where float32 has them, times 2^112, as its exponents begin there
+  ;; the same of fp16, 4 at a time: sign, exponent and fraction go where float32 has them, times 2^112, as its exponents
+  ;; begin there
   (func $widen16 (param $from i32) (param $to i32) (param $n i32)
-    (local $end i32) (local $v v128)
-    (local.set $end (i32.add (local.get $to) (i32.shl (local.get $n) (i32.const 2))))
+    (local $end i32)
+    (local.set $end (i32.add (local.get $from) (i32.shl (local.get $n) (i32.const 1))))
     (loop $next
-      (local.set $v (v128.load16x4_u (local.get $from)))
-      (v128.store (local.get $to) (v128.or
-        (f32x4.mul
-          (i32x4.shl (v128.and (local.get $v) (v128.const i32x4 0x7fff 0x7fff 0x7fff 0x7fff)) (i32.const 13))
-          (v128.const f32x4 0x1p112 0x1p112 0x1p112 0x1p112))
-        (i32x4.shl (v128.and (local.get $v) (v128.const i32x4 0x8000 0x8000 0x8000 0x8000)) (i32.const 16))))
-      (local.set $from (i32.add (local.get $from) (i32.const 8)))
-      (br_if $next (i32.lt_u (local.tee $to (i32.add (local.get $to) (i32.const 16))) (local.get $end)))))
+      (v128.store (local.get $to) (f32x4.mul
+        (v128.and (i32x4.shl (v128.load16x4_s (local.get $from)) (i32.const 13))
+          (v128.const i32x4 0x8fffe000 0x8fffe000 0x8fffe000 0x8fffe000))
+        (v128.const f32x4 0x1p112 0x1p112 0x1p112 0x1p112)))
+      (local.set $to (i32.add (local.get $to) (i32.const 16)))
+      (br_if $next (i32.lt_u (local.tee $from (i32.add (local.get $from) (i32.const 8))) (local.get $end)))))
 
   ;; the dot products of n numbers at $x with those of four rows at $w
   (func $dot (param $x i32) (param $w i32) (param $w_rows i32) (param $n i32) (result v128)
