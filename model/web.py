@@ -13,19 +13,34 @@ import safetensors.torch
 import torch
 
 from common.files import write_safely, write_text
-from model.export import encoder_config, encoder_state, exact
-from model.families import FAMILIES
+from model.export import exact
+from model.families import FAMILIES, family_of
 from model.files import read_json
 from model.int8 import quantize
 from model.processing import DEFAULT_SYSTEM, IMAGE_TAG, NO_THOUGHT
 
 WEB = Path(__file__).parents[1] / "inference" / "web"
-SOURCES = ("bpe.js", "resize.js", "engine.js", "worker.js")  # which the page joins for its worker
-ACTIVATIONS = ("silu", "relu", "gelu", "quick_gelu", "gelu_pytorch_tanh")  # those of engine.js
+SOURCES = ("bpe.js", "resize.js", "layers.js", "engine.js", "worker.js")  # which the page joins for its worker
+ACTIVATIONS = ("silu", "relu", "gelu", "quick_gelu", "gelu_pytorch_tanh")  # those of layers.js
 FILTERS = (2, 3)  # bilinear and bicubic, those of resize.js
 ONE_FILE = 50 * 10**6  # bytes of a page, above which the weights stand beside it
 PIECE = 95 * 10**6  # bytes of a file: static hosts take none over 100 MB
 DTYPES = ("int8", "fp16")
+
+ENCODERS = ("clip", "siglip", "vit", "dinov2", "dinov2_with_registers")
+ENCODER_NAMES = (  # of their files, and of their classes in Transformers 5, which names some anew → the page's
+    (r"^(vision_model\.)?(encoder\.)?layers?\.", "layers."),
+    (r"\.attention\.attention\.([qkv])[a-z]+\.", r".attention.\1_proj."),
+    (r"\.(self_attn|attention)\.([qkv]_proj)\.", r".\2."),
+    (r"\.(self_attn\.out_proj|attention\.o_proj|attention\.output\.dense)\.", ".o_proj."),
+    (r"\.(layer_norm1|layernorm_before)\.", ".norm1."),
+    (r"\.(layer_norm2|layernorm_after)\.", ".norm2."),
+    (r"\.(mlp\.fc1|intermediate\.dense)\.", ".fc1."),
+    (r"\.(mlp\.fc2|output\.dense)\.", ".fc2."),
+    (r"\.lambda1$", ""),
+    (r"^(vision_model\.)?pre_layrnorm\.", "pre_norm."),
+    (r"^(vision_model\.)?(post_layernorm|layernorm)\.", "norm."),
+)
 
 # ---------------------------------------------------------------------------- what the engine cannot do
 
@@ -34,8 +49,9 @@ def check_web(model, tokenizer_path) -> None:
     """ValueError names what of the model engine.js does not know."""
     encoder, path = model.vision_encoder.config, Path(tokenizer_path) / "tokenizer.json"
     kind = encoder.model_type.removesuffix("_vision_model")
-    if kind not in ("clip", "siglip"):
-        raise ValueError(f"--to web: the page sees with a CLIP or a SigLIP, not with a {FAMILIES[kind].name} so far")
+    if kind not in ENCODERS or getattr(encoder, "use_swiglu_ffn", False):
+        known = ", ".join(FAMILIES[name].name for name in ENCODERS)
+        raise ValueError(f"--to web: this {FAMILIES[kind].name} is no encoder that the page knows. It knows\n{known}")
     for act in (model.config.hidden_act, encoder.hidden_act):
         if act not in ACTIVATIONS:
             raise ValueError(f"--to web: the page does not know hidden_act {act!r}, only {', '.join(ACTIVATIONS)}")
@@ -69,6 +85,7 @@ def web_config(model, tokenizer, sidecar: dict, name: str) -> dict:
     decoder["head_dim"] = config.head_dim or config.hidden_size // config.num_attention_heads
     decoder["placeholder"] = config.image_ids[0]
     decoder["normed"] = config.norm_topk_prob if config.num_experts_per_tok > 1 else config.norm_top1_prob
+    eyes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps", "patch_size")
     pixels = {key: getattr(model.processor, key) for key in ("size", "crop_size", "image_mean", "image_std")}
     chat = {
         "tag": IMAGE_TAG,
@@ -78,7 +95,7 @@ def web_config(model, tokenizer, sidecar: dict, name: str) -> dict:
     return {
         "name": name,
         "decoder": decoder,
-        "encoder": encoder_config(model.vision_encoder),
+        "encoder": {key: getattr(model.vision_encoder.config, key) for key in eyes},
         "processor": pixels | {"resample": int(model.processor.resample)},
         "chat": chat | {"pictures_first": bool(sidecar.get("pictures_first"))},
         "needs_picture": sidecar.get("rows_without_picture") == 0,
@@ -86,19 +103,33 @@ def web_config(model, tokenizer, sidecar: dict, name: str) -> dict:
     }
 
 
+def encoder_weights(model) -> dict[str, torch.Tensor]:
+    """The encoder under the page's names, the very tensors, but for "encoder.positions": what its embeddings make of
+    a picture of zeros (T, V), where all is in place that is added to patches or stands before them."""
+    tower = model.vision_encoder
+    embeddings = getattr(tower, "vision_model", tower).embeddings
+    weights = {"encoder.positions": embeddings(torch.zeros(1, 3, *model.processor.crop_size))[0]}
+    for key, value in tower.named_parameters():
+        for pattern, name in ENCODER_NAMES:
+            key = re.sub(pattern, name, key)
+        if key.startswith(("layers.", "pre_norm.", "norm.")):
+            weights[f"encoder.{key}"] = value
+        elif value.ndim == 4:
+            weights["encoder.patches.weight"] = value
+    return weights
+
+
 def web_state(model, dtype: str) -> dict[str, torch.Tensor]:
     """All weights that answers need, as they are stored: matrices in fp16, or as int8 with a scale for each row beside
     them ("NAME.scale"), the rest in fp16 where that loses nothing."""
-    eyes = encoder_state(model.vision_encoder)
-    skip = r"\.head\." if model.config.projector == "mlp" else r"\.head\.|\.post_layernorm\."
-    if model.vision_encoder.config.model_type.startswith("clip"):
-        skip = r"\.post_layernorm\."  # of its class token alone
-    state = {key: value for key, value in eyes.items() if not re.search(skip, key)}
-    state |= {key: value for key, value in model.text_state_dict().items() if key != "lm_head.weight"}  # tied
+    tower, normed = model.vision_encoder, model.config.projector == "mlp"
+    skip = r"lm_head\." if normed and family_of(tower.config.model_type).norm else r"lm_head\.|encoder\.norm\."
+    state = encoder_weights(model) | model.text_state_dict()  # of which head and embedding are one
+    state = {key: value for key, value in state.items() if not re.match(skip, key)}
     stored = {}
     for key, value in state.items():
         value = value.detach().cpu().float()
-        if value.ndim == 1 or "position_embedding" in key:
+        if value.ndim == 1 or key == "encoder.positions":
             stored[key] = exact(value)
         elif dtype == "int8":
             rows, scales = quantize(value.flatten(1))  # (O, I), (O, 1)

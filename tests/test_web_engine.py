@@ -15,13 +15,14 @@ from tokenizers import AddedToken
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from inference.attention import attention_to_pictures, words_of
-from model.model_vlm import MiniMindVLM
+from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing import ImageProcessor, encode_chat
-from model.web import DTYPES, SOURCES, WEB, check_web, write_web
+from model.web import DTYPES, ENCODERS, SOURCES, WEB, check_web, write_web
 from scripts.convert_vlm import __main__ as convert_vlm
 from scripts.convert_vlm import check_web as check
 from tests.conftest import lively, small_config, turn
 from tests.test_convert_vlm import save  # noqa: F401 (a fixture)
+from tests.test_encoders import folders  # noqa: F401 (a fixture)
 from tests.test_generations import parts, public, siglip_folder, words, words_folder  # noqa: F401 (fixtures)
 
 NODE = shutil.which("node")
@@ -170,6 +171,17 @@ def test_a_minimind_3v_does_too(public, words_folder, tmp_path, pictures, use_mo
     thought = [turn("user", "Why?"), turn("assistant", "<think>\nHm.\n</think>\n\nSo."), turn("user", "<think>")]
     line = check.check_page(tmp_path, model, tokenizer, stored, [*check.questions_of(pictures), (thought, [])])
     assert line.startswith("node: 5 questions") and "the same answers" in line
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_it_sees_with_every_encoder_that_it_knows(folders, kind, tokenizer, tokenizer_folder, tmp_path, pictures):  # noqa: F811
+    small = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 300}
+    sign = tokenizer.convert_tokens_to_ids("@")
+    config = VLMConfig.for_encoder(folders / kind, sign, **small)
+    model = lively(MiniMindVLM(config, folders / kind).eval())
+    stored = write_web(tmp_path, model, tokenizer, tokenizer_folder, {})
+    line = check.check_page(tmp_path, model, tokenizer, stored, check.questions_of(pictures))
+    assert line.startswith("node: 4 questions")
 
 
 def test_a_page_with_other_weights_is_not_kept(page, tokenizer, pictures):
@@ -358,6 +370,10 @@ def test_what_the_page_cannot_do_is_refused(make_vlm, tokenizer, tokenizer_folde
     with pytest.raises(ValueError, match="--to web: the page does not know hidden_act 'mish'"):
         check_web(model, tokenizer_folder)
     model.config.hidden_act = "silu"
+    model.vision_encoder.config.model_type = "aimv2"
+    with pytest.raises(ValueError, match="this AIMv2 is no encoder that the page knows. It knows\nCLIP, SigLIP"):
+        check_web(model, tokenizer_folder)
+    model.vision_encoder.config.model_type = "clip_vision_model"
     tokenizer.backend_tokenizer.add_tokens([AddedToken("<x>", lstrip=True)])
     tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="is no plain byte-level BPE"):

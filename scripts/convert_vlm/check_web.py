@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.export import prefixed
 from model.processing import IMAGE_TAG, encode_chat
 from model.rgb import to_rgb
-from model.web import as_floats
+from model.web import as_floats, encoder_weights
 from scripts.convert_vlm.check_export import QUESTIONS
 
 LIMIT = 1e-3  # largest difference of logits of some tens, in fp32
@@ -37,14 +36,13 @@ def questions_of(pictures: list) -> list[tuple[list[dict], list]]:
     return [*questions, (turns + answered, shown)]
 
 
+@torch.no_grad()
 def with_weights(model, stored: dict[str, torch.Tensor]):
     """A copy of our model with the weights as a page has them, rounded."""
     model, state = copy.deepcopy(model), as_floats(stored)
-    model.load_state_dict({key: value for key, value in state.items() if "vision_model." not in key}, strict=False)
-    for key, value in model.vision_encoder.state_dict().items():
-        for name in prefixed({key: value}):
-            if name in state:
-                value.copy_(state[name])
+    weights = encoder_weights(model) | model.text_state_dict()
+    for key in weights.keys() & state.keys():
+        weights[key].copy_(state[key])
     return model.eval()
 
 
