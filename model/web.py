@@ -50,8 +50,8 @@ def check_web(model, tokenizer_path) -> None:
     encoder, path = model.vision_encoder.config, Path(tokenizer_path) / "tokenizer.json"
     kind = encoder.model_type.removesuffix("_vision_model")
     if kind not in ENCODERS or getattr(encoder, "use_swiglu_ffn", False):
-        known = ", ".join(FAMILIES[name].name for name in ENCODERS)
-        raise ValueError(f"--to web: this {FAMILIES[kind].name} is no encoder that the page knows. It knows\n{known}")
+        names = ", ".join(FAMILIES[name].name for name in ENCODERS)
+        raise ValueError(f"--to web: this {FAMILIES[kind].name} is no encoder that the page knows. It knows\n{names}")
     for act in (model.config.hidden_act, encoder.hidden_act):
         if act not in ACTIVATIONS:
             raise ValueError(f"--to web: the page does not know hidden_act {act!r}, only {', '.join(ACTIVATIONS)}")
@@ -60,11 +60,11 @@ def check_web(model, tokenizer_path) -> None:
             f"--to web: {model.config.model_type}'s encoder wants pictures resized with resample "
             f"{int(model.processor.resample)},\nthe page knows 2 (bilinear) and 3 (bicubic)"
         )
-    json = read_json(path)
-    split, bpe = json.get("pre_tokenizer") or {}, json["model"]
+    known = read_json(path)
+    split, bpe = known.get("pre_tokenizer") or {}, known["model"]
     plain = split.get("type") == "ByteLevel" and split.get("use_regex", True) and not split.get("add_prefix_space")
-    plain &= bpe["type"] == "BPE" and not bpe.get("ignore_merges") and not json.get("normalizer")
-    plain &= not any(token[key] for token in json["added_tokens"] for key in ("single_word", "lstrip", "rstrip"))
+    plain &= bpe["type"] == "BPE" and not bpe.get("ignore_merges") and not known.get("normalizer")
+    plain &= not any(token[key] for token in known["added_tokens"] for key in ("single_word", "lstrip", "rstrip"))
     if not plain:
         raise ValueError(f"--to web: {path} is no plain byte-level BPE, as scripts.train_tokenizer makes it")
 
@@ -129,7 +129,7 @@ def web_state(model, dtype: str) -> dict[str, torch.Tensor]:
     stored = {}
     for key, value in state.items():
         value = value.detach().cpu().float()
-        if value.ndim == 1 or key == "encoder.positions":
+        if value.ndim == 1 or key == "encoder.positions" or ".mlp.gate." in key:  # which expert comes is not rounded
             stored[key] = exact(value)
         elif dtype == "int8":
             rows, scales = quantize(value.flatten(1))  # (O, I), (O, 1)

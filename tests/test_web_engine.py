@@ -6,6 +6,9 @@ import random
 import re
 import shutil
 import subprocess
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -224,6 +227,11 @@ def test_the_assembled_kernel_is_what_its_text_says():
 # ---------------------------------------------------------------------------- the worker
 
 
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
 WORKER = """
 const fs = require("fs"), page = fs.readFileSync(given.page, "utf8"), told = [];
 const read = (id) => page.match(new RegExp(`<script[^>]* id="${id}"[^>]*>([^]*?)</script>`))[1];
@@ -330,6 +338,33 @@ def test_an_answer_can_be_stopped_and_what_goes_wrong_is_a_sentence(page, pictur
         "The chat is longer than the model can read. Start a new one.",
         "The answer has no word at token 999.",
         "done",
+    ]
+
+
+def test_weights_come_in_pieces_and_tell_how_far_they_are(tmp_path):
+    for name, piece in (("a", bytes(range(200))), ("b", b"c" * 90)):
+        (tmp_path / name).write_bytes(piece)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    tries = [[("a", 200), ("b", 90)], [("a", 200), ("b", 91)], [("a", 199)], [("a", 200), ("gone", 1)]]
+    said = run(
+        """const out = [];
+        for (const urls of given) {
+          const shares = [];
+          globalThis.postMessage = ({share}) => shares.push(share);
+          out.push([await fetchAll(urls).then((file) => [...new Uint8Array(file)], sentence), shares]);
+        }
+        return out;""",
+        [[{"url": f"{address}/{name}", "bytes": size} for name, size in urls] for urls in tries],
+    )
+    server.shutdown()
+    assert bytes(said[0][0]) == bytes(range(200)) + b"c" * 90
+    assert said[0][1] == sorted(said[0][1]) and said[0][1][-1] == 1
+    assert [each for each, _ in said[1:]] == [
+        f"{address}/b came in part only. Load the page again.",
+        f"{address}/a is longer than it was. Load the page again.",
+        f"{address}/gone cannot be fetched (404). Load the page again.",
     ]
 
 

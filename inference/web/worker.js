@@ -47,25 +47,25 @@ async function load(message) {
   post("ready", {seconds: (performance.now() - began) / 1000});
 }
 
-/** The pieces of the file of weights, from the browser's cache where they were fetched before. */
+/** The file of weights from its pieces, which the browser keeps for the next time. */
 async function fetchAll(urls) {
   const file = new Uint8Array(urls.reduce((sum, {bytes}) => sum + bytes, 0));
   const kept = await globalThis.caches?.open("minimind-v").catch(() => null); // none without https
   let at = 0;
-  for (const {url} of urls) {
-    let response = await kept?.match(url);
-    if (!response) {
-      response = await fetch(url).catch(() => ({ok: false, status: "no network"}));
-      if (!response.ok) throw new Error(`${url} cannot be fetched (${response.status}). Load the page again.`);
-      if (kept) await kept.put(url, response.clone()).catch(() => {}); // a full disk: it is fetched again next time
-    }
+  for (const {url, bytes} of urls) {
+    const known = await kept?.match(url), begin = at;
+    const response = known ?? (await fetch(url).catch(() => ({ok: false, status: "no network"})));
+    if (!response.ok) throw new Error(`${url} cannot be fetched (${response.status}). Load the page again.`);
     for (const reader = response.body.getReader(); ; ) {
       const {done, value} = await reader.read();
       if (done) break;
-      if (at + value.length > file.length) throw new Error(`${url} is longer than it should be. Load the page again.`);
+      if (at + value.length > begin + bytes) throw new Error(`${url} is longer than it was. Load the page again.`);
       file.set(value, at);
-      post("progress", {share: (at += value.length) / file.length});
+      at += value.length;
+      post("progress", {share: at / file.length});
     }
+    if (at < begin + bytes) throw new Error(`${url} came in part only. Load the page again.`);
+    if (!known) await kept?.put(url, new Response(file.slice(begin, at))).catch(() => {}); // or the disk is full
   }
   return file.buffer;
 }
