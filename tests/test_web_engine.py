@@ -18,6 +18,7 @@ from tokenizers import AddedToken
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from inference.attention import attention_to_pictures, words_of
+from inference.generate import user_turn
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.processing import ImageProcessor, encode_chat
 from model.web import DTYPES, ENCODERS, SOURCES, WEB, check_web, write_web
@@ -269,23 +270,22 @@ def asking(text, pictures, before=(), **more) -> dict:
     return {"type": "ask", "turns": [*before, turn("user", text)], "pictures": shown, **settings}
 
 
-def test_a_chat_goes_on_from_the_cache_and_pictures_are_looked_at_as_in_pytorch(page, tokenizer, pictures):
+def test_a_chat_goes_on_from_the_cache_and_pictures_are_looked_at_as_in_pytorch(page, tokenizer, pictures, monkeypatch):
     folder, model, stored = page()
     first = asking("<image>\nWhat is this?", pictures[:1])
     # What the model says is noise, which may not be read as it was said: the second question comes without it.
     before = [*first["turns"], turn("assistant", "It is red.")]
     messages = [
-        first,
+        first | {"turns": [turn("user", "What is this?") | {"pictures": 1}]},  # it knows where to put them
         asking("确定吗？", pictures[:1], before),
         {"type": "look", "token": 2},
         asking("确定吗？", pictures[1:], before),  # another picture in its place
     ]
     said = run(WORKER, {"page": str(folder / "chat.html"), "messages": messages})
     rounded = check.with_weights(model, stored)
-    for message, done, shown in ((messages[0], said[0], pictures[:1]), (messages[1], said[1], pictures[:1])):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(check, "TOKENS", 24)
-            ours = check.ask(rounded, tokenizer, message["turns"], shown)
+    monkeypatch.setattr(check, "TOKENS", 24)
+    for message, done in ((first, said[0]), (messages[1], said[1])):
+        ours = check.ask(rounded, tokenizer, message["turns"], pictures[:1])
         assert done["text"] == ours["text"].strip() and done["tokens"] == len(ours["answer"])
         assert done["why"] == ("end" if ours["answer"][-1] == 2 else "length")
     prompt = len(ours["ids"])
@@ -427,13 +427,19 @@ def test_a_prompt_is_the_same_tokens_as_in_training(page, tokenizer):
         ],
         [turn("user", "@@@ <|im_end|>\n")],
     ]
+    asked = [("a", 0, True), ("a", 1, True), ("a", 1, False), ("a", 2, False), ("<image> a <image>", 2, False)]
     said = run(
         """const page = require("fs").readFileSync(given.page, "utf8");
         const read = (id) => JSON.parse(page.match(new RegExp(`id="${id}">([^]*?)</script>`))[1]);
         const model = new MiniMindV(read("config"), null), tokenizer = new Tokenizer(read("tokenizer"));
-        return given.chats.map((chat) => model.encodeChat(chat, tokenizer));""",
-        {"page": str(folder / "chat.html"), "chats": chats},
+        const prompts = given.chats.map((chat) => model.encodeChat(chat, tokenizer));
+        return [...prompts, given.asked.map(([text, pictures, first]) => {
+          model.config.chat.pictures_first = first;
+          return model.userTurn(text, pictures);
+        })];""",
+        {"page": str(folder / "chat.html"), "chats": chats, "asked": asked},
     )
+    assert said.pop() == [user_turn(*each) for each in asked]
     for chat, theirs in zip(chats, said):
         pieces = encode_chat(tokenizer, chat, model.config.image_ids)
         assert theirs["ids"] == [token for piece, _, _ in pieces for token in piece]

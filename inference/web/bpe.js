@@ -2,8 +2,9 @@
 // Text ↔ tokens: byte-level BPE (Sennrich et al. 2016), as `tokenizers` does it with model/*/tokenizer.json.
 
 // What is never merged across: contractions, words, numbers, signs, each with the space before it, and other blanks.
-const PIECES =
-  /'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/gu;
+const [SPACE, WORDS] = ["\\p{White_Space}", " ?\\p{L}+| ?\\p{N}+"];
+const PIECES = new RegExp(
+  `'s|'t|'re|'ve|'m|'ll|'d|${WORDS}| ?[^${SPACE}\\p{L}\\p{N}]+|${SPACE}+(?!\\P{White_Space})|${SPACE}+`, "gu");
 
 // A vocabulary is text, so each of the 256 bytes has a visible character: its own where it has one, else one above 255.
 const CHARACTER = [];
@@ -33,7 +34,8 @@ class Tokenizer {
     whole.sort((a, b) => b.length - a.length); // the longest of those that begin at the same place
     const split = new RegExp(`(${whole.map((token) => token.replace(/[$()*+.?[\\\]^{|}]/g, "\\$&")).join("|")})`, "u");
     const parts = whole.length ? text.split(split) : [text]; // text, token, text, token, ..., text
-    return parts.flatMap((part, i) => (i % 2 ? [this.ids.get(part)] : (part.match(PIECES) ?? []).flatMap((piece) => this.merge(piece))));
+    const idsOf = (part) => (part.match(PIECES) ?? []).flatMap((piece) => this.merge(piece));
+    return parts.flatMap((part, i) => (i % 2 ? [this.ids.get(part)] : idsOf(part)));
   }
 
   /** A piece → ids: of all neighbours the pair that was learned first becomes one token, until none is known. */

@@ -5,14 +5,16 @@
 //                                                                                 ▼ in place of placeholders
 //     text ── ids ── embed_tokens ── hidden states ── decoder ── logits of the last token ── the next one
 //
-// Shapes: T tokens of this call, S tokens seen so far (cache included), D hidden_size, H query heads, K key/value heads,
-// d width of a head, P placeholders of a picture, V the encoder's width, E experts. A matrix (T, D) is a Float32Array of
-// T·D numbers, row by row.
+// Shapes: T tokens of this call, S tokens seen so far (cache included), D hidden_size, H query heads, K key/value
+// heads, d width of a head, P placeholders of a picture, V the encoder's width, E experts. A matrix (T, D) is a
+// Float32Array of T·D numbers, row by row.
 
 class MiniMindV {
-  /** config: what model/web.py writes; weights: ArrayBuffer of a safetensors file; kernel: Uint8Array or null. */
+  /** config: what model/web.py writes; weights: ArrayBuffer of a safetensors file; kernel: Uint8Array, not used by
+   * browsers from before SIMD, or null. */
   static async load({config, weights, kernel}) {
-    return new MiniMindV(config, new Weights(weights, kernel));
+    const fits = kernel && globalThis.WebAssembly?.validate(kernel);
+    return new MiniMindV(config, new Weights(weights, fits ? kernel : null));
   }
 
   constructor(config, weights) {
@@ -41,7 +43,10 @@ class MiniMindV {
       }
     }
     const norm = (h, name) => layerNorm(h, w.vector(`${name}.weight`), w.vector(`${name}.bias`), eps);
-    const scaled = (y, name) => (w.has(name) ? y.map((number, i) => number * w.vector(name)[i % V]) : y); // DINOv2
+    const scaled = (y, name) => { // as DINOv2 does
+      const scale = w.has(name) ? w.vector(name) : [];
+      return scale.length ? y.map((number, i) => number * scale[i % V]) : y;
+    };
     let h = w.vector("encoder.positions").slice(); // (T, V), with a class token or registers before the patches
     add(h.subarray(h.length - patches.length * V), w.linear("encoder.patches", x));
     if (w.has("encoder.pre_norm.weight")) h = norm(h, "encoder.pre_norm");
@@ -90,24 +95,22 @@ class MiniMindV {
 
   /** Keys and values of the tokens so far, `ids`. To go back to n tokens: `cache.ids.length = n`. */
   newCache() {
-    const layers = Array.from({length: this.config.decoder.num_hidden_layers}, () => ({k: new Float32Array(0), v: new Float32Array(0)}));
-    return {ids: [], layers};
+    const empty = () => ({k: new Float32Array(0), v: new Float32Array(0)}); // (S, K·d), and room for more
+    return {ids: [], layers: Array.from({length: this.config.decoder.num_hidden_layers}, empty)};
   }
 
   /** The next T ids → logits of what follows them (vocab_size). features: `see` of each picture that begins in them.
    * seen: a list that gets, from each layer, what the last token looks at (S). */
   forward(ids, features, cache, seen = null) {
     const {decoder} = this.config, w = this.weights, D = decoder.hidden_size, T = ids.length, past = cache.ids.length;
-    const wrong = ids.find((id) => !(id >= 0 && id < decoder.vocab_size));
-    if (wrong !== undefined) throw new Error(`The model has no token ${wrong}. Its tokenizer is another one.`);
-    if (past + T > decoder.max_position_embeddings) {
-      throw new Error(`${past + T} tokens are more than the ${decoder.max_position_embeddings} that the model reads. Start a new chat.`);
-    }
+    const limit = decoder.max_position_embeddings, unknown = ids.find((id) => !(id >= 0 && id < decoder.vocab_size));
+    if (unknown !== undefined) throw new Error(`The model has no token ${unknown}. Its tokenizer is another one.`);
+    if (past + T > limit) throw new Error(`The model reads ${limit} tokens, these are ${past + T}. Start a new chat.`);
     const h = new Float32Array(T * D);
     ids.forEach((id, t) => h.set(w.read("model.embed_tokens.weight", id, 1), t * D));
     const begins = this.findPictures(ids);
-    if (begins.length !== (features ?? []).length) {
-      throw new Error(`The text has places for ${begins.length} pictures, and there are ${(features ?? []).length}.`);
+    if (begins.length !== features.length) {
+      throw new Error(`The text has places for ${begins.length} pictures, and there are ${features.length}.`);
     }
     begins.forEach((t, i) => h.set(this.project(features[i]), t * D)); // to the decoder P ordinary tokens
     const norm = (x, name) => rmsNorm(x, w.vector(`${name}.weight`), decoder.rms_norm_eps);
@@ -170,7 +173,8 @@ class MiniMindV {
 
   /** Each token by the k of E feed-forwards that the gate chooses, and by the shared ones: (T, D) → (T, D). */
   experts(name, x) {
-    const {n_routed_experts: E, num_experts_per_tok: k, n_shared_experts: shared, normed, hidden_size: D} = this.config.decoder;
+    const {n_routed_experts: E, num_experts_per_tok: k, n_shared_experts: shared, normed} = this.config.decoder;
+    const D = this.config.decoder.hidden_size;
     const scores = this.weights.linear(`${name}.gate`, x), y = new Float32Array(x.length); // (T, E)
     const turns = Array.from({length: E}, () => []); // of each expert: [token, how much it counts]
     for (let t = 0; t * D < x.length; t++) {
@@ -207,25 +211,23 @@ class MiniMindV {
   encodeChat(turns, tokenizer) {
     const {placeholder, P} = this.config.decoder, {tag, system, no_thought: noThought} = this.config.chat;
     const [start, end] = [tokenizer.ids.get("<|im_start|>"), tokenizer.ids.get("<|im_end|>")];
-    const sign = tokenizer.tokens[placeholder], typed = sign.length === 1; // as "@" is: people type it too
+    const sign = tokenizer.tokens[placeholder], run = sign.repeat(P), typed = sign.length === 1; // "@": people type it
     const text = (string) => tokenizer.encode(string), image = Array(P).fill(placeholder), ids = [];
     if (system && turns[0]?.role !== "system") turns = [{role: "system", content: system}, ...turns];
     let pictures = 0;
     for (const {role, content} of turns) {
-      const parts = role === "user" ? content.split(tag) : [content];
-      const runs = (typed && parts.join(sign.repeat(P)).split(sign.repeat(P)).length) || parts.length;
-      if (runs !== parts.length) {
+      let parts = role === "user" ? content.split(tag) : [content];
+      pictures += parts.length - 1;
+      if (typed && parts.join(run).split(run).length !== parts.length) {
         throw new Error(`The text has ${P} or more ${sign} in a row, as a picture has. Shorten the run.`);
       }
-      pictures += parts.length - 1;
       if (role === "assistant") {
         ids.push(...text(noThought ? afterThoughts(content) : content), end, ...text("\n"));
         continue;
       }
-      ids.push(start);
-      if (typed) ids.push(...text(`${role}\n${parts.join(sign.repeat(P))}`));
-      else [`${role}\n${parts[0]}`, ...parts.slice(1)].forEach((part, i) => ids.push(...(i ? image : []), ...text(part)));
-      ids.push(end, ...text("\n"));
+      if (typed) parts = [parts.join(run)]; // else <|image_pad|>, which is put in as ids
+      const pieces = parts.map((part, i) => (i ? [...image, ...text(part)] : text(`${role}\n${part}`)));
+      ids.push(start, ...pieces.flat(), end, ...text("\n"));
       if (role === "user") ids.push(start, ...text("assistant\n"));
     }
     if (noThought && turns.at(-1)?.role === "user") ids.push(...text(noThought));
@@ -258,8 +260,8 @@ class MiniMindV {
 /** An answer of MiniMind-3 as it learned it: with its thought before, mostly an empty one. */
 function afterThoughts(content) {
   const cut = content.lastIndexOf("</think>"), said = cut < 0 ? content : content.slice(cut + 8);
-  const thought = content.slice(0, Math.max(cut, 0)).split("</think>")[0].split("<think>").at(-1).replace(/^\n+|\n+$/g, "");
-  return `<think>\n${thought}\n</think>\n\n${said.replace(/^\n+/, "")}`;
+  const thought = content.slice(0, Math.max(cut, 0)).split("</think>")[0].split("<think>").at(-1);
+  return `<think>\n${thought.replace(/^\n+|\n+$/g, "")}\n</think>\n\n${said.replace(/^\n+/, "")}`;
 }
 
 /** What an answer says, without what MiniMind-3 may write in <think> before. */

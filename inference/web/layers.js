@@ -1,8 +1,8 @@
 "use strict";
-// What a model is made of: weights and products with them, norms, activations, attention. engine.js makes a model of them.
+// What a model is made of: weights and products with them, norms, activations, attention; engine.js makes one of them.
 //
-// Shapes: T tokens of this call, S tokens seen so far, D width, I inputs and O outputs of a layer, H query heads, K key/value
-// heads, d width of a head. A matrix (T, D) is a Float32Array of T·D numbers, row by row.
+// Shapes: T tokens of this call, S tokens seen so far, D width, I inputs and O outputs of a layer, H query heads,
+// K key/value heads, d width of a head. A matrix (T, D) is a Float32Array of T·D numbers, row by row.
 
 // ---------------------------------------------------------------------------- weights
 
@@ -13,21 +13,18 @@ class Weights {
   /** file: the bytes of a safetensors file: fp16, or int8 beside "NAME.scale", a float for each row; kernel: those of
    * matmul.wasm, or null. With it they stay as small as they are, and are widened four rows at a time. */
   constructor(file, kernel) {
-    const length = file.byteLength < 8 ? Infinity : Number(new DataView(file).getBigUint64(0, true));
-    const header = 8 + length > file.byteLength ? "{}" : new TextDecoder().decode(new Uint8Array(file, 8, length));
-    this.tensors = JSON.parse(header);
-    const end = Math.max(...Object.values(this.tensors).map((tensor) => tensor.data_offsets[1]));
-    if (8 + length + end !== file.byteLength) throw new Error("A part of the model is missing. Load the page again.");
+    const length = Number(new DataView(file).getBigUint64(0, true)); // of the header: name → dtype, shape, where
+    this.tensors = JSON.parse(new TextDecoder().decode(new Uint8Array(file, 8, length)));
     for (const tensor of Object.values(this.tensors)) tensor.at = 8 + length + tensor.data_offsets[0];
-    this.buffer = file;
     this.floats = new Map();
-    this.size = 16 * Math.ceil(file.byteLength / 16); // behind the weights is room for x, y and what is widened
-    if (kernel) {
-      this.memory = new WebAssembly.Memory({initial: Math.ceil(this.size / 65536)});
-      new Uint8Array(this.memory.buffer).set(new Uint8Array(file));
-      this.kernel = new WebAssembly.Instance(new WebAssembly.Module(kernel), {js: {memory: this.memory}}).exports;
-      this.buffer = null;
+    if (!kernel) {
+      this.memory = {buffer: file};
+      return;
     }
+    this.size = 16 * Math.ceil(file.byteLength / 16); // behind the weights is room for x, y and what is widened
+    this.memory = new WebAssembly.Memory({initial: Math.ceil(this.size / 65536)});
+    new Uint8Array(this.memory.buffer).set(new Uint8Array(file));
+    this.kernel = new WebAssembly.Instance(new WebAssembly.Module(kernel), {js: {memory: this.memory}}).exports;
   }
 
   has(name) {
@@ -38,7 +35,7 @@ class Weights {
   read(name, row = 0, rows = this.tensors[name].shape[0]) {
     const {dtype, shape, at} = this.tensors[name];
     const I = product(shape.slice(1)), from = at + row * I * BYTES[dtype];
-    const bytes = (this.memory?.buffer ?? this.buffer).slice(from, from + rows * I * BYTES[dtype]);
+    const bytes = this.memory.buffer.slice(from, from + rows * I * BYTES[dtype]);
     if (dtype === "F32") return new Float32Array(bytes);
     if (dtype === "F16") {
       // Sign, exponent and fraction go where float32 has them, times 2^112, as its exponents begin there.
@@ -94,18 +91,21 @@ class Weights {
   /** What `attend` does, by the kernel. */
   attend(q, k, v, {H, K, d, T, S, causal, seen}) {
     if (!this.kernel || S < 4 || d % 8) return attend(q, k, v, {H, K, d, T, S, causal, seen});
-    const [query, key, value, y, out] = this.room(T * H * d, S * K * d, S * K * d, T * S, T * H * d);
-    const {buffer} = this.memory, scores = new Float32Array(buffer, y, T * S);
+    const rows = 32; // of queries at a time: with all of them the scores of a long text would take too much memory
+    const [query, key, value, y, out] = this.room(T * H * d, S * K * d, S * K * d, rows * S, T * H * d);
+    const {buffer} = this.memory, scores = new Float32Array(buffer, y, rows * S);
     for (const [at, x, n] of [[query, q, T * H * d], [key, k, S * K * d], [value, v, S * K * d]]) {
       new Float32Array(buffer, at, n).set(x.subarray(0, n));
     }
     for (let head = 0; head < H; head++) {
       const shared = 4 * d * Math.floor((head * K) / H);
-      this.kernel.matmul(query + 4 * head * d, 4 * H * d, key + shared, 4 * K * d, 4, 0, 0, y, T, d, S);
       for (let t = 0; t < T; t++) {
-        const n = causal ? S - T + t + 1 : S, row = scores.subarray(t * S, t * S + n);
-        softmax(row, 1 / Math.sqrt(d));
-        this.kernel.mix(y + 4 * t * S, value + shared, 4 * K * d, out + 4 * (t * H + head) * d, n, d);
+        const first = t - (t % rows), last = Math.min(first + rows, T), visible = causal ? S - T + t + 1 : S;
+        const n = causal ? Math.max(S - T + last, 4) : S; // keys that the last of these queries sees
+        const from = query + 4 * (t * H + head) * d;
+        if (t === first) this.kernel.matmul(from, 4 * H * d, key + shared, 4 * K * d, 4, 0, 0, y, last - t, d, n);
+        const at = (t - first) * n, row = softmax(scores.subarray(at, at + visible), 1 / Math.sqrt(d));
+        this.kernel.mix(y + 4 * at, value + shared, 4 * K * d, out + 4 * (t * H + head) * d, visible, d);
         if (seen && t === T - 1) row.forEach((share, s) => (seen[s] += share / H));
       }
     }

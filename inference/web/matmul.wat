@@ -1,7 +1,8 @@
-;; The products of the model, four numbers at a time: what engine.js does in plain JavaScript too, where `Weights.slow` and
-;; `attend` say it in the open. Assembled into matmul.wasm by wat2wasm of wabt.
+;; The products of the model, four numbers at a time: what `Weights.slow` and `attend` in layers.js say in the open.
+;; Assembled into matmul.wasm by wat2wasm of wabt.
 ;;
-;; Addresses and steps from row to row are in bytes; w_rows, x_rows are such steps. T tokens, I inputs, O outputs.
+;; Addresses and steps from row to row are in bytes; x_rows, w_rows and v_rows are such steps. T tokens, S tokens seen,
+;; I inputs, O outputs, d width of a head.
 (module
   (import "js" "memory" (memory 1))
 
@@ -95,7 +96,8 @@
 
   ;; x (S) · v (S, d) → y (d), all float32; d is a multiple of 8
   (func (export "mix") (param $x i32) (param $v i32) (param $v_rows i32) (param $y i32) (param $S i32) (param $d i32)
-    (local $at i32) (local $row i32) (local $end i32) (local $last i32) (local $share v128) (local $a v128) (local $b v128)
+    (local $at i32) (local $row i32) (local $end i32) (local $last i32)
+    (local $share v128) (local $a v128) (local $b v128)
     (local.set $end (i32.add (local.get $x) (i32.shl (local.get $S) (i32.const 2))))
     (local.set $last (i32.add (local.get $y) (i32.shl (local.get $d) (i32.const 2))))
     (loop $next

@@ -16,7 +16,8 @@ function filterOf(from, to, resample) {
   let largest = 0;
   for (let i = 0; i < to; i++) {
     const centre = scale * (i + 0.5);
-    const begin = Math.max(Math.trunc(centre - support + 0.5), 0), end = Math.min(Math.trunc(centre + support + 0.5), from);
+    const begin = Math.max(Math.trunc(centre - support + 0.5), 0);
+    const end = Math.min(Math.trunc(centre + support + 0.5), from);
     const weights = [];
     for (let j = begin; j < end; j++) weights.push(weigh(Math.abs((j - centre + 0.5) * (1 / stretch))));
     const sum = weights.reduce((a, b) => a + b, 0);
@@ -25,7 +26,8 @@ function filterOf(from, to, resample) {
   }
   let places = 0; // as many as 16 bits have room for
   while (places < 22 && Math.trunc(0.5 + largest * 2 ** (places + 1)) < 2 ** 15) places++;
-  for (const row of filter) row.weights = Int32Array.from(row.weights, (w) => Math.trunc(w * 2 ** places + Math.sign(w) * 0.5));
+  const rounded = (weight) => Math.trunc(weight * 2 ** places + Math.sign(weight) * 0.5);
+  for (const row of filter) row.weights = Int32Array.from(row.weights, rounded);
   return {filter, places};
 }
 

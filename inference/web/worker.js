@@ -1,10 +1,14 @@
 "use strict";
 // The model at work, beside the page, which stays awake: what it is asked comes as messages, and answers stream back.
 //
-//     load {config, tokenizer, weights: ArrayBuffer | urls: [{url, bytes}], kernel}  → progress {share}, ready {seconds}
-//     ask {turns, pictures, temperature, top_p, max_new_tokens}                 → text {text} ..., done {text, words, ...}
-//     look {token}    → attention {token, word, side, maps}: where the decoder looked when it chose this word
-//     stop, clear     → nothing; whatever goes wrong → error {message}, a sentence
+//     load {config, tokenizer, weights: ArrayBuffer | urls: [{url, bytes}], kernel} → progress {share}, ready {seconds}
+//     ask {turns, pictures, temperature, top_p, max_new_tokens} → text {text} ..., done {text, words, why, tokens, ...}
+//     look {token} → attention {token, word, side, maps}: where the decoder looked when it chose this word
+//     stop, clear → nothing; whatever goes wrong → error {message}, a sentence
+//
+// turns: [{role, content, pictures}] with how many pictures each has; or they stand in content as <image>. pictures:
+// those of the whole chat, {rgba, width, height}. words: [{text, begin, end, tokens}], the places of their tokens. why:
+// end, length or stopped.
 
 let model = null, tokenizer = null, cache = null;
 let seen = []; // pictures of the chat: {pixels, features}
@@ -16,12 +20,16 @@ const HANDLERS = {load, ask, look, clear};
 
 globalThis.onmessage = ({data}) => {
   if (data.type === "stop" || data.type === "clear") stopped = true;
-  if (data.type in HANDLERS) work = work.then(() => handle(data)).catch((error) => post("error", {message: sentence(error)}));
+  if (data.type in HANDLERS) work = work.then(() => handle(data)); // one after the other
 };
 
-function handle(data) {
-  if (!model && data.type !== "load") throw new Error("The model is not loaded yet.");
-  return HANDLERS[data.type](data);
+async function handle(data) {
+  try {
+    if (!model && data.type !== "load") throw new Error("The model is not loaded yet.");
+    await HANDLERS[data.type](data);
+  } catch (error) {
+    post("error", {message: sentence(error)});
+  }
 }
 
 /** Until the messages that wait are read. */
@@ -32,8 +40,9 @@ const pause = () => new Promise((resolve) => {
 });
 
 function sentence(error) {
-  const full = /memory|allocat|array.*length/i.test(error.message); // each browser has its own words
-  return full ? "This device has too little free memory. Close other pages, or take fewer and smaller pictures." : error.message;
+  const full = /memory|allocat|array.*length|call stack/i.test(error.message); // each browser has its own words
+  if (!full) return error.message;
+  return "This device has too little free memory. Close other pages, or take fewer and smaller pictures.";
 }
 
 // ---------------------------------------------------------------------------- the model comes
@@ -81,24 +90,28 @@ const equal = (a, b) => a.length === b.length && a.every((value, i) => value ===
 async function ask({turns, pictures, temperature, top_p, max_new_tokens}) {
   const began = performance.now();
   stopped = false;
+  turns = turns.map(({role, content, pictures: n = 0}) => ({role, content: n ? model.userTurn(content, n) : content}));
   const {ids, pictures: places} = model.encodeChat(turns, tokenizer);
-  if (places !== pictures.length) throw new Error(`The text has places for ${places} pictures, and there are ${pictures.length}.`);
+  if (places !== pictures.length) {
+    throw new Error(`The text has places for ${places} pictures, and there are ${pictures.length}.`);
+  }
   const room = model.config.decoder.max_position_embeddings - ids.length;
   if (room < 1) throw new Error("The chat is longer than the model can read. Start a new one.");
-  const shown = [];
+  const shown = [], took = () => (performance.now() - began) / 1000;
   for (const {rgba, width, height} of pictures) {
     const pixels = resize(rgba, width, height, model.config.processor);
     shown.push(seen.find((picture) => equal(picture.pixels, pixels)) ?? {pixels, features: model.see(pixels)});
     await pause();
-    if (stopped) return post("done", {text: "", tokens: 0, words: [], seconds: (performance.now() - began) / 1000, why: "stopped"});
+    const none = {text: "", words: [], tokens: 0, firstSeconds: null};
+    if (stopped) return post("done", {...none, why: "stopped", seconds: took()});
   }
   // What is as in the turn before is in the cache already; the last token is asked again, as its logits are wanted.
-  const begins = model.findPictures(ids), other = begins.findIndex((_, i) => shown[i] !== seen[i]);
   let same = 0;
   while (same < ids.length - 1 && ids[same] === cache.ids[same]) same++;
-  for (const [i, begin] of begins.entries()) {
-    if (i === other || (begin < same && same < begin + model.config.decoder.P)) same = Math.min(same, begin); // not half of one
-  }
+  const begins = model.findPictures(ids), {P} = model.config.decoder;
+  const half = (begin) => begin < same && same < begin + P; // no picture is in it in part
+  const other = begins.findIndex((begin, i) => shown[i] !== seen[i] || half(begin));
+  if (other >= 0) same = Math.min(same, begins[other]);
   cache.ids.length = same;
   seen = shown;
   answer = {start: ids.length, ids: []};
@@ -109,7 +122,7 @@ async function ask({turns, pictures, temperature, top_p, max_new_tokens}) {
   for (const token of model.generate(ids.slice(same), features, cache, settings)) {
     answer.ids.push(token);
     text += decoder.add([token]);
-    firstSeconds ??= (performance.now() - began) / 1000;
+    firstSeconds ??= took();
     if (performance.now() - told > 30) {
       post("text", {text: withoutThoughts(text)});
       await pause();
@@ -119,7 +132,7 @@ async function ask({turns, pictures, temperature, top_p, max_new_tokens}) {
   }
   text += decoder.end();
   const ended = answer.ids.at(-1) === model.config.decoder.eos_token_id;
-  const facts = {tokens: answer.ids.length, seconds: (performance.now() - began) / 1000, firstSeconds};
+  const facts = {tokens: answer.ids.length, seconds: took(), firstSeconds};
   const why = ended ? "end" : stopped ? "stopped" : "length";
   answer.words = wordsOf(text);
   post("done", {text: withoutThoughts(text), words: answer.words, why, ...facts});
@@ -130,16 +143,17 @@ async function ask({turns, pictures, temperature, top_p, max_new_tokens}) {
 // Where a word begins: at a Chinese character, after a space, and where Chinese goes over into letters.
 const BEGIN = /[\u3400-\u9fff]|(?<!\S)\S|(?<=[\u3000-\u9fff\uff00-\uffef])(?![\u3400-\u9fff])[\p{L}\p{N}_]/gu;
 
-/** The words of the last answer, [{text, begin, end, tokens}]: where in what is shown, and the places of their tokens. */
+/** The words of the last answer: where in what is shown, and the places of their tokens. */
 function wordsOf(text) {
-  const starts = new Set(Array.from(text.matchAll(BEGIN), (match) => match.index));
+  const starts = Array.from(text.matchAll(BEGIN), (match) => match.index);
   const decoder = new Decoder(tokenizer), words = [];
   let waiting = [], begin = 0;
   answer.ids.forEach((id, i) => {
     const end = begin + decoder.add([id]).length; // a character is there when the last of its tokens is
     waiting.push(i);
     if (end === begin) return;
-    if (!words.length || [...starts].some((start) => begin <= start && start < end)) words.push({begin, end, tokens: []});
+    const begins = starts.some((start) => begin <= start && start < end);
+    if (!words.length || begins) words.push({begin, end, tokens: []});
     words.at(-1).end = end;
     words.at(-1).tokens.push(...waiting);
     [waiting, begin] = [[], end];
@@ -151,25 +165,25 @@ function wordsOf(text) {
   }).filter((word) => word.text && word.begin >= 0);
 }
 
-/** token: a place in the last answer. For each picture a map (side, side), mean over layers, heads and the tokens of the
- * word; the token is computed again, as what the decoder looks at is not kept. */
+/** token: a place in the last answer. For each picture a map (side, side), mean over layers, heads and the tokens of
+ * the word; they are computed again, as what the decoder looks at is not kept. */
 function look({token}) {
   const word = answer.words?.find(({tokens}) => tokens.includes(token));
   if (!word) throw new Error(`The answer has no word at token ${token}.`);
-  const whole = [...cache.ids, ...answer.ids.slice(cache.ids.length - answer.start)];
-  const {P} = model.config.decoder, side = Math.floor(Math.sqrt(P)), kept = cache.ids.length;
-  const maps = model.findPictures(whole.slice(0, answer.start)).map((begin) => ({begin: begin + P - side * side, map: new Float32Array(side * side)}));
+  const whole = [...cache.ids, ...answer.ids.slice(cache.ids.length - answer.start)], kept = cache.ids.length;
+  const {P} = model.config.decoder, side = Math.floor(Math.sqrt(P)); // registers come before the patches
+  const begins = model.findPictures(whole.slice(0, answer.start)).map((begin) => begin + P - side * side);
+  const maps = begins.map(() => new Float32Array(side * side));
   for (const place of word.tokens) {
-    const at = answer.start + place - 1; // a token is chosen at the position before it
-    const layers = [];
+    const at = answer.start + place - 1, layers = []; // a token is chosen at the position before it
     cache.ids.length = at;
     model.forward([whole[at]], [], cache, layers);
-    for (const {begin, map} of maps) {
+    for (const [n, begin] of begins.entries()) {
       for (const layer of layers) {
-        for (let i = 0; i < map.length; i++) map[i] += layer[begin + i] / layers.length / word.tokens.length;
+        for (let i = 0; i < side * side; i++) maps[n][i] += layer[begin + i] / layers.length / word.tokens.length;
       }
     }
   }
   cache.ids = whole.slice(0, kept);
-  post("attention", {token, word, side, maps: maps.map(({map}) => map)});
+  post("attention", {token, word, side, maps});
 }

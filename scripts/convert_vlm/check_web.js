@@ -27,8 +27,10 @@ const weights = files ? Uint8Array.from(Buffer.concat(files)) : bytesOf(read("we
     const features = pixels.map((each) => model.see(each)), saw = performance.now();
     const logits = model.forward(ids, features, model.newCache()), read = performance.now();
     const answer = [...model.generate(ids, features, model.newCache(), {max_new_tokens, temperature: 0})];
-    const seconds = {see: (saw - begun) / 1000, prefill: (read - saw) / 1000, answer: (performance.now() - read) / 1000};
-    answers.push({ids, pixels: pixels.map(base64), features: features.map(base64), logits: base64(logits), answer, text: tokenizer.decode(answer), seconds});
+    const text = tokenizer.decode(answer), end = performance.now();
+    const seconds = {see: (saw - begun) / 1000, prefill: (read - saw) / 1000, answer: (end - read) / 1000};
+    const arrays = {pixels: pixels.map(base64), features: features.map(base64), logits: base64(logits)};
+    answers.push({ids, ...arrays, answer, text, seconds});
   }
   process.stdout.write(JSON.stringify({loaded, answers}));
 })();
