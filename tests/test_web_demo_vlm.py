@@ -30,6 +30,7 @@ from model.build import Origin
 from model.model_vlm import MiniMindVLM
 from model.processing import ImageProcessor
 from model.weights import make_sidecar, save_weights
+from tests.browser import LAPTOP, PHONE, browser_at, needs_chromium, screenshot, wait_until
 from tests.conftest import lively, small_config, turn
 
 LIMITS = [
@@ -458,13 +459,6 @@ def stops(monkeypatch):
     return made
 
 
-def wait_until(true, seconds=60):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
-
-
 def assert_ended(stop):
     """Nobody works on an answer any more, long before its 3,000 tokens."""
     wait_until(stop.stopped.is_set)
@@ -557,38 +551,6 @@ def test_files_of_the_machine_stay_there(address, uploads):
 
 # ---------------------------------------------------------------------------- the page itself
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-SCREENSHOTS = Path(os.environ.get("MINIMIND_SCREENSHOTS", "out/screenshots"))
-LAPTOP = {"viewport": {"width": 1366, "height": 768}, "locale": "en-US", "color_scheme": "light"}
-PHONE = {"viewport": {"width": 390, "height": 844}, "locale": "zh-CN", "color_scheme": "dark"}
-PHONE |= {"device_scale_factor": 2, "is_mobile": True, "has_touch": True}
-
-
-@contextmanager
-def browser_at(address, **device):
-    """A page in Chromium that has loaded the address, and has asked nobody else for anything."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        page = browser.new_context(**device).new_page()
-        page.set_default_timeout(60_000)
-        requests = []
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(address)
-        page.wait_for_selector("textarea")
-        yield page
-        foreign = [url for url in requests if not url.startswith((address, "data:", "blob:"))]
-        browser.close()
-        assert not foreign
-
-
-def screenshot(page, name):
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    page.wait_for_timeout(400)  # the page moves softly
-    page.screenshot(path=SCREENSHOTS / f"{name}.png")
-
 
 def type_and_send(page, text, *pictures):
     if pictures:
@@ -629,7 +591,6 @@ PASTE = """async () => {
     clipboardData.items.add(new File([picture], "pasted.png", {type: "image/png"}));
     document.querySelector("textarea").dispatchEvent(new ClipboardEvent("paste", {clipboardData, bubbles: true}));
 }"""
-needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="no chromium here: apt-get install chromium")
 
 
 @pytest.mark.slow
