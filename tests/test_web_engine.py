@@ -168,6 +168,22 @@ def test_the_page_answers_as_the_model_does(page, tokenizer, pictures, config, d
     assert int(re.search(r"±(\d+)", line)[1]) >= 10  # 1e-3 means something
 
 
+def test_a_browser_without_simd_or_memory_has_the_plain_model_or_a_sentence(page):
+    folder, _, stored = page()
+    said = run(
+        """const page = require("fs").readFileSync(given, "utf8");
+        const read = (id) => page.match(new RegExp(`id="${id}">([^]*?)</script>`))[1];
+        const weights = Uint8Array.from(Buffer.from(read("weights"), "base64")).buffer, kernel = new Uint8Array(9);
+        const {weights: plain} = await MiniMindV.load({config: JSON.parse(read("config")), weights, kernel});
+        const words = ["WebAssembly.Memory.grow(): Unable to grow instance memory", "Array buffer allocation failed",
+          "Invalid array length", "Maximum call stack size exceeded"];
+        return [plain.kernel ?? "none", words.map((each) => sentence(new RangeError(each)))];""",
+        str(folder / "chat.html"),
+    )
+    full = "This device has too little free memory. Close other pages, or take fewer and smaller pictures."
+    assert said == ["none", [full] * 4]
+
+
 @pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
 def test_a_minimind_3v_does_too(public, words_folder, tmp_path, pictures, use_moe):  # noqa: F811
     _, model, tokenizer = public(use_moe)
@@ -386,6 +402,9 @@ def test_the_command_makes_one_file_or_a_folder(
     command += ["--vision_model_path", str(clip_folder), "--images", *shown, "--output"]
     convert_vlm.main([*command, str(tmp_path / "one")])
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["chat.html"]
+    made, template = ((path / "chat.html").read_text(encoding="utf-8") for path in (tmp_path / "one", WEB))
+    assert made.count("</script") == template.count("</script") and "<!--" not in made.removeprefix("<!doctype")
+    assert '"prompts": {"en": ["Describe this picture."], "zh": ["描述这张图片。"]}' in made  # its JSON has none
     monkeypatch.setattr("model.web.PIECE", 50_000)
     convert_vlm.main([*command, str(tmp_path / "several"), "--split", "--dtype", "fp16"])
     names = sorted(path.name for path in (tmp_path / "several").iterdir())

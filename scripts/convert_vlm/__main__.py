@@ -255,7 +255,10 @@ def convert(args, weights: Path, output: Path, temporary: Path) -> None:
         if "new: projector" in origin.note:
             raise ValueError(f"--weights {weights} is a language model that has not seen a picture: train it first")
         info = info_of(weights, model.eval(), origin, args.to, output)
-        options = {"name": bare_name(weights), "dtype": args.dtype, "split": args.split} if args.to == "web" else {}
+        options = {}
+        if args.to == "web":
+            info["prompts"] = info.get("prompts") or {key: prompts_of(weights, key) for key in ("en", "zh")}
+            options = {"name": bare_name(weights), "dtype": args.dtype, "split": args.split}
         stored = WRITE[args.to](made, model, tokenizer, origin.tokenizer_path, info, **options)
     if args.to == "web":
         pictures = [open_image(path, model.processor, "--images") for path in args.images]
