@@ -24,7 +24,7 @@ SOURCES = ("bpe.js", "resize.js", "layers.js", "engine.js", "worker.js")  # whic
 ACTIVATIONS = ("silu", "relu", "gelu", "quick_gelu", "gelu_pytorch_tanh")  # those of layers.js
 FILTERS = (2, 3)  # bilinear and bicubic, those of resize.js
 ONE_FILE = 50 * 10**6  # bytes of a page, above which the weights stand beside it
-PIECE = 95 * 10**6  # bytes of a file: static hosts take none over 100 MB
+PIECE = 24 * 10**6  # bytes of a file: a browser keeps each when it is there, and hosts take none over 25 or 100 MB
 DTYPES = ("int8", "fp16")
 
 ENCODERS = ("clip", "siglip", "vit", "dinov2", "dinov2_with_registers")

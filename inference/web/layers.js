@@ -11,7 +11,7 @@ const product = (numbers) => numbers.reduce((a, b) => a * b, 1);
 
 class Weights {
   /** file: the bytes of a safetensors file: fp16, or int8 beside "NAME.scale", a float for each row; kernel: those of
-   * matmul.wasm, or null. With it they stay as small as they are, and are widened four rows at a time. */
+   * matmul.wasm, or null. With it weights stay as small as they are, and `file` is used up. */
   constructor(file, kernel) {
     const length = Number(new DataView(file).getBigUint64(0, true)); // of the header: name → dtype, shape, where
     this.tensors = JSON.parse(new TextDecoder().decode(new Uint8Array(file, 8, length)));
@@ -24,6 +24,7 @@ class Weights {
     this.size = 16 * Math.ceil(file.byteLength / 16); // behind the weights is room for x, y and what is widened
     this.memory = new WebAssembly.Memory({initial: Math.ceil(this.size / 65536)});
     new Uint8Array(this.memory.buffer).set(new Uint8Array(file));
+    file.transfer?.(0); // is free now, not when the browser looks for garbage
     this.kernel = new WebAssembly.Instance(new WebAssembly.Module(kernel), {js: {memory: this.memory}}).exports;
   }
 

@@ -12,77 +12,65 @@ const FILTERS = {
 function filterOf(from, to, resample) {
   const [weigh, reach] = FILTERS[resample];
   const scale = from / to, stretch = Math.max(scale, 1), support = reach * stretch;
-  const filter = [];
-  let largest = 0;
+  const begins = [], rows = [];
   for (let i = 0; i < to; i++) {
-    const centre = scale * (i + 0.5);
-    const begin = Math.max(Math.trunc(centre - support + 0.5), 0);
-    const end = Math.min(Math.trunc(centre + support + 0.5), from);
-    const weights = [];
-    for (let j = begin; j < end; j++) weights.push(weigh(Math.abs((j - centre + 0.5) * (1 / stretch))));
-    const sum = weights.reduce((a, b) => a + b, 0);
-    for (let j = 0; j < weights.length; j++) largest = Math.max(largest, (weights[j] /= sum));
-    filter.push({begin, weights});
+    const centre = scale * (i + 0.5), end = Math.min(Math.trunc(centre + support + 0.5), from), row = [];
+    begins.push(Math.max(Math.trunc(centre - support + 0.5), 0));
+    for (let j = begins[i]; j < end; j++) row.push(weigh(Math.abs((j - centre + 0.5) * (1 / stretch))));
+    const sum = row.reduce((a, b) => a + b, 0);
+    rows.push(row.map((weight) => weight / sum));
   }
+  const largest = rows.reduce((most, row) => Math.max(most, ...row), 0);
   let places = 0; // as many as 16 bits have room for
   while (places < 22 && Math.trunc(0.5 + largest * 2 ** (places + 1)) < 2 ** 15) places++;
   const rounded = (weight) => Math.trunc(weight * 2 ** places + Math.sign(weight) * 0.5);
-  for (const row of filter) row.weights = Int32Array.from(row.weights, rounded);
-  return {filter, places};
+  return {begins, weights: rows.map((row) => Int32Array.from(row, rounded)), places};
 }
 
-/** uint8 (3, H, W) → (3, H, to): all rows; or, by its strides, all columns → (3, to, W). */
-function scale(pixels, height, width, to, resample, vertical) {
-  const [from, others] = vertical ? [height, width] : [width, height];
-  if (from === to) return pixels;
-  const {filter, places} = filterOf(from, to, resample);
-  const out = new Uint8Array(3 * others * to), half = 1 << (places - 1);
-  const [step, next, put] = vertical ? [width, 1, width] : [1, width, 1]; // between pixels of a line, lines, results
-  for (let c = 0; c < 3; c++) {
-    for (let i = 0; i < to; i++) {
-      const {begin, weights} = filter[i];
-      for (let line = 0; line < others; line++) {
-        let sum = half, at = c * height * width + line * next + begin * step;
-        for (let j = 0; j < weights.length; j++, at += step) sum += weights[j] * pixels[at];
-        out[c * others * to + line * (vertical ? 1 : to) + i * put] = Math.min(Math.max(sum >> places, 0), 255);
-      }
-    }
-  }
-  return out;
+/** The i-th new pixel of a line of uint8 that begins at `at`, `step` apart. */
+function pixelOf({begins, weights, places}, i, line, at, step) {
+  const row = weights[i];
+  let sum = 1 << (places - 1); // rounds
+  for (let j = 0, k = at + begins[i] * step; j < row.length; j++, k += step) sum += row[j] * line[k];
+  return Math.min(Math.max(sum >> places, 0), 255);
 }
 
-/** Uint8ClampedArray (height, width, 4), what is transparent on white, → Uint8Array (3, H, W).
- * settings: of ImageProcessor; size: the shortest edge, or [height, width] to squash to; crop_size: [H, W]. */
-function resize(rgba, width, height, {size, crop_size, resample}) {
-  let left = 0, top = 0;
-  const stride = width;
+/** Uint8ClampedArray (height, width, 4), what is transparent on white, → Uint8Array (3, rows, columns).
+ * settings: of ImageProcessor; size: the shortest edge, or [H, W] to squash to; crop_size: [rows, columns]. */
+function resize(rgba, width, height, {size, crop_size: [rows, columns], resample}) {
+  const whole = width;
+  let left = 0, top = 0, [H, W] = Array.isArray(size) ? size : [size, size];
   if (!Array.isArray(size)) {
     const short = Math.min(width, height); // a line of a picture: the crop leaves only its middle
     [left, top] = [width, height].map((edge) => Math.floor(Math.max(edge - 100 * short, 0) / 2));
     [width, height] = [width - 2 * left, height - 2 * top];
+    const long = Math.floor((size * Math.max(width, height)) / Math.min(width, height));
+    [H, W] = width <= height ? [long, size] : [size, long];
   }
-  let pixels = new Uint8Array(3 * height * width);
-  for (let y = 0, i = 0; y < height; y++) {
-    for (let x = 0; x < width; x++, i++) {
-      const at = 4 * ((y + top) * stride + x + left), alpha = rgba[at + 3];
+  const across = filterOf(width, W, resample), down = filterOf(height, H, resample);
+  const [above, before] = [Math.floor((H - rows) / 2), Math.floor((W - columns) / 2)]; // of the crop, or less than 0
+  const narrow = new Uint8Array(3 * height * columns), line = new Uint8Array(3 * width); // what lies outside is black
+  for (let y = 0; y < height; y++) {
+    for (let x = 0; x < width; x++) {
+      const at = 4 * ((y + top) * whole + x + left), alpha = rgba[at + 3];
       for (let c = 0; c < 3; c++) {
         const mixed = 128 * (rgba[at + c] * alpha + 255 * (255 - alpha) + 128); // 128 · 255 times the colour on white
-        pixels[c * height * width + i] = (mixed + (mixed >> 8)) >> 15;
+        line[c * width + x] = (mixed + (mixed >> 8)) >> 15;
+      }
+    }
+    for (let c = 0; c < 3; c++) {
+      for (let x = Math.max(before, 0); x < Math.min(before + columns, W); x++) {
+        narrow[(c * height + y) * columns + x - before] = pixelOf(across, x, line, c * width, 1);
       }
     }
   }
-  const long = Math.floor((size * Math.max(width, height)) / Math.min(width, height));
-  const [H, W] = Array.isArray(size) ? size : width <= height ? [long, size] : [size, long];
-  pixels = scale(pixels, height, width, W, resample, false); // (3, height, W)
-  pixels = scale(pixels, height, W, H, resample, true); // (3, H, W)
-  const [rows, columns] = crop_size, cropped = new Uint8Array(3 * rows * columns); // what lies outside is black
-  [top, left] = [Math.floor((H - rows) / 2), Math.floor((W - columns) / 2)];
-  for (let c = 0, i = 0; c < 3; c++) {
-    for (let y = top; y < top + rows; y++) {
-      for (let x = left; x < left + columns; x++, i++) {
-        if (y >= 0 && y < H && x >= 0 && x < W) cropped[i] = pixels[(c * H + y) * W + x];
+  const pixels = new Uint8Array(3 * rows * columns);
+  for (let c = 0; c < 3; c++) {
+    for (let y = Math.max(above, 0); y < Math.min(above + rows, H); y++) {
+      for (let x = 0; x < columns; x++) {
+        pixels[(c * rows + y - above) * columns + x] = pixelOf(down, y, narrow, c * height * columns + x, columns);
       }
     }
   }
-  return cropped;
+  return pixels;
 }
