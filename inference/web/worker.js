@@ -74,7 +74,7 @@ async function fetchAll(urls) {
       post("progress", {share: at / file.length});
     }
     if (at < begin + bytes) throw new Error(`${url} came in part only. Load the page again.`);
-    if (!known) await kept?.put(url, new Response(file.slice(begin, at))).catch(() => {}); // or the disk is full
+    if (!known) await kept?.put(url, new Response(file.subarray(begin, at))).catch(() => {}); // or the disk is full
   }
   return file.buffer;
 }
