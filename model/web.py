@@ -7,10 +7,12 @@ import base64
 import hashlib
 import json
 import re
+from io import BytesIO
 from pathlib import Path
 
 import safetensors.torch
 import torch
+from PIL import Image
 
 from common.files import write_safely, write_text
 from model.export import exact
@@ -18,6 +20,7 @@ from model.families import FAMILIES, family_of
 from model.files import read_json
 from model.int8 import quantize
 from model.processing import DEFAULT_SYSTEM, IMAGE_TAG, NO_THOUGHT
+from model.rgb import to_rgb
 
 WEB = Path(__file__).parents[1] / "inference" / "web"
 SOURCES = ("bpe.js", "resize.js", "layers.js", "engine.js", "worker.js")  # which the page joins for its worker
@@ -25,6 +28,7 @@ ACTIVATIONS = ("silu", "relu", "gelu", "quick_gelu", "gelu_pytorch_tanh")  # tho
 FILTERS = (2, 3)  # bilinear and bicubic, those of resize.js
 ONE_FILE = 50 * 10**6  # bytes of a page, above which the weights stand beside it
 PIECE = 24 * 10**6  # bytes of a file: a browser keeps each when it is there, and hosts take none over 25 or 100 MB
+SAMPLE = 448  # pixels of the longer edge of a sample picture
 DTYPES = ("int8", "fp16")
 
 ENCODERS = ("clip", "siglip", "vit", "dinov2", "dinov2_with_registers")
@@ -72,8 +76,16 @@ def check_web(model, tokenizer_path) -> None:
 # ---------------------------------------------------------------------------- its parts
 
 
-def web_config(model, tokenizer, sidecar: dict, name: str) -> dict:
-    """What engine.js knows of the model besides weights; sidecar: the JSON of the weights."""
+def as_url(picture: Image.Image) -> str:
+    """A small JPEG of it as a data: URL."""
+    picture, file = to_rgb(picture), BytesIO()
+    picture.thumbnail((SAMPLE, SAMPLE))
+    picture.save(file, "JPEG", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def web_config(model, tokenizer, sidecar: dict, name: str, samples=()) -> dict:
+    """What the page knows of the model besides weights. sidecar: the JSON of the weights; samples: pictures."""
     config, thinks = model.config, tokenizer.backend_tokenizer.token_to_id("<think>") is not None
     fields = (
         *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"),
@@ -100,6 +112,7 @@ def web_config(model, tokenizer, sidecar: dict, name: str) -> dict:
         "chat": chat | {"pictures_first": bool(sidecar.get("pictures_first"))},
         "needs_picture": sidecar.get("rows_without_picture") == 0,
         "prompts": sidecar.get("prompts", {}),
+        "samples": [as_url(picture) for picture in samples],
     }
 
 
@@ -160,14 +173,22 @@ def inside(text: str) -> str:
 
 
 def write_web(
-    folder: Path, model, tokenizer, tokenizer_path, sidecar: dict, name="MiniMind-V", dtype="int8", split=False
+    folder: Path,
+    model,
+    tokenizer,
+    tokenizer_path,
+    sidecar: dict,
+    name="MiniMind-V",
+    dtype="int8",
+    split=False,
+    samples=(),
 ) -> dict:
-    """chat.html in `folder`, and the files of weights if there is more than ONE_FILE, or if `split`. Returns what is
-    stored, as `web_state`. Raises ValueError for models that the page cannot run."""
+    """chat.html in `folder`, and the files of weights if there is more than ONE_FILE, or if `split`. samples: pictures
+    to begin with. Returns what is stored, as `web_state`. Raises ValueError for models that the page cannot run."""
     check_web(model, tokenizer_path)
     stored = web_state(model, dtype)
     weights = safetensors.torch.save(stored)
-    config = web_config(model, tokenizer, sidecar, name)
+    config = web_config(model, tokenizer, sidecar, name, samples)
     text = ""
     if split or len(weights) * 4 / 3 > ONE_FILE:  # base64 has 6 bits in a byte
         mark = hashlib.sha256(weights).hexdigest()[:12]  # a browser that has kept other weights fetches these

@@ -190,8 +190,8 @@ def test_without_simd_the_model_is_plain_and_what_it_cannot_read_is_a_sentence(p
     full = "This device has too little free memory. Close other pages, or take fewer and smaller pictures."
     wrong = [
         "The model has no token 300. Its tokenizer is another one.",
-        "The model reads 512 tokens, these are 513. Start a new chat.",
-        "The text has places for 1 pictures, and there are 0.",
+        "513 tokens are more than the model reads: 512. Start a new chat.",
+        "The text has places for 1, and there are 0 pictures.",
         300,  # logits
     ]
     assert said == ["none", wrong, [full] * 4]
@@ -280,7 +280,7 @@ MiniMindV.prototype.forward = function (ids, ...rest) {
   return forward.call(this, ids, ...rest);
 };
 for (const message of given.messages) {
-  const pictures = message.pictures?.map(({rgba, width, height}) => ({rgba: bytes(rgba), width, height}));
+  const pictures = message.pictures?.map(({rgba, ...facts}) => ({rgba: rgba && bytes(rgba), ...facts}));
   await send({...message, pictures});
   told.at(-1).lengths = lengths.splice(0);
   if (told.at(-1).maps) told.at(-1).maps = told.at(-1).maps.map((map) => [...map]);
@@ -347,6 +347,26 @@ def test_the_words_of_an_answer_are_those_of_the_figure(tokenizer):
             assert utf16[2 * word["begin"] : 2 * word["end"]].decode("utf-16-le") == word["text"]
 
 
+def test_pictures_that_the_worker_keeps_need_not_come_again(page, pictures):
+    folder, _, _ = page()
+    first, second = (asking("<image>", [picture])["pictures"][0] | {"id": n} for n, picture in enumerate(pictures))
+    ask = asking("<image>", [])
+    several = asking("<image><image>", [])
+    messages = [
+        ask | {"pictures": [first]},
+        ask | {"pictures": [{"id": 0}]},
+        several | {"pictures": [{"id": 0}, second]},
+        several | {"pictures": [{"id": 1}, {"id": 0}]},
+        several | {"pictures": [second, first]},
+        ask | {"pictures": [{"id": 7}]},
+    ]
+    said = run(WORKER, {"page": str(folder / "chat.html"), "messages": messages})
+    assert [each.get("kept") for each in said] == [[0], [0], [0, 1], [1, 0], [1, 0], None]
+    assert said[0]["text"] == said[1]["text"] and said[1]["lengths"][0] == 1  # all of it is in the cache
+    assert said[3]["text"] == said[4]["text"] != said[2]["text"] and said[4]["lengths"][0] == 1
+    assert said[5]["message"] == "A picture is not kept any more. Ask again."
+
+
 def test_an_answer_can_be_stopped_and_what_goes_wrong_is_a_sentence(page, pictures):
     folder, _, _ = page()
     messages = [
@@ -361,7 +381,7 @@ def test_an_answer_can_be_stopped_and_what_goes_wrong_is_a_sentence(page, pictur
     said = run(WORKER, {"page": str(folder / "chat.html"), "messages": messages, "stop": True})
     assert (said[0]["type"], said[0]["why"]) == ("done", "stopped") and said[0]["tokens"] < 10
     assert [each.get("message", each["type"]) for each in said[1:]] == [
-        "The text has places for 2 pictures, and there are 1.",
+        "The text has places for 2, and there are 1 pictures.",
         "The text has 16 or more @ in a row, as a picture has. Shorten the run.",
         "The text holds half a character. Type it again.",
         "The chat is longer than the model can read. Start a new one.",
@@ -417,6 +437,7 @@ def test_the_command_makes_one_file_or_a_folder(
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["chat.html"]
     made, template = ((path / "chat.html").read_text(encoding="utf-8") for path in (tmp_path / "one", WEB))
     assert made.count("</script") == template.count("</script") and "<!--" not in made.removeprefix("<!doctype")
+    assert made.count("data:image/jpeg;base64,") == 2  # pictures to begin with
     assert '"prompts": {"en": ["Describe this picture."], "zh": ["描述这张图片。"]}' in made  # its JSON has none
     monkeypatch.setattr("model.web.PIECE", 50_000)
     convert_vlm.main([*command, str(tmp_path / "several"), "--split", "--dtype", "fp16"])

@@ -105,12 +105,12 @@ class MiniMindV {
     const {decoder} = this.config, w = this.weights, D = decoder.hidden_size, T = ids.length, past = cache.ids.length;
     const limit = decoder.max_position_embeddings, unknown = ids.find((id) => !(id >= 0 && id < decoder.vocab_size));
     if (unknown !== undefined) throw new Error(`The model has no token ${unknown}. Its tokenizer is another one.`);
-    if (past + T > limit) throw new Error(`The model reads ${limit} tokens, these are ${past + T}. Start a new chat.`);
+    if (past + T > limit) throw new Error(`${past + T} tokens are more than the model reads: ${limit}. Start a new chat.`);
     const h = new Float32Array(T * D);
     ids.forEach((id, t) => h.set(w.read("model.embed_tokens.weight", id, 1), t * D));
     const begins = this.findPictures(ids);
     if (begins.length !== features.length) {
-      throw new Error(`The text has places for ${begins.length} pictures, and there are ${features.length}.`);
+      throw new Error(`The text has places for ${begins.length}, and there are ${features.length} pictures.`);
     }
     begins.forEach((t, i) => h.set(this.project(features[i]), t * D)); // to the decoder P ordinary tokens
     const norm = (x, name) => rmsNorm(x, w.vector(`${name}.weight`), decoder.rms_norm_eps);

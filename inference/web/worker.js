@@ -7,11 +7,11 @@
 //     stop, clear → nothing; whatever goes wrong → error {message}, a sentence
 //
 // turns: [{role, content, pictures}] with how many pictures each has; or they stand in content as <image>. pictures:
-// those of the whole chat, {rgba, width, height}. words: [{text, begin, end, tokens}], the places of their tokens. why:
-// end, length or stopped.
+// those of the whole chat, {id, rgba, width, height}, or {id} of one that was among `kept`, which comes with done. words:
+// [{text, begin, end, tokens}], the places of their tokens. why: end, length or stopped.
 
 let model = null, tokenizer = null, cache = null;
-let seen = []; // pictures of the chat: {pixels, features}
+let seen = []; // pictures of the chat: {id, pixels, features}
 let answer = {start: 0, ids: []}; // the last one, and where in the cache it begins
 let stopped = false, work = Promise.resolve();
 
@@ -93,16 +93,18 @@ async function ask({turns, pictures, temperature, top_p, max_new_tokens}) {
   turns = turns.map(({role, content, pictures: n = 0}) => ({role, content: n ? model.userTurn(content, n) : content}));
   const {ids, pictures: places} = model.encodeChat(turns, tokenizer);
   if (places !== pictures.length) {
-    throw new Error(`The text has places for ${places} pictures, and there are ${pictures.length}.`);
+    throw new Error(`The text has places for ${places}, and there are ${pictures.length} pictures.`);
   }
   const room = model.config.decoder.max_position_embeddings - ids.length;
   if (room < 1) throw new Error("The chat is longer than the model can read. Start a new one.");
   const shown = [], took = () => (performance.now() - began) / 1000;
-  for (const {rgba, width, height} of pictures) {
-    const pixels = resize(rgba, width, height, model.config.processor);
-    shown.push(seen.find((picture) => equal(picture.pixels, pixels)) ?? {pixels, features: model.see(pixels)});
+  for (const {id = null, rgba, width, height} of pictures) {
+    const pixels = rgba && resize(rgba, width, height, model.config.processor);
+    const known = seen.find((picture) => (rgba ? equal(picture.pixels, pixels) : picture.id === id));
+    if (!known && !rgba) throw new Error("A picture is not kept any more. Ask again.");
+    shown.push(known ? {...known, id} : {id, pixels, features: model.see(pixels)});
     await pause();
-    const none = {text: "", words: [], tokens: 0, firstSeconds: null};
+    const none = {text: "", words: [], tokens: 0, firstSeconds: null, kept: seen.map((picture) => picture.id)};
     if (stopped) return post("done", {...none, why: "stopped", seconds: took()});
   }
   // What is as in the turn before is in the cache already; the last token is asked again, as its logits are wanted.
@@ -110,7 +112,7 @@ async function ask({turns, pictures, temperature, top_p, max_new_tokens}) {
   while (same < ids.length - 1 && ids[same] === cache.ids[same]) same++;
   const begins = model.findPictures(ids), {P} = model.config.decoder;
   const half = (begin) => begin < same && same < begin + P; // no picture is in it in part
-  const other = begins.findIndex((begin, i) => shown[i] !== seen[i] || half(begin));
+  const other = begins.findIndex((begin, i) => shown[i].features !== seen[i]?.features || half(begin));
   if (other >= 0) same = Math.min(same, begins[other]);
   cache.ids.length = same;
   seen = shown;
@@ -132,7 +134,8 @@ async function ask({turns, pictures, temperature, top_p, max_new_tokens}) {
   }
   text += decoder.end();
   const ended = answer.ids.at(-1) === model.config.decoder.eos_token_id;
-  const facts = {tokens: answer.ids.length, seconds: took(), firstSeconds};
+  const kept = seen.map((picture) => picture.id);
+  const facts = {tokens: answer.ids.length, seconds: took(), firstSeconds, kept};
   const why = ended ? "end" : stopped ? "stopped" : "length";
   answer.words = wordsOf(text);
   post("done", {text: withoutThoughts(text), words: answer.words, why, ...facts});

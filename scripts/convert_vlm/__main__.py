@@ -69,7 +69,7 @@ def parse_args(argv=None):
     add("--split", **SWITCH, help=split)
     add = parser.group("the check").add_argument
     pictures = ["dataset/eval_images/scene_1.png", "dataset/eval_images/scene_2.png"]
-    add("--images", nargs=2, default=pictures, metavar="FILE", help="two pictures for the check")
+    add("--images", nargs=2, default=pictures, metavar="FILE", help="two pictures for the check; a page shows them")
     versions = "check on these Transformers too; pip installs each into a temporary folder"
     add("--versions", nargs="+", default=[], metavar="X.Y.Z", help=versions)
     add = parser.group("the model").add_argument
@@ -258,10 +258,10 @@ def convert(args, weights: Path, output: Path, temporary: Path) -> None:
         options = {}
         if args.to == "web":
             info["prompts"] = info.get("prompts") or {key: prompts_of(weights, key) for key in ("en", "zh")}
-            options = {"name": bare_name(weights), "dtype": args.dtype, "split": args.split}
+            pictures = [open_image(path, model.processor, "--images") for path in args.images]
+            options = {"name": bare_name(weights), "dtype": args.dtype, "split": args.split, "samples": pictures}
         stored = WRITE[args.to](made, model, tokenizer, origin.tokenizer_path, info, **options)
     if args.to == "web":
-        pictures = [open_image(path, model.processor, "--images") for path in args.images]
         print(check_page(made, model, tokenizer, stored, questions_of(pictures)))
     elif args.to != "pth":
         write_json(made / SIDECAR, info)
