@@ -175,7 +175,8 @@ def test_without_simd_the_model_is_plain_and_what_it_cannot_read_is_a_sentence(p
         const read = (id) => page.match(new RegExp(`id="${id}">([^]*?)</script>`))[1];
         const weights = Uint8Array.from(Buffer.from(read("weights"), "base64")).buffer, kernel = new Uint8Array(9);
         const model = await MiniMindV.load({config: JSON.parse(read("config")), weights, kernel});
-        const wrong = [[5, 300], Array(513).fill(5), Array(16).fill(model.config.decoder.placeholder), [5]].map((ids) => {
+        const picture = Array(16).fill(model.config.decoder.placeholder);
+        const wrong = [[5, 300], Array(513).fill(5), picture, [5]].map((ids) => {
           try {
             return model.forward(ids, [], model.newCache()).length;
           } catch (error) {
