@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from model.encoders import measure
+from model.encoders import count_tokens, measure
 from model.families import FAMILIES, family_of, vision_config
 from model.files import read_json
 from model.generations import (
@@ -202,9 +202,9 @@ def plan_merge(args, saved: Pretrained, encoder: str, training: bool) -> int:
     one. ValueError for a number of tokens that there is no way to."""
     side, registers, width = measure(encoder)
     new = args.image_tokens if training else None
-    # One token would be one "@", which people type; registers stay where nothing is merged.
-    tokens = {merge: (side // merge) ** 2 for merge in range(2, side) if side % merge == 0}
-    tokens = {1: side**2 + registers} | tokens
+    # Not all in one token: that would be one "@", which people type.
+    merges = [merge for merge in range(1, max(side, 2)) if side % merge == 0]
+    tokens = {merge: count_tokens(side, registers, merge) for merge in merges}
     if learned := [saved.state[key] for key in FIRST_OF_PROJECTOR if key in saved.state]:
         merge = max(math.isqrt(learned[0].shape[1] // width), 1)
         if new and tokens.get(merge) != new:

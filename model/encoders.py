@@ -23,6 +23,11 @@ def measure(folder) -> tuple[int, int, int]:
     return size // vision["patch_size"], vision["num_register_tokens"], vision["hidden_size"]
 
 
+def count_tokens(side: int, registers: int, merge: int = 1) -> int:
+    """Of a picture, where merge · merge patches become one; see `measure`. Registers stay where nothing is merged."""
+    return (side // merge) ** 2 + (registers if merge == 1 else 0)
+
+
 @contextmanager
 def quiet_transformers():
     """Of a whole CLIP the vision half is loaded: the page of unexpected text weights is expected."""

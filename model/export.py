@@ -19,6 +19,7 @@ from model.families import family_of
 from model.files import read_json
 from model.processing import DEFAULT_SYSTEM, IMAGE_TAG, NO_THOUGHT
 from model.processor import HIDE
+from model.tokenizer import thinks
 from model.weights import SIDECAR, STAGES, save_weights, tokenizer_hash, weights_name
 
 CODE = ("model_vlm.py", "model_minimind.py", "config.py", "attention.py", "feed_forward.py", "encoders.py")
@@ -131,8 +132,7 @@ def write_tokenizer(folder: Path, tokenizer, tokenizer_path, to: str, image: dic
         return ours | {"added_tokens": added + ([image] if image else []), "normalizer": without}
 
     edit_tokenizer(Path(tokenizer_path), folder, change)
-    thinks = tokenizer.backend_tokenizer.token_to_id("<think>") is not None
-    write_tokenizer_config(folder, tokenizer.pad_token, thinks, sees=image is not None)
+    write_tokenizer_config(folder, tokenizer.pad_token, thinks(tokenizer), sees=image is not None)
 
 
 def restore_tokenizer(folder: Path, to: Path, saver: str) -> None:
@@ -199,8 +199,7 @@ def has_eyes(model) -> bool:
 def write_parts(folder: Path, model, tokenizer, tokenizer_path) -> None:
     """Tokenizer and encoder, if it has one, which have the same files beside a .pth as in a Transformers folder."""
     shutil.copyfile(Path(tokenizer_path) / "tokenizer.json", folder / "tokenizer.json")  # its sha256 stays
-    thinks = tokenizer.backend_tokenizer.token_to_id("<think>") is not None
-    write_tokenizer_config(folder, tokenizer.pad_token, thinks, has_eyes(model))
+    write_tokenizer_config(folder, tokenizer.pad_token, thinks(tokenizer), has_eyes(model))
     if has_eyes(model):
         eyes = model.vision_encoder
         description = encoder_config(eyes), model.processor.to_dict()

@@ -50,9 +50,13 @@ FAMILIES = {
 }
 
 
+def key_of(model_type: str) -> str:
+    """Of FAMILIES, if it is one. model_type: of a config.json, of the whole model or of its vision half."""
+    return model_type.removesuffix("_vision_model")
+
+
 def family_of(model_type: str) -> Family | None:
-    """model_type: of a config.json, of the whole model or of its vision half."""
-    return FAMILIES.get(model_type.removesuffix("_vision_model"))
+    return FAMILIES.get(key_of(model_type))
 
 
 def vision_config(folder) -> dict:
@@ -83,4 +87,4 @@ def vision_config(folder) -> dict:
     fields = {key: vision.get(key, value) for key, value in fields.items()}
     for key, value in fields.items():
         check_number(path, key, value, 0 if key == "num_register_tokens" else 1, 100_000)
-    return {"model_type": config["model_type"].removesuffix("_vision_model")} | fields
+    return {"model_type": key_of(kind)} | fields

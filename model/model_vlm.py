@@ -22,7 +22,7 @@ from transformers.utils import cached_file
 from .attention import Attention as Attention
 from .config import MiniMindConfig
 from .defaults import DEFAULT_VISION_MODEL
-from .encoders import load_encoder, measure
+from .encoders import count_tokens, load_encoder, measure
 from .families import family_of
 from .feed_forward import FeedForward as FeedForward
 from .files import read_json as read_json
@@ -85,9 +85,9 @@ class VLMConfig(MiniMindConfig):
         spatial_merge_size: S · S patches become one; then DINO's registers, which have no place, are left out.
         """
         side, registers, width = measure(folder)
-        tokens = (side // spatial_merge_size) ** 2 + registers * (spatial_merge_size == 1)
-        about = {"ve_hidden_size": width, "spatial_merge_size": spatial_merge_size}
-        return cls(image_token * tokens, [placeholder_id] * tokens, **about, **kwargs)
+        tokens = count_tokens(side, registers, spatial_merge_size)
+        kwargs |= {"ve_hidden_size": width, "spatial_merge_size": spatial_merge_size}
+        return cls(image_token * tokens, [placeholder_id] * tokens, **kwargs)
 
 
 class VisionProj(nn.Module):

@@ -21,6 +21,7 @@ from .families import FAMILIES, OPENAI, vision_config
 from .files import check_number, read_json
 from .rgb import bands, to_rgb, upright, white_of
 from .tokenizer import load_tokenizer as load_tokenizer
+from .tokenizer import thinks
 
 IMAGE_TAG = "<image>"  # stands in the text of a data set where the picture belongs
 DEFAULT_SYSTEM = "You are a helpful assistant"
@@ -238,9 +239,8 @@ def encode_chat(tokenizer, conversations: list[dict], image_ids: list[int]) -> l
     P, sign = len(image_ids), backend.id_to_token(image_ids[0]) if image_ids else ""
     typed = len(sign) == 1  # as "@" is, which people type too, and not <|image_pad|>: it is put in as an id
     run = re.compile(f"{re.escape(sign)}{{{P},}}" if typed else r"(?!)")  # what the model takes for pictures
-    newline, thinks = text("\n"), backend.token_to_id("<think>") is not None
-    turns = list(conversations)
-    if not thinks and (not turns or turns[0]["role"] != "system"):
+    turns, newline, thoughtful = list(conversations), text("\n"), thinks(tokenizer)
+    if not thoughtful and (not turns or turns[0]["role"] != "system"):
         turns = [{"role": "system", "content": DEFAULT_SYSTEM}, *turns]
     pieces = []
     prompt, pictures, last = [], 0, None
@@ -259,7 +259,7 @@ def encode_chat(tokenizer, conversations: list[dict], image_ids: list[int]) -> l
                 f"Shorten the run; pictures are written {IMAGE_TAG}"
             )
         if role == "assistant":
-            block, answer = after_thoughts(text, content) if thinks else ([], text(content))
+            block, answer = after_thoughts(text, content) if thoughtful else ([], text(content))
             pieces += [([*prompt, *block], False, pictures), ([*answer, end], True, 0)]  # the second is learned
             prompt, pictures = [*newline], 0
         else:
@@ -270,7 +270,7 @@ def encode_chat(tokenizer, conversations: list[dict], image_ids: list[int]) -> l
             if role == "user":
                 prompt += [start, *text("assistant\n")]  # the answer follows
         last = role
-    if thinks and last == "user":
+    if thoughtful and last == "user":
         prompt += text(NO_THOUGHT)
     return [*pieces, (prompt, False, pictures)]
 

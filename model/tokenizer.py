@@ -8,6 +8,11 @@ from transformers import PreTrainedTokenizerFast
 from .files import impostor, read_json
 
 
+def thinks(tokenizer) -> bool:
+    """Is it of MiniMind-3, whose answers begin with a thought?"""
+    return tokenizer.backend_tokenizer.token_to_id("<think>") is not None
+
+
 def load_tokenizer(path, placeholders: str = "@" * 196):
     """The tokenizer of a folder, checked against what the model relies on.
 

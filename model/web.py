@@ -16,11 +16,12 @@ from PIL import Image
 
 from common.files import write_safely, write_text
 from model.export import exact
-from model.families import FAMILIES, family_of
+from model.families import FAMILIES, family_of, key_of
 from model.files import read_json
 from model.int8 import quantize
 from model.processing import DEFAULT_SYSTEM, IMAGE_TAG, NO_THOUGHT
 from model.rgb import to_rgb
+from model.tokenizer import thinks
 
 WEB = Path(__file__).parents[1] / "inference" / "web"
 SOURCES = ("bpe.js", "resize.js", "layers.js", "engine.js", "worker.js")  # which the page joins for its worker
@@ -52,7 +53,7 @@ ENCODER_NAMES = (  # of their files, and of their classes in Transformers 5, whi
 def check_web(model, tokenizer_path) -> None:
     """ValueError names what of the model engine.js does not know."""
     encoder, path = model.vision_encoder.config, Path(tokenizer_path) / "tokenizer.json"
-    kind = encoder.model_type.removesuffix("_vision_model")
+    kind = key_of(encoder.model_type)
     if kind not in ENCODERS or getattr(encoder, "use_swiglu_ffn", False):
         names = ", ".join(FAMILIES[name].name for name in ENCODERS)
         raise ValueError(f"--to web: this {FAMILIES[kind].name} is no encoder that the page knows. It knows\n{names}")
@@ -86,7 +87,7 @@ def as_url(picture: Image.Image) -> str:
 
 def web_config(model, tokenizer, sidecar: dict, name: str, samples=()) -> dict:
     """What the page knows of the model besides weights. sidecar: the JSON of the weights; samples: pictures."""
-    config, thinks = model.config, tokenizer.backend_tokenizer.token_to_id("<think>") is not None
+    config, thoughtful = model.config, thinks(tokenizer)
     fields = (
         *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"),
         *("max_position_embeddings", "rms_norm_eps", "rope_theta", "hidden_act", "eos_token_id"),
@@ -101,8 +102,8 @@ def web_config(model, tokenizer, sidecar: dict, name: str, samples=()) -> dict:
     pixels = {key: getattr(model.processor, key) for key in ("size", "crop_size", "image_mean", "image_std")}
     chat = {
         "tag": IMAGE_TAG,
-        "system": None if thinks else DEFAULT_SYSTEM,
-        "no_thought": NO_THOUGHT if thinks else None,
+        "system": None if thoughtful else DEFAULT_SYSTEM,
+        "no_thought": NO_THOUGHT if thoughtful else None,
     }
     return {
         "name": name,

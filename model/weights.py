@@ -120,6 +120,7 @@ def read_sidecar(weights: Path) -> dict:
             back *= kind == "llava" or "made_by" in sidecar  # of model/llm.py
             raise ValueError(f"{path}: expected a MiniMind with model_type minimind-v, got {kind}{back}")
         fields = [*signature(MiniMindConfig).parameters, "image_ids", "image_special_token", "projector"]
+        fields.append("spatial_merge_size")
         sidecar = own_names(sidecar)
         config = {key: sidecar[key] for key in fields if sidecar.get(key) is not None}
         sidecar = (read_json(weights / SIDECAR) if (weights / SIDECAR).is_file() else {}) | {"config": config}

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -20,10 +19,10 @@ from model.encoders import measure
 from model.families import FAMILIES, vision_config
 from model.model_vlm import MiniMindVLM, VisionProj, VLMConfig
 from model.processing import ImageProcessor
-from model.weights import fingerprint
+from model.weights import fingerprint, read_sidecar
 from scripts import inspect_data
 from scripts.convert_vlm import __main__ as convert_vlm
-from tests.test_loop import interrupt, same
+from tests.test_loop import same, stopped_and_resumed
 from tests.test_model_minimind import OTHER, needs_other
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
@@ -209,11 +208,7 @@ def test_both_stages_learn_with_it_resume_answer_and_become_a_llava_and_come_bac
     whole = train_sft_vlm.main(common)
     assert whole.state.step == 2
     other = [*common, "--out_dir", str(tmp_path / "other"), "--from_weight", str(first)]
-    with monkeypatch.context() as patch:
-        interrupt(patch, 1, signal.SIGTERM)
-        with pytest.raises(SystemExit):
-            train_sft_vlm.main(other)
-    same(whole, train_sft_vlm.main([*other, "--from_resume"]))
+    same(whole, stopped_and_resumed(monkeypatch, train_sft_vlm.main, other))
 
     weights = tmp_path / "out/sft_vlm_64.pth"
     ask = ["--image", str(world / "pictures/red.png"), "--max_new_tokens", "8", "--device", "cpu", "--greedy"]
@@ -292,6 +287,7 @@ def test_a_model_of_fewer_image_tokens_learns_answers_and_is_exported(
     assert torch.load(weights)["vision_proj.vision_proj.0.weight"].shape == (64, 128)
     made = converted("transformers", weights, tmp_path / "made", world)
     assert "tokens and pixels as ours" in capsys.readouterr().out
+    assert read_sidecar(made)["config"]["spatial_merge_size"] == 2  # by which inspect_data counts tokens
     back = converted("pth", made, tmp_path / "back", world)
     ask = ["--image", str(world / "pictures/red.png"), "--max_new_tokens", "8", "--device", "cpu", "--greedy"]
     answers = []

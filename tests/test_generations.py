@@ -2,7 +2,6 @@
 
 import io
 import json
-import signal
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -38,7 +37,7 @@ from model.processor import MiniMindVProcessor
 from scripts import inspect_data, train_llm
 from scripts.convert_vlm import __main__ as convert_vlm
 from tests.conftest import lively, turn, write_rows
-from tests.test_loop import interrupt, same
+from tests.test_loop import same, stopped_and_resumed
 from tests.test_model_minimind import OTHER
 from train_sft_vlm import parse_args
 from trainer.optimizer import ATTENTION
@@ -369,11 +368,7 @@ def test_both_stages_train_it_resume_and_write_what_is_asked(
     common += ["--cache_features", str(tmp_path / "features")]
     whole = train_sft_vlm.main(common)
     other = [*common, "--out_dir", str(tmp_path / "other"), "--from_weight", str(first)]
-    with monkeypatch.context() as patch:
-        interrupt(patch, 1, signal.SIGTERM)
-        with pytest.raises(SystemExit):
-            train_sft_vlm.main(other)
-    same(whole, train_sft_vlm.main([*other, "--from_resume"]))
+    same(whole, stopped_and_resumed(monkeypatch, train_sft_vlm.main, other))
     weights = tmp_path / "out" / path.name.replace("llm", "sft_vlm")
     capsys.readouterr()
     picture = str(world / "pictures" / "red.png")
@@ -566,11 +561,7 @@ def test_its_language_model_trains_on_text_and_resumes(public, parts, world, tmp
     config = json.loads((tmp_path / "out" / path.with_suffix(".json").name).read_text())["config"]
     assert config["qk_norm"] and config["norm_in_fp32"] and "projector" not in config
     other = [*flags, "--out_dir", str(tmp_path / "other")]
-    with monkeypatch.context() as patch:
-        interrupt(patch, 1, signal.SIGTERM)
-        with pytest.raises(SystemExit):
-            train_llm.main(other)
-    same(whole, train_llm.main([*other, "--from_resume"]))
+    same(whole, stopped_and_resumed(monkeypatch, train_llm.main, other))
     if not use_moe:
         config = train_llm.main([*flags, "--use_moe"]).model.config
         assert (config.use_moe, config.num_experts_per_tok, config.n_shared_experts) == (True, 1, 0)

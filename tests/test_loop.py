@@ -404,6 +404,15 @@ def interrupt(monkeypatch, step, *signals):
     monkeypatch.setattr(trainer.loop, "train_step", train_step)
 
 
+def stopped_and_resumed(monkeypatch, train, flags):
+    """The run of a training that is stopped after its first step, and goes on."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, 1, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train(flags)
+    return train([*flags, "--from_resume"])
+
+
 @pytest.mark.parametrize(
     "number, step, extra",
     [

@@ -38,7 +38,8 @@ def compile_layers(model) -> None:
     several.
     """
     layers = [module for module in model.modules() if isinstance(module, MiniMindBlock)]
-    for module in getattr(model, "vision_encoder", torch.nn.Module()).modules():
+    encoder = getattr(model, "vision_encoder", None)
+    for module in encoder.modules() if encoder else ():
         if isinstance(module, torch.nn.ModuleList):  # of the encoder's blocks, whatever its family calls them
             layers += module
     for layer in layers:

@@ -45,12 +45,12 @@ from model.files import read_json
 from model.flags import add_parts_arguments
 from model.llava import unpacked, write_llava
 from model.llm import build_decoder, write_llm
-from model.processing import IMAGE_TAG, encode_chat
+from model.processing import encode_chat
 from model.rgb import to_rgb
 from model.web import DTYPES, write_web
 from model.weights import SIDECAR, bare_name, make_sidecar
 from scripts.convert_vlm.check_export import QUESTIONS, texts_of
-from scripts.convert_vlm.check_web import check_page, questions_of
+from scripts.convert_vlm.check_web import check_page, in_turns, questions_of
 
 WRITE = {"llava": write_llava, "transformers": write_transformers, "llm": write_llm, "pth": write_pth, "web": write_web}
 ABOUT_PICTURES = ("prompts", "pictures_first", "rows_without_picture")  # in the JSON of weights
@@ -173,10 +173,8 @@ def reference(model, tokenizer, pictures: list) -> dict:
     them."""
     questions, image_ids = [], model.config.image_ids if has_eyes(model) else []
     for question in QUESTIONS if image_ids else map(texts_of, QUESTIONS):
-        text = "\n".join(part if isinstance(part, str) else IMAGE_TAG for part in question)
-        pieces = encode_chat(tokenizer, [{"role": "user", "content": text}], image_ids)
-        ids = torch.tensor([[token for piece, _, _ in pieces for token in piece]])
-        shown = [pictures[part] for part in question if isinstance(part, int)]
+        turns, shown = in_turns(question, pictures)
+        ids = torch.tensor([[token for piece, _, _ in encode_chat(tokenizer, turns, image_ids) for token in piece]])
         pixels = model.processor(shown)["pixel_values"] if shown else None
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
         out = model.generate(**inputs, max_new_tokens=32, do_sample=False, pad_token_id=tokenizer.pad_token_id)

@@ -24,13 +24,15 @@ TOKENS = 32  # of an answer, at most
 FOLLOW_UP = "这是什么？<|im_end|>"
 
 
+def in_turns(question, pictures: list) -> tuple[list[dict], list]:
+    """One of QUESTIONS as (turns, the pictures that it shows)."""
+    text = "\n".join(part if isinstance(part, str) else IMAGE_TAG for part in question)
+    return [{"role": "user", "content": text}], [pictures[part] for part in question if isinstance(part, int)]
+
+
 def questions_of(pictures: list) -> list[tuple[list[dict], list]]:
     """QUESTIONS as [(turns, pictures)], the first of which is asked on."""
-    questions = []
-    for question in QUESTIONS:
-        text = "\n".join(part if isinstance(part, str) else IMAGE_TAG for part in question)
-        shown = [pictures[part] for part in question if isinstance(part, int)]
-        questions.append(([{"role": "user", "content": text}], shown))
+    questions = [in_turns(question, pictures) for question in QUESTIONS]
     turns, shown = questions[0]
     answered = [{"role": "assistant", "content": "好的。"}, {"role": "user", "content": FOLLOW_UP}]
     return [*questions, (turns + answered, shown)]
