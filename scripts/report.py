@@ -33,7 +33,7 @@ from common.files import write_text
 from common.machine import usable_cores
 from common.metrics import points, read_metrics
 from model.files import read_json
-from scripts.quickstart.report_words import WORDS
+from scripts.quickstart.report_words import PAGE, WORDS
 from scripts.templates import data_url, render
 
 PAGES = {"en": "report.html", "zh": "report_zh.html"}
@@ -120,6 +120,11 @@ def first_prompts(weights: Path) -> dict[str, str]:
     known = read_json(path).get("prompts", {}) if path.is_file() else {}
     usual = {"en": "What is in the picture?", "zh": "图片里有什么？"}
     return usual | {language: prompts[0] for language, prompts in known.items()}
+
+
+def file_size(path: Path) -> str:
+    """In MB, or "" where there is none."""
+    return f"{path.stat().st_size / 1e6:.1f} MB" if path.is_file() else ""
 
 
 def percent(value: float | None) -> str:
@@ -280,6 +285,8 @@ def page(folder: Path, language: str = "en") -> str:
         other=other,
         other_page=PAGES[other],
         report=report,
+        chat=PAGE,
+        chat_size=file_size(folder / PAGE),
         whole=whole,
         memory=memory,
         cells=cells(folder),
@@ -292,7 +299,7 @@ def page(folder: Path, language: str = "en") -> str:
         times=[*times, [words["in all"], whole, memory]],
         commands=[typed(shlex.split(step["command"])) for step in report["steps"]],
         weights=weights.name,
-        size=f"{weights.stat().st_size / 1e6:.1f} MB" if weights.is_file() else words["gone"],
+        size=file_size(weights) or words["gone"],
         parameters=parameters,
         sizes=[*sizes, [words["in all"], f"{sum(parameters.values()):,}"]],
         following=following,

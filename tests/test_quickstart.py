@@ -308,6 +308,7 @@ def test_the_quickstart_goes_from_a_bundle_to_a_report(finished):
     assert {
         "report.html",
         "report_zh.html",
+        "chat.html",
         "val_wording.json",
         "sft_vlm_64.pth",
         "pretrain_vlm_64.pth",
@@ -316,7 +317,7 @@ def test_the_quickstart_goes_from_a_bundle_to_a_report(finished):
         "data",
     } <= {path.name for path in folder.iterdir()}
     assert [step["name"] for step in result["steps"]] == [
-        *("data 1", "data 2", "stage 1", "stage 2", "score val", "score val_wording", "score val_new")
+        *("data 1", "data 2", "stage 1", "stage 2", "score val", "score val_wording", "score val_new", "page")
     ]
     assert result["wall_s"] >= sum(step["seconds"] for step in result["steps"]) - 1
     assert result["peak_gb"] == 0.5
@@ -369,7 +370,7 @@ def test_a_second_start_runs_nothing_and_shows_the_report_again(finished, bundle
     monkeypatch.setattr(steps, "run", None)  # would be called
     again = quickstart.main(["--out_dir", str(folder), "--bundle", str(bundle)])
     printed = capfd.readouterr().out
-    assert printed.count("done already") == 7 and "What to try next" in printed
+    assert printed.count("done already") == 8 and "What to try next" in printed
     assert max(map(len, printed.splitlines())) <= 80 + len(str(folder))
     assert again["steps"] == first["steps"]
 
@@ -442,6 +443,7 @@ def test_from_zero_trains_what_it_then_starts_from(tmp_path, monkeypatch):
         "score val",
         "score val_wording",
         "score val_new",
+        "page",
     ]
     llm, stage_1, stage_2 = steps["first lesson"], steps["stage 1"], steps["stage 2"]
     assert "--use_moe" not in llm and "--use_moe" in stage_1 and "--use_moe" in stage_2
@@ -564,7 +566,7 @@ def test_every_command_of_the_recipes_begins_on_every_machine(name, machine, tmp
                 assert begin(step.command, monkeypatch) == begun, step.name
         computing = {step.name for step in recipe if "--device" in step.command}
         drawing = {step.name for step in recipe if "dataset.scenes" in step.command} | {"tokenizer"}
-        assert computing == {step.name for step in recipe} - drawing
+        assert computing == {step.name for step in recipe} - drawing - {"page"}
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_drawn(machine, tmp_path):

@@ -181,6 +181,14 @@ def test_the_page_is_one_file_that_loads_nothing_and_leads_to_the_other_language
     assert "prefers-color-scheme: dark" in html
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_page_leads_to_the_model_in_a_page_of_its_own_where_that_is_there(folder, language):
+    (folder / "chat.html").write_bytes(b"x" * 3_300_000)
+    page = Page(report.page(folder, language))
+    assert page.find("a")[1] == {"href": "chat.html"}
+    assert "chat.html" in page.text and "3.3 MB" in "".join(page.text)
+
+
 def test_both_languages_say_the_same_things():
     english, chinese = WORDS["en"], WORDS["zh"]
 

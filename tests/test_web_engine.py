@@ -243,16 +243,10 @@ def test_tokens_are_drawn_as_transformers_draws_them():
         torch.testing.assert_close(shares, scores.softmax(-1)[0], atol=2e-3, rtol=0)
 
 
-def test_the_assembled_kernel_is_what_its_text_says():
-    script = """require("wabt")().then((wabt) => {
-      const text = require("fs").readFileSync(0, "utf8");
-      process.stdout.write(Buffer.from(wabt.parseWat("matmul.wat", text).toBinary({}).buffer).toString("base64"));
-    });"""
-    text = (WEB / "matmul.wat").read_text(encoding="utf-8")
-    done = subprocess.run([NODE, "-e", script], input=text, capture_output=True, text=True, encoding="utf-8")
-    if "Cannot find module 'wabt'" in done.stderr:
-        pytest.skip("needs wabt: npm install wabt, and NODE_PATH with its folder")
-    assert base64.b64decode(done.stdout) == (WEB / "matmul.wasm").read_bytes(), done.stderr
+@pytest.mark.skipif(not shutil.which("wat2wasm"), reason="no wat2wasm here: apt-get install wabt")
+def test_the_assembled_kernel_is_what_its_text_says(tmp_path):
+    subprocess.run(["wat2wasm", WEB / "matmul.wat", "-o", tmp_path / "matmul.wasm"], check=True)
+    assert (tmp_path / "matmul.wasm").read_bytes() == (WEB / "matmul.wasm").read_bytes()
 
 
 # ---------------------------------------------------------------------------- the worker
@@ -445,9 +439,23 @@ def test_the_command_makes_one_file_or_a_folder(
     names = sorted(path.name for path in (tmp_path / "several").iterdir())
     assert names[0] == "chat.html" and len(names) > 3 and names[1].startswith("weights_")
     assert capsys.readouterr().out.count("node: 4 questions, tokens and pixels as ours") == 2
-    monkeypatch.setattr(check.shutil, "which", lambda name: None)
-    convert_vlm.main([*command, str(tmp_path / "unchecked")])
-    assert "not checked whether the page answers as the model does: install node" in capsys.readouterr().out
+    for needed in ("files beside it: name a folder", None):
+        page = tmp_path / "page.html"
+        if needed:
+            with pytest.raises(ValueError, match=rf"--output {page}: the page needs \d+ {needed}"):
+                convert_vlm.main([*command, str(page), "--split"])
+        else:
+            convert_vlm.main([*command, str(page)])
+            assert page.read_bytes() == (tmp_path / "one/chat.html").read_bytes()
+    unchecked = "not checked whether the page answers as the model does: that needs node 16 or later"
+    answer = subprocess.CompletedProcess([], 0, stdout="v12.22.9\n")
+    for i, (thing, name, value) in enumerate(
+        [(check.subprocess, "run", lambda *_, **__: answer), (check.shutil, "which", lambda name: None)]
+    ):
+        monkeypatch.setattr(thing, name, value)
+        capsys.readouterr()
+        convert_vlm.main([*command, str(tmp_path / f"unchecked_{i}")])
+        assert unchecked in capsys.readouterr().out
 
 
 def test_what_the_page_cannot_do_is_refused(make_vlm, tokenizer, tokenizer_folder, tmp_path):

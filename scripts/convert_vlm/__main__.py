@@ -62,7 +62,8 @@ def parse_args(argv=None):
     add("--to", required=True, choices=[*WRITE], help="what to make")
     add("--weights", metavar="W", help="a .pth file, a folder, or pretrain_vlm; default: the newest sft_vlm")
     add("--out_dir", default="./out", help="folder of the weights, or of folders with them")
-    add("--output", metavar="DIR", help="folder to make; default: beside the weights, named after them and --to")
+    where = "folder to make, or X.html of --to web; default: beside the weights, named after them and --to"
+    add("--output", metavar="DIR", help=where)
     add("--push", metavar="USER/NAME", help="upload to this repository of huggingface.co (HF_ENDPOINT, HF_TOKEN)")
     add("--dtype", choices=DTYPES, default="int8", help="of the weights in a page (--to web); int8 is half as large")
     split = "weights beside the page (--to web), for a web server; above 50 MB always"
@@ -274,6 +275,11 @@ def convert(args, weights: Path, output: Path, temporary: Path) -> None:
             with tempfile.TemporaryDirectory() as other:
                 install(version, other)
                 print(check_folder(made, ours, other))
+    if args.to == "web" and output.suffix == ".html":
+        others = len([*made.iterdir()]) - 1
+        if others:
+            raise ValueError(f"--output {output}: the page needs {others} files beside it: name a folder")
+        made = made / "chat.html"
     made.rename(output)
 
 

@@ -6,6 +6,7 @@ Shapes: N pictures of H by W pixels, P patches, V the encoder's width.
 import base64
 import copy
 import json
+import re
 import shutil
 import subprocess
 import tempfile
@@ -21,6 +22,7 @@ from scripts.convert_vlm.check_export import QUESTIONS
 
 LIMIT = 1e-3  # largest difference of logits of some tens, in fp32
 TOKENS = 32  # of an answer, at most
+NODE = 16  # the oldest that was tried
 FOLLOW_UP = "这是什么？<|im_end|>"
 
 
@@ -66,6 +68,13 @@ def ask(model, tokenizer, turns: list[dict], shown: list) -> dict:
     }
 
 
+def has_node() -> bool:
+    if shutil.which("node") is None:
+        return False
+    version = subprocess.run(["node", "-v"], capture_output=True, text=True).stdout  # v18.20.8
+    return int((re.match(r"v(\d+)", version) or (0, 0))[1]) >= NODE
+
+
 def ask_page(folder: Path, questions: list[tuple[list[dict], list]], plain: bool = False) -> dict:
     """The same from the page in a folder: {"loaded": seconds, "answers": [...]}. plain: without the kernel."""
 
@@ -94,8 +103,8 @@ def check_page(folder: Path, model, tokenizer, stored, questions: list[tuple[lis
 
     Raises ValueError if it does not. Without node: a line that says that it was not asked.
     """
-    if shutil.which("node") is None:
-        return "not checked whether the page answers as the model does: install node (nodejs.org) for that"
+    if not has_node():
+        return f"not checked whether the page answers as the model does: that needs node {NODE} or later (nodejs.org)"
     rounded, largest, peak, as_before = with_weights(model, stored), 0.0, 0.0, 0
     page = ask_page(folder, questions, plain)
     for (turns, shown), theirs in zip(questions, page["answers"]):

@@ -10,6 +10,7 @@ train_sft_vlm.py), and scores it (eval_vlm.py). Every command is shown before it
 your own pictures. Ctrl-C and a second start go on where it was. In out/quickstart/ you find, at the end,
 
     report.html, report_zh.html    what it can and cannot do; report.json
+    chat.html                      the model in one page, to ask it in a browser and to send to others
     sft_vlm_{hidden}{_moe}.pth     the model
     steps.json                     each command with its time and memory
 """
@@ -33,6 +34,7 @@ from common.display import duration, gigabytes, typed
 from common.files import write_json
 from common.lock import only_one
 from scripts import make_bundle, report
+from scripts.quickstart.report_words import PAGE
 from scripts.quickstart.steps import Step, add_device_argument, launcher, open_folder, read_records, resolve, run_steps
 
 
@@ -79,6 +81,9 @@ def recipe(out: Path, llm: Path, model: list, device: str = "cpu") -> list[Step]
             "python", "eval_vlm.py", *model, "--data_path", data / "val_new.jsonl", *scoring,
             "--output", out / "val_new.json",
         ]),
+        Step("page", "the model as one file that answers in any browser, offline", [
+            "python", "-m", "scripts.convert_vlm", "--to", "web", *model, "--output", out / PAGE,
+        ], makes=out / PAGE),
     ]
     # fmt: on
     for step in steps:
@@ -164,7 +169,8 @@ def quickstart(args, again: str) -> dict:
     print("\n" + report.table(out))
     print("\n" + report.examples(out))
     print(f"\n{duration(result['wall_s'])} in all, {gigabytes(result['peak_gb'])} of memory at most")
-    print(f"the report, with pictures and curves: {english}\n中文报告（含图片和曲线）：{chinese}\n\nWhat to try next:")
+    print(f"the report, with pictures and curves: {english}\n中文报告（含图片和曲线）：{chinese}")
+    print(f"the model in one page, to ask it about your pictures: {out / PAGE}\n\nWhat to try next:")
     for what, command in result["next"]:
         print(f"\n# {what}\n{typed(command)}")
     return result

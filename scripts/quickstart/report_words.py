@@ -1,11 +1,15 @@
 """What the report of a quickstart says, in English and Chinese; used by scripts/report.py."""
 
+PAGE = "chat.html"  # the model itself, beside the report
+
 WORDS = {
     "en": {
         "other": "中文",
         "title": "MiniMind-V quickstart",
         "intro": "A vision-language model of {size:.1f} million parameters, taught to see on this computer in {time}. "
         "Here is what it can do, and what it cannot.",
+        "ask": "Ask it yourself: {page}, one file of {size} with the model in it. It answers in any browser, without a "
+        "network; send it to a friend.",
         "splits": {"val": "new scenes", "val_wording": "new wordings", "val_new": "new combinations"},
         "languages": {"en": "English", "zh": "Chinese"},
         "kinds": {},
@@ -66,6 +70,8 @@ WORDS = {
         "other": "English",
         "title": "MiniMind-V 快速上手",
         "intro": "参数量 {size:.1f}M 的视觉语言模型，用 {time} 在这台电脑上学会了看图。下面是它会的和不会的。",
+        "ask": "亲自问问它：打开 {page}。整个模型都在这一个文件里（{size}），"
+        "用任何浏览器打开就能对话，无需联网，也可以直接发给朋友。",
         "splits": {"val": "新的场景", "val_wording": "新的问法", "val_new": "新的组合"},
         "languages": {"en": "英文", "zh": "中文"},
         "kinds": {
