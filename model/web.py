@@ -25,6 +25,7 @@ from model.tokenizer import thinks
 
 WEB = Path(__file__).parents[1] / "inference" / "web"
 SOURCES = ("bpe.js", "resize.js", "layers.js", "engine.js", "worker.js")  # which the page joins for its worker
+SCRIPTS = ("words.js", "pictures.js", "attention.js", "chat.js")  # of the page itself
 ACTIVATIONS = ("silu", "relu", "gelu", "quick_gelu", "gelu_pytorch_tanh")  # those of layers.js
 FILTERS = (2, 3)  # bilinear and bicubic, those of resize.js
 ONE_FILE = 50 * 10**6  # bytes of a page, above which the weights stand beside it
@@ -173,6 +174,16 @@ def inside(text: str) -> str:
     return text.replace("<", "\\u003c")
 
 
+def page_of(parts: dict[str, str]) -> str:
+    """chat.html with its style and its scripts. parts: what else stands in place of the comments with these names."""
+
+    def joined(*names):
+        return "\n".join((WEB / name).read_text(encoding="utf-8") for name in names)
+
+    parts = {"STYLE": joined("chat.css"), "PAGE": joined(*SCRIPTS), "ENGINE": joined(*SOURCES)} | parts
+    return re.sub(rf"/\*({'|'.join(parts)})\*/", lambda match: parts[match[1]], joined("chat.html"))
+
+
 def write_web(
     folder: Path,
     model,
@@ -200,13 +211,10 @@ def write_web(
     else:
         text = base64.b64encode(weights).decode()
     parts = {
-        "ENGINE": "\n".join((WEB / source).read_text(encoding="utf-8") for source in SOURCES),
         "CONFIG": inside(json.dumps(config, ensure_ascii=False)),
         "TOKENIZER": inside((Path(tokenizer_path) / "tokenizer.json").read_text(encoding="utf-8")),
         "KERNEL": base64.b64encode((WEB / "matmul.wasm").read_bytes()).decode(),
         "WEIGHTS": text,
     }
-    page = (WEB / "chat.html").read_text(encoding="utf-8")
-    page = re.sub(rf"/\*({'|'.join(parts)})\*/", lambda match: parts[match[1]], page)
-    write_text(folder / "chat.html", page)
+    write_text(folder / "chat.html", page_of(parts))
     return stored

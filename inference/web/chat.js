@@ -1,0 +1,234 @@
+"use strict";
+// A conversation with the model in worker.js: questions go there, answers come back word by word.
+
+const MOST_PICTURES = 4; // in a question, as in web_demo_vlm.py
+const log = by("log"), box = by("text"), hello = by("hello"), onTouch = matchMedia("(pointer: coarse)").matches;
+
+// ---------------------------------------------------------------------------- conversation
+
+let turns = [], answering = null, ready = false; // the turn that is answered now
+let afterwards = null; // what is to be done once it is
+
+function newTurn(text, files) {
+  const pictures = files.map(shown), turn = {text, files, read: [], words: [], answer: ""};
+  const onWord = ({target: {dataset}}) => dataset.word && look(turn, Number(dataset.word));
+  turn.said = make("p", {className: "answer", onclick: onWord});
+  turn.figure = make("figure", {className: "card", hidden: true});
+  turn.about = make("div", {className: "about"});
+  const asked = make("div", {className: "asked"}, ...pictures, make("p", {textContent: text}));
+  turn.view = make("article", {className: "turn"}, asked, turn.said, turn.figure, turn.about);
+  turns.forEach(closeLook);
+  turns.push(turn);
+  log.append(turn.view);
+  return turn;
+}
+
+/** The conversation as the model reads it, and its pictures; turns without an answer are left out. The tags stand
+ * where `user_turn` of inference/generate.py puts them. */
+function chatOf(turns) {
+  const messages = turns.flatMap(({text, files: {length}, answer}) => {
+    const tags = Array(length).fill("<image>").join("\n"), first = config.chat.pictures_first || length > 1;
+    const content = !length || text.includes("<image>") ? text : first ? `${tags}\n${text}` : `${text}\n${tags}`;
+    return [{role: "user", content}, {role: "assistant", content: answer}];
+  });
+  return [messages.slice(0, -1), turns.flatMap(({files}) => files)];
+}
+
+function send() {
+  if (!ready || answering) return;
+  const text = box.value.trim(), files = waiting, n = files.length;
+  const refused = n > MOST_PICTURES ? "many" : text || n ? "" : "empty";
+  tell(by("told"), refused, {n, limit: MOST_PICTURES});
+  if (refused) return;
+  waiting = [];
+  showWaiting();
+  write("");
+  ask(newTurn(text || promptsOf(n > 1)[0], files));
+}
+
+async function ask(turn) {
+  Object.assign(turn, {answer: "", failed: false, stopped: false, words: []});
+  turn.said.textContent = "";
+  turn.about.replaceChildren();
+  closeLook(turn);
+  work(turn);
+  log.scrollTop = log.scrollHeight;
+  try {
+    const [messages, files] = chatOf(turns.filter((each) => each === turn || (each.answer && !each.failed)));
+    const [temperature, top_p, max_new_tokens] = ["temperature", "top_p", "length"].map((id) => Number(by(id).value));
+    const pictures = [], began = performance.now();
+    for (const picture of (turn.read = files)) pictures.push(await pixelsOf(picture));
+    turn.decoding = (performance.now() - began) / 1000; // seconds that the worker does not know of
+    if (turn.stopped) return heard.done({text: "", words: [], tokens: 0, seconds: 0, why: "stopped"});
+    const pixels = pictures.flatMap(({rgba}) => rgba?.buffer ?? []); // are handed over, not copied
+    worker.postMessage({type: "ask", turns: messages, pictures, temperature, top_p, max_new_tokens}, pixels);
+  } catch (error) {
+    heard.error(error);
+  }
+}
+
+/** Shows that a turn is being answered, or that none is any more. */
+function work(turn) {
+  answering?.view.classList.remove("busy");
+  turn?.view.classList.add("busy");
+  answering = turn;
+  by("send").disabled = !ready;
+  by("send").hidden = Boolean(turn);
+  by("stop").hidden = !turn;
+  if (turn) return;
+  if (!onTouch && document.activeElement === document.body) box.focus(); // its button has gone
+  const next = afterwards;
+  afterwards = null;
+  next?.();
+}
+
+function stop() {
+  if (!answering) return;
+  answering.stopped = true; // seen where it still reads pictures
+  worker.postMessage({type: "stop"});
+}
+
+function clear() {
+  if (answering) return (afterwards = clear), stop();
+  [turns, waiting] = [[], []];
+  kept = [];
+  if (ready) worker.postMessage({type: "clear"});
+  log.replaceChildren(hello);
+  tell(by("told"), "");
+  showWaiting();
+}
+
+/** The line below an answer: phrases, and what goes into them. */
+function showAbout(turn, phrases, values) {
+  const className = turn.failed ? "notice" : "", canLook = turn.words.length > 0 && turn.read.length > 0;
+  const lines = phrases.map((say) => make("span", {say, values, className}));
+  const where = canLook ? [make("button", {say: "look", onclick: () => look(turn, 0)})] : [];
+  const retry = make("button", {say: "retry", className: "retry", onclick: () => answering || ask(turn)});
+  turn.view.classList.toggle("can-look", canLook);
+  turn.about.replaceChildren(...lines, ...where, retry);
+}
+
+function showWords(turn) {
+  let place = 0;
+  const parts = turn.words.flatMap(({begin, end}, n) => {
+    const span = make("span", {textContent: turn.answer.slice(begin, end)}), before = turn.answer.slice(place, begin);
+    span.dataset.word = n;
+    place = end;
+    return [before, span];
+  });
+  turn.said.replaceChildren(...parts, turn.answer.slice(place));
+}
+
+/** Does something that makes the conversation longer; who stands at its end stays there. */
+function growing(what) {
+  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+  what();
+  if (atEnd) log.scrollTop = log.scrollHeight;
+}
+
+const heard = { // from the worker
+  progress: ({share}) => progress(share),
+  ready() {
+    ready = true;
+    by("loading").hidden = true;
+    tell(by("loaded"), "loaded", {name: config.name, seconds: (performance.now() / 1000).toFixed(1)});
+    work(null);
+  },
+  text: ({text}) => growing(() => (answering.said.textContent = answering.answer = text)),
+  done({text, words, tokens, seconds, firstSeconds, why, kept: ids}) {
+    const turn = Object.assign(answering, {answer: text, words}), first = firstSeconds ?? seconds;
+    kept = ids ?? [];
+    const [n, time] = tokens > 1 ? [tokens - 1, seconds - first] : [tokens, seconds]; // the first is slow
+    const inMs = (seconds) => Math.round(1000 * (turn.decoding + seconds)), rate = Math.round(n / Math.max(time, 1e-3));
+    const figures = {tokens, rate, first: inMs(first), ms: inMs(seconds)};
+    const notes = [{stopped: "stopped", length: "cut"}[why], config.needs_picture && !turn.read.length && "unseen"];
+    growing(() => (showWords(turn), showAbout(turn, ["took", ...notes.filter(Boolean)], figures)));
+    by("answered").textContent = text; // read out once it is whole
+    work(null);
+  },
+  attention: (message) => answering || (turns.length && showLook(turns.at(-1), message)),
+  error(error) {
+    const turn = answering, [key, values] = meaning(error);
+    by("loading").hidden = true;
+    if (!turn) return tell(by("told"), key, values);
+    turn.failed = true;
+    kept = [];
+    growing(() => showAbout(turn, [key], values));
+    by("answered").textContent = phrase(key, values);
+    work(null);
+  },
+};
+
+// ---------------------------------------------------------------------------- what people do
+
+function write(text) {
+  box.value = text;
+  if (!onTouch) box.focus(); // there a keyboard would come up and hide half of the page
+}
+
+by("ask").onsubmit = (event) => (event.preventDefault(), send());
+by("stop").onclick = stop;
+by("clear").onclick = () => (clear(), write(""));
+by("language").onclick = () => ((language = language === "en" ? "zh" : "en"), translate());
+by("adjust").onclick = () => by("adjust").setAttribute("aria-expanded", !by("settings").toggleAttribute("hidden"));
+by("photo").hidden = !onTouch; // elsewhere it would only choose a file, too
+if (onTouch) hello.lastChild.dataset.say = "how_touch";
+for (const [button, input] of [["choose", "files"], ["photo", "camera"]]) {
+  by(button).onclick = () => by(input).click();
+  by(input).onchange = ({target}) => add([...target.files]).then(() => (target.value = ""));
+}
+document.onkeydown = (event) => {
+  if (event.isComposing || event.keyCode === 229) return; // Chinese is being typed: the keys choose characters
+  if (event.key === "Escape") stop();
+  if (event.key === "Enter" && event.target === box && !event.shiftKey) event.preventDefault(), send();
+};
+document.onpaste = ({clipboardData: {files}}) => add([...files]);
+for (const type of ["dragover", "dragleave", "drop"]) {
+  document.addEventListener(type, (event) => {
+    if (type !== "dragleave") event.preventDefault(); // the browser would open the picture
+    document.body.classList.toggle("over", type === "dragover");
+    if (type === "drop") add([...event.dataTransfer.files]);
+  });
+}
+
+// ---------------------------------------------------------------------------- the model comes
+
+let config = {}, worker = null, samples = []; // buttons of sample pictures
+const inlined = (id) => by(id).textContent, progress = (share) => (document.querySelector("progress").value = share);
+const bytesOf = (base64) => Uint8Array.fromBase64?.(base64) ?? Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
+
+/** Bytes of base64, part by part, so that the page shows how far it is. */
+async function unpack(base64) {
+  const PART = 2 ** 22, bytes = new Uint8Array((base64.length / 4) * 3 - base64.slice(-2).split("=").length + 1);
+  for (let at = 0; at < base64.length; at += PART) {
+    bytes.set(bytesOf(base64.slice(at, at + PART)), (at / 4) * 3);
+    progress(at / base64.length);
+    await new Promise((resolve) => setTimeout(resolve));
+  }
+  return bytes.buffer;
+}
+
+async function start() {
+  config = JSON.parse(inlined("config"));
+  by("temperature").value = 0.65; // these as in web_demo_vlm.py
+  by("top_p").value = 0.85;
+  by("length").value = 512;
+  for (const input of document.querySelectorAll("#settings input")) {
+    (input.oninput = () => (input.parentNode.querySelector("output").value = input.value))();
+  }
+  samples = (config.samples ?? []).map((src, n) => {
+    const button = {className: "picture", onclick: () => add([new Blob([bytesOf(src.split(",")[1])])])};
+    return make("button", {...button, label: "sample", values: {n: n + 1}}, make("img", {src, alt: ""}));
+  });
+  translate();
+  if (!onTouch) box.focus();
+  worker = new Worker(URL.createObjectURL(new Blob([inlined("engine")], {type: "text/javascript"})));
+  worker.onmessage = ({data}) => heard[data.type](data);
+  worker.onerror = (event) => (event.preventDefault(), heard.error(event));
+  const urls = config.files?.map(({name, bytes}) => ({url: new URL(name, location).href, bytes}));
+  const weights = urls ? null : await unpack(inlined("weights"));
+  by("weights").remove(); // as text they would take as much memory again
+  const tokenizer = JSON.parse(inlined("tokenizer")), kernel = bytesOf(inlined("kernel"));
+  worker.postMessage({type: "load", config, tokenizer, kernel, weights, urls}, weights ? [weights] : []);
+}
+start().catch((error) => heard.error(error));
