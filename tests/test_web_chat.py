@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 from contextlib import contextmanager
 from io import BytesIO
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 import web_demo_vlm
+from dataset.sources import read_rows
 from inference.chat import chat_of, load_for_page
 from inference.generate import ask as asked
 from inference.models import find_models, pictures_first
@@ -359,6 +361,25 @@ def swapped_profile() -> bytes:
     return profile.replace(b"rXYZ", b"?XYZ").replace(b"gXYZ", b"rXYZ").replace(b"?XYZ", b"gXYZ")
 
 
+def be_greedy(page):
+    page.locator("#adjust").click()
+    page.locator("#temperature").fill("0")
+    page.locator("#adjust").click()
+
+
+def ask_both(page, model, tokenizer, args, first, pictures, questions):
+    """A new conversation, whose first question has the pictures: (what the page answers, what PyTorch answers).
+    first: whether one picture comes before the text."""
+    page.locator("#clear").click()
+    images, turns, ours = [Image.open(path) for path in pictures], [], []
+    for question in questions:
+        shown = [] if turns else pictures
+        chat = chat_of([*turns, (question, shown, "")], first)
+        ours.append(asked(model, tokenizer, chat, images, args))
+        turns.append((question, shown, ask(page, question, *shown)))
+    return [said for _, _, said in turns], ours
+
+
 def test_a_trained_model_answers_on_its_page_as_in_pytorch(trained, world, tmp_path):
     """The whole of it: trained, exported, opened in a browser, asked in two languages."""
     out = trained[trained.index("--out_dir") + 1]
@@ -368,15 +389,33 @@ def test_a_trained_model_answers_on_its_page_as_in_pytorch(trained, world, tmp_p
     weights = find_models(args)[0]
     model, tokenizer = load_for_page(weights, args)
     with opened((tmp_path / "page/chat.html").as_uri(), **LAPTOP) as page:
-        page.locator("button[aria-label=Settings]").click()
-        page.locator("#temperature").fill("0")
+        be_greedy(page)
         for colour, questions in (("red", ["What colour is this?", "Sure?"]), ("blue", ["这是什么颜色？", "确定吗？"])):
-            path, turns = str(world / f"pictures/{colour}.png"), []
-            for question in questions:
-                said = ask(page, question, *([] if turns else [path]))
-                chat = chat_of([*turns, (question, [] if turns else [path], "")], pictures_first(weights))
-                assert said == asked(model, tokenizer, chat, [Image.open(path)], args)
-                turns.append((question, [path], said))
+            picture = str(world / f"pictures/{colour}.png")
+            theirs, ours = ask_both(page, model, tokenizer, args, pictures_first(weights), [picture], questions)
+            assert theirs == ours
             page.locator(".answer span").last.click()
             page.locator("figure output").get_by_text(re.compile("[1-9]%")).wait_for()
-            page.locator("#clear").click()
+
+
+@pytest.mark.skipif(
+    "MINIMIND_QUICKSTART" not in os.environ, reason="MINIMIND_QUICKSTART names no folder of a quickstart"
+)
+def test_the_quickstarts_page_answers_50_validation_questions_as_pytorch(tmp_path):
+    out, count = Path(os.environ["MINIMIND_QUICKSTART"]), 0
+    args = web_demo_vlm.parse_args(["--weights", "sft_vlm", "--out_dir", str(out), "--device", "cpu"])
+    args.greedy = True
+    weights = find_models(args)[0]
+    model, tokenizer = load_for_page(weights, args)
+    convert_vlm.main(["--to", "web", "--weights", str(weights), "--output", str(tmp_path / "page")])
+    with opened((tmp_path / "page/chat.html").as_uri(), **LAPTOP) as page:
+        be_greedy(page)
+        for _, row in read_rows([out / "data/val.jsonl"]):
+            users = [turn["content"] for turn in row.conversations if turn["role"] == "user"]
+            questions = [text.replace("<image>", " ").strip() for text in users]  # the page sets it, too
+            pictures = [str(out / "data/images" / name) for name in row.images]
+            theirs, ours = ask_both(page, model, tokenizer, args, pictures_first(weights), pictures, questions)
+            assert theirs == ours, users
+            count += len(questions)
+            if count >= 50:
+                return
