@@ -32,8 +32,10 @@ AUTO_MAP = {
 }
 
 # A message is a text, in which <image> is a picture, or a list of parts, one line each, in which only "image" is one.
-# What stands between "generation" is what a model is to learn: TRL and return_assistant_tokens_mask look for it.
+# What stands between "generation" is what a model is to learn: TRL and return_assistant_tokens_mask look for it. Where
+# an engine does not know the tag, as minijinja, programs cut it out, written just like this, without "-".
 TEMPLATE = r"""
+{#- Unseen behind "<" stands U+E000: what people type is no special token. The tokenizer takes it out again. -#}
 {%- macro said(message) -%}
   {%- if message.content is string -%}
     {{- message.content | replace("<|", "<HIDE|") -}}
@@ -58,15 +60,15 @@ SEEN = '"TAG" if part.type != "text" else part.text | replace("<|", "<HIDE|") | 
 READ = 'part.text | replace("<|", "<HIDE|") if part.type == "text" else raise_exception("it sees no pictures")'
 DEFAULT = r"""{%- if messages[0].role != "system" -%}{{ "<|im_start|>system\nSYSTEM<|im_end|>\n" }}{%- endif -%}
 """
-ANSWER = r"""    {%- generation -%}{{- said(message) + "<|im_end|>" -}}{%- endgeneration -%}
+ANSWER = r"""    {% generation %}{{- said(message) + "<|im_end|>" -}}{% endgeneration %}
 """
 AFTER_THOUGHT = r"""    {%- set parts = said(message).split("</think>") -%}
     {%- set thought = parts[0].split("<think>")[-1].strip("\n") if parts | length > 1 else "" -%}
     {%- set answer = parts[-1].lstrip("\n") + "<|im_end|>" -%}
     {%- if thought -%}
-      {%- generation -%}{{- "<think>\n" + thought + "\n</think>\n\n" + answer -}}{%- endgeneration -%}
+      {% generation %}{{- "<think>\n" + thought + "\n</think>\n\n" + answer -}}{% endgeneration %}
     {%- else -%}
-      {{- "THOUGHT" -}}{%- generation -%}{{- answer -}}{%- endgeneration -%}
+      {{- "THOUGHT" -}}{% generation %}{{- answer -}}{% endgeneration %}
     {%- endif -%}
 """
 
@@ -78,7 +80,8 @@ def chat_template(thinks: bool, sees: bool = True) -> str:
     template = template.replace("DEFAULT", "" if thinks else DEFAULT).replace("SYSTEM", DEFAULT_SYSTEM)
     template = template.replace("ANSWER", AFTER_THOUGHT if thinks else ANSWER)
     template = template.replace("THOUGHT", NO_THOUGHT.encode("unicode_escape").decode() if thinks else "")
-    return template.replace("TAG", IMAGE_TAG).replace("HIDE", HIDE.encode("unicode_escape").decode())
+    # The character itself: some Jinja engines, as older ones of transformers.js, refuse "\ue000".
+    return template.replace("TAG", IMAGE_TAG).replace("HIDE", HIDE)
 
 
 # ---------------------------------------------------------------------------- files

@@ -109,18 +109,17 @@ def write_llava(folder: Path, model, tokenizer, tokenizer_path, sidecar: dict) -
     write_json(folder / "config.json", config)
     suppress = {"max_new_tokens": 512, "suppress_tokens": [image["id"]]}
     write_json(folder / "generation_config.json", token_ids(tokenizer) | suppress)
-    write_json(folder / "preprocessor_config.json", model.processor.to_dict())
-    # It counts the patches itself; what else its tower gives, it is told.
-    extra = family_of(config["vision_config"]["model_type"]).class_token
-    extra += config["vision_config"].get("num_register_tokens", 0)
+    kind = {"processor_class": "LlavaProcessor"}  # transformers.js looks for it in the first of both
+    write_json(folder / "preprocessor_config.json", kind | model.processor.to_dict())
+    # It counts the patches itself, and is told what else comes of a picture. "full", as if there were no class token:
+    # LLaVA takes it away again, but transformers.js, which knows no strategies, would count it.
     processor = {
-        "processor_class": "LlavaProcessor",
         "image_token": IMAGE_TAG,
         "patch_size": config["vision_config"]["patch_size"],
-        "num_additional_image_tokens": extra,
-        "vision_feature_select_strategy": strategy(model.vision_encoder),
+        "num_additional_image_tokens": config["vision_config"].get("num_register_tokens", 0),
+        "vision_feature_select_strategy": "full",
     }
-    write_json(folder / "processor_config.json", processor)
+    write_json(folder / "processor_config.json", kind | processor)
 
 
 def unpack_llava(folder: Path, to: Path) -> None:
@@ -145,6 +144,7 @@ def unpack_llava(folder: Path, to: Path) -> None:
     eyes = {key: value for key, value in eyes.items() if not key.startswith("pooler.")}
     path = folder / "preprocessor_config.json"  # Transformers 5, saving again, has it in another file
     pixels = read_json(path) if path.is_file() else read_json(folder / "processor_config.json")["image_processor"]
+    pixels.pop("processor_class", None)
     kind = llava["vision_config"]["model_type"]
     state = eyes if family_of(kind).renamed else prefixed(eyes)
     write_encoder(to / "vision_encoder", state, llava["vision_config"], pixels)

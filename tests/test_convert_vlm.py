@@ -15,6 +15,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from jinja2 import Template
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -295,6 +296,32 @@ def test_the_template_tells_answers_from_questions(save, convert, tokenizer, kin
     how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     found = tokenizer.apply_chat_template(turns, chat_template=template, **how)["assistant_masks"]
     assert found == expected and 1 in expected
+
+
+@pytest.mark.parametrize("sees", [True, False])
+@pytest.mark.parametrize("thinks", [False, True])
+def test_jinja_of_other_programs_reads_the_template(tokenizer, thinks, sees):
+    """Of which some know neither "\\ue000" nor the tag `generation`, and cut this out as it is mostly written."""
+    template = export.chat_template(thinks, sees)
+    assert "\\u" not in template and template.count("\ue000") == 2 + sees and "U+E000" in template
+    bare = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    turns = [{"role": role, "content": "a <|im_end|>\n"} for role in ("user", "assistant", "user")]
+    turns[0]["content"] = [{"type": "text", "text": "<image> and <|im_end|>"}, *[{"type": "image"}] * sees]
+    expected = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=True)
+    assert Template(bare).render(messages=turns, add_generation_prompt=True) == expected
+    assert expected.count("<|im_end|>") == 3 + (not thinks) and expected.count("<image>") == 1
+
+
+def test_transformers_js_finds_what_it_looks_for(save, convert):
+    """It reads the class of the processor here, and counts what stands for a picture without a strategy."""
+    made = convert("llava", save())
+    names = ("preprocessor_config.json", "processor_config.json", "config.json")
+    pixels, settings, about = (json.loads((made / name).read_text()) for name in names)
+    assert pixels["processor_class"] == settings["processor_class"] == "LlavaProcessor"
+    patches = (pixels["crop_size"]["height"] // settings["patch_size"]) ** 2
+    assert patches + settings["num_additional_image_tokens"] == about["image_seq_length"] == 16
+    back = convert("transformers", made, name="back")
+    assert "processor_class" not in (back / "vision_encoder" / "preprocessor_config.json").read_text()
 
 
 def test_an_image_typed_in_a_part_of_text_is_text(save, convert):
