@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from importlib.util import find_spec
 from inspect import getdoc
 from pathlib import Path
 
@@ -53,12 +54,15 @@ RATE = {"": "{name}", "samples/s": "{samples_per_s:.2f}"}
 SPAN = {"ratio": "{ratio:.2f}× ({ratio_range[0]:.2f} to {ratio_range[1]:.2f})"}
 STEP = RATE | {"real tokens/s": "{tokens_per_s:,.0f}", "padding": "{padding:.0%}"}
 STEP |= {"useful FLOP/s of peak": "{utilisation:.0%}", "GB": "{memory_gb:.1f}", **SPAN, "first loss": "{loss:.6f}"}
+PEERS = {"stage": "{stage}", **RATE, "padding": "{padding:.0%}", "GB": "{memory_gb:.1f}", **SPAN}
+PEERS |= {"first loss": "{loss:.6f}"}
 ANSWER = {"answers at once": "{batch}", "": "{name}", "first token": "{first_token_s:.2f} s"}
-ANSWER |= {"tokens/s": "{tokens_per_s:.0f}", **SPAN, "against one, the original way": "{against_one_stream:.1f}×"}
+ANSWER |= {"tokens/s": "{tokens_per_s:.0f}", **SPAN, "against one of the first row": "{against_one_stream:.1f}×"}
 PICTURES = {"": "{name}", "pictures/s and core": "{pictures_per_s_and_core:,.0f}"}
 TABLES = {  # kind: what measures it, title, columns and what stands in them
     "pretrain": (partial(tables.training_table, "pretrain"), "Stage 1: a step of pretrain", STEP),
     "sft": (partial(tables.training_table, "sft"), "Stage 2: a step of sft", STEP),
+    "peers": (tables.peers_table, "Beside today's peers", PEERS),
     "experts": (tables.experts_table, "Experts", RATE | SPAN),
     "ranks": (tables.ranks_table, "Ranks", RATE | {"ratio": "{ratio:.2f}×"}),
     "pipeline": (tables.pipeline_table, "Pictures", PICTURES),
@@ -108,7 +112,9 @@ def describe_run(args, device) -> dict:
 def parse_args(argv):
     parser = Parser(__file__, __doc__)
     add = parser.start.add_argument
-    add("--kinds", nargs="+", default=list(TABLES), choices=TABLES, metavar="KIND", help="what to measure")
+    kinds = [kind for kind in TABLES if kind != "peers" or find_spec("accelerate")]
+    what = "what to measure; default: all, peers if accelerate, which Transformers' Trainer needs, is installed"
+    add("--kinds", nargs="+", default=kinds, choices=TABLES, metavar="KIND", help=what)
     add("--device", default="auto", metavar="NAME", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
     add("--size", default="26m", choices=list(SIZES), help="of the model; tiny: to see whether all of it runs")
     add("--rounds", type=positive(int), default=3, help="how often everything is measured")

@@ -12,14 +12,18 @@ from torch.utils.benchmark import Timer
 from model.processing import IGNORE
 
 
+def now(device) -> float:
+    """Seconds of a clock, when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def seconds(device, work, *args) -> float:
     """How long work(*args) takes, with all that it leaves the device to do."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    started = time.perf_counter()
+    started = now(device)
     work(*args)
-    synchronize()
-    return time.perf_counter() - started
+    return now(device) - started
 
 
 def rate(amount: float, row: dict) -> float:

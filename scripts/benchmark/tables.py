@@ -1,4 +1,4 @@
-"""What is measured, a function a table: training, experts, ranks, reading pictures, answering, starting."""
+"""What is measured, a function a table: training, peers, experts, ranks, reading pictures, answering, starting."""
 
 import json
 import os
@@ -8,7 +8,9 @@ import sys
 import tempfile
 import time
 import timeit
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +24,9 @@ from dataset.lm_dataset import VLMDataset
 from model.int8 import to_int8
 from model.model_vlm import VLMConfig
 from model.processing import ImageProcessor, load_tokenizer
-from scripts.benchmark.inputs import IMAGE, SIZES, examples_of, length, make_model
+from scripts.benchmark.inputs import IMAGE, SIZES, examples_of, length, make_encoder, make_model
 from scripts.benchmark.measure import matrix_rate, peak_memory, race, rate, seconds, useful_flops
+from scripts.benchmark.peers import make_stock, peers
 from scripts.benchmark.variants import Training, ladder, variants
 from trainer.loader import make_loader
 
@@ -52,6 +55,40 @@ def training_table(kind: str, args, device) -> list[dict]:
         row["utilisation"] = rate(least[row["name"]], row)
         row |= {"samples_per_s": rate(args.rows, row), "tokens_per_s": rate(tokens, row)}
     return rows
+
+
+def peers_table(args, device) -> list[dict]:
+    """What others would take today, on the same rows in batches of --batch_size, each way in a process of its own, with
+    no memory but its own. Transformers' LLaVA is `--to llava` of the same weights, trained by `Trainer` as its
+    documentation recommends: rows grouped by length, bfloat16, SDPA, fused AdamW, the tower frozen. nanoVLM's way is
+    our model with the rows of a step packed into rows of 1,024 tokens, in which they see each other, and logits for
+    all positions. The first losses, of the same four rows side by side, agree within 0.1%, or there is no table."""
+    rows = []
+    for kind, stage in (("pretrain", "1"), ("sft", "2")):
+        tokens = sum(map(length, examples_of(kind, args)))
+
+        def once(row, name, kind=kind, stage=stage, tokens=tokens):
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                found = pool.submit(train_alone, kind, name, args, device).result()
+            row |= {"stage": stage, "loss": found["loss"], "padding": 1 - tokens / found["padded_tokens"]}
+            row["memory_gb"] = max(row.get("memory_gb", 0), found["memory_gb"])
+            print(f"  stage {stage}: {name}: {args.rows / found['seconds']:.2f} samples/s", flush=True)
+            return found["seconds"]
+
+        names = peers(args, device)
+        rows += race(dict(zip(names, names)), args.rounds, once)
+        losses = [row["loss"] for row in rows if row["stage"] == stage]
+        assert max(losses) / min(losses) < 1.001, f"not the same loss: {losses}"
+    return [row | {"samples_per_s": rate(args.rows, row)} for row in rows]
+
+
+def train_alone(kind: str, name: str, args, device) -> dict:
+    """One way of `peers_table`, measured once."""
+    torch.set_num_threads(args.threads)
+    training = peers(args, device)[name](kind, args, device, examples_of(kind, args))
+    make_encoder.cache_clear()  # each has its own by now
+    found = {"loss": training.first_loss(), "padded_tokens": training.padded_tokens()}
+    return found | {"seconds": training.measure(), "memory_gb": peak_memory(device)}
 
 
 def experts_table(args, device) -> list[dict]:
@@ -149,6 +186,7 @@ def waiting_share(args, device, data: VLMDataset) -> float:
 def generation_table(args, device) -> list[dict]:
     """Tokens per second of answers to a picture and a question: greedy, the picture encoded before."""
     ways = {
+        "Transformers' LLaVA": "stock",
         "the original way: attention in the open, keys copied for every head": "original",
         "fused attention, keys shared": "fused",
     }
@@ -165,12 +203,14 @@ def generation_table(args, device) -> list[dict]:
 @torch.no_grad()
 def answer(args, device, batch: int, row: dict, way: str) -> float:
     """Seconds for --new_tokens in each of `batch` answers; those for one token are noted in the row."""
-    model = make_model(args.size, flash_attn=way != "original").to(device).eval()
+    stock = way == "stock"
+    model = (make_stock(args.size) if stock else make_model(args.size, flash_attn=way != "original")).to(device).eval()
     if way == "int8":
         to_int8(model)
     ids = torch.tensor([*IMAGE, *range(100, 130)], device=device).expand(batch, -1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    inputs["image_features"] = torch.zeros(batch, len(IMAGE), model.config.ve_hidden_size, device=device)
+    if not stock:  # to which the placeholders are words like any other
+        inputs["image_features"] = torch.zeros(batch, len(IMAGE), model.config.ve_hidden_size, device=device)
 
     def generate(tokens):
         model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=None)
