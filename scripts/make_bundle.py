@@ -64,7 +64,7 @@ def recipe(folder: Path, device: str = "cpu") -> list[Step]:
         return [*command, "--out_dir", out, "--from_weight", folder / f"lesson_{number - 1}" / weights, *muon]
 
     # fmt: off
-    steps = [
+    return [
         Step("captions", "draw pictures with a caption of each object in two languages, for the encoder", [
             "python", "-m", "dataset.scenes", "--form", "captions", "--out_dir", captions,
             "--scenes", 40000, "--val_scenes", 500, "--image_size", 72, "--seed", 1,
@@ -123,9 +123,6 @@ def recipe(folder: Path, device: str = "cpu") -> list[Step]:
              lesson(8, last=True, text=0.6, practice=0.5), resumable=True),
     ]
     # fmt: on
-    for step in steps:
-        step.command = [str(part) for part in step.command]
-    return steps
 
 
 def files() -> list[str]:

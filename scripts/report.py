@@ -87,16 +87,11 @@ def machine() -> dict:
     }
 
 
-def summary(folder: Path, records: list[dict], next_commands: list) -> dict:
-    """What stands in report.json but for "wall_s": shares from 0 to 1, seconds, GB. folder: of a finished run."""
-    scores = read_scores(folder)
-    answers = {split: result["answers"] for split, result in scores.items()}
+def run_summary(records: list[dict], scores: dict, next_commands: list) -> dict:
+    """What any recipe reports of its run: seconds, GB. scores: what eval_vlm.py wrote."""
     return {
         "wall_s": None,
         "peak_gb": max(record["peak_gb"] for record in records),
-        **{split: shares(given, "right") for split, given in answers.items()},
-        **{split.replace("val", "shuffled"): shares(given, "right_shuffled") for split, given in answers.items()},
-        "questions": {split: len(given) for split, given in answers.items()},
         "steps": [
             {
                 "name": record["name"],
@@ -106,11 +101,23 @@ def summary(folder: Path, records: list[dict], next_commands: list) -> dict:
             }
             for record in records
         ],
-        "machine": machine() | {"device": scores["val"]["device"]},
-        "weights": scores["val"]["weights"],
-        "parameters": scores["val"]["parameters"],
-        "prompts": first_prompts(Path(scores["val"]["weights"])),
+        "machine": machine() | {"device": scores["device"]},
+        "weights": scores["weights"],
+        "parameters": scores["parameters"],
+        "prompts": first_prompts(Path(scores["weights"])),
         "next": next_commands,
+    }
+
+
+def summary(folder: Path, records: list[dict], next_commands: list) -> dict:
+    """What stands in report.json but for "wall_s": shares from 0 to 1. folder: of a finished run."""
+    scores = read_scores(folder)
+    answers = {split: result["answers"] for split, result in scores.items()}
+    return {
+        **run_summary(records, scores["val"], next_commands),
+        **{split: shares(given, "right") for split, given in answers.items()},
+        **{split.replace("val", "shuffled"): shares(given, "right_shuffled") for split, given in answers.items()},
+        "questions": {split: len(given) for split, given in answers.items()},
     }
 
 
@@ -250,21 +257,11 @@ def curves(folder: Path, suffix: str, words: dict) -> list[tuple[str, str, Marku
 # ---------------------------------------------------------------------------- the page
 
 
-def page(folder: Path, language: str = "en") -> str:
-    """The whole page, of the files of a finished run: report.json, val.json and the other splits, metrics, pictures."""
-    report, words = read_json(folder / "report.json"), WORDS[language]
-    answers = {split: scores["answers"] for split, scores in read_scores(folder).items()}
+def run_values(folder: Path, report: dict, words: dict, language: str) -> dict:
+    """What the page of any recipe shows of its run, for the template."""
     weights, parameters = Path(report["weights"]), report["parameters"]
     whole, memory = duration(report["wall_s"]), gigabytes(report["peak_gb"])
     other = next(each for each in LANGUAGES if each != language)
-    wrong = {split: [answer for answer in given if not answer["right"]] for split, given in answers.items()}
-    gallery, errors = [], []
-    for i, split in enumerate(answers):
-        groups = ("kind", "language") if split == "val" else ("kind",)
-        gallery += [(answer, split) for answer in choose(answers[split], 1, split, groups)]
-        many = (WRONG - len(errors)) // (len(answers) - i)
-        errors += [(answer, split) for answer in some(wrong[split], many, "wrong")]
-
     prompts = report.get("prompts", {})
     following = [
         (what, typed([prompts[language] if part == prompts.get("en") else part for part in command]))
@@ -277,35 +274,51 @@ def page(folder: Path, language: str = "en") -> str:
         path = folder / "data/images" / name
         return data_url(path.read_bytes(), "png" if path.suffix == ".png" else "jpeg")
 
+    return {
+        "language": language,
+        "languages": LANGUAGES,
+        "words": words,
+        "other": other,
+        "other_page": PAGES[other],
+        "report": report,
+        "chat": PAGE,
+        "chat_size": file_size(folder / PAGE),
+        "whole": whole,
+        "memory": memory,
+        "curves": curves(folder, weights.stem.removeprefix("sft_vlm"), words),
+        "times": [*times, [words["in all"], whole, memory]],
+        "commands": [typed(shlex.split(step["command"])) for step in report["steps"]],
+        "weights": weights.name,
+        "size": file_size(weights) or words["gone"],
+        "parameters": parameters,
+        "sizes": [*sizes, [words["in all"], f"{sum(parameters.values()):,}"]],
+        "following": following,
+        "picture": picture,
+    }
+
+
+def page(folder: Path, language: str = "en") -> str:
+    """The whole page, of the files of a finished run: report.json, val.json and the other splits, metrics, pictures."""
+    report = read_json(folder / "report.json")
+    answers = {split: scores["answers"] for split, scores in read_scores(folder).items()}
+    wrong = {split: [answer for answer in given if not answer["right"]] for split, given in answers.items()}
+    gallery, errors = [], []
+    for i, split in enumerate(answers):
+        groups = ("kind", "language") if split == "val" else ("kind",)
+        gallery += [(answer, split) for answer in choose(answers[split], 1, split, groups)]
+        many = (WRONG - len(errors)) // (len(answers) - i)
+        errors += [(answer, split) for answer in some(wrong[split], many, "wrong")]
     return render(
         "report.html",
-        language=language,
-        languages=LANGUAGES,
-        words=words,
-        other=other,
-        other_page=PAGES[other],
-        report=report,
-        chat=PAGE,
-        chat_size=file_size(folder / PAGE),
-        whole=whole,
-        memory=memory,
+        **run_values(folder, report, WORDS[language], language),
         cells=cells(folder),
         questions={split: len(given) for split, given in answers.items()},
-        curves=curves(folder, weights.stem.removeprefix("sft_vlm"), words),
         gallery=gallery,
         wrong=sum(map(len, wrong.values())),
         errors=errors,
         swaps=some([answer for answer in answers["val"] if answer["images"]], SWAPPED, "swapped"),
-        times=[*times, [words["in all"], whole, memory]],
-        commands=[typed(shlex.split(step["command"])) for step in report["steps"]],
-        weights=weights.name,
-        size=file_size(weights) or words["gone"],
-        parameters=parameters,
-        sizes=[*sizes, [words["in all"], f"{sum(parameters.values()):,}"]],
-        following=following,
         percent=percent,
         plain=plain,
-        picture=picture,
     )
 
 

@@ -13,6 +13,7 @@ import pytest
 from common.cli import GONE, RENAMED
 from scripts import make_bundle
 from scripts.download import __main__ as download
+from scripts.from_photos import __main__ as from_photos
 from scripts.quickstart import __main__ as quickstart
 from tests.test_flags import ROOT, SCRIPTS, SOURCES, names, parsers  # noqa: F401 (a fixture)
 
@@ -155,6 +156,9 @@ def test_every_flag_in_a_readme_is_one_of_a_script(parsers, readme):  # noqa: F8
 def test_every_step_of_the_recipes_is_one_that_its_script_takes(parse):
     model = ["--tokenizer_path", "t", "--vision_model_path", "v", "--hidden_size", 128, "--use_moe", "--out_dir", "o"]
     steps = [*make_bundle.recipe(Path("b")), *quickstart.recipe(Path("o"), Path("l.pth"), model)]
+    given = ["--data_path", "a.csv", "b.csv", "--images_path", "p", "--val_path", "v.csv", "--refs_path", "r.json"]
+    args = from_photos.parse_args([*given, "--prompt", "What?", "--allow_urls"])
+    steps += [from_photos.split_step(Path("o"), args), *from_photos.recipe(Path("o"), 6000)]
     for step in steps:
         parse(*named([*step.command, *(["--from_resume"] if step.resumable else [])]))
     assert len(steps) > 15
@@ -166,6 +170,11 @@ def test_what_the_quickstart_says_to_try_next_can_be_typed(parse, given):
     commands = quickstart.next_commands(args.out_dir, Path("out/quickstart/sft_vlm_128.pth"), args)
     assert len(commands) >= 3
     for _, command in commands:
+        parse(*named(command))
+
+
+def test_what_from_photos_says_to_try_next_can_be_typed(parse):
+    for _, command in from_photos.next_commands(Path("out/photos/sft_vlm_192.pth")):
         parse(*named(command))
 
 

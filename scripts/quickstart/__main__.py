@@ -52,7 +52,7 @@ def recipe(out: Path, llm: Path, model: list, device: str = "cpu") -> list[Step]
     scoring = ["--images_path", data / "images", "--batch_size", 64, "--num_workers", 0]
     scoring += ["--max_new_tokens", 80, "--no_loss", "--device", device]
     # fmt: off
-    steps = [
+    return [
         Step("data 1", "draw scenes with descriptions, for stage 1", [
             "python", "-m", "dataset.scenes", "--out_dir", captions, "--scenes", 1500, "--val_scenes", 50,
             "--image_size", 72, "--kinds", "describe", "--rows", 2, "--seed", 3,
@@ -86,9 +86,6 @@ def recipe(out: Path, llm: Path, model: list, device: str = "cpu") -> list[Step]
         ], makes=out / PAGE),
     ]
     # fmt: on
-    for step in steps:
-        step.command = [str(part) for part in step.command]
-    return steps
 
 
 def find_llm(bundle: Path) -> tuple[Path, int]:

@@ -1,4 +1,4 @@
-"""Recipes as a list of commands, one after the other: what `scripts.quickstart` and `scripts.make_bundle` share.
+"""Recipes as a list of commands, one after the other: what quickstart, make_bundle and from_photos share.
 
 Every command is shown as a user would type it and then run as a process of its own, so there is nothing in a recipe
 that could not be done by hand. What is done stands in folder/steps.json, with the time and memory it took: a second
@@ -32,9 +32,12 @@ LOOKING = 0.05  # of the time goes at most to looks at the memory, each of which
 class Step:
     name: str  # "stage 1"
     description: str  # a line for the user
-    command: list[str]  # as it would be typed, beginning with "python" or "torchrun"
+    command: list  # as it would be typed, beginning with "python" or "torchrun"
     resumable: bool = False  # does it know --from_resume?
     makes: Path | None = None  # if not resumable: a file or folder that must be gone before it can begin again
+
+    def __post_init__(self):
+        self.command = [str(part) for part in self.command]
 
 
 # ---------------------------------------------------------------------------- files

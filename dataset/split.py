@@ -1,0 +1,190 @@
+"""Pictures with captions, in any shape → rows to train on, and rows about other pictures to score on.
+
+    python -m dataset.split --data_path rows.parquet --out_dir out/rows
+    python -m dataset.split --data_path a.csv --images_path a --out_dir out/a
+
+Rows with one picture and one answer are taken: an answer is a caption. It writes
+
+    out_dir/train.jsonl      a row for each caption: {"image": "0a1b.jpg", "conversations": [question, caption]}
+    out_dir/val.jsonl        one row for each held-out picture and language
+    out_dir/val_refs.json    {picture: all its captions}, what `eval_vlm.py --refs_path` takes
+    out_dir/images/          the pictures as JPEG, their shorter side as long as the encoder wants it at most
+
+A picture is known by its content: one that occurs under two names is on one side only. Without --val_path the held-out
+ones are drawn by chance, a tenth and at most 1,000, always the same ones.
+"""
+
+if __spec__ is None:  # started by its path, from where Python finds no other folder
+    raise SystemExit("type -m dataset.split instead of dataset/split.py")
+
+from common.start import begin
+
+if __name__ == "__main__":
+    begin()  # Ctrl-C or a missing package is one sentence from here on
+
+import hashlib
+import json
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from common.cli import Parser, positive, run_main
+from common.files import write_json, write_text
+from dataset.flags import add_captions_arguments
+from dataset.pictures import use_picture
+from dataset.rows import Row
+from dataset.scenes import refuse_to_overwrite
+from dataset.shapes import ReadOptions
+from dataset.sources import Source, read_rows
+from dataset.values import BadRow
+from model.files import read_json
+from model.processing import ImageProcessor, language
+from model.rgb import to_rgb
+
+MOST = 1000  # pictures that are held out, unless --val_path says which
+
+
+def small_jpeg(content: bytes, processor: ImageProcessor) -> bytes:
+    """The file of a picture as JPEG, its shorter side at most processor.size; a JPEG that is small stays as it is."""
+    with processor.open(BytesIO(content)) as image:
+        scale = processor.size / min(image.size)
+        if image.format == "JPEG" and scale >= 1:
+            image.load()  # raises if it is broken
+            return content
+        image = to_rgb(image)
+        if scale < 1:
+            image = image.resize([max(round(side * scale), 1) for side in image.size], Image.Resampling.LANCZOS)
+        jpeg = BytesIO()
+        image.save(jpeg, "JPEG", quality=92)
+        return jpeg.getvalue()
+
+
+class Photos:
+    """Pictures on their way into a folder, each under one name, whatever names it has in the rows."""
+
+    def __init__(self, folder: Path, processor: ImageProcessor):
+        self.folder, self.processor = folder, processor
+        self.names = {}  # Source.identity → file name here, so that a picture with five captions is read once
+
+    def name(self, source: Source, name: str) -> str:
+        """The file here of a picture there, written when it is first met. Raises FileNotFoundError, and ValueError for
+        what is no picture."""
+        if not source.has(name):
+            raise FileNotFoundError(
+                f"--images_path {source.pictures_path}: no {name}, which {source.path} names.\n"
+                "Name the folder or zip of the pictures with --images_path"
+            )
+        identity = source.identity(name)
+        if identity not in self.names:
+            try:
+                self.names[identity] = use_picture(source, name, self.write)
+            except BadRow as error:
+                mend = f"Mend the picture, or take its rows out of {source.path}"
+                raise ValueError(f"--images_path: {error}\n{mend}") from None
+        return self.names[identity]
+
+    def write(self, content: bytes) -> str:
+        path = self.folder / f"{hashlib.sha256(content).hexdigest()[:16]}.jpg"
+        path.write_bytes(small_jpeg(content, self.processor))
+        return path.name
+
+    def read(self, paths, images_path, flag: str, options: ReadOptions, refs: dict[str, list[str]] | None = None):
+        """→ {file name here: [(question, caption)]}, {file name here: captions from refs, by its name in the rows}."""
+        rows, more, left_out = {}, {}, 0
+        for source, row in tqdm(
+            read_rows(paths, images_path, flag, options), flag, unit="row", mininterval=2, dynamic_ncols=True
+        ):
+            turns = row.conversations if isinstance(row, Row) and len(row.images) == 1 else []
+            spoken = [turn for turn in turns if turn["role"] != "system"]
+            if len(spoken) != 2 or not spoken[1]["content"].strip():
+                left_out += 1
+                continue
+            (shown,) = row.images
+            name = self.name(source, shown)
+            rows.setdefault(name, []).append((spoken[0]["content"], spoken[1]["content"].strip()))
+            if refs:
+                more[name] = refs.get(shown, refs.get(Path(shown).name, []))
+        if not rows:
+            raise ValueError(f"{flag} {' '.join(map(str, paths))}: no row with one picture and one caption")
+        total = sum(map(len, rows.values()))
+        note = f"; {left_out:,} rows without exactly one of each left out" if left_out else ""
+        print(f"{flag}: {len(rows):,} pictures with {total:,} captions{note}")
+        return rows, more
+
+
+def row_line(name: str, question: str, caption: str) -> str:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": caption}]
+    return json.dumps({"image": name, "conversations": turns}, ensure_ascii=False) + "\n"
+
+
+def held_out(rows: dict) -> list[str]:
+    """A tenth of the pictures. Names are hashes, so that their order is chance."""
+    return sorted(rows)[: min(max(len(rows) // 10, 2), MOST)]
+
+
+def write_split(out_dir: Path, train: dict, val: dict, references: dict) -> None:
+    """train, val: {picture: [(question, caption)]}; references: {picture: further captions}."""
+    lines = {"train": [row_line(name, *row) for name, rows in train.items() for row in rows], "val": []}
+    captions = {}
+    for name, rows in val.items():
+        firsts = {}
+        for question, caption in rows:
+            firsts.setdefault(language(caption), (question, caption))
+        lines["val"] += [row_line(name, *row) for row in firsts.values()]
+        captions[name] = list(dict.fromkeys([*(caption for _, caption in rows), *references.get(name, [])]))
+    write_json(out_dir / "val_refs.json", captions)
+    for split in ("val", "train"):
+        write_text(out_dir / f"{split}.jsonl", "".join(lines[split]))
+    print(
+        f"{out_dir}: {len(lines['train']):,} rows about {len(train):,} pictures, "
+        f"{len(lines['val']):,} rows about {len(val):,} held-out ones"
+    )
+
+
+def read_references(paths) -> dict[str, list[str]]:
+    """{name of a picture: captions} of all --refs_path, as `eval_vlm.py` takes them."""
+    references = {}
+    for path in paths:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--refs_path {path}: no such file")
+        for name, captions in read_json(path).items():
+            if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+                raise ValueError(f'--refs_path {path}: "{name}" has {captions!r}, expected a list of captions')
+            references.setdefault(name, []).extend(captions)
+    return references
+
+
+def main(argv=None):
+    parser = Parser(__file__, "\n\n".join(__doc__.split("\n\n")[:2]))
+    add_captions_arguments(parser)
+    add = parser.start.add_argument
+    add("--out_dir", type=Path, required=True, metavar="DIR", help="folder to write to, made if needed")
+    add("--image_size", type=positive(int), default=128, metavar="PIXELS", help="shorter side of larger pictures")
+    args = parser.parse_args(argv)
+    if args.refs_path and not args.val_path:
+        parser.error("--refs_path has no effect without --val_path: rows that are held out bring their captions")
+    refuse_to_overwrite(args.out_dir, ("train", "val"))
+    refs = read_references(args.refs_path)
+    (args.out_dir / "images").mkdir(parents=True, exist_ok=True)
+
+    options = ReadOptions(tuple(args.prompt or ()), allow_urls=args.allow_urls)
+    photos = Photos(args.out_dir / "images", ImageProcessor(args.image_size))
+    train, _ = photos.read(args.data_path, args.images_path, "--data_path", options)
+    if args.val_path:
+        val, more = photos.read(args.val_path, args.images_path, "--val_path", options, refs)
+        if refs and not any(more.values()):
+            raise ValueError("--refs_path names none of the pictures of --val_path: it is by name, as in the rows")
+        shared = [name for name in val if train.pop(name, None)]
+        if shared:
+            print(f"{len(shared):,} pictures of --val_path are in --data_path too: not trained on")
+    else:
+        more, val = {}, {name: train.pop(name) for name in held_out(train)}
+    if not train:
+        raise ValueError("--data_path: no picture is left to train on, as two are held out. Give more pictures")
+    write_split(args.out_dir, train, val, more)
+
+
+if __name__ == "__main__":
+    run_main(main)

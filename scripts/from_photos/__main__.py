@@ -1,0 +1,160 @@
+"""From nothing to a model that describes photos like yours: any data set of pictures with captions, on a laptop.
+
+    python -m scripts.from_photos --data_path captions.csv --images_path photos
+    python -m scripts.from_photos --data_path rows.parquet --device auto
+    python -m scripts.from_photos --help
+
+Nothing is downloaded and nothing is pretrained: it trains a tokenizer, a picture encoder, a decoder and what connects
+them, and scores the result on photos that none of these has seen. Every command is shown before it runs. Ctrl-C and a
+second start go on where it was. In out/photos/ you find, at the end,
+
+    report.html, report_zh.html    scores, curves, twenty photos; report.json
+    sft_vlm_192.pth                the model
+    steps.json                     each command with its time and memory
+"""
+
+if __spec__ is None or __spec__.name == "__main__":  # started by its path, from where Python finds no other folder
+    raise SystemExit("type -m scripts.from_photos instead of scripts/from_photos")
+
+from common.start import begin
+
+if __name__ == "__main__":
+    begin()  # Ctrl-C or a missing package is one sentence from here on
+
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from common.cli import Parser, reason
+from common.display import duration, gigabytes, typed
+from common.files import write_json
+from common.lock import only_one
+from dataset.flags import add_captions_arguments
+from scripts.from_photos import report
+from scripts.quickstart.steps import (
+    PROCESSES,
+    Step,
+    add_device_argument,
+    launcher,
+    open_folder,
+    read_records,
+    resolve,
+    run_steps,
+)
+
+HIDDEN_SIZE = 192  # of encoder and decoder
+SEEN = 480_000  # pictures that the encoder is to see, the same ones again and again where there are fewer
+EPOCHS = 100  # of the encoder at most: after that it has learned them by heart
+
+
+def split_step(out: Path, args) -> Step:
+    """The first command, which says how many pictures there are."""
+    command = ["python", "-m", "dataset.split", "--data_path", *args.data_path, "--out_dir", out / "data"]
+    for flag in ("images_path", "val_path", "refs_path", "prompt", "allow_urls"):
+        value = getattr(args, flag)
+        if value:
+            command += [f"--{flag}", *([] if value is True else value if isinstance(value, list) else [value])]
+    return Step("photos", "make them small, and hold some of them out", command, makes=out / "data")
+
+
+def encoder_size(pictures: int) -> tuple[int, int]:
+    """(epochs, pictures in a batch) for the encoder. A batch is large, but there are 20 of them in an epoch."""
+    return max(1, min(EPOCHS, SEEN // pictures)), min(max(pictures // 20, 16), 128, pictures)
+
+
+def recipe(out: Path, pictures: int, device: str = "cpu") -> list[Step]:
+    """The other commands. pictures: how many there are to train on."""
+    data, tokenizer, clip = out / "data", out / "tokenizer", out / "clip"
+    epochs, batch = encoder_size(pictures)
+    rows = ["--data_path", data / "train.jsonl", "--val_path", data / "val.jsonl"]
+    images = ["--images_path", data / "images"]
+    train, on_device = launcher(device)
+    model = ["--tokenizer_path", tokenizer, "--hidden_size", HIDDEN_SIZE, "--out_dir", out]
+    seeing = [*model, "--vision_model_path", clip]
+    training = [*rows, *on_device, "--num_workers", 0, "--optimizer", "muon", "--learning_rate", 1e-3]
+    caching = ["--cache_features", out / "features", "--batch_size", 16 // PROCESSES]
+    # fmt: off
+    return [
+        Step("tokenizer", "learn which letters make a token", [
+            "python", "-m", "scripts.train_tokenizer", "--data_path", data / "train.jsonl", "--out_dir", tokenizer,
+        ], makes=tokenizer),
+        Step("encoder", "learn to see: which caption belongs to which photo?", [
+            "python", "-m", "scripts.train_clip", *rows, *images, "--tokenizer_path", tokenizer, "--out_dir", clip,
+            "--vision_only", "--epochs", epochs, "--batch_size", batch,
+            "--hidden_size", HIDDEN_SIZE, "--num_hidden_layers", 4,
+            "--muon_learning_rate", 5e-3, "--weight_decay", 0.5, "--mask_ratio", 0.5, "--min_scale", 0.5, "--flip",
+            "--device", device,
+        ], makes=clip),
+        Step("decoder", "learn to talk: all captions, without the photos", [
+            *train, "-m", "scripts.train_llm", *model, *training, "--num_hidden_layers", 4,
+            "--batch_size", 32 // PROCESSES,
+        ], resumable=True),
+        Step("stage 1", "the projector learns to put photos into the decoder's words", [
+            *train, "train_pretrain_vlm.py", *seeing, *images, *training, *caching, "--trainable", "all",
+        ], resumable=True),
+        Step("stage 2", "the whole model learns to answer", [
+            *train, "train_sft_vlm.py", *seeing, *images, *training, *caching,
+        ], resumable=True),
+        Step("scores", "describe the held-out photos; then with photos that do not belong to the captions", [
+            "python", "eval_vlm.py", *seeing, *images, "--data_path", data / "val.jsonl",
+            "--refs_path", data / "val_refs.json", "--max_new_tokens", 40, "--batch_size", 64, "--num_workers", 0,
+            "--device", device, "--output", out / "val.json",
+        ]),
+    ]
+    # fmt: on
+
+
+def next_commands(weights: Path) -> list[tuple[str, list[str]]]:
+    """Things to try: (what for, command)."""
+    return [
+        ("ask about a photo", ["python", "eval_vlm.py", "--weights", str(weights), "--image", "photo.jpg", "--greedy"]),
+        ("talk about photos in the browser", ["python", "web_demo_vlm.py", "--weights", str(weights)]),
+    ]
+
+
+def parse_args(argv):
+    parser = Parser(__file__, __doc__)
+    add_captions_arguments(parser)
+    add = parser.start.add_argument
+    add("--out_dir", type=Path, default=Path("out/photos"), help="all files go there")
+    add_device_argument(parser)
+    add("--restart", action="store_true", help="remove OUT_DIR with all that is in it and begin anew")
+    return parser.parse_args(argv)
+
+
+def from_photos(args, again: str) -> dict:
+    """Runs what is not done yet, writes and shows the report, and returns it."""
+    started, device, out = time.perf_counter(), resolve(args.device), args.out_dir
+    first = split_step(out, args)
+    with only_one(out, "--out_dir"):
+        open_folder(out, args.restart)
+        earlier = sum(record["seconds"] for record in read_records(out))
+        if not (out / "data/train.jsonl").is_file():
+            run_steps([first], out, again)
+        pictures = report.count_photos(out)["train"]
+        records = run_steps([first, *recipe(out, pictures, device)], out, again)
+    weights = out / f"sft_vlm_{HIDDEN_SIZE}.pth"
+    result = report.summary(out, records, next_commands(weights))
+    result["wall_s"] = round(earlier + time.perf_counter() - started, 1)
+    write_json(out / "report.json", result)
+    english, chinese = report.write_pages(out)
+    print("\n" + report.table(result))
+    print(f"\n{duration(result['wall_s'])} in all, {gigabytes(result['peak_gb'])} of memory at most")
+    print(f"the report, with photos and curves: {english}\n中文报告（含照片和曲线）：{chinese}\n\nWhat to try next:")
+    for what, command in result["next"]:
+        print(f"\n# {what}\n{typed(command)}")
+    return result
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    flags = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--restart"]
+    try:
+        return from_photos(args, shlex.join(["python", "-m", "scripts.from_photos", *flags]))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"\nerror: {reason(error)}") from None
+
+
+if __name__ == "__main__":
+    main()
