@@ -12,10 +12,11 @@ let afterwards = null; // what is to be done once it is
 function newTurn(text, files) {
   const pictures = files.map(shown), turn = {text, files, read: [], words: [], answer: ""};
   const onWord = ({target: {dataset}}) => dataset.word && look(turn, Number(dataset.word));
-  turn.said = make("p", {className: "answer", onclick: onWord});
+  turn.said = make("p", {className: "answer", role: "group", label: "answer", onclick: onWord});
   turn.figure = make("figure", {className: "card", hidden: true});
   turn.about = make("div", {className: "about"});
-  const asked = make("div", {className: "asked"}, ...pictures, make("p", {textContent: text}));
+  const question = {className: "asked", role: "group", label: "question"};
+  const asked = make("div", question, ...pictures, make("p", {textContent: text}));
   turn.view = make("article", {className: "turn"}, asked, turn.said, turn.figure, turn.about);
   turns.forEach(closeLook);
   turns.push(turn);
@@ -36,8 +37,8 @@ function chatOf(turns) {
 
 function send() {
   if (!ready || answering) return;
-  const text = box.value.trim(), files = waiting, n = files.length;
-  const refused = n > MOST_PICTURES ? "many" : text || n ? "" : "empty";
+  const text = box.value.trim(), files = waiting, n = files.length, tags = text.split("<image>").length - 1;
+  const refused = n > MOST_PICTURES ? "many" : tags && tags !== n ? "tags" : text || n ? "" : "empty";
   tell(by("told"), refused, {n, limit: MOST_PICTURES});
   if (refused) return;
   waiting = [];
@@ -142,7 +143,7 @@ const heard = { // from the worker
     const inMs = (seconds) => Math.round(1000 * (turn.decoding + seconds)), rate = Math.round(n / Math.max(time, 1e-3));
     const figures = {tokens, rate, first: inMs(first), ms: inMs(seconds)};
     const notes = [{stopped: "stopped", length: "cut"}[why], config.needs_picture && !turn.read.length && "unseen"];
-    growing(() => (showWords(turn), showAbout(turn, ["took", ...notes.filter(Boolean)], figures)));
+    growing(() => (showWords(turn), showAbout(turn, ["took", "times", ...notes.filter(Boolean)], figures)));
     by("answered").textContent = text; // read out once it is whole
     work(null);
   },
@@ -214,7 +215,7 @@ async function start() {
   by("top_p").value = 0.85;
   by("length").value = 512;
   for (const input of document.querySelectorAll("#settings input")) {
-    (input.oninput = () => (input.parentNode.querySelector("output").value = input.value))();
+    (input.oninput = () => (input.previousElementSibling.textContent = input.value))();
   }
   samples = (config.samples ?? []).map((src, n) => {
     const button = {className: "picture", onclick: () => add([new Blob([bytesOf(src.split(",")[1])])])};
