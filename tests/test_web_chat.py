@@ -202,7 +202,7 @@ def test_stop_retry_and_clear_with_mouse_and_keyboard(written):
             order.append(page.evaluate("document.activeElement.id || document.activeElement.parentNode.id || 'retry'"))
         expected = ["adjust", "clear", "log", "retry", *["offers"] * 5, "choose", "text", "send"]
         assert order == expected
-        fields = page.locator("button:visible, textarea:visible, main, img")
+        fields = page.locator("button:visible, textarea:visible, #log, img")
         assert fields.evaluate_all("all => all.every((e) => e.ariaLabel || e.innerText || e.alt === '')")
 
 
