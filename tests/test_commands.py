@@ -18,7 +18,7 @@ from scripts.quickstart import __main__ as quickstart
 from tests.test_flags import ROOT, SCRIPTS, SOURCES, names, parsers  # noqa: F401 (a fixture)
 
 READMES = ["README.md", "README_zh.md"]
-PAGES = [*READMES, *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+PAGES = [*READMES, *sorted(names(path) for folder in ("docs", "docs/course") for path in ROOT.glob(f"{folder}/*.md"))]
 FLAG = r"(?<![\w-])--[a-z]\w*(?:-\w+)*"
 # In a sentence a command ends at punctuation, in a text at the end of the line.
 COMMAND = re.compile(

@@ -1,0 +1,149 @@
+"""Draws the figures of the documentation from our own code and runs.
+
+    python -m scripts.make_figures                        # all, into docs/images
+    python -m scripts.make_figures --only patches         # one
+
+Each function below draws one figure. Most need nothing but the bundle in model/tiny; those of a trained model need
+`python -m scripts.quickstart` first.
+"""
+
+if __spec__ is None:  # started by its path, from where Python finds no other folder
+    raise SystemExit("type -m scripts.make_figures instead of scripts/make_figures.py")
+
+from common.start import begin
+
+if __name__ == "__main__":
+    begin()  # Ctrl-C or a missing package is one sentence from here on
+
+import io
+import random
+from pathlib import Path
+
+from common.cli import Parser, run_main
+from common.files import write_safely
+
+FIGURES = {}  # {file name: (function, does it need the quickstart?)}
+TINY = Path("model/tiny")
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "svg.fonttype": "none",  # text stays text, in the reader's font: small files
+    "svg.hashsalt": "minimind",  # the same bytes every time
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+BLUE, ORANGE, GREEN, GREY = "#2a6fbb", "#e07b28", "#3a9a57", "#9a9a9a"  # picture, text, answer, the rest
+
+
+def draws(name: str, trained: bool = False):
+    """Registers a function that draws docs/images/`name`: it returns a figure of matplotlib, or a Pillow picture.
+
+    trained: it is called with the folder of a finished quickstart, others with nothing.
+    """
+
+    def register(function):
+        FIGURES[name] = function, trained
+        return function
+
+    return register
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
+    """A figure of matplotlib (in inches) and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def bare(axes) -> None:
+    """No ticks and no frame."""
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+def save(figure, path: Path) -> None:
+    """SVG for lines; PNG with a palette for pictures."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    if path.suffix == ".svg":
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    else:
+        if not isinstance(figure, Image.Image):
+            drawn = io.BytesIO()
+            figure.savefig(drawn, format="png", dpi=80)
+            figure = Image.open(drawn).convert("RGB")
+        figure.quantize(64, dither=Image.Dither.NONE).save(file, "png", optimize=True)
+    write_safely(path, lambda target: target.write(file.getvalue()))
+
+
+def example_scene(seed: int = 9):
+    """A scene such as the quickstart draws, three objects; lessons 1, 4 and 6 show the same one."""
+    from dataset.scene_pictures import random_scene
+
+    return random_scene(random.Random(seed), objects=(3, 3))
+
+
+# ---------------------------------------------------------------------------- lessons 1 and 4
+
+
+@draws("patches.png")
+def patches():
+    """A picture as it is, as the encoder sees it, and cut into its patches."""
+    from dataset.scene_pictures import draw
+    from model.processing import ImageProcessor
+
+    image = draw(example_scene(), 224)
+    seen = ImageProcessor.from_pretrained(TINY / "clip").resize(image).permute(1, 2, 0).numpy()  # (72, 72, 3)
+    figure, (whole, small, *_) = new_figure(7.6, 2.6, 1, 3, width_ratios=[1, 1, 1])
+    whole.imshow(image)
+    small.imshow(seen)
+    whole.set_title("224 × 224", color=GREY)
+    small.set_title("72 × 72", color=GREY)
+    cut = figure.axes[2]
+    cut.set_title("9 × (24 × 24)", color=GREY)
+    gap = 8
+    for row in range(3):
+        for column in range(3):
+            left, top = column * (24 + gap), row * (24 + gap)
+            patch = seen[24 * row : 24 * row + 24, 24 * column : 24 * column + 24]
+            cut.imshow(patch, extent=(left, left + 24, top + 24, top))
+            cut.text(left + 12, top + 24 + gap / 2, f"{3 * row + column}", ha="center", va="center", size=7, color=BLUE)
+    cut.set(xlim=(0, 3 * 24 + 2 * gap), ylim=(3 * 24 + 3 * gap, 0))
+    for axes in figure.axes:
+        bare(axes)
+    return figure
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+def parse_args(argv=None):
+    parser = Parser(__file__, __doc__)
+    add = parser.start.add_argument
+    names = sorted(Path(name).stem for name in FIGURES)
+    add("--only", nargs="+", choices=names, metavar="NAME", help=f"figures to draw: {', '.join(names)}; default: all")
+    add("--quickstart", type=Path, default=Path("out/quickstart"), metavar="DIR", help="a finished quickstart")
+    add("--out_dir", type=Path, default=Path("docs/images"), metavar="DIR", help="where the figures go")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    import matplotlib
+
+    chosen = {name: entry for name, entry in FIGURES.items() if not args.only or Path(name).stem in args.only}
+    weights = args.quickstart / "sft_vlm_128.pth"
+    for name, (function, trained) in chosen.items():
+        if trained and not weights.is_file():
+            print(f"{name} left out: there is no {weights}. Make it: python -m scripts.quickstart")
+            continue
+        with matplotlib.rc_context(STYLE):
+            save(function(args.quickstart) if trained else function(), args.out_dir / name)
+        size = (args.out_dir / name).stat().st_size
+        print(f"written: {args.out_dir / name} ({size / 1000:.0f} kB)")
+
+
+if __name__ == "__main__":
+    run_main(main)
