@@ -85,7 +85,7 @@ def example_scene(seed: int = 9):
     return random_scene(random.Random(seed), objects=(3, 3))
 
 
-# ---------------------------------------------------------------------------- lessons 1 and 4
+# ---------------------------------------------------------------------------- 1 what a VLM is, 4 the merge
 
 
 @draws("patches.png")
@@ -113,6 +113,71 @@ def patches():
     cut.set(xlim=(0, 3 * 24 + 2 * gap), ylim=(3 * 24 + 3 * gap, 0))
     for axes in figure.axes:
         bare(axes)
+    return figure
+
+
+def question_tokens(question: str) -> list[str]:
+    """What the model reads of a question after the system's turn, token by token."""
+    from model.processing import encode_chat, load_tokenizer
+
+    tokenizer = load_tokenizer(TINY, "@" * 9)
+    pieces = encode_chat(tokenizer, [{"role": "user", "content": question}], [34] * 9)
+    ids = [token for piece, _, _ in pieces for token in piece]
+    start = ids.index(1, 1)  # after the system's turn
+    shown = {"\n": "\\n", "<|im_start|>": "im_start", "<|im_end|>": "im_end"}
+    return [shown.get(text, text.strip()) for text in map(tokenizer.decode, ids[start:])]
+
+
+@draws("merge.png")
+def merge():
+    """The tokens of a question, and the sequence after the merge, with patches in the places of the placeholders."""
+    from matplotlib.patches import Rectangle
+
+    from dataset.scene_pictures import draw
+    from model.processing import ImageProcessor
+
+    tokens = question_tokens("<image>\nWhat is this?")
+    seen = ImageProcessor.from_pretrained(TINY / "clip").resize(draw(example_scene(), 224)).permute(1, 2, 0).numpy()
+    cells = iter([seen[24 * row : 24 * row + 24, 24 * i : 24 * i + 24] for row in range(3) for i in range(3)])
+    figure, axes = new_figure(9.2, 2.2)
+    for x, token in enumerate(tokens):
+        colour = BLUE if token == "@" else ORANGE
+        for y in (1.9, 0):
+            if y == 0 and token == "@":
+                axes.imshow(next(cells), extent=(x, x + 0.9, 0, 0.9), zorder=2)
+            axes.add_patch(Rectangle((x, y), 0.9, 0.9, facecolor=f"{colour}40", edgecolor=colour))
+        axes.text(x + 0.45, 2.95, token, rotation=55, color=colour, size=9, rotation_mode="anchor")
+        axes.annotate("", (x + 0.45, 1.0), (x + 0.45, 1.85), arrowprops={"arrowstyle": "->", "color": colour})
+    axes.set(xlim=(-0.1, len(tokens) + 1), ylim=(-0.1, 4.6), aspect="equal")
+    bare(axes)
+    return figure
+
+
+@draws("visible.png")
+def visible():
+    """Which token sees which: a picture before the question, and after it."""
+    import torch
+    from matplotlib.colors import to_rgb
+
+    from model.attention import visible_keys
+
+    figure, panels = new_figure(8, 4, 1, 2)
+    for axes, question in zip(panels, ("<image>\nWhat is this?", "What is this?\n<image>")):
+        tokens = question_tokens(question)[3:-3]  # without the marks of the turns
+        T = len(tokens)
+        sees = visible_keys(None, T, T, 0, torch.device("cpu"))[0, 0]  # (T, T)
+        colours = [to_rgb(BLUE if token == "@" else ORANGE) for token in tokens]
+        axes.imshow([[colours[key] if sees[row, key] else (0.93,) * 3 for key in range(T)] for row in range(T)])
+        axes.set_xticks(range(T), tokens, rotation=90, size=8)
+        axes.set_yticks(range(T), tokens, size=8)
+        axes.xaxis.tick_top()
+        for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):
+            for tick, colour in zip(ticks, colours):
+                tick.set_color(colour)
+        axes.tick_params(length=0)
+        axes.hlines([i + 0.5 for i in range(T - 1)], -0.5, T - 0.5, color="white", linewidth=1)
+        axes.vlines([i + 0.5 for i in range(T - 1)], -0.5, T - 0.5, color="white", linewidth=1)
+        axes.spines[:].set_visible(False)
     return figure
 
 
