@@ -29,7 +29,8 @@ SCRIPTS = ("words.js", "pictures.js", "attention.js", "chat.js")  # of the page 
 ACTIVATIONS = ("silu", "relu", "gelu", "quick_gelu", "gelu_pytorch_tanh")  # those of layers.js
 FILTERS = (2, 3)  # bilinear and bicubic, those of resize.js
 ONE_FILE = 50 * 10**6  # bytes of a page, above which the weights stand beside it
-PIECE = 24 * 10**6  # bytes of a file: a browser keeps each when it is there, and hosts take none over 25 or 100 MB
+PIECE = 4 * 10**6  # bytes of a file: the page shows how far it is after each, and hosts take none over 25 or 100 MB
+BETWEEN = '</script>\n<script type="text/plain" class="weights">'  # pieces in the page, which it lets go one by one
 SAMPLE = 448  # pixels of the longer edge of a sample picture
 DTYPES = ("int8", "fp16")
 
@@ -200,16 +201,15 @@ def write_web(
     check_web(model, tokenizer_path)
     stored = web_state(model, dtype)
     weights = safetensors.torch.save(stored)
-    config = web_config(model, tokenizer, sidecar, name, samples)
-    text = ""
+    config = web_config(model, tokenizer, sidecar, name, samples) | {"bytes": len(weights)}
+    pieces, text = [weights[at : at + PIECE] for at in range(0, len(weights), PIECE)], ""
     if split or len(weights) * 4 / 3 > ONE_FILE:  # base64 has 6 bits in a byte
         mark = hashlib.sha256(weights).hexdigest()[:12]  # a browser that has kept other weights fetches these
-        pieces = [weights[at : at + PIECE] for at in range(0, len(weights), PIECE)]
         config["files"] = [{"name": f"weights_{mark}_{i}.bin", "bytes": len(piece)} for i, piece in enumerate(pieces)]
         for file, piece in zip(config["files"], pieces):
             write_safely(folder / file["name"], lambda out, piece=piece: out.write(piece))
     else:
-        text = base64.b64encode(weights).decode()
+        text = BETWEEN.join(base64.b64encode(piece).decode() for piece in pieces)
     parts = {
         "CONFIG": inside(json.dumps(config, ensure_ascii=False)),
         "TOKENIZER": inside((Path(tokenizer_path) / "tokenizer.json").read_text(encoding="utf-8")),

@@ -18,7 +18,7 @@ from inference.chat import chat_of, load_for_page
 from inference.generate import ask as asked
 from inference.models import find_models, pictures_first
 from model.rgb import to_rgb
-from model.web import page_of, web_state
+from model.web import BETWEEN, PIECE, page_of, web_state
 from scripts.convert_vlm import __main__ as convert_vlm
 from scripts.convert_vlm.check_web import with_weights
 from tests.browser import LAPTOP, PHONE, SCREENSHOTS, browser_at, needs_chromium, screenshot, wait_until
@@ -37,19 +37,26 @@ WEIGHTS = bytes(range(256)) * 40000  # 10 MB, in several parts
 # the left of all pictures, above the middle.
 WORKER = r"""
 "use strict";
-let stopped = false, words = [], pictures = [];
+let stopped = false, words = [], pictures = [], came = 0;
 const say = (message) => postMessage(message), wait = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 const hear = {
-  async load({config, tokenizer, weights, kernel}) {
-    for (const share of [0, 0.5, 1]) say({type: "progress", share}), await wait(20);
-    const bytes = new Uint8Array(weights);
-    const right = bytes.length === 256 * 40000 && bytes.every((byte, i) => byte === i % 256);
-    if (!right || tokenizer.model !== "BPE <|im_end|>" || kernel.join() !== "0,97,115,109") throw Error("load");
-    say({type: "ready", seconds: 0.3});
+  load({tokenizer, kernel}) {
+    if (tokenizer.model !== "BPE <|im_end|>" || kernel.join() !== "0,97,115,109") throw Error("load");
+  },
+  part({bytes}) {
+    if (!bytes.every((byte, i) => byte === (came + i) % 256)) throw Error("part");
+    say({type: "progress", share: (came += bytes.length) / (256 * 40000)});
+    if (came === 256 * 40000) say({type: "ready", seconds: 0.3});
   },
   async ask({type, turns, ...rest}) {
     stopped = false;
-    pictures = rest.pictures.map(({id, rgba, ...size}) => ({id, rgba: rgba && [...rgba.slice(0, 4)], ...size}));
+    pictures = await Promise.all(rest.pictures.map(async ({id, blob}) => {
+      if (!blob) return {id};
+      const bitmap = await createImageBitmap(blob), {width, height} = bitmap;
+      const context = new OffscreenCanvas(1, 1).getContext("2d");
+      context.drawImage(bitmap, 0, 0);
+      return {id, rgba: [...context.getImageData(0, 0, 1, 1).data], width, height};
+    }));
     const asked = turns.at(-1).content.replace(/\n?<image>\n?/g, "");
     const chinese = /[\u3400-\u9fff]/.test(asked);
     let answer = chinese ? "一个黄色的圆形，在蓝色的背景上。" : "a yellow circle on a blue background";
@@ -89,10 +96,11 @@ def written(tmp_path_factory):
         "data:image/png;base64," + base64.b64encode(Path(f"dataset/eval_images/scene_{n}.png").read_bytes()).decode()
         for n in (1, 2, 3)
     ]
+    pieces = [WEIGHTS[at : at + PIECE] for at in range(0, len(WEIGHTS), PIECE)]
     filled = {
         "CONFIG": json.dumps(CONFIG | {"samples": samples}).replace("<", "\\u003c"),
         "TOKENIZER": json.dumps({"model": "BPE <|im_end|>"}).replace("<", "\\u003c"),
-        "WEIGHTS": base64.b64encode(WEIGHTS).decode(),
+        "WEIGHTS": BETWEEN.join(base64.b64encode(piece).decode() for piece in pieces),
         "KERNEL": base64.b64encode(b"\0asm").decode(),
         "ENGINE": WORKER,
     }
@@ -140,7 +148,7 @@ def test_questions_are_answered_and_the_worker_hears_what_it_should(written):
     with opened(written, **LAPTOP) as page:
         assert page.get_by_text(re.compile(r"tiny, ready after \d+\.\d s")).is_visible()
         assert page.locator("#offers button:not(.picture)").all_inner_texts() == CONFIG["prompts"]["en"]
-        assert page.locator("#weights").count() == 0 and page.locator("html").get_attribute("lang") == "en"
+        assert page.locator(".weights").count() == 0 and page.locator("html").get_attribute("lang") == "en"
         heard = json.loads(ask(page, "Repeat", red))
         assert heard["turns"] == [{"role": "user", "content": "Repeat\n<image>"}]
         assert heard["pictures"] == [{"id": 1, "rgba": [255, 0, 0, 128], "width": 40, "height": 30}]
@@ -230,7 +238,7 @@ def test_mistakes_are_sentences_and_the_next_question_is_answered(written):
         assert page.locator("#text").input_value() == "And <image>?"
         sentences = {
             "Array buffer allocation failed": "ran out of memory",
-            "The chat is longer than the model can read.": "longer than the model reads",
+            "The question is longer than the model can read: 900 tokens of 511.": "longer than the model reads",
             "The text has places for 2, and there are 1 pictures.": "Write <image> once for each picture",
             "file:///weights.bin cannot be fetched (no network).": "from a web server only",
             "http://localhost/weights.bin cannot be fetched (404).": "from the network",
@@ -328,8 +336,8 @@ def test_on_a_laptop(written, tmp_path):
 
 PIXELS = """async (data) => {
     const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
-    const {rgba, width, height} = await pixelsOf({blob: new Blob([bytes])});
-    return [width, height, [...rgba]];
+    const bitmap = await decode(new Blob([bytes])), {width, height} = bitmap, lineOf = linesOf(bitmap);
+    return [width, height, Array.from({length: height}, (_, y) => [...lineOf(y)]).flat()];
 }"""
 
 
@@ -354,6 +362,7 @@ def test_pixels_are_those_that_pillow_reads(written):
         "gif": picture_file(rgb.quantize(64), "a.gif"),
     }
     with opened(written, **LAPTOP) as page:
+        page.add_script_tag(content=Path("inference/web/resize.js").read_text(encoding="utf-8"))  # the worker's
         for name, file in files.items():
             width, height, data = page.evaluate(PIXELS, base64.b64encode(file["buffer"]).decode())
             pixels = Image.frombytes("RGBA", (width, height), bytes(data))

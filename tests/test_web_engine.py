@@ -145,7 +145,8 @@ def test_pictures_are_resized_to_the_bit(resample):
             jobs.append([base64.b64encode(rgba.tobytes()).decode(), width, height, each | {"resample": resample}])
     said = run(
         """return given.map(([rgba, width, height, settings]) => {
-          const pixels = resize(new Uint8ClampedArray(Buffer.from(rgba, "base64")), width, height, settings);
+          const lines = linesIn(new Uint8ClampedArray(Buffer.from(rgba, "base64")), width);
+          const pixels = resize(lines, width, height, settings);
           return Buffer.from(pixels).toString("base64");
         });""",
         jobs,
@@ -172,9 +173,11 @@ def test_without_simd_the_model_is_plain_and_what_it_cannot_read_is_a_sentence(p
     folder, _, stored = page()
     said = run(
         """const page = require("fs").readFileSync(given, "utf8");
-        const read = (id) => page.match(new RegExp(`id="${id}">([^]*?)</script>`))[1];
-        const weights = Uint8Array.from(Buffer.from(read("weights"), "base64")).buffer, kernel = new Uint8Array(9);
-        const model = await MiniMindV.load({config: JSON.parse(read("config")), weights, kernel});
+        const read = (id) => page.match(new RegExp(`"${id}">([^]*?)</script>`))[1];
+        const weights = Buffer.from(read("weights"), "base64"), kernel = new Uint8Array(9);
+        const memory = memoryFor(weights.length, kernel);
+        new Uint8Array(memory.buffer).set(weights);
+        const model = new MiniMindV(JSON.parse(read("config")), new Weights(memory, kernel));
         const picture = Array(16).fill(model.config.decoder.placeholder);
         const wrong = [[5, 300], Array(513).fill(5), picture, [5]].map((ids) => {
           try {
@@ -185,7 +188,13 @@ def test_without_simd_the_model_is_plain_and_what_it_cannot_read_is_a_sentence(p
         });
         const words = ["WebAssembly.Memory.grow(): Unable to grow instance memory", "Array buffer allocation failed",
           "Invalid array length", "Maximum call stack size exceeded"];
-        return [model.weights.kernel ?? "none", wrong, words.map((each) => sentence(new RangeError(each)))];""",
+        const told = [], tokenizer = JSON.parse(read("tokenizer"));
+        globalThis.postMessage = ({message}) => told.push(message);
+        for (const known of [kernel, Uint8Array.from(Buffer.from(read("kernel"), "base64"))]) {
+          await handle({type: "load", config: {bytes: 2 ** 45}, tokenizer, kernel: known});
+          await handle({type: "part", bytes: new Uint8Array(9)});
+        }
+        return [model.weights.kernel ?? "none", wrong, words.map((each) => sentence(new RangeError(each))), told];""",
         str(folder / "chat.html"),
     )
     full = "This device has too little free memory. Close other pages, or take fewer and smaller pictures."
@@ -195,7 +204,7 @@ def test_without_simd_the_model_is_plain_and_what_it_cannot_read_is_a_sentence(p
         "The text has places for 1, and there are 0 pictures.",
         300,  # logits
     ]
-    assert said == ["none", wrong, [full] * 4]
+    assert said == ["none", wrong, [full] * 4, [full] * 2]
 
 
 @pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
@@ -259,7 +268,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 WORKER = """
 const fs = require("fs"), page = fs.readFileSync(given.page, "utf8"), told = [];
-const read = (id) => page.match(new RegExp(`<script[^>]* id="${id}"[^>]*>([^]*?)</script>`))[1];
+const read = (id) => page.match(new RegExp(`<script[^>]* (?:id|class)="${id}"[^>]*>([^]*?)</script>`))[1];
 const bytes = (text) => Uint8Array.from(Buffer.from(text, "base64"));
 globalThis.postMessage = (message) => {
   told.push(message);
@@ -267,8 +276,9 @@ globalThis.postMessage = (message) => {
 };
 const [config, json] = [JSON.parse(read("config")), JSON.parse(read("tokenizer"))];
 const send = async (data) => { onmessage({data}); await work; };
-const [weights, kernel] = [bytes(read("weights")).buffer, bytes(read("kernel"))];
-await send({type: "load", config, tokenizer: json, weights, kernel});
+const [weights, kernel] = [bytes(read("weights")), bytes(read("kernel"))];
+await send({type: "load", config, tokenizer: json, kernel});
+for (let at = 0; at < weights.length; at += 50_000) await send({type: "part", bytes: weights.slice(at, at + 50_000)});
 const forward = MiniMindV.prototype.forward, lengths = [];
 MiniMindV.prototype.forward = function (ids, ...rest) {
   lengths.push(ids.length);
@@ -280,7 +290,7 @@ for (const message of given.messages) {
   told.at(-1).lengths = lengths.splice(0);
   if (told.at(-1).maps) told.at(-1).maps = told.at(-1).maps.map((map) => [...map]);
 }
-return told.filter(({type}) => !["ready", "text"].includes(type));
+return told.filter(({type}) => !["progress", "ready", "text"].includes(type));
 """
 
 
@@ -362,6 +372,24 @@ def test_pictures_that_the_worker_keeps_need_not_come_again(page, pictures):
     assert said[5]["message"] == "A picture is not kept any more. Ask again."
 
 
+def test_of_a_long_chat_the_first_turns_are_left_out(page, pictures):
+    folder, _, _ = page()
+    long = "<image>" + "红" * 60  # about 200 tokens of 512
+    turns = [turn("user", long), turn("assistant", "a"), turn("user", long), turn("assistant", "b")]
+    ask = asking(long, [])
+    shown = [asking("", [pictures[n % 2]])["pictures"][0] | {"id": n} for n in range(3)]
+    messages = [
+        ask | {"turns": turns + ask["turns"], "pictures": shown},
+        {"type": "look", "token": 0},
+        ask | {"turns": turns[2:] + ask["turns"], "pictures": shown[1:]},
+        ask | {"turns": turns[2:] + ask["turns"], "pictures": shown[1:], "max_new_tokens": 200},  # it needs more room
+    ]
+    said = run(WORKER, {"page": str(folder / "chat.html"), "messages": messages})
+    assert [each.get("forgotten") for each in said] == [1, None, 0, 1]
+    assert [each.get("kept") for each in said] == [[1, 2], None, [1, 2], [2]]
+    assert said[0]["text"] == said[2]["text"] and len(said[1]["maps"]) == 2
+
+
 def test_an_answer_can_be_stopped_and_what_goes_wrong_is_a_sentence(page, pictures):
     folder, _, _ = page()
     messages = [
@@ -371,6 +399,7 @@ def test_an_answer_can_be_stopped_and_what_goes_wrong_is_a_sentence(page, pictur
         asking("half \ud83d of it", []),
         asking("红" * 600, []),
         {"type": "look", "token": 999},
+        asking("<image>", []) | {"pictures": [{"blob": "no file"}]},
         asking("Say hello.", []),
     ]
     said = run(WORKER, {"page": str(folder / "chat.html"), "messages": messages, "stop": True})
@@ -379,8 +408,9 @@ def test_an_answer_can_be_stopped_and_what_goes_wrong_is_a_sentence(page, pictur
         "The text has places for 2, and there are 1 pictures.",
         "The text has 16 or more @ in a row, as a picture has. Shorten the run.",
         "The text holds half a character. Type it again.",
-        "The chat is longer than the model can read. Start a new one.",
+        "The question is longer than the model can read: 1818 tokens of 511.",
         "The answer has no word at token 999.",
+        "A picture cannot be read any more, or is too large. Add it again, or a smaller one.",
         "done",
     ]
 
@@ -394,10 +424,13 @@ def test_weights_come_in_pieces_and_tell_how_far_they_are(tmp_path):
     tries = [[("a", 200), ("b", 90)], [("a", 200), ("b", 91)], [("a", 199)], [("a", 200), ("gone", 1)]]
     said = run(
         """const out = [];
+        Weights = class { constructor({buffer}) { this.buffer = buffer; } };
         for (const urls of given) {
-          const shares = [];
-          globalThis.postMessage = ({share}) => shares.push(share);
-          out.push([await fetchAll(urls).then((file) => [...new Uint8Array(file)], sentence), shares]);
+          const shares = [], bytes = urls.reduce((sum, {bytes}) => sum + bytes, 0);
+          globalThis.postMessage = ({share}) => shares.push(share ?? 1);
+          const config = {bytes, files: urls, decoder: {num_hidden_layers: 0}};
+          coming = {config, memory: memoryFor(bytes, null), at: 0};
+          out.push([await fetchAll(urls).then(() => [...new Uint8Array(model.weights.buffer)], sentence), shares]);
         }
         return out;""",
         [[{"url": f"{address}/{name}", "bytes": size} for name, size in urls] for urls in tries],

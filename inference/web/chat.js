@@ -47,25 +47,18 @@ function send() {
   ask(newTurn(text || promptsOf(n > 1)[0], files));
 }
 
-async function ask(turn) {
-  Object.assign(turn, {answer: "", failed: false, stopped: false, words: []});
+function ask(turn) {
+  Object.assign(turn, {answer: "", failed: false, words: []});
   turn.said.textContent = "";
   turn.about.replaceChildren();
   closeLook(turn);
   work(turn);
   log.scrollTop = log.scrollHeight;
-  try {
-    const [messages, files] = chatOf(turns.filter((each) => each === turn || (each.answer && !each.failed)));
-    const [temperature, top_p, max_new_tokens] = ["temperature", "top_p", "length"].map((id) => Number(by(id).value));
-    const pictures = [], began = performance.now();
-    for (const picture of (turn.read = files)) pictures.push(await pixelsOf(picture));
-    turn.decoding = (performance.now() - began) / 1000; // seconds that the worker does not know of
-    if (turn.stopped) return heard.done({text: "", words: [], tokens: 0, seconds: 0, why: "stopped"});
-    const pixels = pictures.flatMap(({rgba}) => rgba?.buffer ?? []); // are handed over, not copied
-    worker.postMessage({type: "ask", turns: messages, pictures, temperature, top_p, max_new_tokens}, pixels);
-  } catch (error) {
-    heard.error(error);
-  }
+  const [messages, files] = chatOf(turns.filter((each) => each === turn || (each.answer && !each.failed)));
+  const [temperature, top_p, max_new_tokens] = ["temperature", "top_p", "length"].map((id) => Number(by(id).value));
+  const pictures = files.map(({id, blob}) => (kept.includes(id) ? {id} : {id, blob}));
+  turn.read = files;
+  worker.postMessage({type: "ask", turns: messages, pictures, temperature, top_p, max_new_tokens});
 }
 
 /** Shows that a turn is being answered, or that none is any more. */
@@ -84,9 +77,7 @@ function work(turn) {
 }
 
 function stop() {
-  if (!answering) return;
-  answering.stopped = true; // seen where it still reads pictures
-  worker.postMessage({type: "stop"});
+  if (answering) worker.postMessage({type: "stop"});
 }
 
 function clear() {
@@ -136,13 +127,15 @@ const heard = { // from the worker
     work(null);
   },
   text: ({text}) => growing(() => (answering.said.textContent = answering.answer = text)),
-  done({text, words, tokens, seconds, firstSeconds, why, kept: ids}) {
+  done({text, words, tokens, seconds, firstSeconds, why, forgotten, kept: ids}) {
     const turn = Object.assign(answering, {answer: text, words}), first = firstSeconds ?? seconds;
-    kept = ids ?? [];
+    kept = ids;
+    if (forgotten) turn.read = turn.read.filter(({id}) => ids.includes(id));
     const [n, time] = tokens > 1 ? [tokens - 1, seconds - first] : [tokens, seconds]; // the first is slow
-    const inMs = (seconds) => Math.round(1000 * (turn.decoding + seconds)), rate = Math.round(n / Math.max(time, 1e-3));
-    const figures = {tokens, rate, first: inMs(first), ms: inMs(seconds)};
-    const notes = [{stopped: "stopped", length: "cut"}[why], config.needs_picture && !turn.read.length && "unseen"];
+    const inMs = (seconds) => Math.round(1000 * seconds), rate = Math.round(n / Math.max(time, 1e-3));
+    const figures = {tokens, rate, first: inMs(first), ms: inMs(seconds), forgotten};
+    const unseen = config.needs_picture && !turn.read.length && "unseen";
+    const notes = [{stopped: "stopped", length: "cut"}[why], forgotten && "forgotten", unseen];
     growing(() => (showWords(turn), showAbout(turn, ["took", "times", ...notes.filter(Boolean)], figures)));
     by("answered").textContent = text; // read out once it is whole
     work(null);
@@ -198,15 +191,13 @@ let config = {}, worker = null, samples = []; // buttons of sample pictures
 const inlined = (id) => by(id).textContent, progress = (share) => (document.querySelector("progress").value = share);
 const bytesOf = (base64) => Uint8Array.fromBase64?.(base64) ?? Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
 
-/** Bytes of base64, part by part, so that the page shows how far it is. */
-async function unpack(base64) {
-  const PART = 2 ** 22, bytes = new Uint8Array((base64.length / 4) * 3 - base64.slice(-2).split("=").length + 1);
-  for (let at = 0; at < base64.length; at += PART) {
-    bytes.set(bytesOf(base64.slice(at, at + PART)), (at / 4) * 3);
-    progress(at / base64.length);
-    await new Promise((resolve) => setTimeout(resolve));
+/** The weights in this page go to the worker part by part, and out of the page: as text they take more memory. */
+async function handOver() {
+  for (let script; (script = document.querySelector(".weights")); script.remove()) {
+    const bytes = bytesOf(script.textContent);
+    worker.postMessage({type: "part", bytes}, [bytes.buffer]);
+    await new Promise((resolve) => setTimeout(resolve)); // shows how far it is
   }
-  return bytes.buffer;
 }
 
 async function start() {
@@ -227,9 +218,8 @@ async function start() {
   worker.onmessage = ({data}) => heard[data.type](data);
   worker.onerror = (event) => (event.preventDefault(), heard.error(event));
   const urls = config.files?.map(({name, bytes}) => ({url: new URL(name, location).href, bytes}));
-  const weights = urls ? null : await unpack(inlined("weights"));
-  by("weights").remove(); // as text they would take as much memory again
   const tokenizer = JSON.parse(inlined("tokenizer")), kernel = bytesOf(inlined("kernel"));
-  worker.postMessage({type: "load", config, tokenizer, kernel, weights, urls}, weights ? [weights] : []);
+  worker.postMessage({type: "load", config, tokenizer, kernel, urls});
+  if (!urls) await handOver();
 }
 start().catch((error) => heard.error(error));

@@ -10,13 +10,7 @@
 // Float32Array of T·D numbers, row by row.
 
 class MiniMindV {
-  /** config: what model/web.py writes; weights: ArrayBuffer of a safetensors file; kernel: Uint8Array, not used by
-   * browsers from before SIMD, or null. */
-  static async load({config, weights, kernel}) {
-    const fits = kernel && globalThis.WebAssembly?.validate(kernel);
-    return new MiniMindV(config, new Weights(weights, fits ? kernel : null));
-  }
-
+  /** config: what model/web.py writes. */
   constructor(config, weights) {
     Object.assign(this, {config, weights});
   }

@@ -9,23 +9,23 @@
 const BYTES = {I8: 1, F16: 2, F32: 4};
 const product = (numbers) => numbers.reduce((a, b) => a * b, 1);
 
+/** {buffer} for a file of so many bytes: the memory of the kernel, so that weights are there once and as small as they
+ * are. kernel: Uint8Array of matmul.wasm, not used by browsers from before SIMD, or null. */
+function memoryFor(bytes, kernel) {
+  const fits = kernel && globalThis.WebAssembly?.validate(kernel);
+  return fits ? new WebAssembly.Memory({initial: Math.ceil(bytes / 65536)}) : {buffer: new ArrayBuffer(bytes)};
+}
+
 class Weights {
-  /** file: the bytes of a safetensors file: fp16, or int8 beside "NAME.scale", a float for each row; kernel: those of
-   * matmul.wasm, or null. With it weights stay as small as they are, and `file` is used up. */
-  constructor(file, kernel) {
-    const length = Number(new DataView(file).getBigUint64(0, true)); // of the header: name → dtype, shape, where
-    this.tensors = JSON.parse(new TextDecoder().decode(new Uint8Array(file, 8, length)));
+  /** memory: from `memoryFor`, with a safetensors file in it: fp16, or int8 beside "NAME.scale", a float a row. */
+  constructor(memory, kernel) {
+    const file = memory.buffer, length = Number(new DataView(file).getBigUint64(0, true));
+    this.tensors = JSON.parse(new TextDecoder().decode(new Uint8Array(file, 8, length))); // name → dtype, shape, where
     for (const tensor of Object.values(this.tensors)) tensor.at = 8 + length + tensor.data_offsets[0];
-    this.floats = new Map();
-    if (!kernel) {
-      this.memory = {buffer: file};
-      return;
-    }
-    this.size = 16 * Math.ceil(file.byteLength / 16); // behind the weights is room for x, y and what is widened
-    this.memory = new WebAssembly.Memory({initial: Math.ceil(this.size / 65536)});
-    new Uint8Array(this.memory.buffer).set(new Uint8Array(file));
-    file.transfer?.(0); // is free now, not when the browser looks for garbage
-    this.kernel = new WebAssembly.Instance(new WebAssembly.Module(kernel), {js: {memory: this.memory}}).exports;
+    [this.memory, this.floats] = [memory, new Map()];
+    this.size = file.byteLength; // behind the weights is room for x, y and what is widened
+    if (!memory.grow) return;
+    this.kernel = new WebAssembly.Instance(new WebAssembly.Module(kernel), {js: {memory}}).exports;
   }
 
   has(name) {

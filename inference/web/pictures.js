@@ -1,16 +1,8 @@
 "use strict";
-// From files to thumbnails that wait for a question, and to the pixels that the worker gets with it.
-
-const MOST_PIXELS = 2 ** 24; // that a canvas holds on an iPhone; larger pictures are drawn smaller
+// From files to thumbnails that wait for a question.
 
 let waiting = [], added = 0; // pictures that go with the next question; how many there have been
 let kept = []; // ids of those that the worker still has
-
-/** Upright, with colours and alpha as they are in the file: Pillow does not manage colours either. */
-function decode(blob) {
-  const asStored = {imageOrientation: "from-image", colorSpaceConversion: "none", premultiplyAlpha: "none"};
-  return createImageBitmap(blob, asStored).catch(() => createImageBitmap(blob)); // of old, they knew no "from-image"
-}
 
 /** A canvas of this size with what stands at `from`, (left, top, width, height) of a picture, in it. In the memory of
  * the processor: that of a graphics card may give other bits back, and takes longer. */
@@ -22,21 +14,12 @@ function drawn(picture, width, height, from = [0, 0, picture.width, picture.heig
   return canvas;
 }
 
-/** A picture of a file, in at most so many pixels. */
+/** A picture of a file, in at most so many pixels, to look at. */
 async function drawnFile(blob, most) {
-  const bitmap = await decode(blob), scale = Math.min(1, Math.sqrt(most / bitmap.width / bitmap.height));
+  const bitmap = await createImageBitmap(blob), scale = Math.min(1, Math.sqrt(most / bitmap.width / bitmap.height));
   const canvas = drawn(bitmap, ...[bitmap.width, bitmap.height].map((edge) => Math.max(1, Math.floor(edge * scale))));
   bitmap.close(); // its memory goes now, not some time
   return canvas;
-}
-
-/** What the worker gets of a picture. It is decoded again for that: all its pixels need not wait in memory. */
-async function pixelsOf({id, blob}) {
-  if (kept.includes(id)) return {id};
-  const canvas = await drawnFile(blob, MOST_PIXELS), {width, height} = canvas;
-  const {data} = canvas.getContext("2d").getImageData(0, 0, width, height);
-  canvas.width = canvas.height = 0;
-  return {id, rgba: data, width, height};
 }
 
 async function add(files) {

@@ -27,18 +27,28 @@ function filterOf(from, to, resample) {
   return {begins, weights: rows.map((row) => Int32Array.from(row, rounded)), places};
 }
 
-/** The i-th new pixel of a line of uint8 that begins at `at`, `step` apart. */
+/** The i-th new pixel of a line of uint8 that begins at `at`, `step` apart, for an array that clamps. */
 function pixelOf({begins, weights, places}, i, line, at, step) {
   const row = weights[i];
   let sum = 1 << (places - 1); // rounds
   for (let j = 0, k = at + begins[i] * step; j < row.length; j++, k += step) sum += row[j] * line[k];
-  return Math.min(Math.max(sum >> places, 0), 255);
+  return sum >> places;
 }
 
-/** Uint8ClampedArray (height, width, 4), what is transparent on white, → Uint8Array (3, rows, columns).
+/** A line of pixels (width, 4) → the same with what is transparent on white. */
+function onWhite(line) {
+  let opaque = 255;
+  for (let i = 3; i < line.length; i += 4) opaque &= line[i];
+  if (opaque === 255) return line;
+  return line.map((level, i) => {
+    const alpha = line[i | 3], mixed = 128 * (level * alpha + 255 * (255 - alpha) + 128); // 128 · 255 times the colour
+    return (mixed + (mixed >> 8)) >> 15;
+  });
+}
+
+/** A picture → Uint8ClampedArray (3, rows, columns). lineOf: y → line (width, 4), which is asked from top to bottom.
  * settings: of ImageProcessor; size: the shortest edge, or [H, W] to squash to; crop_size: [rows, columns]. */
-function resize(rgba, width, height, {size, crop_size: [rows, columns], resample}) {
-  const whole = width;
+function resize(lineOf, width, height, {size, crop_size: [rows, columns], resample}) {
   let left = 0, top = 0, [H, W] = Array.isArray(size) ? size : [size, size];
   if (!Array.isArray(size)) {
     const short = Math.min(width, height); // a line of a picture: the crop leaves only its middle
@@ -49,22 +59,16 @@ function resize(rgba, width, height, {size, crop_size: [rows, columns], resample
   }
   const across = filterOf(width, W, resample), down = filterOf(height, H, resample);
   const [above, before] = [Math.floor((H - rows) / 2), Math.floor((W - columns) / 2)]; // of the crop, or less than 0
-  const narrow = new Uint8Array(3 * height * columns), line = new Uint8Array(3 * width); // what lies outside is black
+  const narrow = new Uint8ClampedArray(3 * height * columns); // what lies outside is black
   for (let y = 0; y < height; y++) {
-    for (let x = 0; x < width; x++) {
-      const at = 4 * ((y + top) * whole + x + left), alpha = rgba[at + 3];
-      for (let c = 0; c < 3; c++) {
-        const mixed = 128 * (rgba[at + c] * alpha + 255 * (255 - alpha) + 128); // 128 · 255 times the colour on white
-        line[c * width + x] = (mixed + (mixed >> 8)) >> 15;
-      }
-    }
+    const line = onWhite(lineOf(y + top).subarray(4 * left, 4 * (left + width)));
     for (let c = 0; c < 3; c++) {
       for (let x = Math.max(before, 0); x < Math.min(before + columns, W); x++) {
-        narrow[(c * height + y) * columns + x - before] = pixelOf(across, x, line, c * width, 1);
+        narrow[(c * height + y) * columns + x - before] = pixelOf(across, x, line, c, 4);
       }
     }
   }
-  const pixels = new Uint8Array(3 * rows * columns);
+  const pixels = new Uint8ClampedArray(3 * rows * columns);
   for (let c = 0; c < 3; c++) {
     for (let y = Math.max(above, 0); y < Math.min(above + rows, H); y++) {
       for (let x = 0; x < columns; x++) {
@@ -73,4 +77,30 @@ function resize(rgba, width, height, {size, crop_size: [rows, columns], resample
     }
   }
   return pixels;
+}
+
+// ---------------------------------------------------------------------------- where its lines come from
+
+const linesIn = (rgba, width) => (y) => rgba.subarray(4 * width * y, 4 * width * (y + 1));
+
+/** A picture of a file, upright, with colours and alpha as they are there: Pillow does not manage colours either. */
+async function decode(blob) {
+  const asStored = {imageOrientation: "from-image", colorSpaceConversion: "none", premultiplyAlpha: "none"};
+  return createImageBitmap(blob, asStored).catch(() => createImageBitmap(blob)); // of old, they knew no "from-image"
+}
+
+/** The lines of one, a few at a time: all of twelve megapixels would take 48 MB more. */
+function linesOf(bitmap) {
+  const {width} = bitmap, rows = 64; // in the memory of the processor: that of a graphics card may give other bits back
+  const context = new OffscreenCanvas(width, rows).getContext("2d", {willReadFrequently: true});
+  let first = -rows, lines = null;
+  return (y) => {
+    if (y >= first + rows) {
+      first = y;
+      context.clearRect(0, 0, width, rows);
+      context.drawImage(bitmap, 0, -first);
+      lines = linesIn(context.getImageData(0, 0, width, rows).data, width);
+    }
+    return lines(y - first);
+  };
 }

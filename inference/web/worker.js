@@ -1,22 +1,26 @@
 "use strict";
 // The model at work, beside the page, which stays awake: what it is asked comes as messages, and answers stream back.
 //
-//     load {config, tokenizer, weights: ArrayBuffer | urls: [{url, bytes}], kernel} → progress {share}, ready {seconds}
+//     load {config, tokenizer, kernel, urls: [{url, bytes}]} → progress {share} ..., ready {seconds}
+//     part {bytes: Uint8Array} ... → the same: the weights after `load`, where there are no urls
 //     ask {turns, pictures, temperature, top_p, max_new_tokens} → text {text} ..., done {text, words, why, tokens, ...}
 //     look {token} → attention {token, word, side, maps}: where the decoder looked when it chose this word
 //     stop, clear → nothing; whatever goes wrong → error {message}, a sentence
 //
 // turns: [{role, content, pictures}] with how many pictures each has; or they stand in content as <image>. pictures:
-// those of the whole chat, {id, rgba, width, height}, or {id} of one that was among `kept`, which comes with done. words:
-// [{text, begin, end, tokens}], the places of their tokens. why: end, length or stopped.
+// those of the whole chat, {id, blob} or {id, rgba, width, height}, or {id} of one that was among `kept`, which comes
+// with done. words: [{text, begin, end, tokens}], the places of their tokens. why: end, length or stopped. forgotten: how
+// many questions were left out, as the chat is too long.
 
 let model = null, tokenizer = null, cache = null;
+let coming = null; // the model before it is whole: {config, kernel, memory, at, began}
 let seen = []; // pictures of the chat: {id, pixels, features}
 let answer = {start: 0, ids: []}; // the last one, and where in the cache it begins
+const MOST_TOKENS = 1536; // of a chat, as --max_seq_len of web_demo_vlm.py: more takes seconds to read
 let stopped = false, work = Promise.resolve();
 
 const post = (type, facts) => postMessage({type, ...facts});
-const HANDLERS = {load, ask, look, clear};
+const HANDLERS = {load, part, ask, look, clear};
 
 globalThis.onmessage = ({data}) => {
   if (data.type === "stop" || data.type === "clear") stopped = true;
@@ -25,7 +29,7 @@ globalThis.onmessage = ({data}) => {
 
 async function handle(data) {
   try {
-    if (!model && data.type !== "load") throw new Error("The model is not loaded yet.");
+    if (!model && !["load", "part"].includes(data.type)) throw new Error("The model is not loaded yet.");
     await HANDLERS[data.type](data);
   } catch (error) {
     post("error", {message: sentence(error)});
@@ -47,36 +51,43 @@ function sentence(error) {
 
 // ---------------------------------------------------------------------------- the model comes
 
-async function load(message) {
-  const began = performance.now();
-  const weights = message.weights ?? (await fetchAll(message.urls));
-  model = await MiniMindV.load({config: message.config, weights, kernel: message.kernel ?? null});
-  tokenizer = new Tokenizer(message.tokenizer);
+async function load({config, tokenizer: json, kernel = null, urls}) {
+  tokenizer = new Tokenizer(json);
+  coming = {config, kernel, memory: memoryFor(config.bytes, kernel), at: 0, began: performance.now()};
+  if (urls) await fetchAll(urls);
+}
+
+/** Goes to its place at once: a second copy of the weights would be what a phone has no memory for. */
+function part({bytes}) {
+  if (!coming) return; // there was no room for them, which was said
+  const {config, kernel, memory, began} = coming;
+  new Uint8Array(memory.buffer).set(bytes, coming.at);
+  coming.at += bytes.length;
+  if (!config.files) bytes.buffer.transfer?.(0); // is free now, not when the browser looks for garbage
+  post("progress", {share: coming.at / config.bytes});
+  if (coming.at < config.bytes) return;
+  model = new MiniMindV(config, new Weights(memory, kernel));
   clear();
   post("ready", {seconds: (performance.now() - began) / 1000});
 }
 
-/** The file of weights from its pieces, which the browser keeps for the next time. */
+/** The files of weights, one after the other. They come by way of those that the browser keeps for the next time, as
+ * what is on its way there takes no memory here. */
 async function fetchAll(urls) {
-  const file = new Uint8Array(urls.reduce((sum, {bytes}) => sum + bytes, 0));
   const kept = await globalThis.caches?.open("minimind-v").catch(() => null); // none without https
-  let at = 0;
-  for (const {url, bytes} of urls) {
-    const known = await kept?.match(url), begin = at;
+  for (const {url, bytes: length} of urls) {
+    if (kept && !(await kept.match(url))) await kept.add(url).catch(() => {}); // or the disk is full
+    const known = await kept?.match(url);
     const response = known ?? (await fetch(url).catch(() => ({ok: false, status: "no network"})));
     if (!response.ok) throw new Error(`${url} cannot be fetched (${response.status}). Load the page again.`);
-    for (const reader = response.body.getReader(); ; ) {
-      const {done, value} = await reader.read();
-      if (done) break;
-      if (at + value.length > begin + bytes) throw new Error(`${url} is longer than it was. Load the page again.`);
-      file.set(value, at);
-      at += value.length;
-      post("progress", {share: at / file.length});
+    const bytes = new Uint8Array(await response.arrayBuffer().catch(() => new ArrayBuffer(0)));
+    if (bytes.length !== length) {
+      await kept?.delete(url);
+      const what = bytes.length > length ? "is longer than it was" : "came in part only";
+      throw new Error(`${url} ${what}. Load the page again.`);
     }
-    if (at < begin + bytes) throw new Error(`${url} came in part only. Load the page again.`);
-    if (!known) await kept?.put(url, new Response(file.subarray(begin, at))).catch(() => {}); // or the disk is full
+    part({bytes});
   }
-  return file.buffer;
 }
 
 // ---------------------------------------------------------------------------- questions
@@ -87,25 +98,45 @@ function clear() {
 
 const equal = (a, b) => a.length === b.length && a.every((value, i) => value === b[i]);
 
+/** What the encoder sees of a picture. */
+async function read({blob, rgba, width, height}) {
+  const {processor} = model.config;
+  if (rgba) return resize(linesIn(rgba, width), width, height, processor);
+  if (!blob) throw new Error("A picture is not kept any more. Ask again.");
+  const bitmap = await decode(blob).catch(() => {
+    throw new Error("A picture cannot be read any more, or is too large. Add it again, or a smaller one.");
+  });
+  const pixels = resize(linesOf(bitmap), bitmap.width, bitmap.height, processor);
+  bitmap.close(); // its memory goes now, not some time
+  return pixels;
+}
+
 async function ask({turns, pictures, temperature, top_p, max_new_tokens}) {
   const began = performance.now();
   stopped = false;
   turns = turns.map(({role, content, pictures: n = 0}) => ({role, content: n ? model.userTurn(content, n) : content}));
-  const {ids, pictures: places} = model.encodeChat(turns, tokenizer);
+  let {ids, pictures: places} = model.encodeChat(turns, tokenizer), forgotten = 0;
   if (places !== pictures.length) {
     throw new Error(`The text has places for ${places}, and there are ${pictures.length} pictures.`);
   }
-  const room = model.config.decoder.max_position_embeddings - ids.length;
-  if (room < 1) throw new Error("The chat is longer than the model can read. Start a new one.");
+  const most = model.config.decoder.max_position_embeddings, limit = Math.min(MOST_TOKENS, most - max_new_tokens);
+  const second = () => turns.findIndex(({role}, i) => i > 0 && role === "user");
+  for (; ids.length > limit && second() > 0; forgotten++) { // as `truncate` in inference/chat.py
+    turns = turns.slice(second());
+    ({ids, pictures: places} = model.encodeChat(turns, tokenizer));
+    pictures = pictures.slice(pictures.length - places);
+  }
+  const room = most - ids.length;
+  if (room < 1) throw new Error(`The question is longer than the model can read: ${ids.length} tokens of ${most - 1}.`);
   const shown = [], took = () => (performance.now() - began) / 1000;
-  for (const {id = null, rgba, width, height} of pictures) {
-    const pixels = rgba && resize(rgba, width, height, model.config.processor);
-    const known = seen.find((picture) => (rgba ? equal(picture.pixels, pixels) : picture.id === id));
-    if (!known && !rgba) throw new Error("A picture is not kept any more. Ask again.");
+  for (const {id = null, ...file} of pictures) {
+    const before = id !== null && seen.find((picture) => picture.id === id);
+    const pixels = before ? before.pixels : await read(file);
+    const known = before || seen.find((picture) => equal(picture.pixels, pixels));
     shown.push(known ? {...known, id} : {id, pixels, features: model.see(pixels)});
     await pause();
     const none = {text: "", words: [], tokens: 0, firstSeconds: null, kept: seen.map((picture) => picture.id)};
-    if (stopped) return post("done", {...none, why: "stopped", seconds: took()});
+    if (stopped) return post("done", {...none, why: "stopped", forgotten, seconds: took()});
   }
   // What is as in the turn before is in the cache already; the last token is asked again, as its logits are wanted.
   let same = 0;
@@ -135,7 +166,7 @@ async function ask({turns, pictures, temperature, top_p, max_new_tokens}) {
   text += decoder.end();
   const ended = answer.ids.at(-1) === model.config.decoder.eos_token_id;
   const kept = seen.map((picture) => picture.id);
-  const facts = {tokens: answer.ids.length, seconds: took(), firstSeconds, kept};
+  const facts = {tokens: answer.ids.length, seconds: took(), firstSeconds, forgotten, kept};
   const why = ended ? "end" : stopped ? "stopped" : "length";
   answer.words = wordsOf(text);
   post("done", {text: withoutThoughts(text), words: answer.words, why, ...facts});

@@ -8,22 +8,26 @@
 const fs = require("fs"), path = require("path"), vm = require("vm");
 const [folder, questions, plain] = process.argv.slice(2);
 const page = fs.readFileSync(path.join(folder, "chat.html"), "utf8");
-const read = (id) => page.match(new RegExp(`<script[^>]* id="${id}"[^>]*>([^]*?)</script>`))[1];
+const scripts = (mark) => page.matchAll(new RegExp(`<script[^>]* ${mark}[^>]*>([^]*?)</script>`, "g"));
+const read = (id) => scripts(`id="${id}"`).next().value[1];
 const bytesOf = (text) => Uint8Array.from(Buffer.from(text, "base64"));
 const base64 = (array) => Buffer.from(array.buffer, array.byteOffset, array.byteLength).toString("base64");
 
 vm.runInThisContext(read("engine"), "engine"); // classes and functions are then as in the page's worker
 const config = JSON.parse(read("config")), tokenizer = new Tokenizer(JSON.parse(read("tokenizer")));
 const files = config.files?.map(({name}) => fs.readFileSync(path.join(folder, name)));
-const weights = files ? Uint8Array.from(Buffer.concat(files)) : bytesOf(read("weights"));
+const weights = Buffer.concat(files ?? Array.from(scripts('class="weights"'), ([, text]) => bytesOf(text)));
 
 (async () => {
   const began = performance.now();
-  const model = await MiniMindV.load({config, weights: weights.buffer, kernel: plain ? null : bytesOf(read("kernel"))});
+  const kernel = plain ? null : bytesOf(read("kernel")), memory = memoryFor(weights.length, kernel);
+  new Uint8Array(memory.buffer).set(weights);
+  const model = new MiniMindV(config, new Weights(memory, kernel));
   const loaded = (performance.now() - began) / 1000, answers = [];
   for (const {turns, pictures, max_new_tokens} of JSON.parse(fs.readFileSync(questions, "utf8"))) {
     const {ids} = model.encodeChat(turns, tokenizer), begun = performance.now();
-    const pixels = pictures.map(({rgba, width, height}) => resize(bytesOf(rgba), width, height, config.processor));
+    const seen = ({rgba, width, height}) => resize(linesIn(bytesOf(rgba), width), width, height, config.processor);
+    const pixels = pictures.map(seen);
     const features = pixels.map((each) => model.see(each)), saw = performance.now();
     const logits = model.forward(ids, features, model.newCache()), read = performance.now();
     const answer = [...model.generate(ids, features, model.newCache(), {max_new_tokens, temperature: 0})];
