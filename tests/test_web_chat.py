@@ -76,7 +76,8 @@ const hear = {
       {text, begin: index, end: index + text.length, tokens: [n + 100]}
     ));
     const figures = {tokens: pieces.length, seconds: 0.11, firstSeconds: 0.05, kept: pictures.map(({id}) => id)};
-    say({type: "done", text, words, ...figures, why: stopped ? "stopped" : "end"});
+    const forgotten = asked === "Long" ? 2 : 0;
+    say({type: "done", text, words, ...figures, forgotten, why: stopped ? "stopped" : "end"});
   },
   stop: () => (stopped = true),
   clear() {},
@@ -170,6 +171,13 @@ def test_questions_are_answered_and_the_worker_hears_what_it_should(written):
         assert page.get_by_text("7 tokens · 100 tokens/s").is_visible()
         assert page.get_by_text(re.compile("5. ms to the first · 11. ms in all")).is_visible()
         assert page.locator("#answered").text_content() == "a yellow circle on a blue background"
+        ask(page, "Long")
+        for sentence in (
+            "too long to remember whole: the first 2 turns were left out",
+            "对话太长，最早的 2 轮没有读入",
+        ):
+            assert page.get_by_text(sentence).is_visible()
+            page.locator("#language").click()
         assert ask(page, "Say <b>") == "<b>bold</b> <img src=x onerror='document.title=1'>"
         assert page.title() == "MiniMind-V"  # shown, not run
 

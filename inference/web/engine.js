@@ -10,7 +10,7 @@
 // Float32Array of T·D numbers, row by row.
 
 class MiniMindV {
-  /** config: what model/web.py writes. */
+  /** config: what model/web.py writes; weights: see layers.js. */
   constructor(config, weights) {
     Object.assign(this, {config, weights});
   }

@@ -9,15 +9,15 @@
 //
 // turns: [{role, content, pictures}] with how many pictures each has; or they stand in content as <image>. pictures:
 // those of the whole chat, {id, blob} or {id, rgba, width, height}, or {id} of one that was among `kept`, which comes
-// with done. words: [{text, begin, end, tokens}], the places of their tokens. why: end, length or stopped. forgotten: how
-// many questions were left out, as the chat is too long.
+// with done. words: [{text, begin, end, tokens}], the places of their tokens. why: end, length or stopped. forgotten:
+// how many of the first questions were left out, as the chat is too long.
 
 let model = null, tokenizer = null, cache = null;
 let coming = null; // the model before it is whole: {config, kernel, memory, at, began}
 let seen = []; // pictures of the chat: {id, pixels, features}
 let answer = {start: 0, ids: []}; // the last one, and where in the cache it begins
-const MOST_TOKENS = 1536; // of a chat, as --max_seq_len of web_demo_vlm.py: more takes seconds to read
 let stopped = false, work = Promise.resolve();
+const MOST_TOKENS = 1536; // of a chat, as --max_seq_len of web_demo_vlm.py: more takes seconds to read
 
 const post = (type, facts) => postMessage({type, ...facts});
 const HANDLERS = {load, part, ask, look, clear};
@@ -119,7 +119,8 @@ async function ask({turns, pictures, temperature, top_p, max_new_tokens}) {
   if (places !== pictures.length) {
     throw new Error(`The text has places for ${places}, and there are ${pictures.length} pictures.`);
   }
-  const most = model.config.decoder.max_position_embeddings, limit = Math.min(MOST_TOKENS, most - max_new_tokens);
+  const most = model.config.decoder.max_position_embeddings;
+  const limit = Math.min(MOST_TOKENS, Math.max(most - max_new_tokens, most / 2)); // the answer needs room, too
   const second = () => turns.findIndex(({role}, i) => i > 0 && role === "user");
   for (; ids.length > limit && second() > 0; forgotten++) { // as `truncate` in inference/chat.py
     turns = turns.slice(second());
