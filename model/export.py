@@ -101,6 +101,8 @@ def write_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
 
 
 def write_tokenizer_config(folder: Path, pad_token: str, thinks: bool = False, sees: bool = True) -> None:
+    """The chat template too: once in a file of its own, where Transformers looks first, once for transformers.js."""
+    template = chat_template(thinks, sees)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|im_start|>",
@@ -111,9 +113,10 @@ def write_tokenizer_config(folder: Path, pad_token: str, thinks: bool = False, s
         "model_max_length": 32768,
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
+        "chat_template": template,
     }
     write_json(folder / "tokenizer_config.json", config)
-    (folder / "chat_template.jinja").write_text(chat_template(thinks, sees), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def edit_tokenizer(source: Path, target: Path, change) -> None:

@@ -313,13 +313,16 @@ def test_jinja_of_other_programs_reads_the_template(tokenizer, thinks, sees):
 
 
 def test_transformers_js_finds_what_it_looks_for(save, convert):
-    """It reads the class of the processor here, and counts what stands for a picture without a strategy."""
+    """It reads the class of the processor and the chat template here, and counts what stands for a picture without a
+    strategy."""
     made = convert("llava", save())
     names = ("preprocessor_config.json", "processor_config.json", "config.json")
     pixels, settings, about = (json.loads((made / name).read_text()) for name in names)
     assert pixels["processor_class"] == settings["processor_class"] == "LlavaProcessor"
     patches = (pixels["crop_size"]["height"] // settings["patch_size"]) ** 2
     assert patches + settings["num_additional_image_tokens"] == about["image_seq_length"] == 16
+    template = json.loads((made / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
+    assert template == (made / "chat_template.jinja").read_text(encoding="utf-8")
     back = convert("transformers", made, name="back")
     assert "processor_class" not in (back / "vision_encoder" / "preprocessor_config.json").read_text()
 

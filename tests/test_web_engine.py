@@ -9,6 +9,7 @@ import subprocess
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -233,6 +234,15 @@ def test_a_page_with_other_weights_is_not_kept(page, tokenizer, pictures):
         stored["vision_proj.vision_proj.0.bias"] += 0.1
     with pytest.raises(ValueError, match="'Describe this picture.\\\\n<image>': the page's logits differ by up to"):
         check.check_page(folder, model, tokenizer, stored, check.questions_of(pictures))
+
+
+def test_what_a_page_takes_is_measured(page):
+    folder, _, _ = page("int8")
+    script = Path(check.__file__).with_suffix(".js")
+    said = subprocess.run([NODE, script, folder, "--speed"], capture_output=True, text=True, encoding="utf-8")
+    took = json.loads(said.stdout)
+    assert min(took.values()) > 0, took
+    assert took["prompt"] > 16 and 20 < took["memory_mb"] < 2000
 
 
 def test_tokens_are_drawn_as_transformers_draws_them():
