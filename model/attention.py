@@ -71,12 +71,14 @@ def visible_keys(attention_mask, T: int, S: int, past, device):
 def what_is_seen(attention_mask, T: int, S: int, past, cache, device):
     """(mask or None, is it causal without a mask?) of T queries over S keys, as attention functions take them."""
     growing = cache is None or not cache.is_compileable  # a static cache has an empty tail
-    if attention_mask is not None and attention_mask.ndim == 2 and growing and attention_mask.shape[1] != S:
-        raise ValueError(f"attention_mask covers {attention_mask.shape[1]} tokens, cache and input_ids hold {S}")
-    if attention_mask is None and S == T:
-        return None, True  # by branch, as torch.compile makes S == T a symbol, which attention does not take
     if attention_mask is not None and attention_mask.ndim == 4:
         return attention_mask, False
+    if attention_mask is not None and growing and attention_mask.shape[1] != S:
+        raise ValueError(f"attention_mask covers {attention_mask.shape[1]} tokens, cache and input_ids hold {S}")
+    if attention_mask is not None and device.type == "cpu" and not torch.compiler.is_compiling():
+        attention_mask = None if attention_mask.all() else attention_mask  # a GPU would have to be waited for
+    if attention_mask is None and S == T:
+        return None, True  # by branch, as torch.compile makes S == T a symbol, which attention does not take
     if attention_mask is not None or T > 1 or not growing:
         return visible_keys(attention_mask, T, S, past, device), False
     return None, False  # one new token of a growing cache: it sees everything
@@ -117,9 +119,9 @@ class Attention(nn.Module):
         v = v.type_as(k)
         # The cache: while an answer is written, a call gets the new token alone, and keys and values of all before it,
         # pictures among them, are taken from earlier calls.
-        if past_key_values is not None:
-            where = {"cache_position": past + torch.arange(T, device=x.device)}  # static caches of Transformers 4 ask
-            k, v = past_key_values.update(k, v, self.layer_idx, where)  # (B, K, S, d)
+        if past_key_values is not None:  # static ones of Transformers 4 ask where
+            where = past + torch.arange(T, device=x.device) if past_key_values.is_compileable else None
+            k, v = past_key_values.update(k, v, self.layer_idx, {"cache_position": where})  # (B, K, S, d)
         # A token sees no later token, so one pass trains all T positions to predict the next one, without a peek.
         mask, is_causal = what_is_seen(attention_mask, T, k.shape[2], past, past_key_values, x.device)
         dropout = self.dropout if self.training else 0.0
@@ -164,9 +166,7 @@ def attend_by_pytorch(q, k, v, mask, dropout: float, is_causal: bool):
     """The same by the fastest kernel that PyTorch has for this device."""
     if mask is not None:  # most CUDA kernels take a mask only with as many key heads as query heads
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=mask is None
-    )
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=mask is None)
 
 
 def attend_from_one_token(q, k, v, mask, dropout: float, is_causal: bool):

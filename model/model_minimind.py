@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .attention import Attention, RMSNorm, precompute_freqs_cis
+from .attention import Attention, RMSNorm, precompute_freqs_cis, what_is_seen
 from .config import MiniMindConfig
 from .feed_forward import FeedForward, MOEFeedForward, MoEGate
 
@@ -89,8 +89,7 @@ class MiniMindModel(nn.Module):
             self.register_buffer(name, table, persistent=False)
 
     def rope_tables(self) -> dict[str, torch.Tensor]:
-        config = self.config
-        d = self.layers[0].self_attn.head_dim
+        config, d = self.config, self.layers[0].self_attn.head_dim
         cos, sin = precompute_freqs_cis(d, config.max_position_embeddings, config.rope_theta)
         return {"freqs_cos": cos, "freqs_sin": sin}
 
@@ -110,9 +109,10 @@ class MiniMindModel(nn.Module):
             raise ValueError(f"{past + T} tokens exceed max_position_embeddings={self.config.max_position_embeddings}")
         positions = past + torch.arange(T, device=inputs_embeds.device)  # after the tokens in the cache
         position_embeddings = self.freqs_cos[positions], self.freqs_sin[positions]  # (T, d) each
-        valid = None  # the real tokens among these T, for the balance of the experts
-        if attention_mask is not None and attention_mask.ndim == 2:
-            valid = attention_mask[:, -T:]
+        padded = attention_mask is not None and attention_mask.ndim == 2
+        valid = attention_mask[:, -T:] if padded else None  # the real tokens among these T, for the balance of experts
+        if past_key_values is None or not past_key_values.is_compileable:  # once, instead of in every layer
+            attention_mask, _ = what_is_seen(attention_mask, T, past + T, past, past_key_values, inputs_embeds.device)
 
         h = self.dropout(inputs_embeds)
         aux_loss = h.new_zeros((), dtype=torch.float32)

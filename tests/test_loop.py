@@ -648,9 +648,17 @@ def test_a_frozen_encoder_cast_once_sees_the_same_as_one_cast_in_each_step(make_
     assert cast_frozen(learning, dtype).weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype, amx, expected", [("bfloat16", True, 1), ("bfloat16", False, 0), ("float32", True, 0)])
-def test_attention_is_in_blocks_in_bfloat16_on_cpus_with_amx(make_vlm, monkeypatch, dtype, amx, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx, "avx512_bf16": True})
+@pytest.mark.parametrize(
+    "dtype, has, expected",
+    [
+        ("bfloat16", "amx_bf16", True),
+        ("bfloat16", "avx512_bf16", True),
+        ("bfloat16", "avx512_vnni", False),
+        ("float32", "amx_bf16", False),
+    ],
+)
+def test_attention_is_in_blocks_in_bfloat16_on_cpus_that_compute_in_it(make_vlm, monkeypatch, dtype, has, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: True})
     model = make_vlm()
     choose_attention(model, torch.device("cpu"), getattr(torch, dtype))
     assert sum(layer.self_attn.kernel is attention_in_blocks for layer in model.model.layers) == expected * len(

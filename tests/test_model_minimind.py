@@ -471,6 +471,16 @@ def test_rows_of_a_padded_batch_have_the_logits_they_have_alone(side, use_moe):
             torch.testing.assert_close(logits[i][mask[i].bool()], model(row[None]).logits[0], **CLOSE)
 
 
+def test_a_mask_without_padding_is_as_good_as_none():
+    model, ids = decoder(), tokens(2, 6)
+    expected = model(ids, use_cache=True)
+    out = model(ids, attention_mask=torch.ones_like(ids), use_cache=True)
+    assert torch.equal(out.logits, expected.logits)
+    next_ids, longer = tokens(2, 1), torch.ones(2, 7, dtype=torch.int64)
+    alone = model(next_ids, past_key_values=expected.past_key_values)
+    assert torch.equal(model(next_ids, longer, out.past_key_values).logits, alone.logits)
+
+
 @pytest.mark.parametrize("cached", [0, 5])
 @pytest.mark.parametrize("wrong", [-1, 1])
 def test_an_attention_mask_of_the_wrong_length_is_refused(cached, wrong):

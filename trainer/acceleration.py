@@ -19,8 +19,8 @@ def cast_frozen(model, dtype: torch.dtype):
 
 
 def better_in_blocks(device: torch.device, dtype: torch.dtype) -> bool:
-    """Is `attention_in_blocks` faster here? In bfloat16 on a CPU with AMX."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and cpu_has("amx_bf16")
+    """Is `attention_in_blocks` faster here? In bfloat16 on a CPU that computes in it."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and cpu_has("amx_bf16", "avx512_bf16")
 
 
 def choose_attention(model, device: torch.device, dtype: torch.dtype) -> None:
@@ -48,8 +48,8 @@ def compile_layers(model) -> None:
 
 @torch.compiler.disable  # what it makes of this for rows of any length is slower
 def attention_in_blocks(q, k, v, mask=None, dropout: float = 0.0, is_causal: bool = True, blocks: int = 3):
-    """Causal attention in the open, for CPUs with matrix units (AMX), of which the backward pass of PyTorch's own makes
-    little use. q (B, H, T, d), k and v (B, K, T, d) → (B, H, T, d).
+    """Causal attention in the open, for CPUs that multiply bfloat16 (AMX, AVX512-BF16), of which the backward pass of
+    PyTorch's own makes little use. q (B, H, T, d), k and v (B, K, T, d) → (B, H, T, d).
 
     Each block of queries leaves out the keys after its last one. In bfloat16 scores are rounded before the softmax,
     which `scaled_dot_product_attention` does not do.
