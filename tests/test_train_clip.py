@@ -368,6 +368,17 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others(world, tmp_
     assert one != two
 
 
+def test_bfloat16_learns_as_float32_does_but_for_its_rounding(world, tmp_path):
+    weights = {}
+    for dtype in ("auto", "float32", "bfloat16"):
+        train_clip.main(flags(world, tmp_path / dtype, "--epochs", "3", "--dtype", dtype))
+        model = CLIPModel.from_pretrained(tmp_path / dtype)
+        weights[dtype] = torch.cat([weight.detach().flatten() for weight in model.parameters()])
+    assert torch.equal(weights["auto"], weights["float32"])  # on a CPU
+    difference = (weights["bfloat16"] - weights["float32"]).norm() / weights["float32"].norm()
+    assert 1e-6 < difference < 0.02
+
+
 def test_the_patch_that_fits_best_can_be_asked_for_and_teaches_something_else(world, tmp_path):
     states = {}
     for pool, more in (("default", []), ("mean", ["--patch_pool", "mean"]), ("max", ["--patch_pool", "max"])):

@@ -46,7 +46,7 @@ import torch
 from tqdm import tqdm
 
 from common.cli import Parser, not_negative, positive, run_main
-from common.devices import make_deterministic, pick_device
+from common.devices import autocast, cpu_has, make_deterministic, pick_device
 from common.files import write_json, write_safely
 from dataset.flags import add_urls_argument
 from model.processing import ImageProcessor, load_tokenizer
@@ -138,6 +138,8 @@ def parse_args(argv):
     muon = "Muon for the matrices of the blocks, with this peak; default: AdamW for all weights"
     add("--muon_learning_rate", type=positive(float), help=muon)
     add("--device", default="auto", metavar="NAME", help="auto (CUDA, else MPS, else CPU), cuda, cuda:1, mps, cpu")
+    precision = "precision of the arithmetic; auto: bfloat16 on CUDA, else float32"
+    add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help=precision)
 
     add = parser.group("the encoder").add_argument
     add("--kind", choices=["clip", "siglip"], default="clip", help="a class token and softmax, or a head and sigmoid")
@@ -189,6 +191,13 @@ def check(args) -> None:
         raise ValueError(f"--out_dir {args.out_dir} holds an encoder already: choose another folder, or remove it")
 
 
+def choose_dtype(name: str, device) -> torch.dtype:
+    """What the encoders compute in; says where another one would be faster."""
+    if name == "auto" and device.type == "cpu" and cpu_has("amx_bf16"):
+        print("this CPU computes in bfloat16: with --dtype bfloat16 a step takes about two thirds of the time")
+    return torch.bfloat16 if name == "bfloat16" or (name, device.type) == ("auto", "cuda") else torch.float32
+
+
 def main(argv=None):
     args, started = parse_args(argv), time.time()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -210,6 +219,9 @@ def main(argv=None):
     # ------------------------------------------------------------------------ model and optimizer
     config = build_config(args, len(tokenizer))
     model = build_model(config).to(device).train()
+    dtype = choose_dtype(args.dtype, device)
+    if device.type == "cpu" and dtype == torch.bfloat16:  # for so few tokens PyTorch's own attention is slow backwards
+        model.set_attn_implementation("eager")
     total, seeing = (sum(weight.numel() for weight in part.parameters()) / 1e6 for part in (model, model.vision_model))
     print(f"{total:.1f}M parameters, {seeing:.1f}M of them see, on {device}")
     weights = list(model.parameters())
@@ -235,7 +247,7 @@ def main(argv=None):
             number = theirs.gather(1, (theirs < len(captions)).float().multinomial(1))  # (B, 1), one of them
             right = (theirs[:, None] == number).any(dim=-1).to(device)  # (B, B)
             texts = captions[number[:, 0]].to(device)  # (B, T)
-            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            with autocast(device, dtype):
                 by_class, by_patches = encode_pictures(model, pixels, args.patch_pool, args.mask_ratio)
                 read = encode_texts(model, texts)  # (B, E)
             scale, bias = model.logit_scale.exp(), getattr(model, "logit_bias", None)
