@@ -337,6 +337,8 @@ def main(argv=None):
     folder = parser.parse_args(argv).out_dir
     if not (folder / "report.json").is_file():
         raise SystemExit(f"error: --out_dir {folder}: no report.json there. To make one: python -m scripts.quickstart")
+    if "questions" not in read_json(folder / "report.json"):  # one about photos, which scripts.from_photos writes anew
+        raise SystemExit(f"error: --out_dir {folder} is not of a quickstart: start what made it again, and it is done")
     written = write_pages(folder)
     print(table(folder))
     print(f"\nwritten: {' and '.join(map(str, written))}")

@@ -7,6 +7,7 @@ import signal
 import pytest
 from PIL import Image, ImageDraw
 
+from scripts import report as quickstart_report
 from scripts.from_photos import __main__ as from_photos
 from scripts.from_photos import report
 from scripts.from_photos.report_words import OTHER
@@ -119,6 +120,11 @@ def test_a_second_start_runs_nothing_and_other_flags_are_refused(finished, photo
     assert max(map(len, printed.splitlines())) <= 80 + len(str(folder))
     with pytest.raises(SystemExit, match="holds a run with other settings. Its step 'photos' was"):
         from_photos.main([*flags_of(photos, folder), "--prompt", "What?"])
+
+
+def test_the_report_of_a_quickstart_is_not_written_over_it(finished):
+    with pytest.raises(SystemExit, match="is not of a quickstart: start what made it again"):
+        quickstart_report.main(["--out_dir", str(finished[0])])
 
 
 def test_twenty_photos_are_drawn_whatever_the_captions_are():
