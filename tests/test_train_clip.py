@@ -23,6 +23,7 @@ from scripts.train_clip.captions import (
     END_OF_CAPTION,
     CaptionPictures,
     augment,
+    draw_captions,
     encode_captions,
     load_split,
     read_captions,
@@ -312,6 +313,35 @@ def test_a_caption_of_another_picture_that_is_right_too_is_not_told_apart():
     loss, found = train_clip.contrastive_loss(twins[:, None], twins, right, 50.0)
     assert loss.item() == pytest.approx(math.log(2) / 2)  # two of four rows share their probability, rightly
     assert found == 1
+
+
+def test_captions_are_drawn_from_those_of_each_picture_and_none_twice():
+    theirs = torch.tensor([[0, 1, 2, 3], [4, 9, 9, 9], [5, 6, 9, 9]])  # of 9; filled up with 9
+    drawn = [draw_captions(theirs, 9, 3).tolist() for _ in range(100)]
+    for numbers in drawn:
+        assert len(numbers) == len({*numbers}) == 3 + 1 + 2
+        assert {*numbers[:3]} < {0, 1, 2, 3} and numbers[3] == 4 and {*numbers[4:]} == {5, 6}
+    assert len({tuple(sorted(numbers[:3])) for numbers in drawn}) == 4
+    assert sorted(draw_captions(theirs, 9, 7).tolist()) == list(range(7))
+    ones = torch.stack([draw_captions(theirs, 9, 1) for _ in range(300)])
+    assert [len({*column}) for column in ones.T.tolist()] == [4, 1, 2]
+
+
+def test_of_several_captions_of_a_picture_each_is_right():
+    unit = torch.eye(3)
+    texts, right = unit[[0, 0, 1, 2]], torch.tensor([[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]).bool()
+    loss, found = train_clip.contrastive_loss(unit[:, None], texts, right, 50.0)
+    assert loss.item() == pytest.approx(math.log(2) / 3 / 2)  # one of three pictures shares its probability
+    assert found == 1
+    loss, found = train_clip.contrastive_loss(unit[:, None], texts, right.roll(1, 0), 50.0)
+    assert loss > 40 and found == 0
+
+
+def test_several_captions_in_a_step_teach_too(world, tmp_path):
+    for several in ("1", "2", "9"):  # three is what each picture has
+        train_clip.main(flags(world, tmp_path / several, "--epochs", "150", "--captions_per_picture", several))
+        (figures,) = json.loads((tmp_path / several / "metrics.json").read_text())["retrieval"].values()
+        assert figures["text_to_image_recall@1"] >= 50
 
 
 def test_an_encoder_that_sees_no_difference_finds_nothing(trained, world):

@@ -81,7 +81,7 @@ def recipe(out: Path, pictures: int, device: str = "cpu", dtype: str = "auto") -
         ], makes=tokenizer),
         Step("encoder", "learn to see: which caption belongs to which photo?", [
             "python", "-m", "scripts.train_clip", *rows, *images, "--tokenizer_path", tokenizer, "--out_dir", clip,
-            "--vision_only", "--epochs", epochs, "--batch_size", batch,
+            "--vision_only", "--epochs", epochs, "--batch_size", batch, "--captions_per_picture", 3,
             "--hidden_size", HIDDEN_SIZE, "--num_hidden_layers", 4,
             "--muon_learning_rate", 5e-3, "--weight_decay", 0.5, "--mask_ratio", 0.5, "--min_scale", 0.5, "--flip",
             "--device", device, "--dtype", dtype,

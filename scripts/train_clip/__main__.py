@@ -14,7 +14,7 @@ of any CLIP on the hubs: python train_pretrain_vlm.py --vision_model_path out/cl
 
 InfoNCE both ways: of the (B, B) logits the diagonal is right. With `--kind siglip` a head that attends to the
 patches stands in place of class token and visual_projection, and each of the (B, B) pairs is judged by itself, right or
-wrong (towers.py).
+wrong (towers.py). With `--captions_per_picture 3` each picture brings three of its captions, all of them right.
 
 A language model reads the patches, so half of the contrastive loss is on them: a class token alone would leave them
 without any gradient in the last layer. For a caption of the whole picture it takes their mean; where each caption is
@@ -50,7 +50,7 @@ from common.devices import autocast, cpu_has, make_deterministic, pick_device
 from common.files import write_json, write_safely
 from dataset.flags import add_urls_argument
 from model.processing import ImageProcessor, load_tokenizer
-from scripts.train_clip.captions import augment, load_split
+from scripts.train_clip.captions import augment, draw_captions, load_split
 from scripts.train_clip.towers import (
     build_config,
     build_model,
@@ -156,6 +156,8 @@ def parse_args(argv):
     add = parser.group("how it learns").add_argument
     minutes = "train so many minutes instead of --epochs; not repeatable"
     add("--max_minutes", type=positive(float), metavar="MINUTES", help=minutes)
+    several = "captions of each picture in a step, where it has several: more to learn for little more time"
+    add("--captions_per_picture", type=positive(int), default=1, metavar="N", help=several)
     add("--weight_decay", type=float, default=0.1, help="for matrices; norms and biases have none")
     add("--warmup_iters", type=not_negative, default=100, help="steps of linear warmup")
     add("--patch_weight", type=float, default=0.5, help="share of the patches in the contrastive loss, 0 to 1")
@@ -244,12 +246,12 @@ def main(argv=None):
             if args.min_scale < 1 or args.flip:
                 pixels = augment(pixels, args.min_scale, args.flip)
             theirs = numbers[chosen]  # (B, n), all captions of these pictures
-            number = theirs.gather(1, (theirs < len(captions)).float().multinomial(1))  # (B, 1), one of them
-            right = (theirs[:, None] == number).any(dim=-1).to(device)  # (B, B)
-            texts = captions[number[:, 0]].to(device)  # (B, T)
+            number = draw_captions(theirs, len(captions), args.captions_per_picture)  # (M,), M = B if it is one each
+            right = (theirs[:, :, None] == number).any(dim=1).to(device)  # (B, M)
+            texts = captions[number].to(device)  # (M, T)
             with autocast(device, dtype):
                 by_class, by_patches = encode_pictures(model, pixels, args.patch_pool, args.mask_ratio)
-                read = encode_texts(model, texts)  # (B, E)
+                read = encode_texts(model, texts)  # (M, E)
             scale, bias = model.logit_scale.exp(), getattr(model, "logit_bias", None)
             class_loss, _ = contrastive_loss(by_class, read, right, scale, bias)
             patch_loss, accuracy = contrastive_loss(by_patches, read, right, scale, bias)

@@ -115,6 +115,16 @@ def load_split(args, paths, flag, tokenizer, processor):
     return pictures, (texts, torch.nn.utils.rnn.pad_sequence(numbers, batch_first=True, padding_value=len(texts)))
 
 
+def draw_captions(theirs: torch.Tensor, total: int, each: int) -> torch.Tensor:
+    """Up to `each` captions of each picture by chance, none of a picture twice: int64 (M,), picture after picture.
+
+    theirs: int64 (B, n), the numbers of all captions of these pictures, filled up with `total`.
+    """
+    chance = (theirs < total).float().clamp(min=1e-30)  # what fills up comes last, and is left out then
+    drawn = theirs.gather(1, chance.multinomial(min(each, theirs.shape[1]))).flatten()
+    return drawn[drawn < total]
+
+
 def augment(pixels: torch.Tensor, min_scale: float, flip: bool) -> torch.Tensor:
     """Another random window of each picture, stretched to full size: float (B, 3, S, S) → the same shape.
 

@@ -115,15 +115,15 @@ def encode_texts(model, ids):
 
 
 def contrastive_loss(pictures, texts, right, scale, bias=None):
-    """Loss of unit vectors (B, P, E) and (B, E); also how often a picture finds its caption in the batch.
+    """Loss of unit vectors (B, P, E) and (M, E); also how often a picture finds a caption of its own among all.
 
-    A picture fits a caption as well as the best of its P vectors does. right: bool (B, B), which captions are right for
-    which pictures: the diagonal, and others that happen to be among a picture's own, which are not told apart.
+    A picture fits a caption as well as the best of its P vectors does. right: bool (B, M), which captions are right for
+    which pictures: those drawn for it, and others that happen to be among its own, which are not told apart.
 
     Without a bias CLIP's, InfoNCE both ways. With one SigLIP's: sigmoid(logit + bias) is the probability that picture
-    and caption belong together, for each of the B² pairs by itself; the sum over all of them, divided by B.
+    and caption belong together, for each of the B × M pairs by itself; the sum over all of them, divided by B.
     """
-    logits = scale * (pictures @ texts.T).amax(dim=1)  # (B, B)
+    logits = scale * (pictures @ texts.T).amax(dim=1)  # (B, M)
     if bias is None:
         targets = [each / each.sum(dim=1, keepdim=True) for each in (right, right.T)]
         loss = (F.cross_entropy(logits, targets[0]) + F.cross_entropy(logits.T, targets[1])) / 2
