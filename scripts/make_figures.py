@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import io
 import random
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from common.cli import Parser, run_main
 from common.files import write_safely
@@ -74,7 +75,7 @@ def save(figure, path: Path) -> None:
             drawn = io.BytesIO()
             figure.savefig(drawn, format="png", dpi=80)
             figure = Image.open(drawn).convert("RGB")
-        figure.quantize(64, dither=Image.Dither.NONE).save(file, "png", optimize=True)
+        figure.quantize(128, dither=Image.Dither.NONE).save(file, "png", optimize=True)
     write_safely(path, lambda target: target.write(file.getvalue()))
 
 
@@ -179,6 +180,48 @@ def visible():
         axes.vlines([i + 0.5 for i in range(T - 1)], -0.5, T - 0.5, color="white", linewidth=1)
         axes.spines[:].set_visible(False)
     return figure
+
+
+# ---------------------------------------------------------------------------- 6 does it look?
+
+
+@draws("shuffled.svg")
+def shuffled():
+    """Exact match by kind of question, with the pictures of the rows and with shuffled ones."""
+    from model.files import read_json
+
+    scores = read_json("docs/results/quickstart.json")
+    true, swapped = scores["val"]["by_kind"], scores["shuffled"]["by_kind"]
+    kinds = sorted(true, key=lambda kind: true[kind] - swapped[kind])
+    figure, axes = new_figure(6, 3.4)
+    for shift, shares, colour in ((0.2, true, BLUE), (-0.2, swapped, GREY)):
+        axes.barh([y + shift for y in range(len(kinds))], [100 * shares[kind] for kind in kinds], 0.38, color=colour)
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set(xlim=(0, 100))
+    axes.xaxis.set_major_formatter("{x:.0f}%")
+    return figure
+
+
+@draws("attention.png", trained=True)
+def attention(quickstart: Path):
+    """Where the quickstart's model looked for each word of a short answer."""
+    from PIL import Image
+
+    import eval_vlm
+    from dataset.scene_pictures import draw
+    from inference.attention import draw_attention
+    from inference.generate import generate, user_turn
+    from inference.models import load_model
+
+    args = eval_vlm.parse_args(["--out_dir", str(quickstart), "--greedy", "--device", "cpu"])
+    model, tokenizer, _ = load_model(args)
+    image, prompt = draw(example_scene(), 224), "what is in the top left?"
+    turns = [{"role": "user", "content": user_turn(prompt, 1, first=True)}]
+    ids, start, pixels = generate(model, tokenizer, turns, [image], args)
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "attention.png")
+        draw_attention(path, model, tokenizer, ids, start, pixels, [image], prompt)
+        return Image.open(path).convert("RGB").reduce(2)
 
 
 # ---------------------------------------------------------------------------- the command
