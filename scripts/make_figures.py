@@ -182,6 +182,157 @@ def visible():
     return figure
 
 
+# ---------------------------------------------------------------------------- 2 tokens and the decoder
+
+
+@draws("rope.png")
+def rope():
+    """How far RoPE has turned the pairs of a head: some as points on a circle, all as cosines."""
+    import torch
+
+    from model.attention import precompute_freqs_cis
+
+    cos, sin = precompute_freqs_cis(dim=32, end=96, theta=1e6)
+    figure, _ = new_figure(7.6, 4.2, 2, 4, height_ratios=[3, 2])
+    grid = figure.axes[0].get_gridspec()
+    colours = [f"C{i}" for i in range(4)]
+    for axes, pair, colour in zip(figure.axes[:4], (0, 1, 2, 4), colours):
+        around = torch.linspace(0, 2 * torch.pi, 100)
+        axes.plot(around.cos(), around.sin(), color=GREY, linewidth=0.7)
+        for m in range(12):
+            x, y = cos[m, pair].item(), sin[m, pair].item()
+            axes.plot(x, y, "o", color=colour, alpha=0.25 + 0.75 * m / 11)
+            if m in (0, 1, 2) and pair < 4:
+                axes.text(1.24 * x, 1.24 * y, m, ha="center", va="center", size=8)
+        axes.set(title=f"i = {pair}", aspect="equal", xlim=(-1.4, 1.4), ylim=(-1.4, 1.4))
+        bare(axes)
+    for axes in figure.axes[4:]:
+        axes.remove()
+    below = figure.add_subplot(grid[1, :])
+    below.imshow(cos[:, :16].T, aspect="auto", cmap="RdBu", vmin=-1, vmax=1)
+    below.set(xlabel="m", ylabel="i", yticks=[0, 4, 8, 12])
+    return figure
+
+
+# ---------------------------------------------------------------------------- 3 eyes
+
+
+@draws("contrastive.png")
+def contrastive():
+    """The products of 16 pictures and 16 captions before and after 40 steps on them, as lesson 3 trains."""
+    import torch
+
+    from dataset.scene_pictures import draw
+    from dataset.scene_questions import caption
+    from dataset.scenes import scenes_of
+    from model.processing import ImageProcessor, load_tokenizer
+    from scripts.train_clip.__main__ import make_optimizer, parse_args
+    from scripts.train_clip.captions import encode_captions
+    from scripts.train_clip.towers import build_config, build_model, contrastive_loss, encode_pictures, encode_texts
+    from trainer.optimizer import set_learning_rate
+
+    flags = "--data_path - --tokenizer_path - --out_dir - --image_size 72 --patch_size 24 --hidden_size 64"
+    flags += " --num_hidden_layers 2 --text_hidden_size 64 --text_num_hidden_layers 1 --projection_dim 64"
+    args = parse_args([*flags.split(), "--muon_learning_rate", "5e-3"])
+    tokenizer, processor = load_tokenizer(TINY, "@" * 9), ImageProcessor.from_pretrained(TINY / "clip")
+    torch.manual_seed(0)
+    clip = build_model(build_config(args, len(tokenizer)))
+    scenes = list(scenes_of("train", 16, seed=0, objects=(1, 1)))
+    pixels = processor.normalize(torch.stack([processor.resize(draw(scene, 72)) for scene in scenes]))
+    ids = encode_captions(tokenizer, [caption(scene, "en") for scene in scenes], args.max_text_len)
+    optimizer, right, products = make_optimizer(clip, args), torch.eye(16, dtype=torch.bool), []
+    set_learning_rate(optimizer, 1.0)
+    for _ in range(41):
+        seen, read = encode_pictures(clip, pixels)[1], encode_texts(clip, ids)
+        products.append((seen[:, 0] @ read.T).detach())  # (16, 16)
+        loss, _ = contrastive_loss(seen, read, right, clip.logit_scale.exp())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    figure, both = new_figure(5.4, 2.7, 1, 2)
+    for axes, step in zip(both, (0, 40)):
+        shown = axes.imshow(products[step], cmap="viridis", vmin=-1, vmax=1)
+        axes.set_title(f"{step}", color=GREY)
+        bare(axes)
+    figure.colorbar(shown, ax=both, ticks=[-1, 0, 1])
+    return figure
+
+
+# ---------------------------------------------------------------------------- 5 training
+
+
+@draws("stages.svg")
+def stages():
+    """What learns in each of the two stages, at the 26M model's defaults: a row of boxes for each stage."""
+    from matplotlib.patches import FancyBboxPatch
+
+    figure, both = new_figure(6.4, 2.2, 2, 1)
+    for stage, (axes, blocks) in enumerate(zip(both, ([7], range(8))), start=1):
+        parts = [("CLIP", 2.4, False), ("Linear", 1.2, True)]
+        parts += [(f"{block}", 0.6, block in blocks) for block in range(8)]
+        left = 0.6
+        axes.text(0, 0.5, stage, ha="center", va="center", size=14, color=GREY)
+        for name, width, learns in parts:
+            colour, style = ORANGE if learns else "#d9d9d9", "round,pad=0,rounding_size=0.08"
+            axes.add_patch(FancyBboxPatch((left, 0.15), width, 0.7, boxstyle=style, facecolor=colour, edgecolor="none"))
+            axes.text(left + width / 2, 0.5, name, ha="center", va="center", color="white" if learns else "black")
+            left += width + (0.3 if width > 1 else 0.08)
+        axes.set(xlim=(-0.3, left), ylim=(0, 1))
+        bare(axes)
+    return figure
+
+
+@draws("learning_rates.svg")
+def learning_rates():
+    """Loss of 40 steps at three learning rates, all of the decoder from the bundle, as lesson 5 trains."""
+    import math
+    from collections import Counter
+
+    import torch
+
+    from dataset.batches import collate
+    from dataset.examples import encode_row
+    from dataset.rows import Row
+    from dataset.scene_pictures import draw
+    from dataset.scenes import rows_of, scenes_of
+    from model.files import read_json
+    from model.model_vlm import MiniMindVLM, VLMConfig
+    from model.processing import ImageProcessor, load_tokenizer
+    from trainer.optimizer import choose_trainable, make_optimizer, schedule, set_learning_rate
+
+    tokenizer, decoder = load_tokenizer(TINY, "@" * 9), read_json(TINY / "llm_128.json")["config"]
+    config = VLMConfig.for_encoder(TINY / "clip", tokenizer.convert_tokens_to_ids("@"), **decoder)
+    processor, examples = ImageProcessor.from_pretrained(TINY / "clip"), []
+    for i, scene in enumerate(scenes_of("train", 320, seed=0)):
+        (drawn,) = rows_of(scene, "a.jpg", random.Random(i), Counter(), 1, ("describe",))
+        ids, labels, *_ = encode_row(Row(drawn["conversations"], ["a.jpg"]), tokenizer, config.image_ids, 400)
+        example = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "row": i}
+        examples.append(example | {"pictures": processor.resize(draw(scene, 72))[None]})
+
+    figure, axes = new_figure(5.6, 3)
+    for rate, colour in ((1e-5, BLUE), (1e-3, GREEN), (1e-1, ORANGE)):
+        torch.manual_seed(0)
+        model = MiniMindVLM(config, TINY / "clip")
+        model.load_state_dict(torch.load(TINY / "llm_128.pth", weights_only=True), strict=False)
+        choose_trainable(model, "all")
+        optimizer, losses = make_optimizer(model, rate, rate, weight_decay=0.1), []
+        for step in range(40):
+            batch = collate(examples[8 * step : 8 * step + 8])
+            set_learning_rate(optimizer, schedule(step, 40, warmup=100))
+            loss = model(batch["input_ids"], labels=batch["labels"], pixel_values=batch["pixel_values"]).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([each for each in model.parameters() if each.requires_grad], 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+        axes.plot(losses, color=colour, label=f"{rate:.0e}")
+    axes.axhline(math.log(config.vocab_size), color=GREY, linestyle="--")
+    axes.text(39, math.log(config.vocab_size) + 0.3, "ln V", ha="right", color=GREY)
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    axes.legend(frameon=False)
+    return figure
+
+
 # ---------------------------------------------------------------------------- 6 does it look?
 
 

@@ -14,7 +14,9 @@ IMAGES = ROOT / "docs/images"
 
 def test_every_figure_in_the_folder_is_drawn_by_the_script_and_shown_on_a_page():
     pages = [ROOT / "README.md", ROOT / "README_zh.md", *ROOT.glob("docs/**/*.md")]
-    shown = re.findall(r"images/([\w.]+)", "".join(page.read_text(encoding="utf-8") for page in pages))
+    shown = re.findall(
+        r"!\[[^\]]*\]\(\S*images/([\w.]+)\)", "".join(page.read_text(encoding="utf-8") for page in pages)
+    )
     assert set(shown) == set(FIGURES) == {path.name for path in IMAGES.iterdir()}
     sizes = [path.stat().st_size for path in IMAGES.iterdir()]
     assert max(sizes) < 60_000 and sum(sizes) < 2_000_000
