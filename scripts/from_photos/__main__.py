@@ -44,7 +44,7 @@ from scripts.quickstart.steps import (
 )
 
 HIDDEN_SIZE = 192  # of encoder and decoder
-SEEN = 480_000  # pictures that the encoder is to see, the same ones again and again where there are fewer
+SEEN = 360_000  # pictures that the encoder is to see, the same ones again and again where there are fewer
 EPOCHS = 100  # of the encoder at most: after that it has learned them by heart
 
 
