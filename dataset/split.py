@@ -33,7 +33,7 @@ from tqdm import tqdm
 from common.cli import Parser, positive, run_main
 from common.files import write_json, write_text
 from dataset.flags import add_captions_arguments
-from dataset.pictures import use_picture
+from dataset.pictures import is_url, use_picture
 from dataset.rows import Row
 from dataset.scenes import refuse_to_overwrite
 from dataset.shapes import ReadOptions
@@ -72,10 +72,8 @@ class Photos:
         """The file here of a picture there, written when it is first met. Raises FileNotFoundError, and ValueError for
         what is no picture."""
         if not source.has(name):
-            raise FileNotFoundError(
-                f"--images_path {source.pictures_path}: no {name}, which {source.path} names.\n"
-                "Name the folder or zip of the pictures with --images_path"
-            )
+            mend = "--allow_urls fetches pictures" if is_url(name) else "Name their folder or zip with --images_path"
+            raise FileNotFoundError(f"{name}, which {source.path} names, is not in {source.pictures_path}.\n{mend}")
         identity = source.identity(name)
         if identity not in self.names:
             try:

@@ -22,6 +22,7 @@ from dataset.batches import StepSampler, collate
 from dataset.lm_dataset import VLMDataset
 from dataset.rows import Row
 from dataset.shapes import ReadOptions
+from dataset.split import read_references
 from dataset.values import BadRow
 from inference.generate import answer_batches, collate_prompts
 from model.files import read_json
@@ -311,14 +312,7 @@ def count_parameters(model) -> dict[str, int]:
 
 
 def score_rows(model, tokenizer, args, weights: Path, device) -> dict:
-    captions = {}
-    for path in args.refs_path:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"--refs_path {path}: no such file")
-        for image, texts in read_json(path).items():
-            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                raise ValueError(f'--refs_path {path}: "{image}" has {texts!r}, expected a list of captions')
-            captions.setdefault(image, []).extend(texts)
+    captions = read_references(args.refs_path)
     data = VLMDataset(
         args.data_path,
         args.images_path,

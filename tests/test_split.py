@@ -140,7 +140,8 @@ def test_pictures_in_the_rows_are_written_out_and_training_reads_the_result(tmp_
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"image": "gone.jpg", "caption": "x"}, r"--images_path .*photos: no gone.jpg, which .*rows.jsonl names"),
+        ({"image": "gone.jpg", "caption": "x"}, r"gone.jpg, which .*rows.jsonl names, is not in .*photos"),
+        ({"image": "https://a.example/b.jpg", "caption": "x"}, r"https://.*\n--allow_urls fetches pictures"),
         (
             {"image": "broken.jpg", "caption": "x"},
             r"--images_path: .*broken.jpg cannot be read.*\nMend the picture, or take its rows out of .*rows.jsonl",

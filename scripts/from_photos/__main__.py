@@ -72,7 +72,8 @@ def recipe(out: Path, pictures: int, device: str = "cpu", dtype: str = "auto") -
     train, on_device = launcher(device)
     model = ["--tokenizer_path", tokenizer, "--hidden_size", HIDDEN_SIZE, "--out_dir", out]
     seeing = [*model, "--vision_model_path", clip]
-    training = [*rows, *on_device, "--num_workers", 0, "--optimizer", "muon", "--learning_rate", 1e-3]
+    training = [*rows, *on_device, "--num_workers", 0, "--save_interval", 400]
+    training += ["--optimizer", "muon", "--learning_rate", 1e-3]
     caching = ["--cache_features", out / "features", "--batch_size", 16 // PROCESSES]
     # fmt: off
     return [
