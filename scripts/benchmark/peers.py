@@ -34,7 +34,7 @@ def peers(args, device) -> dict[str, Callable]:
 
 
 def make_stock(size: str) -> LlavaForConditionalGeneration:
-    """The weights of `make_model`, exported `--to llava`."""
+    """The weights of `make_model` in our own export."""
     bundle = Path("model/tiny")
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         write_llava(Path(folder), make_model(size), load_tokenizer(bundle), bundle, {})

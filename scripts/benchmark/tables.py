@@ -59,10 +59,11 @@ def training_table(kind: str, args, device) -> list[dict]:
 
 def peers_table(args, device) -> list[dict]:
     """What others would take today, on the same rows in batches of --batch_size, each way in a process of its own, with
-    no memory but its own. Transformers' LLaVA is `--to llava` of the same weights, trained by `Trainer` as its
-    documentation recommends: rows grouped by length, bfloat16, SDPA, fused AdamW, the tower frozen. nanoVLM's way is
-    our model with the rows of a step packed into rows of 1,024 tokens, in which they see each other, and logits for
-    all positions. The first losses, of the same four rows side by side, agree within 0.1%, or there is no table."""
+    no memory but its own. Transformers' LLaVA is what `python -m scripts.convert_vlm --to llava` makes of the same
+    weights, trained by `Trainer` as its documentation recommends: rows grouped by length, bfloat16, SDPA, fused AdamW,
+    the tower frozen. nanoVLM's way is our model with the rows of a step packed into rows of 1,024 tokens, in which they
+    see each other, and logits for all positions. The first losses, of the same four rows side by side, agree within
+    0.1%, or there is no table."""
     rows = []
     for kind, stage in (("pretrain", "1"), ("sft", "2")):
         tokens = sum(map(length, examples_of(kind, args)))
