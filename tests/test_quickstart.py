@@ -79,6 +79,16 @@ def test_steps_run_in_order_and_a_second_start_skips_what_is_done(tmp_path, capf
     ]
 
 
+def test_what_a_step_made_is_made_again_where_it_is_gone(tmp_path):
+    log, made = tmp_path / "log", tmp_path / "chat.html"
+    two = [python("one", note(log, "1")), python("page", note(log, "2") + f"; open({str(made)!r}, 'w')", makes=made)]
+    run_steps(two, tmp_path, "again")
+    made.unlink()
+    run_steps(two, tmp_path, "again")
+    run_steps(two, tmp_path, "again")
+    assert made.is_file() and log.read_text() == "1;2;2;"
+
+
 def test_a_step_that_fails_is_named_with_its_command_and_a_second_start_tries_it_again(tmp_path, capfd):
     mended, log = tmp_path / "mended", tmp_path / "log"
     code = f"import pathlib, sys; sys.exit(0 if pathlib.Path({str(mended)!r}).exists() else 7)"

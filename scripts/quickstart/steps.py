@@ -191,7 +191,8 @@ def run_steps(steps: list[Step], folder: Path, again: str) -> list[dict]:
         if number == len(records):
             records.append({"name": step.name, "command": step.command, "status": "new", "seconds": 0, "peak_gb": 0})
         record = records[number]
-        if record["status"] == "done":
+        gone = step.makes is not None and not step.makes.exists()  # moved or removed since
+        if record["status"] == "done" and not gone:
             print(f"{title}done already, {duration(record['seconds'])}")
             continue
         command = step.command
