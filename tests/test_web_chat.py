@@ -182,6 +182,24 @@ def test_questions_are_answered_and_the_worker_hears_what_it_should(written):
         assert page.title() == "MiniMind-V"  # shown, not run
 
 
+def test_a_question_waits_for_its_picture_and_is_kept_when_that_is_broken(written):
+    slow = "real = createImageBitmap; createImageBitmap = async (file) => (await new Promise((go) => read = go),"
+    slow += " real(file)); 0"  # a function as the last value would be called
+    red, broken = picture_file(Image.new("RGB", (40, 30), "red")), {"name": "a.png", "mimeType": "", "buffer": b"no"}
+    with opened(written, **LAPTOP) as page:
+        page.evaluate(slow)
+        for picture in (broken, red):
+            page.set_input_files("#files", [picture])
+            page.locator("#text").fill("Repeat")
+            page.keyboard.press("Enter")
+            assert page.locator(".turn").count() == 0 and page.locator("#text").input_value() == "Repeat"
+            page.evaluate("read()")
+            if picture is broken:
+                page.get_by_text("This browser cannot read a.png as a picture.").wait_for()
+                assert page.locator(".turn").count() == 0 and page.locator("#text").input_value() == "Repeat"
+        assert json.loads(answer(page, 1))["turns"] == [{"role": "user", "content": "Repeat\n<image>"}]
+
+
 def test_stop_retry_and_clear_with_mouse_and_keyboard(written):
     with opened(written, **LAPTOP) as page:
         assert page.evaluate("document.activeElement.id") == "text"

@@ -37,6 +37,7 @@ function chatOf(turns) {
 
 function send() {
   if (!ready || answering) return;
+  if ((andSend = coming > 0)) return; // a large picture takes a second
   const text = box.value.trim(), files = waiting, n = files.length, tags = text.split("<image>").length - 1;
   const refused = n > MOST_PICTURES ? "many" : tags && tags !== n ? "tags" : text || n ? "" : "empty";
   tell(by("told"), refused, {n, limit: MOST_PICTURES});
@@ -84,6 +85,7 @@ function clear() {
   if (answering) return (afterwards = clear), stop();
   [turns, waiting] = [[], []];
   kept = [];
+  andSend = false;
   if (ready) worker.postMessage({type: "clear"});
   log.replaceChildren(hello);
   tell(by("told"), "");

@@ -2,6 +2,7 @@
 // From files to thumbnails that wait for a question.
 
 let waiting = [], added = 0; // pictures that go with the next question; how many there have been
+let coming = 0, andSend = false; // additions under way; whether their question has been sent already
 let kept = []; // ids of those that the worker still has
 
 /** A canvas of this size with what stands at `from`, (left, top, width, height) of a picture, in it. In the memory of
@@ -24,14 +25,18 @@ async function drawnFile(blob, most) {
 
 async function add(files) {
   tell(by("told"), "");
+  coming++;
   for (const blob of files) {
     try {
       waiting.push({id: ++added, blob, view: await drawnFile(blob, 9 * EDGE * EDGE)});
     } catch {
+      andSend = false;
       tell(by("told"), "broken", {name: blob.name});
     }
   }
+  coming--;
   showWaiting();
+  if (andSend && !coming) send();
 }
 
 const shown = ({view}, n) => asPicture(drawn(view, view.width, view.height), n);
