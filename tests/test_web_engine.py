@@ -484,8 +484,16 @@ def test_the_command_makes_one_file_or_a_folder(
     names = sorted(path.name for path in (tmp_path / "several").iterdir())
     assert names[0] == "chat.html" and len(names) > 3 and names[1].startswith("weights_")
     assert capsys.readouterr().out.count("node: 4 questions, tokens and pixels as ours") == 3
-    with pytest.raises(ValueError, match=r"--output .*other\.html: the page needs \d+ files beside it: name a folder"):
-        convert_vlm.main([*command, str(tmp_path / "other.html"), "--split"])
+    other = str(tmp_path / "other.html")
+    with pytest.raises(SystemExit):
+        convert_vlm.main([*command, other, "--split"])
+    assert "other.html is one file, --split makes several: name a folder" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("model.web.ONE_FILE", 0)
+        with pytest.raises(
+            ValueError, match=r"--output .*other\.html: the page needs \d+ files beside it: name a folder"
+        ):
+            convert_vlm.main([*command, other])
     unchecked = "not checked whether the page answers as the model does: that needs node 16 or later"
     answer = subprocess.CompletedProcess([], 0, stdout="v12.22.9\n")
     for i, (thing, name, value) in enumerate(

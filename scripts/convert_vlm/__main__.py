@@ -84,6 +84,8 @@ def parse_args(argv=None):
         parser.error("--versions and --push are for folders: --to llava, transformers or llm")
     if args.to != "web" and args.split:
         parser.error("--split is for --to web")
+    if args.split and args.output and args.output.endswith(".html"):
+        parser.error(f"--output {args.output} is one file, --split makes several: name a folder")
     return args
 
 
