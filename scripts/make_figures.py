@@ -231,9 +231,10 @@ def contrastive():
     from scripts.train_clip.towers import build_config, build_model, contrastive_loss, encode_pictures, encode_texts
     from trainer.optimizer import set_learning_rate
 
-    flags = "--data_path - --tokenizer_path - --out_dir - --image_size 72 --patch_size 24 --hidden_size 64"
-    flags += " --num_hidden_layers 2 --text_hidden_size 64 --text_num_hidden_layers 1 --projection_dim 64"
-    args = parse_args([*flags.split(), "--muon_learning_rate", "5e-3"])
+    sizes = {"image_size": 72, "patch_size": 24, "hidden_size": 64, "num_hidden_layers": 2, "text_hidden_size": 64}
+    sizes |= {"text_num_hidden_layers": 1, "projection_dim": 64, "muon_learning_rate": 5e-3}
+    sizes |= dict.fromkeys(("data_path", "tokenizer_path", "out_dir"), "-")
+    args = parse_args([str(part) for name, value in sizes.items() for part in (f"--{name}", value)])
     tokenizer, processor = load_tokenizer(TINY, "@" * 9), ImageProcessor.from_pretrained(TINY / "clip")
     torch.manual_seed(0)
     clip = build_model(build_config(args, len(tokenizer)))

@@ -10,7 +10,7 @@ train_sft_vlm.py), and scores it (eval_vlm.py). Every command is shown before it
 your own pictures. Ctrl-C and a second start go on where it was. In out/quickstart/ you find, at the end,
 
     report.html, report_zh.html    what it can and cannot do; report.json
-    chat.html                      the model in one page, to ask it in a browser and to send to others
+    chat.html                      the model as a page, to ask it in a browser
     sft_vlm_{hidden}{_moe}.pth     the model
     steps.json                     each command with its time and memory
 """
