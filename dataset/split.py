@@ -34,12 +34,12 @@ from common.cli import Parser, positive, run_main
 from common.files import write_json, write_text
 from dataset.flags import add_captions_arguments
 from dataset.pictures import is_url, use_picture
+from dataset.references import read_references
 from dataset.rows import Row
 from dataset.scenes import refuse_to_overwrite
 from dataset.shapes import ReadOptions
 from dataset.sources import Source, read_rows
 from dataset.values import BadRow
-from model.files import read_json
 from model.processing import ImageProcessor, language
 from model.rgb import to_rgb
 
@@ -139,19 +139,6 @@ def write_split(out_dir: Path, train: dict, val: dict, references: dict) -> None
         f"{out_dir}: {len(lines['train']):,} rows about {len(train):,} pictures, "
         f"{len(lines['val']):,} rows about {len(val):,} held-out ones"
     )
-
-
-def read_references(paths) -> dict[str, list[str]]:
-    """{name of a picture: captions} of all --refs_path, as `eval_vlm.py` takes them."""
-    references = {}
-    for path in paths:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"--refs_path {path}: no such file")
-        for name, captions in read_json(path).items():
-            if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-                raise ValueError(f'--refs_path {path}: "{name}" has {captions!r}, expected a list of captions')
-            references.setdefault(name, []).extend(captions)
-    return references
 
 
 def main(argv=None):

@@ -20,9 +20,9 @@ from common.devices import pick_dtype
 from common.files import write_json
 from dataset.batches import StepSampler, collate
 from dataset.lm_dataset import VLMDataset
+from dataset.references import read_references
 from dataset.rows import Row
 from dataset.shapes import ReadOptions
-from dataset.split import read_references
 from dataset.values import BadRow
 from inference.generate import answer_batches, collate_prompts
 from model.files import read_json

@@ -296,9 +296,11 @@ def learning_rates():
     from dataset.rows import Row
     from dataset.scene_pictures import draw
     from dataset.scenes import rows_of, scenes_of
+    from model.build import load_weights
     from model.files import read_json
     from model.model_vlm import MiniMindVLM, VLMConfig
     from model.processing import ImageProcessor, load_tokenizer
+    from model.weights import read_weights
     from trainer.optimizer import choose_trainable, make_optimizer, schedule, set_learning_rate
 
     tokenizer, decoder = load_tokenizer(TINY, "@" * 9), read_json(TINY / "llm_128.json")["config"]
@@ -314,7 +316,7 @@ def learning_rates():
     for rate, colour in ((1e-5, BLUE), (1e-3, GREEN), (1e-1, ORANGE)):
         torch.manual_seed(0)
         model = MiniMindVLM(config, TINY / "clip")
-        model.load_state_dict(torch.load(TINY / "llm_128.pth", weights_only=True), strict=False)
+        load_weights(model, read_weights(TINY / "llm_128.pth"), TINY / "llm_128.pth")
         choose_trainable(model, "all")
         optimizer, losses = make_optimizer(model, rate, rate, weight_decay=0.1), []
         for step in range(40):

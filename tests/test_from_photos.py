@@ -14,20 +14,11 @@ from scripts.from_photos.report_words import OTHER
 from scripts.quickstart import steps
 from scripts.quickstart.steps import read_records
 from tests.conftest import COLOURS, write_rows
-from tests.test_quickstart import run_here
+from tests.test_quickstart import run_here, small
 from tests.test_report import Page
 
 NAMES = ["photos", "tokenizer", "encoder", "decoder", "stage 1", "stage 2", "scores"]
 SMALL = {"--epochs": "1", "--hidden_size": "64", "--num_hidden_layers": "1", "--max_new_tokens": "12"}
-
-
-def small(recipe):
-    """The same commands with numbers of seconds."""
-    for step in recipe:
-        for flag, value in SMALL.items():
-            if flag in step.command:
-                step.command[step.command.index(flag) + 1] = value
-    return recipe
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +42,7 @@ def in_small():
     patch = pytest.MonkeyPatch()
     real = from_photos.recipe
     patch.setattr(from_photos, "HIDDEN_SIZE", 64)
-    patch.setattr(from_photos, "recipe", lambda *args: small(real(*args)))
+    patch.setattr(from_photos, "recipe", lambda *args: small(real(*args), SMALL))
     yield
     patch.undo()
 

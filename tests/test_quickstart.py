@@ -259,10 +259,10 @@ def parse_and_stop(parser, argv=None, parse=argparse.ArgumentParser.parse_args):
 SMALL = {"--scenes": "40", "--val_scenes": "20", "--max_new_tokens": "12", "--batch_size": "32", "--epochs": "1"}
 
 
-def small(recipe):
+def small(recipe, values=SMALL):
     """The same commands with numbers of seconds."""
     for step in recipe:
-        for flag, value in SMALL.items():
+        for flag, value in values.items():
             if flag in step.command:
                 step.command[step.command.index(flag) + 1] = value
     return recipe

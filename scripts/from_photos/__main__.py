@@ -5,8 +5,8 @@
     python -m scripts.from_photos --help
 
 Nothing is downloaded and nothing is pretrained: it trains a tokenizer, a picture encoder, a decoder and what connects
-them, and scores the result on photos that none of these has seen. Every command is shown before it runs. Ctrl-C and a
-second start go on where it was. In out/photos/ you find, at the end,
+them, and scores the result on photos that none of these has seen. Every command is shown before it runs. Stop with
+Ctrl-C; run the same command again to resume. In out/photos/ you find, at the end,
 
     report.html, report_zh.html    scores, curves, twenty photos; report.json
     sft_vlm_192.pth                the model
@@ -21,14 +21,11 @@ from common.start import begin
 if __name__ == "__main__":
     begin()  # Ctrl-C or a missing package is one sentence from here on
 
-import shlex
-import sys
 import time
 from pathlib import Path
 
-from common.cli import Parser, reason
-from common.display import duration, gigabytes, typed
-from common.files import write_json
+from common.cli import Parser
+from common.display import duration, gigabytes
 from common.lock import only_one
 from dataset.flags import add_captions_arguments
 from scripts.from_photos import report
@@ -36,10 +33,13 @@ from scripts.quickstart.steps import (
     PROCESSES,
     Step,
     add_device_argument,
+    finish,
     launcher,
     open_folder,
+    print_next,
     read_records,
     resolve,
+    run_recipe,
     run_steps,
 )
 
@@ -139,24 +139,16 @@ def from_photos(args, again: str) -> dict:
         records = run_steps([first, *recipe(out, pictures, device, args.dtype)], out, again)
     weights = out / f"sft_vlm_{HIDDEN_SIZE}.pth"
     result = report.summary(out, records, next_commands(weights))
-    result["wall_s"] = round(earlier + time.perf_counter() - started, 1)
-    write_json(out / "report.json", result)
-    english, chinese = report.write_pages(out)
+    english, chinese = finish(result, out, earlier + time.perf_counter() - started, report.write_pages)
     print("\n" + report.table(result))
     print(f"\n{duration(result['wall_s'])} in all, {gigabytes(result['peak_gb'])} of memory at most")
-    print(f"the report, with photos and curves: {english}\n中文报告（含照片和曲线）：{chinese}\n\nWhat to try next:")
-    for what, command in result["next"]:
-        print(f"\n# {what}\n{typed(command)}")
+    print(f"the report, with photos and curves: {english}\n中文报告（含照片和曲线）：{chinese}")
+    print_next(result)
     return result
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    flags = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--restart"]
-    try:
-        return from_photos(args, shlex.join(["python", "-m", "scripts.from_photos", *flags]))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"\nerror: {reason(error)}") from None
+    return run_recipe(from_photos, parse_args(argv), "scripts.from_photos", argv)
 
 
 if __name__ == "__main__":

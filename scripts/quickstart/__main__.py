@@ -24,18 +24,26 @@ if __name__ == "__main__":
     begin()  # Ctrl-C or a missing package is one sentence from here on
 
 import re
-import shlex
-import sys
 import time
 from pathlib import Path
 
-from common.cli import SWITCH, Parser, reason
-from common.display import duration, gigabytes, typed
-from common.files import write_json
+from common.cli import SWITCH, Parser
+from common.display import duration, gigabytes
 from common.lock import only_one
 from scripts import make_bundle, report
 from scripts.quickstart.report_words import PAGE
-from scripts.quickstart.steps import Step, add_device_argument, launcher, open_folder, read_records, resolve, run_steps
+from scripts.quickstart.steps import (
+    Step,
+    add_device_argument,
+    finish,
+    launcher,
+    open_folder,
+    print_next,
+    read_records,
+    resolve,
+    run_recipe,
+    run_steps,
+)
 
 
 def recipe(out: Path, llm: Path, model: list, device: str = "cpu") -> list[Step]:
@@ -160,26 +168,18 @@ def quickstart(args, again: str) -> dict:
         records = run_steps(steps, out, again)
     weights = out / f"sft_vlm_{hidden_size}{moe}.pth"
     result = report.summary(out, records, next_commands(out, weights, args))
-    result["wall_s"] = round(earlier + time.perf_counter() - started, 1)
-    write_json(out / "report.json", result)
-    english, chinese = report.write_pages(out)
+    english, chinese = finish(result, out, earlier + time.perf_counter() - started, report.write_pages)
     print("\n" + report.table(out))
     print("\n" + report.examples(out))
     print(f"\n{duration(result['wall_s'])} in all, {gigabytes(result['peak_gb'])} of memory at most")
     print(f"the report, with pictures and curves: {english}\n中文报告（含图片和曲线）：{chinese}")
-    print(f"the model in one page, to ask it about your pictures: {out / PAGE}\n\nWhat to try next:")
-    for what, command in result["next"]:
-        print(f"\n# {what}\n{typed(command)}")
+    print(f"the model in one page, to ask it about your pictures: {out / PAGE}")
+    print_next(result)
     return result
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    flags = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--restart"]
-    try:
-        return quickstart(args, shlex.join(["python", "-m", "scripts.quickstart", *flags]))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"\nerror: {reason(error)}") from None
+    return run_recipe(quickstart, parse_args(argv), "scripts.quickstart", argv)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ start skips it. No torch here: importing it would take seconds, and memory besid
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from common.cli import reason
 from common.display import duration, gigabytes, typed
 from common.files import write_json
 from common.machine import physical_cores
@@ -224,3 +226,28 @@ def run_steps(steps: list[Step], folder: Path, again: str) -> list[dict]:
             )
         print(f"{step.name}: {duration(seconds)}, {gigabytes(peak_gb)} at most", flush=True)
     return records
+
+
+# ---------------------------------------------------------------------------- a recipe as a command
+
+
+def finish(result: dict, folder: Path, seconds: float, write_pages) -> list[Path]:
+    """Writes report.json with the time of the whole run, and the pages made of it, whose paths it returns."""
+    result["wall_s"] = round(seconds, 1)
+    write_json(folder / "report.json", result)
+    return write_pages(folder)
+
+
+def print_next(result: dict) -> None:
+    print("\nWhat to try next:")
+    for what, command in result["next"]:
+        print(f"\n# {what}\n{typed(command)}")
+
+
+def run_recipe(run, args, module: str, argv) -> dict:
+    """run(args, the command that goes on after an interruption); an error it raises ends in a sentence."""
+    flags = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--restart"]
+    try:
+        return run(args, shlex.join(["python", "-m", module, *flags]))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"\nerror: {reason(error)}") from None

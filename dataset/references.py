@@ -1,0 +1,18 @@
+"""Further captions of pictures, from the files of --refs_path: what answers are compared with."""
+
+from pathlib import Path
+
+from model.files import read_json
+
+
+def read_references(paths) -> dict[str, list[str]]:
+    """{name of a picture: captions} of all --refs_path, as `eval_vlm.py` takes them."""
+    references = {}
+    for path in paths:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--refs_path {path}: no such file")
+        for name, captions in read_json(path).items():
+            if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+                raise ValueError(f'--refs_path {path}: "{name}" has {captions!r}, expected a list of captions')
+            references.setdefault(name, []).extend(captions)
+    return references
