@@ -93,10 +93,11 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     # Only now, so that --help and a mistyped flag need not wait for PyTorch.
-    from common.devices import pick_device
+    from common.devices import pick_device, pick_dtype
     from inference.asking import ask_about_pictures
     from inference.models import load_model
     from model.int8 import to_int8
+    from model.packed import pack
 
     device = pick_device(args.device)
     with redirect_stdout(sys.stderr) if args.json else nullcontext():
@@ -104,6 +105,7 @@ def main(argv=None):
     model.to(device)
     if args.int8:
         to_int8(model)
+    pack(model, pick_dtype(args.dtype, device))
     if args.data_path:
         from inference.scoring import score_rows
 

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteria, TextIteratorStreamer
 
-from common.devices import pick_device
+from common.devices import pick_device, pick_dtype
 from inference.generate import ask, user_turn
 from inference.models import load_model
 from model.generations import without_thoughts
+from model.packed import pack
 from model.processing import IMAGE_TAG, ImageProcessor, TooManyPixels, encode_chat
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
@@ -25,11 +26,12 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 
 
 def load_for_page(weights: Path, args):
-    """Model on its device and tokenizer."""
+    """Model on its device, ready to be asked, and tokenizer."""
     flags = {"load": int(weights.is_dir()), "weights": str(weights)}
     flags |= {"hidden_size": None, "use_moe": False}  # they chose the weights to start with, these may be others
     model, tokenizer, _ = load_model(argparse.Namespace(**vars(args) | flags))
-    return model.to(pick_device(args.device)), tokenizer
+    device = pick_device(args.device)
+    return pack(model.to(device), pick_dtype(args.dtype, device)), tokenizer
 
 
 # ---------------------------------------------------------------------------- conversation

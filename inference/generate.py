@@ -6,6 +6,7 @@ Reading path, 10 of 10; the last
 import torch
 
 from common.devices import autocast, pick_dtype
+from inference.cache import growing_cache
 from model.generations import without_thoughts
 from model.processing import IMAGE_TAG, encode_chat
 
@@ -33,6 +34,7 @@ def generate(model, tokenizer, conversations: list[dict], images: list, args, st
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             pixel_values=pixels,
+            past_key_values=growing_cache(),
             max_new_tokens=args.max_new_tokens,
             do_sample=not args.greedy,
             pad_token_id=tokenizer.pad_token_id,
@@ -100,6 +102,7 @@ def answer_batches(model, tokenizer, batches, args, device, dtype):
                     input_ids=batch["input_ids"].to(device),
                     attention_mask=batch["attention_mask"].to(device),
                     pixel_values=None if pixels is None else pixels.to(device),
+                    past_key_values=growing_cache(),
                     max_new_tokens=args.max_new_tokens,
                     do_sample=False,
                     pad_token_id=tokenizer.pad_token_id,

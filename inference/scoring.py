@@ -27,6 +27,7 @@ from dataset.values import BadRow
 from inference.generate import answer_batches, collate_prompts
 from model.files import read_json
 from model.generations import without_thoughts
+from model.int8 import Int8Linear
 from model.processing import encode_chat, language
 from model.weights import bare_name
 from trainer.loader import ignore_interrupt
@@ -307,8 +308,13 @@ def kinds_table(kinds: dict) -> list[str]:
 def count_parameters(model) -> dict[str, int]:
     """{"llm", "projector", "encoder"}."""
     parts = {"projector": model.vision_proj, "encoder": model.vision_encoder}
-    counts = {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts.items()}
-    return {"llm": sum(weight.numel() for weight in model.parameters()) - sum(counts.values())} | counts
+    counts = {name: size(part) for name, part in parts.items()}
+    return {"llm": size(model) - sum(counts.values())} | counts
+
+
+def size(part) -> int:
+    eight_bits = [layer.weight for layer in part.modules() if isinstance(layer, Int8Linear)]  # no parameters
+    return sum(weight.numel() for weight in [*part.parameters(), *eight_bits])
 
 
 def score_rows(model, tokenizer, args, weights: Path, device) -> dict:

@@ -24,7 +24,7 @@ import inference.page
 import web_demo_vlm
 from inference.chat import Stop, UserError, load_for_page, open_picture, truncate, turns_of
 from inference.generate import ask
-from inference.models import find_models, list_models
+from inference.models import find_models, list_models, load_model
 from inference.page import TEXT, serve, show_as_text
 from model.build import Origin
 from model.model_vlm import MiniMindVLM
@@ -65,7 +65,7 @@ def out(tmp_path_factory, clip_folder, tokenizer_folder, tokenizer):
         origin = Origin(str(tokenizer_folder), str(clip_folder), model.vision_encoder)
         save_weights(path, model, make_sidecar(model, origin))
         os.utime(path, (1e9 - seed, 1e9 - seed))
-    model = load_for_page(out / "sft_vlm_64.pth", flags(out))[0]
+    model, _, _ = load_model(flags(out, "--weights", str(out / "sft_vlm_64.pth")))
     model.save_pretrained(out / "export")
     tokenizer.save_pretrained(out / "export")
     shutil.copytree(clip_folder, out / "export/clip")

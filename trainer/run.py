@@ -27,6 +27,7 @@ from dataset.lm_dataset import VLMDataset
 from dataset.streaming import Stream
 from model.build import Origin
 from model.model_vlm import MiniMindVLM
+from model.packed import pack
 from model.weights import make_sidecar, refuse_other_architecture, weights_name
 from trainer.acceleration import cast_frozen, choose_attention, compile_layers
 from trainer.advice import report_end, report_start
@@ -123,6 +124,8 @@ def training(args, stage: str, origin: Origin, model, tokenizer, optimizer, data
         checkpoint = open_checkpoint(path, args, stage, origin, model, data)
         if getattr(model, "vision_encoder", None) is not None:
             cast_frozen(model.vision_encoder, dtype)  # after its fingerprint has been taken
+            if not args.compile:  # whose compiler packs no product, and stumbles over those that are
+                pack(model.vision_encoder, dtype)
         state = begin_or_resume(args, checkpoint, model, optimizer, scaler)
         loader = open_loader(args, state, model, tokenizer, data, device, path.stem)
         val_loader = open_val_loader(args, val_data, data, device, tokenizer)

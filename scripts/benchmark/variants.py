@@ -13,6 +13,7 @@ from transformers import CLIPConfig, CLIPModel
 from common.devices import autocast, check_compiler
 from common.distributed import world_size
 from dataset.batches import collate
+from model.packed import can_pack, pack
 from model.processing import IGNORE
 from scripts.benchmark.inputs import batches_of, make_model
 from scripts.benchmark.measure import reset_peak, seconds
@@ -28,6 +29,7 @@ LADDER = {  # what each row of a table adds to the row above it
     "few_logits": "logits and last feed-forward only where there is a label",
     "fused_adamw": "fused AdamW, CLIP without its text half",
     "bf16": "bfloat16",  # on a GPU the original way has it too, but for CLIP
+    "packed": "CLIP's weights packed",
     "in_blocks": "attention in blocks",
     "compiled": "torch.compile of each layer",
     "cached": "picture features cached",
@@ -39,7 +41,8 @@ def ladder(device: torch.device, compile: bool) -> dict[str, set[str]]:
     cannot `compile`."""
     if compile:
         check_compiler(device)
-    fits = {"in_blocks": better_in_blocks(device, torch.bfloat16), "compiled": compile}
+    fits = {"packed": device.type == "cpu" and can_pack(torch.bfloat16)}
+    fits |= {"in_blocks": better_in_blocks(device, torch.bfloat16), "compiled": compile}
     has, rows = set(), {"the original way": set()}
     for key, name in LADDER.items():
         if fits.get(key, True):
@@ -79,6 +82,8 @@ class Training:
         model = self.model
         if "bf16" in has:  # a copy, as all share one encoder
             model.vision_encoder = cast_frozen(copy.deepcopy(model.vision_encoder), self.dtype)
+            if "packed" in has and "compiled" not in has:
+                pack(model.vision_encoder, self.dtype)
         else:  # on a GPU too, where all else of the original way has autocast
             model.get_image_embeddings = torch.autocast(self.device.type, enabled=False)(model.get_image_embeddings)
         if "in_blocks" in has:
