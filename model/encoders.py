@@ -1,4 +1,4 @@
-"""The frozen vision tower of a folder, of any family of families.py. Shipped with exported folders."""
+"""Loads the frozen vision tower from a folder, for every family in families.py. Copied into exported folders."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +13,13 @@ from .processing import ImageProcessor
 
 
 def measure(folder) -> tuple[int, int, int]:
-    """Of an encoder's folder: patches on a side of its square, register tokens, width V."""
+    """Returns (patches per side, register tokens, width V) of the encoder in `folder`.
+
+    Raises ValueError if its pictures are not square; also raises what `vision_config` raises.
+    """
     vision = vision_config(folder)
     size = vision["image_size"]
-    if FAMILIES[vision["model_type"]].any_size:  # DINOv2 was trained on 518 pixels, and is given 224
+    if FAMILIES[vision["model_type"]].any_size:  # DINOv2 was trained at 518 pixels, but its processor gives 224
         size, width = ImageProcessor.from_pretrained(folder).crop_size
         if size != width:
             raise ValueError(f"{folder}/preprocessor_config.json gives {size} x {width} pixels, expected a square")
@@ -24,13 +27,13 @@ def measure(folder) -> tuple[int, int, int]:
 
 
 def count_tokens(side: int, registers: int, merge: int = 1) -> int:
-    """Of a picture, where merge · merge patches become one; see `measure`. Registers stay where nothing is merged."""
+    """Number of tokens per picture if merge · merge patches become one; see `measure`. Merging drops registers."""
     return (side // merge) ** 2 + (registers if merge == 1 else 0)
 
 
 @contextmanager
 def quiet_transformers():
-    """Of a whole CLIP the vision half is loaded: the page of unexpected text weights is expected."""
+    """Silences Transformers: loading only the vision half of a CLIP would print a page about unused text weights."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -47,9 +50,10 @@ def unnormed(module, inputs, output) -> torch.Tensor:
 
 
 def load_encoder(path, normed: bool = False):
-    """The frozen vision tower of a folder in fp32. Its last_hidden_state is normed only if so.
+    """The frozen vision tower in the folder `path`, in fp32 and eval mode.
 
-    Raises FileNotFoundError if the folder is none, ValueError if its weights do not fill the tower.
+    normed: apply the tower's last norm to last_hidden_state, as the projector "mlp" expects. Raises FileNotFoundError
+    if the folder contains no encoder, ValueError if its weights are damaged or do not fill the tower.
     """
     vision, given = vision_config(path), ImageProcessor.from_pretrained(path).crop_size
     kind, edge = vision["model_type"], vision["image_size"]
@@ -71,14 +75,14 @@ def load_encoder(path, normed: bool = False):
                 check_records(file)
             how = {"output_loading_info": True, "dtype": torch.float32}
             if kind == "vit":
-                how["add_pooling_layer"] = False  # which some folders lack, and nobody needs
+                how["add_pooling_layer"] = False  # missing in some folders, and not needed here
             if kind == "aimv2":
-                how["key_mapping"] = {r"^vision_model\.": ""}  # of a whole one
+                how["key_mapping"] = {r"^vision_model\.": ""}  # in a complete AIMv2
             if transformers.__version__.startswith("4.") and kind in ("clip", "siglip"):
-                # It does not know the names that 5 saves these towers under.
+                # Version 4 does not know the names under which version 5 saves these towers.
                 how["key_mapping"] = {r"^(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.": r"vision_model.\1."}
             model, info = tower.from_pretrained(path, **how)
-        except Exception as error:  # safetensors, zip files and pickles each break in their own way
+        except Exception as error:  # safetensors, zip and pickle raise different errors
             reason = why_unreadable(error)
             raise ValueError(f"{path}: the weights cannot be read, download them anew ({reason})") from None
     unfilled = [*info["missing_keys"], *info["mismatched_keys"]]
@@ -90,8 +94,8 @@ def load_encoder(path, normed: bool = False):
         if not value.isfinite().all():
             raise ValueError(f"{path}: {key} holds NaN or infinite values. Download the encoder anew")
     if family.norm and not normed:
-        # A stock LLaVA takes the features from the last block, too: so the export computes the same.
+        # A stock LLaVA also takes the features of the last block, so the export computes the same.
         getattr(getattr(model, "vision_model", model), family.norm).register_forward_hook(unnormed)
-    # Frozen: CLIP learned from 400 million pictures, and our few would sooner spoil that. Frozen weights need no
+    # Frozen: CLIP learned from 400 million pictures, and training on our few would damage it. Frozen weights need no
     # gradients, and their features never change, so --cache_features computes them once for all epochs.
     return model.requires_grad_(False).eval()

@@ -1,7 +1,7 @@
 """The MiniMind decoder: a small Llama-like language model, dense or with a mixture of experts.
 
-It knows nothing of pictures; `model_vlm.py` adds those. Its parts are config.py, attention.py and feed_forward.py; here
-they become blocks, a stack of blocks, and a language model.
+This file handles text only; `model_vlm.py` adds pictures. It assembles the parts from config.py, attention.py and
+feed_forward.py into blocks, a stack of blocks, and a language model.
 
 Shapes: B batch, T tokens of this call, S tokens seen so far (cache included), D hidden_size, H query heads,
 K key/value heads, d width of a head, V vocabulary.
@@ -25,13 +25,13 @@ from .feed_forward import FeedForward, MOEFeedForward, MoEGate
 
 @dataclass
 class MiniMindOutput(ModelOutput):
-    """What a forward pass returns. `loss` is the cross entropy alone: add `aux_loss` to it to train a MoE."""
+    """Result of a forward pass. `loss` is the cross entropy only: add `aux_loss` to train a MoE."""
 
     loss: torch.Tensor | None = None  # ()
     logits: torch.Tensor | None = None  # (B, T, V): a score for each token that may come next
     past_key_values: object | None = None  # the cache
-    last_hidden_state: torch.Tensor | None = None  # (B, T, D), or (n, D) where fewer are needed
-    aux_loss: torch.Tensor | None = None  # (): how unequally busy the experts are
+    last_hidden_state: torch.Tensor | None = None  # (B, T, D), or (n, D) if only n positions are needed
+    aux_loss: torch.Tensor | None = None  # (): measures how unevenly the experts are used
     hidden_states: tuple | None = None  # layers + 1 times (B, T, D)
     attentions: tuple | None = None  # layers times (B, H, T, S)
 
@@ -59,10 +59,10 @@ class MiniMindBlock(nn.Module):
     ):
         """x (B, T, D) → (B, T, D) and the auxiliary loss (), 0 when dense.
 
-        needed: int64 (n,), which of the B·T tokens the result is wanted for; it is then (n, D).
+        needed: int64 (n,), indices into the B·T tokens; the result is then (n, D), for these tokens only.
         """
         # Each part adds its result to x: through these sums gradients reach the first block undiminished. The norms
-        # give every part inputs of the same size.
+        # bring the inputs of every part to the same scale.
         normed = self.input_layernorm(x)
         x = x + self.self_attn(normed, position_embeddings, past_key_values, attention_mask, past, attentions)
         if needed is not None:
@@ -80,7 +80,7 @@ class MiniMindModel(nn.Module):
     def __init__(self, config: MiniMindConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # True: keep one activation per block, compute the others again
+        self.gradient_checkpointing = False  # True: keep one activation per block, recompute the others
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)  # a learned vector for each token
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(MiniMindBlock(i, config) for i in range(config.num_hidden_layers))
@@ -98,19 +98,19 @@ class MiniMindModel(nn.Module):
     ):
         """inputs_embeds (B, T, D) → hidden states after the final norm (B, T, D), and the auxiliary loss ().
 
-        needed: int64 (n,), which of the B·T tokens' hidden states are wanted; they are then (n, D). Attention has to
-        know all tokens, the last feed-forward need not. Not with experts, whose balance counts all tokens.
-        hidden_states, attentions: lists to fill, what goes into each layer and comes out of the norm, and the weights.
+        needed: int64 (n,), indices into the B·T tokens; returns (n, D). The last feed-forward runs only at these
+            positions; attention still sees all tokens. Not allowed with experts, whose balance counts all tokens.
+        hidden_states, attentions: lists to fill: inputs of the layers and the final norm's output; attention weights.
         """
         T = inputs_embeds.shape[1]
-        # + 0 copies: a static cache hands out the very tensor in which its first layer will count on.
+        # + 0 makes a copy: a static cache returns its own counter, which its first layer will increment.
         past = 0 if past_key_values is None else past_key_values.get_seq_length() + 0
         if isinstance(past, int) and past + T > self.config.max_position_embeddings:
             raise ValueError(f"{past + T} tokens exceed max_position_embeddings={self.config.max_position_embeddings}")
         positions = past + torch.arange(T, device=inputs_embeds.device)  # after the tokens in the cache
         position_embeddings = self.freqs_cos[positions], self.freqs_sin[positions]  # (T, d) each
         padded = attention_mask is not None and attention_mask.ndim == 2
-        valid = attention_mask[:, -T:] if padded else None  # the real tokens among these T, for the balance of experts
+        valid = attention_mask[:, -T:] if padded else None  # which of these T are real, for the experts' balance
         if past_key_values is None or not past_key_values.is_compileable:  # once, instead of in every layer
             attention_mask, _ = what_is_seen(attention_mask, T, past + T, past, past_key_values, inputs_embeds.device)
 
@@ -133,7 +133,7 @@ class MiniMindModel(nn.Module):
 
 
 def as_cache(past_key_values):
-    """A Transformers `Cache`, also for a list of (key, value), one per layer; None stays None."""
+    """Converts a list of (key, value), one per layer, to a Transformers `Cache`; returns a cache or None unchanged."""
     if not isinstance(past_key_values, (list, tuple)):
         return past_key_values
     cache = DynamicCache()
@@ -143,10 +143,10 @@ def as_cache(past_key_values):
 
 
 class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
-    """The language model. `lm_head` and `embed_tokens` are one matrix."""
+    """The language model. `lm_head` and `embed_tokens` share one matrix."""
 
     config_class = MiniMindConfig
-    base_model_prefix = ""  # trainers call what it names with input_ids and pictures, which `model` does not know
+    base_model_prefix = ""  # trainers pass input_ids and pictures to the part named here; `model` takes neither
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -155,19 +155,19 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         config = config or MiniMindConfig()
         super().__init__(config)
         self.model = MiniMindModel(config)
-        # The score of a token is the product of the last hidden state and the token's own embedding.
+        # The score of a token is the dot product of the last hidden state and the token's own embedding.
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()  # initialises, and ties the two matrices
+        self.post_init()  # initialises the weights and ties the two matrices
 
     def _init_weights(self, module):
-        # Only nn.init functions: Transformers 5 guards those against overwriting weights it has just loaded.
+        # Only nn.init functions: Transformers 5 keeps those from overwriting weights that it has just loaded.
         if isinstance(module, nn.Embedding) or module is getattr(self, "lm_head", None):  # one matrix
-            # Small, so that words start close together, and what later layers learn about one holds for the next. If
-            # all began far apart, they would learn each by heart.
+            # Small, so that words start close together and later layers learn rules that hold for many of them. With
+            # distant starting points, later layers would memorise each word separately.
             nn.init.normal_(module.weight, std=0.01)
         elif isinstance(module, nn.Linear):
-            # 0.088 at a width of 128. With the 0.02 of wide models, queries and keys of a narrow one are too small for
-            # attention to choose, and it takes several times the steps to look anything up (docs/results).
+            # 0.088 at a width of 128. With the 0.02 of wide models, queries and keys of a narrow model are too small
+            # for attention to select a token, and learning to look things up takes several times the steps.
             nn.init.normal_(module.weight, std=self.config.hidden_size**-0.5)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
@@ -176,7 +176,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         elif isinstance(module, MoEGate):
             nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
         elif isinstance(module, MiniMindModel):
-            # Transformers 5 builds models on the meta device, from which buffers that no file holds come as garbage.
+            # Transformers 5 builds models on the meta device; buffers that no file contains then hold garbage.
             for name, table in module.rope_tables().items():
                 getattr(module, name).copy_(table)
 
@@ -193,7 +193,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm_head = value
 
     def text_state_dict(self) -> dict[str, torch.Tensor]:
-        """The weights that are saved: here all of them."""
+        """The weights to save: here all of them."""
         return self.state_dict()
 
     def forward(
@@ -206,7 +206,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         labels=None,
         **args,
     ) -> MiniMindOutput:
-        """Args as in `decode`; input_ids is int64 (B, T)."""
+        """input_ids: int64 (B, T); other arguments as in `decode`."""
         h = self.model.embed_tokens(input_ids)  # (B, T, D)
         return self.decode(h, attention_mask, past_key_values, use_cache, logits_to_keep, labels, **args)
 
@@ -224,30 +224,30 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         output_attentions=None,
         **args,
     ) -> MiniMindOutput:
-        """From embeddings to logits and loss.
+        """Runs the decoder from embeddings to logits and loss.
 
         Args:
             h: float (B, T, D), the embeddings of the tokens.
             attention_mask: (B, S), 1 = real token, over cache and tokens; or bool (B, 1, T, S), True = visible.
             past_key_values: a Transformers `Cache`, or a list of (key, value), one per layer, each (B, K, S, d).
             use_cache: create a cache if none is given, and return it.
-            logits_to_keep: the last n positions, 0 for all; or int64 (n,), the positions to compute logits for.
+            logits_to_keep: compute logits for the last n positions, 0 for all; or int64 (n,), for these positions.
             labels: int64 (B, T), -100 = no loss. Position t is scored against label t + 1.
-            num_items_in_batch: divide the summed loss by this instead of by the number of labels of this call,
-                as when one optimizer step is made of several calls.
-            return_logits: False computes the loss, and what only the loss needs, at labelled positions, and returns
-                no logits; `last_hidden_state` is then that of these positions, unless there are experts.
-            output_hidden_states, output_attentions: return also those of each layer, (B, T, D) and (B, H, T, S).
+            num_items_in_batch: divide the summed loss by this number instead of by the number of labels in this
+                call, for an optimizer step that accumulates several calls.
+            return_logits: False computes only the loss, at labelled positions, and returns no logits;
+                `last_hidden_state` then contains only these positions, unless the model has experts.
+            output_hidden_states, output_attentions: also return those of each layer, (B, T, D) and (B, H, T, S).
         """
         past_key_values = as_cache(past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         learn = needed = None
         if labels is not None:
-            targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # (B·T): the token after each
-            # Only positions with a label need logits. nonzero() makes the CPU wait for the GPU, so it comes before the
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # (B·T): the next token of each
+            # Only positions with a label need logits. nonzero() makes the CPU wait for the GPU, so it runs before the
             # layers, while little is queued.
-            learn = (targets != -100).nonzero().squeeze(1)  # (labels): where it is one to be learned
+            learn = (targets != -100).nonzero().squeeze(1)  # (labels): the positions with a label
             needed = None if return_logits or self.config.use_moe else learn
         hidden_states = [] if output_hidden_states else None
         attentions = [] if output_attentions else None

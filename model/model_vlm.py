@@ -1,4 +1,4 @@
-"""MiniMind that sees: a frozen vision tower, CLIP's by default, one linear layer, and the MiniMind decoder.
+"""The vision-language model: a frozen vision tower (CLIP by default), one linear layer, and the MiniMind decoder.
 
     picture ── CLIP ViT (frozen) ── P patch features ── VisionProj ── P vectors of width D ─┐
                                                                                             ▼ overwrite
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 from transformers.utils import cached_file
 
-# Relative, and all there are: exported folders have no package `model`, and Transformers 4 looks no further than here.
+# Relative, and complete: exported folders have no package `model`, and Transformers 4 finds only files named here.
 from .attention import Attention as Attention
 from .config import MiniMindConfig
 from .defaults import DEFAULT_VISION_MODEL
@@ -35,9 +35,9 @@ ENCODER_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 
 
 class VLMConfig(MiniMindConfig):
-    """The decoder's configuration plus how a picture stands in the text: `len(image_ids)` times one token.
+    """The decoder's configuration plus how a picture appears in the text: one token, repeated `len(image_ids)` times.
 
-    image_special_token: the text of these tokens; projector, spatial_merge_size: see `VisionProj`.
+    image_special_token: the text of these tokens. projector, spatial_merge_size: see `VisionProj`.
     """
 
     model_type = "minimind-v"
@@ -52,7 +52,7 @@ class VLMConfig(MiniMindConfig):
         **kwargs,
     ):
         # CLIP ViT-B/16 cuts 224 x 224 pixels into 16 x 16 patches: 14 * 14 = 196 patches, so a picture is 196 tokens.
-        # Each "@" keeps the place of one patch; 34 is its id in the public tokenizer.
+        # Each "@" reserves the position of one patch; 34 is its id in the public tokenizer.
         self.image_special_token = image_special_token
         self.image_ids = [34] * 196 if image_ids is None else list(image_ids)
         self.ve_hidden_size = ve_hidden_size  # V
@@ -73,16 +73,16 @@ class VLMConfig(MiniMindConfig):
 
     @property
     def patches(self) -> int:
-        """Features of a picture, before the projector merges some."""
+        """Number of features per picture, before the projector merges blocks of them."""
         return len(self.image_ids) * self.spatial_merge_size**2
 
     @classmethod
     def for_encoder(
         cls, folder, placeholder_id: int = 34, image_token: str = "@", spatial_merge_size: int = 1, **kwargs
     ) -> "VLMConfig":
-        """The configuration that fits an encoder: V its width, one placeholder for each vector that it gives.
+        """The configuration that fits the encoder in `folder`: its width V, and one placeholder per output vector.
 
-        spatial_merge_size: S · S patches become one; then DINO's registers, which have no place, are left out.
+        spatial_merge_size: S · S patches become one. S > 1 drops DINO's registers, which have no position.
         """
         side, registers, width = measure(folder)
         tokens = count_tokens(side, registers, spatial_merge_size)
@@ -91,8 +91,8 @@ class VLMConfig(MiniMindConfig):
 
 
 class VisionProj(nn.Module):
-    """From the encoder's width to the decoder's: "linear" is one layer, "mlp" a norm and two (MiniMind-3). For fewer
-    tokens S · S neighbouring patches become one vector first."""
+    """Maps features of the encoder's width to the decoder's: "linear" is one layer, "mlp" a norm and two layers
+    (MiniMind-3). With S > 1, S · S neighbouring patches first become one vector, which means fewer tokens."""
 
     def __init__(self, ve_hidden_size: int = 768, hidden_size: int = 512, kind: str = "linear", S: int = 1):
         super().__init__()
@@ -107,11 +107,11 @@ class VisionProj(nn.Module):
 
     def forward(self, image_encoders):
         (layers,) = self.children()
-        dtype = layers[0].weight.dtype  # half in a half model, whose encoder stays in fp32
+        dtype = layers[0].weight.dtype  # the weights may be fp16 while the encoder stays in fp32
         return layers(self.merge(image_encoders.to(dtype)))  # (..., P, V) → (..., P / S², D)
 
     def merge(self, features):
-        """(..., P, V) → (..., P / S², S² · V): the patches of a block one after the other, row by row."""
+        """(..., P, V) → (..., P / S², S² · V): concatenates the patches of each S · S block, row by row."""
         if self.S == 1:
             return features
         S, side = self.S, math.isqrt(features.shape[-2])
@@ -126,17 +126,17 @@ class MiniMindVLM(MiniMindForCausalLM):
     config_class = VLMConfig
 
     def __init__(self, params: VLMConfig | None = None, vision_model_path: str | Path | None = DEFAULT_VISION_MODEL):
-        """vision_model_path: an encoder's folder, whole or vision tower only; None builds the model without eyes."""
+        """vision_model_path: folder of an encoder, complete or vision tower only; None builds a model without one."""
         config = params or VLMConfig()
         super().__init__(config)
         shape = config.ve_hidden_size, config.hidden_size, config.projector, config.spatial_merge_size
         self.vision_proj = VisionProj(*shape)
         self.vision_encoder = self.processor = None
-        if vision_model_path is not None:  # after post_init, which would initialise the encoder anew
+        if vision_model_path is not None:  # after post_init, which would re-initialise the encoder
             self.load_vision_encoder(vision_model_path)
 
     def load_vision_encoder(self, path) -> None:
-        """Gives the model its eyes. Raises ValueError if the encoder's shape is not the one in the config."""
+        """Loads the encoder in the folder `path`. Raises ValueError if its shape differs from the one in the config."""
         fits = VLMConfig.for_encoder(path, spatial_merge_size=self.config.spatial_merge_size)
         if (len(fits.image_ids), fits.ve_hidden_size) != (len(self.config.image_ids), self.config.ve_hidden_size):
             raise ValueError(
@@ -153,15 +153,15 @@ class MiniMindVLM(MiniMindForCausalLM):
 
     @classmethod
     def from_pretrained(cls, path, *args, vision_model_path=DEFAULT_VISION_MODEL, **kwargs):
-        """As in Transformers; the encoder comes from `vision_model_path`, if not given from path/vision_encoder, which
-        folders of scripts.convert_vlm hold, or where there is none from the usual place."""
-        # Loaded afterwards: Transformers 5 builds on the meta device, where a second from_pretrained cannot run.
+        """As in Transformers. The encoder comes from `vision_model_path`. By default this is path/vision_encoder, which
+        scripts.convert_vlm writes, or the default folder if there is none."""
+        # Load the encoder last: Transformers 5 builds on the meta device, where a second from_pretrained fails.
         loaded = super().from_pretrained(path, *args, vision_model_path=None, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
         if vision_model_path == DEFAULT_VISION_MODEL:
             hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
             hub |= {"subfolder": "vision_encoder", "_raise_exceptions_for_missing_entries": False}
-            files = [cached_file(path, name, **hub) for name in ENCODER_FILES]  # a repository's are fetched
+            files = [cached_file(path, name, **hub) for name in ENCODER_FILES]  # downloaded if path is on the Hub
             if None not in files:
                 vision_model_path = Path(files[0]).parent
         if vision_model_path is not None:
@@ -169,7 +169,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         return loaded
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs):
-        """As in Transformers; the encoder goes to vision_encoder in that folder, as `from_pretrained` expects."""
+        """As in Transformers; saves the encoder to save_directory/vision_encoder, where `from_pretrained` looks."""
         if self.vision_encoder is not None and is_main_process:
             folder = Path(save_directory) / "vision_encoder"
             self.vision_encoder.save_pretrained(folder)
@@ -177,7 +177,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         super().save_pretrained(save_directory, is_main_process, self.text_state_dict(state_dict), **kwargs)
 
     def text_state_dict(self, state_dict=None) -> dict[str, torch.Tensor]:
-        """All weights but the encoder's."""
+        """All weights except the encoder's."""
         state_dict = self.state_dict() if state_dict is None else state_dict
         return {key: value for key, value in state_dict.items() if not key.startswith("vision_encoder.")}
 
@@ -195,52 +195,52 @@ class MiniMindVLM(MiniMindForCausalLM):
     @staticmethod
     @torch.no_grad()
     def get_image_embeddings(image_tensors, vision_model) -> torch.Tensor:
-        """float (N, 3, H, W) → patch features (N, P, V), of the last block; for the projector "mlp" normed."""
-        # CLIP puts a class token, a summary of the picture, before the patches. The patches know what is where.
+        """float (N, 3, H, W) → patch features (N, P, V) of the last block, after its norm for the projector "mlp"."""
+        # CLIP puts a class token, a summary of the picture, before the patches. Only patches keep positions: drop it.
         features = vision_model(pixel_values=image_tensors.to(vision_model.dtype)).last_hidden_state
         return features[:, int(family_of(vision_model.config.model_type).class_token) :]
 
     def find_pictures(self, tokens) -> torch.Tensor:
         """Which of tokens (B, T) are placeholders of a picture: bool (B, T).
 
-        In a run of L placeholder tokens the first L // P * P belong to pictures, the rest is ordinary text. Running
-        maxima and minima tell each position where its run starts and ends: no loop, and the CPU need not wait for the
-        GPU. With P = 2:
+        In a run of L placeholder tokens the first L // P * P belong to pictures; the rest is ordinary text. Running
+        maxima and minima find the start and end of the run at each position, without a loop and without making the
+        CPU wait for the GPU. With P = 2:
 
             token     a  @  @  @  b  @
-            before    0  0  0  0  4  4    the last other token up to here
-            after     0  4  4  4  4  6    the first other token from here on
+            before    0  0  0  0  4  4    position of the last other token up to here
+            after     0  4  4  4  4  6    position of the first other token from here on
             length    .  3  3  3  .  1    of the run
-            picture   .  x  x  .  .  .    where the place in the run < length // P * P
+            picture   .  x  x  .  .  .    where the index in the run < length // P * P
         """
         T, P = tokens.shape[1], len(self.config.image_ids)
         position = torch.arange(T, device=tokens.device).expand_as(tokens)
         placeholder = tokens == self.config.image_ids[0]
-        before = position.masked_fill(placeholder, -1).cummax(dim=1).values  # the last other token before me
-        after = position.masked_fill(placeholder, T).flip(1).cummin(dim=1).values.flip(1)  # the first one after me
-        length = after - before - 1  # of my run
+        before = position.masked_fill(placeholder, -1).cummax(dim=1).values  # the last other token up to here
+        after = position.masked_fill(placeholder, T).flip(1).cummin(dim=1).values.flip(1)  # the first from here on
+        length = after - before - 1  # of the run
         return placeholder & (position - before - 1 < length // P * P)
 
     def count_vision_proj(self, tokens, h, vision_tensors=None, seqlen: int | None = None) -> torch.Tensor:
-        """The merge: overwrites the embedding of each placeholder with the projected feature of its patch.
+        """The merge: replaces the embedding of each placeholder by the projected feature of its patch.
 
         Args:
             tokens: int64 (B, T).
             h: float (B, T, D), their embeddings.
-            vision_tensors: float (N, P, V) in reading order, or (B, N, P, V); None if there is no picture.
+            vision_tensors: float (N, P, V) in reading order, or (B, N, P, V); None without pictures.
             seqlen: return at most this many tokens.
-        Returns (B, min(T, seqlen), D). Raises ValueError if the tokens call for more or fewer pictures.
+        Returns (B, min(T, seqlen), D). Raises ValueError if the number of pictures differs from what tokens ask for.
         """
         mask = self.find_pictures(tokens)  # (B, T)
-        if not torch.compiler.is_compiling():  # a look from the host, which a compiled graph cannot take
+        if not torch.compiler.is_compiling():  # reads values on the CPU, which a compiled graph cannot do
             self.check_pictures(mask, (0,) if vision_tensors is None else vision_tensors.shape[:-2])
         if vision_tensors is not None:
-            features = self.vision_proj(vision_tensors)  # (N, P, D): as wide as words
+            features = self.vision_proj(vision_tensors)  # (N, P, D): the width of embeddings
             h = h.masked_scatter(mask[..., None], features.type_as(h))  # the i-th placeholder gets the i-th patch
         return h[:, :seqlen]
 
     def check_pictures(self, mask, given) -> None:
-        """ValueError unless the placeholders in `mask` (B, T) call for the pictures given: (N,) of all, or (B, N)."""
+        """Raises ValueError unless the placeholders in `mask` (B, T) match `given`: (N,) pictures in all, or (B, N)."""
         P = len(self.config.image_ids)
         asked = (mask.sum(dim=1) // P).tolist()
         if len(given) > 1:
@@ -268,34 +268,34 @@ class MiniMindVLM(MiniMindForCausalLM):
         image_features=None,
         **args,
     ) -> MiniMindOutput:
-        """Args as in `decode`, and
+        """Arguments as in `decode`, and
 
         input_ids: int64 (B, T), P placeholder tokens for each picture.
-        pixel_values: float, normalised, or uint8 as `ImageProcessor.resize` gives them. (B, N, 3, H, W), also with an
-            extra axis of 1 after N; or, when rows have different numbers of pictures, all of them in reading order,
-            (sum of N, 3, H, W). Pictures are encoded in the call whose tokens hold them and live on in the cache.
-        image_features: float (sum of N, `config.patches`, V), what the encoder gives for all pictures, in their place.
+        pixel_values: normalised float, or uint8 from `ImageProcessor.resize`. (B, N, 3, H, W), also with an extra
+            axis of 1 after N; or (sum of N, 3, H, W) in reading order, if rows have different numbers of pictures.
+            Pass pictures to the call whose tokens contain their placeholders; later calls find them in the cache.
+        image_features: float (sum of N, `config.patches`, V), the encoder's output, instead of pixel_values.
         """
         T, features = input_ids.shape[1], None
-        h = self.model.embed_tokens(input_ids)  # (B, T, D); placeholders have embeddings too, which nobody will read
+        h = self.model.embed_tokens(input_ids)  # (B, T, D); the embeddings of placeholders are replaced below
         past_key_values = as_cache(past_key_values)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        first = isinstance(past, int) and past == 0  # a static cache in use has a tensor
-        # Later calls too short for a picture are the next token of a text, whose pictures are in the cache.
+        first = isinstance(past, int) and past == 0  # a static cache counts in a tensor
+        # A later call too short for a picture holds the next token of an answer; its pictures are in the cache.
         if first or len(self.config.image_ids) <= T:
-            # The merge: the encoder gives a vector per patch, the projector makes it as wide as a word, and it replaces
-            # the embedding of a placeholder. To the decoder a picture is P ordinary positions of the sequence.
+            # The merge: the encoder outputs a vector per patch, the projector maps it to width D, and it replaces the
+            # embedding of a placeholder. To the decoder a picture is P ordinary positions of the sequence.
             features = self.encode_pictures(pixel_values, image_features)
             h = self.count_vision_proj(input_ids, h, features, T)
         if features is None and self.training:
-            # Rows without a picture still give the projector a gradient, of zero: all ranks must agree on who has one.
+            # Without a picture the projector still gets a gradient, of zero: all ranks must have the same gradients.
             h = h + 0.0 * sum(weight.sum() for weight in self.vision_proj.parameters())
         return self.decode(h, attention_mask, past_key_values, use_cache, logits_to_keep, labels, **args)
 
     def encode_pictures(self, pixel_values, image_features=None):
-        """pixel_values as in `forward` → features (N, P, V), or (B, N, P, V) where each row has its own axis.
+        """pixel_values as in `forward` → features (N, P, V), or (B, N, P, V) if pixel_values has a row axis.
 
-        image_features: those that are known already, which then come back.
+        image_features: features computed before; they are checked and returned. Returns None without pictures.
         """
         if image_features is not None:
             expected = self.config.patches, self.config.ve_hidden_size
@@ -316,7 +316,7 @@ class MiniMindVLM(MiniMindForCausalLM):
         return features if pixel_values.ndim == 4 else features.view(*pixel_values.shape[:2], *features.shape[1:])
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        # Beams repeat rows. The pictures of a row, however many, must be repeated with it.
+        # Beams repeat rows, so all pictures of a row must be repeated with it.
         pictures = model_kwargs.pop("pixel_values", None)
         if expand_size > 1 and pictures is not None:
             mask = self.find_pictures(input_ids)
