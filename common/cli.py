@@ -1,6 +1,6 @@
-"""The command line of all scripts: how flags are read, and how a mistake is reported.
+"""The command line of all scripts: parsing flags and reporting errors.
 
-Nothing here imports PyTorch, so that --help and a mistyped flag are answered at once.
+Nothing here imports PyTorch, so --help and a mistyped flag get an immediate answer.
 """
 
 import argparse
@@ -18,18 +18,18 @@ from pathlib import Path
 
 from common.start import BROKEN_PIPE, missing_package, report_stopped, silence_broken_pipe
 
-FULL, UNTOUCHED = "the disk is full", "what stood there is untouched"
+FULL, UNTOUCHED = "the disk is full", "nothing was overwritten"
 
 
 class Stopped(SystemExit):
-    """Ctrl-C or SIGTERM ended the run after its step was finished and saved. Exit status 130."""
+    """The run ended after Ctrl-C or SIGTERM, with its current step finished and saved. Exit status 130."""
 
     def __init__(self):
         super().__init__(130)
 
 
 def is_user_error(error: Exception) -> bool:
-    """By the user: a flag, a file, a package, the size of a batch. Anything else is our mistake."""
+    """Whether the user can fix it: a flag, a file, a package, the batch size. Any other error is a bug of ours."""
     kinds = (ValueError, OSError, ImportError)
     if torch := sys.modules.get("torch"):
         kinds += (torch.OutOfMemoryError,)
@@ -37,19 +37,19 @@ def is_user_error(error: Exception) -> bool:
 
 
 def disk_full(error: BaseException | None) -> bool:
-    """By its number, as the words of an OSError differ from system to system; torch.save says "unexpected pos"."""
+    """Whether the disk is full, by errno: the text depends on the system. torch.save says "unexpected pos"."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "unexpected pos" in str(error)
 
 
 def reason(error: Exception) -> str:
-    """What an error says; a full disk in the same words everywhere."""
+    """The text of an error; a full disk always gets the same text."""
     return f"{FULL}; {UNTOUCHED}" if disk_full(error) else str(error)
 
 
 def run_main(main) -> None:
-    """Calls `main()` and turns what the user can mend into one message instead of a traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file name that is no Unicode must not end the run
-    warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # `ImageProcessor.open` says it in a sentence
+    """Calls `main()`. An error that the user can fix becomes one message instead of a traceback, and exit status 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file name that is not valid Unicode must not end the run
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # `ImageProcessor.open` reports it
     try:
         main()
     except KeyboardInterrupt:
@@ -62,25 +62,27 @@ def run_main(main) -> None:
         if os.environ.get("MINIMIND_TRACEBACK") or not is_user_error(error):
             raise
         if several and os.environ["RANK"] != "0":
-            time.sleep(2)  # what all ranks meet, the first reports: torchrun then ends the others
+            time.sleep(2)  # rank 0 reports an error of all ranks first; torchrun then ends the others
         message = f"\nerror: {reason(error)}\n(MINIMIND_TRACEBACK=1 shows where)"
         message = f"error: {missing_package(error)}" if isinstance(error, ImportError) else message
         print(message, file=sys.stderr, flush=True)
         if several:
-            os._exit(2)  # at once, so that torchrun ends the others: leaving the group would wait for them
+            os._exit(2)  # at once, so torchrun ends the other ranks: leaving the group would wait for them
         sys.exit(2)
     if distributed := sys.modules.get("common.distributed"):
         distributed.stop()
 
 
 def positive(kind):
+    """An argparse type: `kind` (int or float) above 0 and finite."""
+
     def parse(text):
         value = kind(text)
-        if not 0 < value < math.inf:  # NaN is neither
+        if not 0 < value < math.inf:  # False for NaN, too
             raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
         return value
 
-    parse.__name__ = f"positive {kind.__name__}"  # argparse puts it into its message
+    parse.__name__ = f"positive {kind.__name__}"  # appears in argparse's error message
     return parse
 
 
@@ -96,7 +98,7 @@ def not_negative(text: str) -> int:
     return int(text)
 
 
-fraction.__name__, not_negative.__name__ = "float", "int"  # argparse puts them into its messages
+fraction.__name__, not_negative.__name__ = "float", "int"  # appear in argparse's error messages
 
 
 def switch(text: str) -> bool:
@@ -106,17 +108,17 @@ def switch(text: str) -> bool:
     return values[text.lower()]
 
 
-# Of a flag that is on where it stands, alone or with 1, and off with 0: add("--use_moe", **SWITCH, help=...)
+# A flag that is on without a value or with 1, and off with 0: add("--use_moe", **SWITCH, help=...)
 SWITCH = {"nargs": "?", "const": True, "default": False, "type": switch, "metavar": "0|1"}
 
 
 # ---------------------------------------------------------------------------- the parser
 
-# What the public MiniMind-V, its older scripts too, calls otherwise: the first of these that a script has takes it.
+# Flags of the public MiniMind-V, older versions included → our names; the first name that the script accepts is used.
 RENAMED = {
     "--dim": ["--hidden_size"],
     "--freeze_llm": ["--trainable"],
-    "--from_weight": ["--weights"],  # these two: what our own scripts call otherwise
+    "--from_weight": ["--weights"],  # this one and --weights: our own scripts use both names
     "--load_from": ["--weights", "--from_weight"],
     "--n_layers": ["--num_hidden_layers"],
     "--save_dir": ["--out_dir"],
@@ -124,20 +126,20 @@ RENAMED = {
     "--weight": ["--weights"],
     "--weights": ["--from_weight"],
 }
-# What has no equal here, and what to do.
+# Flags without an equivalent here → what to do instead.
 GONE = {
-    "--ddp": "several devices take torchrun --nproc_per_node N {name}",
-    "--local_rank": "several devices take torchrun --nproc_per_node N {name}",
-    "--lora_name": "there is no LoRA here; to train few weights: --trainable attention",
-    "--save_weight": "the stage names the file; for a folder of its own: --out_dir DIR",
-    "--show_speed": "--json tells seconds and tokens of each answer",
-    "--stream": "leave it out, answers stream",
-    "--visual_encoder": "an encoder is named by its folder, --vision_model_path DIR",
+    "--ddp": "for several devices, use torchrun --nproc_per_node N {name}",
+    "--local_rank": "for several devices, use torchrun --nproc_per_node N {name}",
+    "--lora_name": "there is no LoRA here; to train fewer weights: --trainable attention",
+    "--save_weight": "the stage sets the file name; choose a folder with --out_dir DIR",
+    "--show_speed": "--json reports seconds and tokens of each answer",
+    "--stream": "not needed, answers stream by default",
+    "--visual_encoder": "pass the encoder's folder with --vision_model_path DIR",
 }
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """The docstring with its commands as they stand, and every default beside its flag, in lines that fit."""
+    """Formats --help: keeps the commands of the docstring unwrapped and shows each default next to its flag."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=22, width=min(shutil.get_terminal_size().columns, 100) - 2)
@@ -175,15 +177,15 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Its --help begins with the few flags that a newcomer needs, those of `start`; it reports a mistake in one line.
+    """A parser whose --help starts with the few flags that a newcomer needs (group `start`). Errors take one line.
 
-    file: __file__ of the script; description: its docstring. Abbreviations are an error: one means something else, or
-    nothing, as soon as another flag comes along. The message names the flag.
+    file: __file__ of the script; description: its docstring. Abbreviated flags are an error, because a new flag could
+    change their meaning; the error names the full flag.
     """
 
     def __init__(self, file: str, description: str):
         path = Path(file)
-        if path.name == "__main__.py":  # of a package
+        if path.name == "__main__.py":  # the script is a package
             path = path.parent.with_suffix(".py")
         folder, self.name = path.parts[-2:]
         module = f"{folder}.{path.stem}"
@@ -199,7 +201,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
 
     def group(self, title: str):
-        """The flags under this heading, which is made if needed."""
+        """The argument group with this title; creates it if needed."""
         same = (group for group in self._action_groups if group.title == title)
         return next(same, None) or self.add_argument_group(title)
 
@@ -207,30 +209,31 @@ class Parser(argparse.ArgumentParser):
         args = self.rename_flags(sys.argv[1:] if args is None else args)
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            self.error(f"{unknown[0]}: expected a flag before it (--help lists all)")
+            self.error(f"{unknown[0]}: expected a flag before this value (--help lists all)")
         return namespace, unknown
 
     def rename_flags(self, argv: list[str]) -> list[str]:
-        """argv with RENAMED flags under our names. What is no flag ends the program here, before argparse can say that
-        others are missing."""
+        """Returns argv with RENAMED flags under our names. An unknown flag ends the program here: argparse would first
+        report missing flags."""
         flags, renamed, rest = self._option_string_actions, [], iter(argv)
         for arg in rest:
             if arg == "--":
                 return [*renamed, arg, *rest]
             flag, equals, value = arg.partition("=")
-            if re.fullmatch("--?[A-Za-z][^ ]*", flag) and flag not in flags:  # neither a value nor a negative number
+            if re.fullmatch("--?[A-Za-z][^ ]*", flag) and flag not in flags:  # not a value or a negative number
                 ours = next((name for name in RENAMED.get(flag, []) if name in flags), None)
                 if not ours:
-                    self.error(f"{flag} is no flag of {self.name}{self.hint(flag)}")
+                    self.error(f"{flag} is not a flag of {self.name}{self.hint(flag)}")
                 if flag == "--load_from":
                     value, equals = value if equals else next(rest, ""), "="
-                    if value in ("model", "./model"):  # the public default: .pth weights, as without the flag
+                    if value in ("model", "./model"):  # the public default: .pth weights, the same as without the flag
                         continue
                 arg = ours + equals + value
             renamed.append(arg)
         return renamed
 
     def hint(self, flag: str) -> str:
+        """What to type instead of an unknown flag, as the end of an error message."""
         if flag in GONE:
             return ": " + GONE[flag].format(name=self.name)
         word = flag.lstrip("-").replace("-", "_")

@@ -1,4 +1,4 @@
-"""Where a run computes, and how precisely."""
+"""Chooses device and dtype of a run."""
 
 import importlib.util
 import os
@@ -11,7 +11,10 @@ import torch
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this rank. Raises ValueError for one that is not there, or that cannot serve so many ranks."""
+    """The device of this rank for --device `name`: auto, cuda, cuda:N, mps or cpu.
+
+    Raises ValueError if the device is missing or cannot serve this number of ranks.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
     if name == "auto":
@@ -47,18 +50,19 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of autocast; float32 means none."""
+    """The autocast dtype for --dtype `name`; float32 means no autocast."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":
         return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float16
-    return torch.float32  # most CPUs emulate bfloat16, which is slower
+    return torch.float32  # most CPUs emulate bfloat16, slower than float32
 
 
 def cpu_has(*instructions: str) -> bool:
-    """Has this CPU any of them? With "avx512_bf16" or "amx_bf16" bfloat16 takes half the time of float32, or less."""
+    """Whether this CPU has any of them. With "avx512_bf16" or "amx_bf16", bfloat16 takes half the time of float32 or
+    less."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in instructions)
 
@@ -68,19 +72,19 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises ValueError where torch.compile lacks what it needs on this device."""
+    """Raises ValueError if something that torch.compile needs on this device is missing."""
     cxx = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
     if device.type == "cpu" and not shutil.which(cxx):
-        raise ValueError(f"--compile: on a CPU it needs a C++ compiler, and there is no {cxx} (apt install g++)")
+        raise ValueError(f"--compile: needs a C++ compiler on a CPU, but {cxx} was not found (apt install g++)")
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise ValueError("--compile: on a GPU it needs Triton (pip install triton; on Windows triton-windows)")
+        raise ValueError("--compile: needs Triton on a GPU (pip install triton; on Windows triton-windows)")
 
 
 def make_deterministic(seed: int) -> None:
     """The same seed gives the same run on the same hardware; call it before the first CUDA operation.
 
-    But for the gradients of attention on a GPU: with warn_only, PyTorch keeps their fast, unordered sums. Its warning
-    about them is silenced.
+    The exception is the gradient of attention on a GPU: with warn_only, PyTorch keeps its fast sums, whose order
+    varies. The warning about this is silenced.
     """
     warnings.filterwarnings("ignore", message=".* defaults to a non-deterministic algorithm")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,4 +1,4 @@
-"""How a command, a time and a size are shown in a terminal; without PyTorch."""
+"""Formats commands, times and sizes for a terminal. Does not import PyTorch."""
 
 import shlex
 
@@ -6,7 +6,7 @@ WIDTH = 80  # columns of a terminal
 
 
 def typed(command: list[str]) -> str:
-    """A command as it can be pasted into a shell, in lines that fit a terminal; a flag stays with its values."""
+    """A command to paste into a shell, wrapped to the terminal's width; a flag and its values share a line."""
     groups = []
     for part in command:
         if part.startswith("--") or not groups:
@@ -15,7 +15,7 @@ def typed(command: list[str]) -> str:
             groups[-1] += " " + shlex.quote(part)
     lines = [groups[0]]
     for group in groups[1:]:
-        if len(lines[-1]) + 1 + len(group) > WIDTH - 4:  # the prompt before, the backslash behind
+        if len(lines[-1]) + 1 + len(group) > WIDTH - 4:  # room for the prompt and the backslash
             lines.append("    " + group)
         else:
             lines[-1] += " " + group
@@ -23,7 +23,7 @@ def typed(command: list[str]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """ "3.2 s", "4 min 05 s", "1 h 02 min"."""
+    """Formats seconds as "3.2 s", "4 min 05 s" or "1 h 02 min"."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -31,10 +31,10 @@ def duration(seconds: float) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """ "1.2 GB"; below a tenth "40 MB"."""
+    """Formats a size in GB as "1.2 GB", or below 0.1 GB as "40 MB"."""
     return f"{size:.1f} GB" if size >= 0.1 else f"{1000 * size:.0f} MB"
 
 
 def markdown(head: list[str], rows: list[list]) -> str:
-    """A table."""
+    """A Markdown table."""
     return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *rows))

@@ -1,4 +1,4 @@
-"""One process per device, started by `torchrun`; or just one process. Every function works in both cases."""
+"""One process (rank) per device, started by `torchrun`; or a single process. Every function works in both cases."""
 
 import os
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-patient = None  # the group in which the others wait while the first rank checks or fetches rows, for hours perhaps
+patient = None  # the group in which other ranks wait while rank 0 checks or downloads rows, perhaps for hours
 
 
 def start(device: torch.device) -> None:
@@ -15,7 +15,7 @@ def start(device: torch.device) -> None:
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
         global patient
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))  # after which a rank that hangs is noticed
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))  # a hanging rank causes an error after this
         patient = dist.new_group(backend="gloo", timeout=timedelta(hours=3))
 
 
@@ -37,13 +37,13 @@ def is_main() -> bool:
 
 
 def say(*text) -> None:
-    """print() on the first rank only."""
+    """print() on rank 0 only."""
     if is_main():
         print(*text, flush=True)
 
 
 def all_sum(*numbers: float) -> list[float]:
-    """The sum of each number over all ranks. On the CPU: the device's queue does not wait for it."""
+    """The sum of each number over all ranks. Computed on the CPU, without waiting for the device's queue."""
     totals = torch.tensor(numbers, dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(totals)
@@ -51,7 +51,7 @@ def all_sum(*numbers: float) -> list[float]:
 
 
 def gather(value) -> list:
-    """The value of every rank, on every rank."""
+    """Collects the value of every rank, in order; every rank gets the list."""
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size()
@@ -61,13 +61,13 @@ def gather(value) -> list:
 
 @contextmanager
 def main_first():
-    """The first rank of each machine goes ahead, the others then find in the cache what it computed. Gives whether this
-    is the one."""
+    """The first rank of each machine runs the block first; the others run it afterwards and find the results in the
+    cache. Yields whether this is the first rank."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if dist.is_initialized() and not first:
         dist.barrier(patient)
     try:
         yield first
-    finally:  # the others wait, whatever went wrong here
+    finally:  # also after an error, because the others wait
         if dist.is_initialized() and first:
             dist.barrier(patient)

@@ -1,4 +1,4 @@
-"""Files that are whole at any moment: written next to their place, flushed, renamed. Without PyTorch."""
+"""Writes files atomically: to a temporary file in the same folder, flushed, then renamed. Does not import PyTorch."""
 
 import glob
 import json
@@ -13,13 +13,16 @@ from common.cli import FULL, UNTOUCHED, disk_full
 
 
 def write_safely(path, write) -> None:
-    """Calls write(temporary file) and renames it to `path`, so that there is a whole file at any moment."""
+    """Calls write(temporary binary file), then renames the file to `path`, so `path` is complete at any moment.
+
+    Creates the folder if needed. Raises OSError if writing fails; an existing file is then unchanged.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # as by `kill -9`
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # left behind, for example by `kill -9`
         pid = old.name.split(".")[-2]
-        with suppress(OSError):  # another process was faster
-            age = time.time() - old.stat().st_mtime  # below a minute it may be another machine's
+        with suppress(OSError):  # another process removed it first
+            age = time.time() - old.stat().st_mtime  # a newer one may belong to another machine
             if age > 60 and pid.isdigit() and not psutil.pid_exists(int(pid)):
                 old.unlink()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,4 +1,4 @@
-"""What training writes down of its steps, see `trainer.progress.Progress`, read again. Without PyTorch."""
+"""Reads the metrics file that `trainer.progress.Progress` writes. Does not import PyTorch."""
 
 import contextlib
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def read_metrics(path) -> list[dict]:
-    """The lines of a metrics file. What is no object with a "step", as a line that a crash cut short, is left out."""
+    """The lines of a metrics file, as dicts. Skips a line that a crash cut short; a missing file gives no lines."""
     lines = []
     if Path(path).is_file():
         for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
@@ -18,5 +18,5 @@ def read_metrics(path) -> list[dict]:
 
 
 def points(lines: list[dict], key: str) -> list[tuple[int, float]]:
-    """(step, value) wherever there is one, as of "loss" or "val_loss"."""
+    """(step, value) of each line that has a value for `key`, such as "loss" or "val_loss"."""
     return [(line["step"], line[key]) for line in lines if line.get(key) is not None]

@@ -1,6 +1,6 @@
-"""How every script starts, and how it ends where it is stopped or a package is missing: with one sentence.
+"""How every script starts, and how it ends if it is stopped or a package is missing: with one message.
 
-Nothing here imports what is not in Python itself, so that `begin` comes before all that takes seconds to import.
+This module imports only the standard library, so `begin` runs before any import that takes seconds.
 """
 
 import atexit
@@ -12,74 +12,74 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-STEP = "MINIMIND_STEP"  # environment variable of a recipe's step, whose last words are the recipe's
+STEP = "MINIMIND_STEP"  # environment variable set for a step of a recipe: the recipe prints the last message
 PROCESS = os.getpid()
-BROKEN_PIPE = 141  # the status that a shell gives to what wrote into a pipe that nobody reads any more
-# Ctrl-C, kill, and a terminal that was closed or an SSH connection that was lost (Windows knows no such signal)
+BROKEN_PIPE = 141  # the exit status that a shell reports for a write to a closed pipe
+# Ctrl-C, kill, and a closed terminal or lost SSH connection (no such signal on Windows)
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def begin() -> None:
-    """Called by a script before it imports anything: from here on what stops it, and a missing package, are one
-    message instead of a traceback; and where nobody reads what it prints (`| head`) it ends without a word.
+    """Scripts call this before they import anything else. From then on a signal or a missing package causes one
+    message instead of a traceback, and a closed output pipe (`| head`) ends the script silently.
 
-    Ctrl-C leaves at once, whatever is half imported, half read or half written: all files of ours stand that, as they
-    stand `kill -9`. Who has something to finish or to remove asks for an exception, see `unwind`, or sets a handler.
+    Ctrl-C exits at once, even during an import, a read or a write. Our files survive this, as they survive `kill -9`.
+    Code that must finish or remove something calls `unwind` to get an exception, or sets its own handler.
     """
     sys.excepthook = excepthook
     atexit.register(flush)
     ranks, first = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0") == "0"
     silent = STEP in os.environ or not first
-    # SIG_DFL also ends a rank that waits for another in C++. Torchrun ends ranks by SIGTERM when one has failed, and
-    # that one has said why.
+    # SIG_DFL also ends a rank that waits for another one in C++. Torchrun sends SIGTERM to the others when one rank has
+    # failed; that rank has already printed the error.
     for number in STOPS:
         set_handler(number, signal.SIG_DFL if silent or (ranks > 1 and number != signal.SIGINT) else leave)
 
 
 def set_handler(number, handler):
-    """signal.signal, but the end of a terminal stays ignored where `nohup` made it so. Returns the handler before."""
+    """Like signal.signal, but keeps SIGHUP ignored if `nohup` made it so. Returns the previous handler."""
     before = signal.getsignal(number)
-    # Not so SIGINT, which a shell has ignored by what it starts with `&`: `kill -INT` is to stop a training there too.
+    # SIGINT is set in any case: a shell ignores it for `command &`, and `kill -INT` should stop a training there too.
     if number in (signal.SIGINT, signal.SIGTERM) or before != signal.SIG_IGN:
         signal.signal(number, handler)
     return before
 
 
 def unwind() -> None:
-    """From here on what stops the program raises KeyboardInterrupt."""
+    """From here on, a signal that stops the program raises KeyboardInterrupt."""
     for number in STOPS:
         set_handler(number, signal.default_int_handler)
 
 
 def leave(number, frame, *more: str) -> None:
-    """Handles a signal: says what to type to go on, with these flags more, and ends the program with status 130."""
-    if os.getpid() == PROCESS:  # else a helper that was forked
-        with suppress(RuntimeError, OSError):  # it came in the middle of a print(); or nobody reads any more
+    """Signal handler: prints the command to resume, with the flags `more` added, and exits with status 130."""
+    if os.getpid() == PROCESS:  # not in a forked worker
+        with suppress(RuntimeError, OSError):  # the signal came during a print(), or the pipe is closed
             sys.stdout.flush()
         report_stopped("stopped", *more)
     os._exit(130)
 
 
 def report_stopped(what: str, *more: str) -> None:
-    """The last words: once, on the first rank, and not in a step of a recipe, which has its own."""
+    """Prints the last message: only on rank 0, and not in a step of a recipe, which prints its own."""
     if STEP not in os.environ and os.environ.get("RANK", "0") == "0":
-        message = f"\n{what}. To go on, type:\n  {command(*more)}"
+        message = f"\n{what}. To resume, type:\n  {command(*more)}"
         try:
             print(message, file=sys.stderr, flush=True)
-        except (RuntimeError, OSError):  # a signal came in the middle of a print(), or nobody reads any more
+        except (RuntimeError, OSError):  # a signal came during a print(), or the pipe is closed
             with suppress(OSError):
                 os.write(2, f"{message}\n".encode())
 
 
 def script() -> list[str]:
-    """What was typed between `python` and the flags: train_sft_vlm.py, or -m scripts.train_llm."""
+    """The part of the command between `python` and the flags: train_sft_vlm.py, or -m scripts.train_llm."""
     spec = sys.modules["__main__"].__spec__
     as_module = spec is not None and spec.origin == sys.argv[0]
     return ["-m", spec.name.removesuffix(".__main__")] if as_module else [Path(sys.argv[0]).name]
 
 
 def command(*more: str) -> str:
-    """The command that was typed, with these flags more. --restart would remove what is there to go on with."""
+    """The command that was typed, with the flags `more` added. Drops --restart, which would remove the saved state."""
     typed, dropped = sys.argv[1:], ("--restart", *more)
     flags = [  # without --from_resume, --from_resume 1 and --from_resume=1
         flag
@@ -97,19 +97,19 @@ def command(*more: str) -> str:
 
 
 def missing_package(error: ImportError) -> str:
-    """What to type when a package is not there, or is another version."""
+    """An error message for a missing package or a wrong version, with what to type."""
     activate = r".venv\Scripts\activate" if os.name == "nt" else ". .venv/bin/activate"
     outside = sys.prefix == sys.base_prefix and Path(".venv").is_dir()
     return f"{error}. Type: {activate if outside else 'pip install -r requirements.txt'}"
 
 
 def silence_broken_pipe(error: BaseException) -> bool:
-    """Whether printing failed because nobody reads any more; whatever is printed then goes nowhere."""
+    """Whether printing failed because the pipe is closed; if so, discards all further output."""
     if getattr(error, "errno", None) != (errno.EINVAL if os.name == "nt" else errno.EPIPE):
         return False
     for stream in (sys.stdout, sys.stderr):
         try:
-            print(file=stream, flush=True)  # it may have been another pipe that broke
+            print(file=stream, flush=True)  # maybe another pipe broke
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             return True
@@ -117,7 +117,7 @@ def silence_broken_pipe(error: BaseException) -> bool:
 
 
 def flush() -> None:
-    """At the end, where Python itself would complain."""
+    """Flushes at exit, where Python would complain about a closed pipe."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -125,7 +125,7 @@ def flush() -> None:
 
 
 def excepthook(kind, error, traceback) -> None:
-    """sys.excepthook: a package that is missing, while modules are imported, is the user's to mend."""
+    """sys.excepthook: reports a failed import as one message, because the user can fix it."""
     if silence_broken_pipe(error):
         sys.exit(BROKEN_PIPE)
     if not isinstance(error, ImportError) or os.environ.get("MINIMIND_TRACEBACK"):

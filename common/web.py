@@ -1,21 +1,24 @@
-"""What an address holds. Without PyTorch."""
+"""Downloads from a URL. Does not import PyTorch."""
 
 from collections.abc import Iterator
 
 
 def fetch_pieces(url: str, silent: float) -> Iterator[bytes]:
-    """The bytes of a file on the web as they come. Raises ValueError, without the address, for no answer, an error of
-    the server, or `silent` seconds without a byte; how much and how long is for the caller to bound."""
-    import requests  # here: only an address needs it
+    """Yields the bytes of a file on the web as they arrive.
+
+    Raises ValueError, without the URL, if the server does not answer, answers with an error, or sends nothing for
+    `silent` seconds. The caller limits the total size and time.
+    """
+    import requests  # here: only a URL needs it
     import urllib3
 
-    # A server that packs what is packed already could make of 50 MB any number of them.
+    # Without this, a server could send 50 MB that unpack to any size.
     headers = {"User-Agent": "MiniMind-V", "Accept-Encoding": "identity"}
     try:
         with requests.get(url, stream=True, timeout=silent, headers=headers) as response:
             if not response.ok:
                 raise ValueError(f"the server answers {response.status_code} {response.reason}")
-            # read1: what is there, as a server may send a byte a minute, which iter_content would wait for
+            # read1 returns what is there; iter_content would wait for a server that sends a byte a minute
             while piece := response.raw.read1(1 << 16, decode_content=True):
                 yield piece
     except (requests.Timeout, urllib3.exceptions.ReadTimeoutError):

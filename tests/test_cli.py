@@ -1,4 +1,4 @@
-"""common/cli.py: how a mistake is reported, and the command lines of the public MiniMind-V."""
+"""common/cli.py: error messages, and the command lines of the public MiniMind-V."""
 
 import pytest
 
@@ -14,14 +14,14 @@ from scripts.quickstart import __main__ as quickstart
 from tests.conftest import no_space
 
 MISTAKES = """
-train_sft_vlm --lr 3          → --lr is no flag of train_sft_vlm.py; did you mean --learning_rate? (--help lists all)
-train_sft_vlm -lr 3           → -lr is no flag of train_sft_vlm.py; did you mean --learning_rate? (--help lists all)
-train_sft_vlm --epoch=3       → --epoch is no flag of train_sft_vlm.py; did you mean --epochs? (--help lists all)
-eval_vlm --batch-size 3       → --batch-size is no flag of eval_vlm.py; did you mean --batch_size? (--help lists all)
-convert_vlm --image a         → --image is no flag of convert_vlm.py; did you mean --images? (--help lists all)
-eval_vlm --output_dir a       → --output_dir is no flag of eval_vlm.py; did you mean --out_dir? (--help lists all)
-eval_vlm --qqqq               → --qqqq is no flag of eval_vlm.py (--help lists all)
-eval_vlm photo.jpg            → photo.jpg: expected a flag before it (--help lists all)
+train_sft_vlm --lr 3          → --lr is not a flag of train_sft_vlm.py; did you mean --learning_rate? (--help lists all)
+train_sft_vlm -lr 3           → -lr is not a flag of train_sft_vlm.py; did you mean --learning_rate? (--help lists all)
+train_sft_vlm --epoch=3       → --epoch is not a flag of train_sft_vlm.py; did you mean --epochs? (--help lists all)
+eval_vlm --batch-size 3       → --batch-size is not a flag of eval_vlm.py; did you mean --batch_size? (--help lists all)
+convert_vlm --image a         → --image is not a flag of convert_vlm.py; did you mean --images? (--help lists all)
+eval_vlm --output_dir a       → --output_dir is not a flag of eval_vlm.py; did you mean --out_dir? (--help lists all)
+eval_vlm --qqqq               → --qqqq is not a flag of eval_vlm.py (--help lists all)
+eval_vlm photo.jpg            → photo.jpg: expected a flag before this value (--help lists all)
 convert_vlm --out_dir a       → the following arguments are required: --to
 inspect_data --samples 3      → the following arguments are required: PATH
 train_sft_vlm --epochs many   → --epochs: invalid positive int value: 'many'
@@ -33,7 +33,7 @@ train_sft_vlm --out_dir       → --out_dir: expected one argument
 
 
 @pytest.mark.parametrize("line", MISTAKES.strip().splitlines())
-def test_a_mistake_is_told_in_one_line_with_the_nearest_flag(line, capsys):
+def test_an_error_takes_one_line_and_names_the_nearest_flag(line, capsys):
     typed, message = line.split("→")
     script, *flags = typed.split()
     scripts = (convert_vlm, eval_vlm, inspect_data, train_sft_vlm)
@@ -43,7 +43,7 @@ def test_a_mistake_is_told_in_one_line_with_the_nearest_flag(line, capsys):
     assert (end.value.code, *capsys.readouterr()) == (2, "", f"error: {message.strip()}\n")
 
 
-def test_values_that_begin_with_a_dash_are_no_flags():
+def test_values_may_begin_with_a_dash():
     args = eval_vlm.parse_args(["--image", "a b.jpg", "--prompt", "--what is this?"])
     assert (args.image, args.prompt) == (["a b.jpg"], "--what is this?")
     with pytest.raises(SystemExit):
@@ -51,14 +51,14 @@ def test_values_that_begin_with_a_dash_are_no_flags():
     assert train_sft_vlm.parse_args(["--weight_decay", "-0.5"]).weight_decay == -0.5
 
 
-def test_no_abbreviation_is_taken(capsys):
+def test_abbreviated_flags_are_rejected(capsys):
     with pytest.raises(SystemExit):
         train_sft_vlm.parse_args(["--optim", "muon"])
     assert "did you mean --optimizer?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", [train_sft_vlm, eval_vlm, web_demo_vlm, quickstart, download, convert_vlm])
-def test_use_moe_stands_alone_or_with_0_or_1(script):
+def test_use_moe_takes_no_value_or_0_or_1(script):
     more = ["--to", "llava"] if script is convert_vlm else []
     for given, expected in ([], False), (["0"], False), (["1"], True), (["True"], True), (["False"], False):
         flags = ["--use_moe", *given] if given else []
@@ -113,16 +113,16 @@ def test_command_lines_of_the_public_eval_run():
         (eval_vlm, "--lora_name None", "no LoRA"),
     ],
 )
-def test_public_flags_without_an_equal_are_told_in_one_line_with_what_to_do(script, typed, instead, capsys):
+def test_public_flags_without_an_equivalent_get_one_line_that_says_what_to_do(script, typed, instead, capsys):
     with pytest.raises(SystemExit):
         script.parse_args(typed.split())
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {typed.split()[0]} is no flag of ") and instead in error
+    assert error.startswith(f"error: {typed.split()[0]} is not a flag of ") and instead in error
     assert len(error) <= 2 * 80 and error.count("\n") == 1
 
 
-def test_a_full_disk_is_called_so_whatever_the_system_says(capsys):
+def test_a_full_disk_gets_the_same_message_on_every_system(capsys):
     with pytest.raises(SystemExit):
         run_main(no_space)
     error = capsys.readouterr().err
-    assert error.startswith("\nerror: the disk is full; what stood there is untouched\n") and "Errno" not in error
+    assert error.startswith("\nerror: the disk is full; nothing was overwritten\n") and "Errno" not in error

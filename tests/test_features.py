@@ -329,7 +329,7 @@ def test_a_disk_that_fills_up_is_called_full_and_leaves_what_was_written(tmp_pat
     add(cache, "a")
     before = sorted(path.name for path in cache.path.iterdir())
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OSError, match="--cache_features .*: the disk is full; what stood there is untouched"):
+    with pytest.raises(OSError, match="--cache_features .*: the disk is full; nothing was overwritten"):
         add(cache, "b")
     assert sorted(path.name for path in cache.path.iterdir()) == before
 

@@ -1,4 +1,4 @@
-"""common/lock.py: two processes do not write one file, and nobody is locked out by one that has ended."""
+"""common/lock.py: two processes never write the same file, and the lock of an ended process does not count."""
 
 import json
 import socket
@@ -32,7 +32,7 @@ def held(tmp_path):
     process.wait()
 
 
-def test_who_comes_second_is_told_and_comes_in_when_the_first_has_ended(held):
+def test_a_second_process_gets_an_error_until_the_first_has_ended(held):
     path, process = held
     with (
         pytest.raises(ValueError, match=f"--out_dir: process {process.pid} is writing {path}. Wait"),
@@ -73,7 +73,7 @@ def test_a_lock_of_another_machine_is_left_to_the_user(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["training", "captions"])
-def test_a_second_training_and_second_captions_are_told(flags, trained, world, tmp_path, what, monkeypatch, capsys):
+def test_a_second_training_and_second_captions_get_an_error(flags, trained, world, tmp_path, what, monkeypatch, capsys):
     import eval_vlm
     import train_sft_vlm
 

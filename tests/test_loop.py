@@ -437,10 +437,10 @@ def test_a_run_that_is_stopped_and_resumed_ends_as_one_that_never_stopped(
     assert stop.value.code == 130
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     printed = capsys.readouterr().err
-    assert f"stopped at step {step} of 8. To go on, type:\n  python train_sft_vlm.py " in printed
+    assert f"stopped at step {step} of 8. To resume, type:\n  python train_sft_vlm.py " in printed
     assert [line[0] for line in losses(tmp_path / "stopped")] == list(range(1, step + 1))
 
-    (last,) = printed.split("To go on, type:\n")[1].splitlines()
+    (last,) = printed.split("To resume, type:\n")[1].splitlines()
     command = shlex.split(last)
     resumed = main(command[2:])
     same(whole, resumed)
@@ -481,7 +481,7 @@ def test_a_validation_stops_when_asked_and_the_steps_before_it_are_kept(
         with pytest.raises(SystemExit) as stop:
             main([*flags, "--batch_size", "2"])
     assert stop.value.code == 130 and len(seen) == 2  # the second batch was not looked at
-    assert f"stopped at step {at} of 7. To go on" in capsys.readouterr().err
+    assert f"stopped at step {at} of 7. To resume" in capsys.readouterr().err
     assert json.loads((tmp_path / "out/sft_vlm_64.json").read_text())["step"] == at
     assert all("val_loss" not in line for line in read_metrics(tmp_path / "out/sft_vlm_64.metrics.jsonl"))
 

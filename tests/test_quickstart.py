@@ -232,7 +232,7 @@ def test_an_interruption_lets_the_step_save_and_the_next_start_resumes_it(tmp_pa
         process.terminate()  # to the parent alone
     printed = process.communicate(timeout=20)[0]
     assert process.returncode == 130
-    assert printed.endswith("stopped. To go on, type:\n  the command that goes on\n") and "Traceback" not in printed
+    assert printed.endswith("stopped. To resume, type:\n  the command that goes on\n") and "Traceback" not in printed
     assert (tmp_path / "log").read_text() == "saved;"
     (record,) = read_records(tmp_path)
     assert record["status"] == "begun" and record["seconds"] > 0

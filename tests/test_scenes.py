@@ -843,6 +843,6 @@ def test_wrong_flags_are_named(flags, tmp_path, capsys):
 
 def test_a_disk_that_fills_up_while_scenes_are_drawn_is_called_full(tmp_path, monkeypatch):
     monkeypatch.setattr(world, "save_jpeg", no_space)
-    with pytest.raises(SystemExit, match="error: the disk is full; what stood there is untouched"):
+    with pytest.raises(SystemExit, match="error: the disk is full; nothing was overwritten"):
         world.main(["--out_dir", str(tmp_path), "--scenes", "1", "--val_scenes", "1"])
     assert not list(tmp_path.glob("*.jsonl"))

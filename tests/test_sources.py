@@ -516,7 +516,7 @@ def test_a_cache_of_rows_that_cannot_be_written_is_told_by_the_setting_that_name
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file/cache")
         with pytest.raises(OSError, match="file/cache, and it cannot be written: Not a .*\n.*HF_DATASETS_CACHE=DIR"):
             read(path)
-    full = r"rows are cached in \S+, and the disk is full; what stood there is untouched.\n.*HF_DATASETS_CACHE=DIR"
+    full = r"rows are cached in \S+, and the disk is full; nothing was overwritten.\n.*HF_DATASETS_CACHE=DIR"
     with monkeypatch.context() as patch, pytest.raises(OSError, match=full):
         patch.setattr(datasets.arrow_writer.ArrowWriter, "write_table", no_space)
         read(path)

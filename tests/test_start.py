@@ -1,4 +1,4 @@
-"""How scripts end when they are stopped, or when a package is missing: with one message, whatever they were doing."""
+"""common/start.py: a script that is stopped, or that misses a package, ends with one message at any time."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def test_the_scripts_that_users_start_are_found():
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=str)
-def test_without_its_packages_every_script_says_in_one_sentence_what_to_type(path):
+def test_without_its_packages_every_script_says_what_to_type(path):
     done = run("-S", *as_typed(path))  # -S: no site-packages
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and done.stdout == ""
@@ -55,7 +55,7 @@ def test_a_script_that_is_started_by_its_path_says_how_to_start_it(path):
     assert (done.returncode, done.stderr) == (1, f"type {' '.join(as_typed(path))} instead of {name}\n")
 
 
-def test_a_package_of_another_version_is_told_like_one_that_is_missing(tmp_path):
+def test_a_package_of_another_version_is_reported_like_a_missing_one(tmp_path):
     (tmp_path / "tokenizers.py").touch()  # it comes before the installed one
     script, old = ["-m", "scripts.train_tokenizer"], os.environ | {"PYTHONPATH": str(tmp_path)}
     done = run(*script, env=old)
@@ -64,7 +64,7 @@ def test_a_package_of_another_version_is_told_like_one_that_is_missing(tmp_path)
     assert "Traceback" in run(*script, env=old | {"MINIMIND_TRACEBACK": "1"}).stderr
 
 
-def test_an_environment_that_is_there_but_not_active_is_named(tmp_path, monkeypatch):
+def test_an_environment_that_is_not_active_is_named(tmp_path, monkeypatch):
     (tmp_path / ".venv").mkdir()
     monkeypatch.chdir(tmp_path)
     for prefix, what in (("/usr", ". .venv/bin/activate"), ("/usr/venv", "pip install -r requirements.txt")):
@@ -73,7 +73,7 @@ def test_an_environment_that_is_there_but_not_active_is_named(tmp_path, monkeypa
         assert start.missing_package(ImportError("No module named 'torch'")) == f"No module named 'torch'. Type: {what}"
 
 
-# ---------------------------------------------------------------------------- when nobody reads any more
+# ---------------------------------------------------------------------------- closed pipes
 
 
 def head(last: str, *command, **options):
@@ -86,14 +86,14 @@ def head(last: str, *command, **options):
         return process.wait(timeout=300), process.stderr.read()
 
 
-def test_help_that_nobody_reads_ends_without_a_word():
+def test_help_into_a_closed_pipe_ends_silently():
     for path in ("train_sft_vlm.py", "scripts/quickstart/__main__.py", "dataset/toys.py"):
         status, stderr = head("", *as_typed(Path(path)), "--help")
         assert status in (0, start.BROKEN_PIPE) and stderr == "", path
 
 
 @pytest.mark.parametrize("rest", ["print('last')", "[print(i) for i in range(10**5)]"])
-def test_a_pipe_that_is_closed_ends_a_script_without_a_word(rest):
+def test_a_closed_pipe_ends_a_script_silently(rest):
     """One line is written by Python itself at the very end; many fill the pipe before."""
     code = f"from common.start import begin\nbegin()\nprint('first', flush=True)\ninput()\n{rest}"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdin=-1, stdout=-1, stderr=-1) as process:
@@ -104,13 +104,13 @@ def test_a_pipe_that_is_closed_ends_a_script_without_a_word(rest):
         assert process.wait() in (0, start.BROKEN_PIPE) and process.stderr.read() == ""
 
 
-def test_another_pipe_that_breaks_is_told():
+def test_another_broken_pipe_is_reported():
     done = run("-c", "from common.start import begin\nbegin()\nraise BrokenPipeError(32, 'of a worker')")
     assert done.returncode == 1 and "of a worker" in done.stderr
 
 
 @pytest.mark.slow
-def test_a_training_that_nobody_reads_any_more_has_saved(flags, tmp_path):
+def test_a_training_with_a_closed_pipe_has_saved(flags, tmp_path):
     (tmp_path / "held.py").write_text(HELD)
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     status, stderr = head("ready", str(tmp_path / "held.py"), "step", *flags, env=env)
@@ -118,10 +118,10 @@ def test_a_training_that_nobody_reads_any_more_has_saved(flags, tmp_path):
     assert (tmp_path / "out/sft_vlm_64.json").is_file()
 
 
-# ---------------------------------------------------------------------------- what to type to go on
+# ---------------------------------------------------------------------------- the command to resume
 
 
-def test_the_command_to_go_on_is_the_one_that_was_typed(monkeypatch):
+def test_the_command_to_resume_is_the_one_that_was_typed(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/some/where/train_sft_vlm.py", "--epochs", "2", "--from_resume"])
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -130,10 +130,10 @@ def test_the_command_to_go_on_is_the_one_that_was_typed(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train_sft_vlm.py", *given, "--epochs", "2"])
         assert start.command("--from_resume") == "python train_sft_vlm.py --epochs 2 --from_resume"
     monkeypatch.setattr(sys, "argv", ["quickstart.py", "--restart", "--out_dir", "my out"])
-    assert start.command() == "python quickstart.py --out_dir 'my out'"  # goes on, rather than to remove what is there
+    assert start.command() == "python quickstart.py --out_dir 'my out'"  # resumes instead of removing the saved state
 
 
-def test_on_several_machines_the_command_to_go_on_has_the_processes_of_one(monkeypatch):
+def test_on_several_machines_the_command_to_resume_has_the_processes_of_one(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_sft_vlm.py", "--epochs", "2"])
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -205,15 +205,15 @@ def stop(command, number, marker="ready", ranks=1, whole_group=True, again=False
 
 
 def last_words(printed, what="stopped"):
-    """The command that stands at the very end, below what was left; nothing else may be printed."""
+    """The command at the end of the output, after the message; no error may be printed."""
     assert "Traceback" not in printed and "Error" not in printed and "death signal" not in printed, printed
-    before, words, after = printed.partition(f"\n{what}. To go on, type:\n  ")
-    assert words and after.count("\n") == 1 and "To go on" not in before, printed
+    before, words, after = printed.partition(f"\n{what}. To resume, type:\n  ")
+    assert words and after.count("\n") == 1 and "To resume" not in before, printed
     return after.strip()
 
 
 def test_ctrl_c_while_packages_are_imported_is_one_message(tmp_path):
-    """Also where the package turns KeyboardInterrupt into an error of its own, or into nothing."""
+    """Also if the package catches KeyboardInterrupt."""
     code = "import time\ntry:\n    print('ready', flush=True)\n    time.sleep(60)\nexcept BaseException:\n    pass\n"
     (tmp_path / "psutil.py").write_text(code)
     run = "import os, runpy, sys; sys.path.insert(0, sys.argv.pop(1)); sys.argv[0] = 'scripts/quickstart'; "
@@ -280,7 +280,7 @@ def test_asking_with_worker_processes_is_stopped_with_one_message(trained, world
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_ends_a_training_at_once_and_says_how_to_go_on(flags, tmp_path):
+def test_a_second_ctrl_c_ends_a_training_at_once_and_says_how_to_resume(flags, tmp_path):
     (tmp_path / "held.py").write_text(HELD.replace("0.3", "60"))
     status, printed = stop([str(tmp_path / "held.py"), "step", *flags], signal.SIGINT, again=True)
     assert status == 130 and last_words(printed).endswith("--from_resume")
@@ -290,7 +290,7 @@ def test_a_second_ctrl_c_ends_a_training_at_once_and_says_how_to_go_on(flags, tm
 @pytest.mark.parametrize(
     "where, number", [("rank 0", signal.SIGINT), ("step", signal.SIGINT), ("step", signal.SIGTERM)]
 )
-def test_two_ranks_of_a_recipe_that_are_stopped_go_on(flags, tmp_path, where, number):
+def test_two_ranks_of_a_stopped_recipe_resume(flags, tmp_path, where, number):
     (tmp_path / "held.py").write_text(HELD)
     flags = [*flags, "--save_interval", "100"]
     command = ["-c", RECIPE, str(tmp_path / "run"), str(tmp_path / "held.py"), where, *flags]
@@ -306,7 +306,7 @@ def test_two_ranks_of_a_recipe_that_are_stopped_go_on(flags, tmp_path, where, nu
 
 
 @pytest.mark.slow
-def test_what_all_ranks_find_wrong_is_told_once(flags, tmp_path):
+def test_an_error_of_all_ranks_is_reported_once(flags, tmp_path):
     torchrun = ["-m", "scripts.torchrun", "--nproc_per_node", "2", "train_sft_vlm.py"]
     done = run(*torchrun, *flags, "--device", "cuda", env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 2 and done.stdout == ""

@@ -225,7 +225,7 @@ def test_two_ranks_make_the_steps_of_one(text_flags, corpus, tmp_path):
 def test_flags_about_pictures_are_unknown(text_flags, capsys, flag):
     with pytest.raises(SystemExit) as stop:
         train_llm.main([*text_flags, f"--{flag}", "1"])
-    assert stop.value.code == 2 and f"--{flag} is no flag of train_llm.py" in capsys.readouterr().err
+    assert stop.value.code == 2 and f"--{flag} is not a flag of train_llm.py" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--data_path", "--val_path"])

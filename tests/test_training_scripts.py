@@ -342,7 +342,7 @@ def test_a_signal_to_all_processes_of_a_run_stops_it_after_its_step(flags, tmp_p
     os.killpg(run.pid, signal.SIGTERM)
     out, error = run.communicate(timeout=300)
     assert run.returncode == 130, error
-    assert "Traceback" not in error and "To go on, type:\n  python train_sft_vlm.py --data_path" in error
+    assert "Traceback" not in error and "To resume, type:\n  python train_sft_vlm.py --data_path" in error
     step = json.loads((tmp_path / "out" / "sft_vlm_64.json").read_text())["step"]
     assert f"stopped at step {step} of 4000" in error
 

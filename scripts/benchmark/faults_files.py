@@ -210,7 +210,7 @@ def run_on_full_disk(bench: Bench, what: str, room: float, command: list, small:
     size = 4096 * (pages + int(room * 1e6 / 4096))
     status, output = run(["unshare", "-Urm", "sh", "-c", ON_SMALL_DISK, "sh", size, small, before, after, *command])
     case = f"disk: {what}, with status {status}: {output[-1000:]}"
-    full = bool(status) and "the disk is full" in output and "what stood there is untouched" in output
+    full = bool(status) and "the disk is full" in output and "nothing was overwritten" in output
     if not full:
         bench.fault(f"it is not called full, or nothing is said of what stood there: {case}")
     for path in before.iterdir():

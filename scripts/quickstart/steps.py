@@ -215,7 +215,7 @@ def run_steps(steps: list[Step], folder: Path, again: str) -> list[dict]:
         record["status"] = "done" if status == 0 else "begun" if interrupted else "failed"
         write_json(folder / "steps.json", records)
         if interrupted:
-            print(f"\nstopped. To go on, type:\n  {again}", file=sys.stderr, flush=True)
+            print(f"\nstopped. To resume, type:\n  {again}", file=sys.stderr, flush=True)
             raise SystemExit(130)
         if status:
             how = f"ended with status {status}" if status > 0 else f"was killed by {signal.Signals(-status).name}"
