@@ -1,5 +1,5 @@
-"""Captions for a folder of pictures, however many: a line of JSON for each. What is broken is told and passed over, and
-what was interrupted goes on.
+"""Captions for a folder with any number of pictures, one line of JSON each. Broken pictures are reported and skipped.
+The same command resumes an interrupted run.
 
     {"image": "a/1.jpg", "prompt": "Describe this picture.", "answer": "a small red star"}
     {"image": "a/2.jpg", "error": "--image_dir pictures/a/2.jpg is not a picture that can be read: broken PNG file"}
@@ -23,12 +23,12 @@ from inference.pictures import open_image, pictures_in
 from model.processing import encode_chat
 from trainer.loader import ignore_interrupt
 
-BEGIN = b'{"image": "'  # of every line, by which a half-written one is known
+BEGIN = b'{"image": "'  # of every line; identifies a half-written one
 
 
 def list_pictures(folder: Path) -> tuple[list[str], int]:
-    """The pictures of a folder and those below it: names relative to it, with / on every system, sorted; how many other
-    files there are."""
+    """The pictures of a folder and its subfolders, as sorted relative paths with / on every system, and the number of
+    other files. Raises FileNotFoundError if the folder is missing or has no pictures."""
     if not folder.is_dir():
         raise FileNotFoundError(f"--image_dir {folder}: no such folder")
     paths, others = pictures_in(folder, "**/*")
@@ -45,8 +45,8 @@ def is_json(line: bytes) -> bool:
 
 
 def read_answers(path: Path) -> tuple[set[tuple[str, str]], set[str]]:
-    """What an earlier run wrote: (image, prompt) of the answers, and the broken images. Cuts off a half-written last
-    line. Raises ValueError for a file of something else, which is left as it is."""
+    """Reads what an earlier run wrote: the (image, prompt) pairs with an answer, and the broken images. Truncates a
+    half-written last line. Raises ValueError if the file contains anything else, and does not change it then."""
     if path.is_dir():
         raise ValueError(f"--captions {path} is a folder. Expected a file of lines of JSON, such as {path}.jsonl")
     answered, broken = set(), set()
@@ -75,10 +75,10 @@ def read_answers(path: Path) -> tuple[set[tuple[str, str]], set[str]]:
 
 
 class PictureQuestions(Dataset):
-    """Questions about pictures, as `collate_prompts` takes them."""
+    """Questions about pictures, as examples for `collate_prompts`."""
 
     def __init__(self, folder: Path, asked: list[tuple[str, str]], ids: dict[str, list[int]], processor):
-        """asked: (image, prompt); ids: the tokens of each prompt."""
+        """asked: (image, prompt) pairs; ids: the tokens of each prompt."""
         self.folder, self.asked, self.ids, self.processor = folder, asked, ids, processor
 
     def __len__(self) -> int:
@@ -88,13 +88,16 @@ class PictureQuestions(Dataset):
         image, prompt = self.asked[i]
         try:
             pixels = self.processor.resize(open_image(self.folder / image, self.processor, "--image_dir"))
-        except Exception as error:  # one picture, whatever is wrong with it, is no reason to stop
+        except Exception as error:  # one bad picture must not stop the run, whatever the error
             return {"number": i, "broken": str(error)}
         return {"number": i, "ids": self.ids[prompt], "pictures": pixels[None]}
 
 
 def write_captions(model, tokenizer, args, weights: Path, device) -> Path:
-    """Asks every prompt about every picture of args.image_dir, greedily, and appends the answers to args.captions."""
+    """Asks every prompt about every picture in args.image_dir, greedily, and appends the answers to args.captions.
+
+    Returns that path. Raises ValueError or FileNotFoundError for a folder or a file that does not fit.
+    """
     folder, path = Path(args.image_dir or "dataset/eval_images"), Path(args.captions)
     (names, others), (prompts, flag) = list_pictures(folder), prompts_to_ask(args, weights)
     ids = {}
@@ -109,7 +112,7 @@ def write_captions(model, tokenizer, args, weights: Path, device) -> Path:
 
 
 def append_captions(model, tokenizer, args, device, folder: Path, path: Path, names: list[str], ids: dict) -> None:
-    """names: of the pictures; ids: the tokens of each prompt."""
+    """Answers what `path` lacks so far. names: relative paths of the pictures; ids: the tokens of each prompt."""
     answered, broken = read_answers(path)
     wanted = [(name, prompt) for name in names for prompt in ids]
     asked = [pair for pair in wanted if pair not in answered and pair[0] not in broken]
@@ -121,19 +124,19 @@ def append_captions(model, tokenizer, args, device, folder: Path, path: Path, na
         worker_init_fn=ignore_interrupt,
     )
     progress = tqdm(total=len(wanted), initial=len(wanted) - len(asked), unit="picture", dynamic_ncols=True)
-    # A file name may hold bytes that are no UTF-8: backslashreplace writes them as JSON does.
+    # A file name may contain bytes that are not UTF-8; backslashreplace escapes them as JSON does.
     with path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file, progress as bar:
         for texts, failed in answer_batches(model, tokenizer, loader, args, device, pick_dtype(args.dtype, device)):
             for number in sorted([*texts, *failed]):
                 image, prompt = asked[number]
                 if number in failed and image in broken:
-                    continue  # told at its first prompt
+                    continue  # reported with its first prompt
                 if number in failed:
                     broken.add(image)
                     line = {"image": image, "error": failed[number]}
                 else:
                     line = {"image": image, "prompt": prompt, "answer": texts[number]}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()  # the same command goes on after this one
+                file.flush()  # a resumed run continues after this line
             bar.update(len(texts) + len(failed))
     print(f"{path}: {len(names):,} pictures, {sum(name in broken for name in names):,} of them broken")

@@ -1,4 +1,4 @@
-"""A question and its pictures → an answer, alone or many in a batch.
+"""From a question and its pictures to an answer, one at a time or in batches.
 
 Reading path, 10 of 10; the last
 """
@@ -13,22 +13,22 @@ from model.processing import IMAGE_TAG, encode_chat
 
 @torch.no_grad()
 def generate(model, tokenizer, conversations: list[dict], images: list, args, streamer=None, stopping=None):
-    """Answers a conversation that ends with a question; its <image> tags stand for `images`, in order.
+    """Answers the last question of a conversation; its <image> tags stand for `images`, in order.
 
-    images: pictures, or what `processor.resize` made of them; stopping: a list of StoppingCriteria. Returns question
-    and answer as tokens int64 (1, T), where in them the answer begins, the pictures as uint8 (N, 3, H, W) or None.
+    images: PIL pictures, or tensors from `processor.resize`; stopping: list of StoppingCriteria. Returns the tokens of
+    prompt and answer int64 (1, T), the index where the answer starts, and the pictures uint8 (N, 3, H, W) or None.
     """
     pieces = encode_chat(tokenizer, conversations, model.config.image_ids)
     ids = [token for piece, _, _ in pieces for token in piece]
     input_ids = torch.tensor([ids], device=model.device)
-    # Pictures as in training: resized here, encoded in the first call; later calls find them in the cache.
+    # Pictures are resized as in training. The first forward pass encodes them; later ones read them from the KV cache.
     resized = [image if torch.is_tensor(image) else model.processor.resize(image) for image in images]
     pixels = torch.stack(resized).to(model.device) if images else None
-    # The decoder scores every token of the vocabulary. One is drawn and appended, again and again, until <|im_end|>.
-    # The scores are divided by the temperature: below 1 likely tokens gain, above 1 unlikely ones do. top_p draws only
-    # from the likeliest tokens that together hold this share of the probability, and so cuts off the long tail of
-    # wrong ones. Greedy always takes the likeliest.
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0}  # 0: no limit
+    # The decoder outputs a logit for every token of the vocabulary. One token is sampled and appended; this repeats
+    # until <|im_end|>. Logits are divided by the temperature: below 1 favours likely tokens, above 1 unlikely ones.
+    # top_p samples only from the most likely tokens whose probabilities add up to this share, which cuts off the long
+    # tail of wrong tokens. Greedy decoding always takes the most likely token.
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0}  # top_k 0: no limit
     with autocast(model.device, pick_dtype(args.dtype, model.device)):
         out = model.generate(
             input_ids=input_ids,
@@ -38,7 +38,7 @@ def generate(model, tokenizer, conversations: list[dict], images: list, args, st
             max_new_tokens=args.max_new_tokens,
             do_sample=not args.greedy,
             pad_token_id=tokenizer.pad_token_id,
-            streamer=streamer,  # shows each token as it comes
+            streamer=streamer,  # gets each token as it is generated
             stopping_criteria=stopping,
             **({} if args.greedy else sampling),
         )
@@ -46,17 +46,17 @@ def generate(model, tokenizer, conversations: list[dict], images: list, args, st
 
 
 def ask(model, tokenizer, conversations: list[dict], images: list, args, streamer=None, stopping=None) -> str:
-    """The answer alone; arguments as in `generate`."""
+    """Returns the text of the answer; arguments as in `generate`."""
     out, start, _ = generate(model, tokenizer, conversations, images, args, streamer, stopping)
     return without_thoughts(tokenizer.decode(out[0, start:], skip_special_tokens=True))
 
 
 def user_turn(prompt: str, pictures: int, first: bool = False, flag: str = "--prompt") -> str:
-    """The user's turn, the same for eval_vlm.py, --chat, --captions and the web page: an <image> tag for each picture.
+    """The user's turn with an <image> tag per picture; the same for eval_vlm.py, --chat, --captions and the web page.
 
-    Where the text has none, they stand where the data had them. first: one picture comes before the text, as most rows
-    of the training showed it (`pictures_first`), else after it, as in the public rows ("...\\n<image>"). Several always
-    come before: so the drawn scenes show what is to be compared, and the public rows have them anywhere.
+    Missing tags are added where the training data had them. One picture: before the text if `first` (`pictures_first`),
+    else after it, as in the public rows ("...\\n<image>"). Several: before it, as in the drawn scenes; the public rows
+    have no fixed place. Raises ValueError if the text has tags, but not one per picture.
     """
     tags = prompt.count(IMAGE_TAG)
     if tags not in (0, pictures):
@@ -67,9 +67,9 @@ def user_turn(prompt: str, pictures: int, first: bool = False, flag: str = "--pr
 
 
 def collate_prompts(examples: list[dict], pad_token_id: int) -> dict:
-    """Prompts padded on the left, so that all answers begin at the same position; "broken": why others are missing.
+    """Pads prompts on the left, so that all answers of a batch start at the same position; "broken": {number: reason}.
 
-    examples: {"number", "ids": list[int], "pictures": uint8 (N, 3, H, W) or None}, or {"number", "broken": str}.
+    examples: {"number", "ids": list[int], "pictures": uint8 (N, 3, H, W) or None}, or {"number", "broken": reason}.
     """
     broken = {example["number"]: example["broken"] for example in examples if "broken" in example}
     examples = [example for example in examples if "broken" not in example]
@@ -79,7 +79,7 @@ def collate_prompts(examples: list[dict], pad_token_id: int) -> dict:
     input_ids, mask = torch.full((len(examples), T), pad_token_id), torch.zeros((len(examples), T), dtype=torch.int64)
     for i, example in enumerate(examples):
         n = len(example["ids"])
-        input_ids[i, T - n :], mask[i, T - n :] = torch.tensor(example["ids"]), 1  # the new tokens come behind T
+        input_ids[i, T - n :], mask[i, T - n :] = torch.tensor(example["ids"]), 1  # new tokens start at T
     pictures = [example["pictures"] for example in examples if example["pictures"] is not None]
     return {
         "numbers": [example["number"] for example in examples],
@@ -92,7 +92,7 @@ def collate_prompts(examples: list[dict], pad_token_id: int) -> dict:
 
 @torch.no_grad()
 def answer_batches(model, tokenizer, batches, args, device, dtype):
-    """For each batch of `collate_prompts` its greedy answers, and why others are missing; both {number: text}."""
+    """Yields, per batch of `collate_prompts`, greedy answers {number: text} and broken examples {number: reason}."""
     for batch in batches:
         texts = []
         if batch["numbers"]:
