@@ -156,7 +156,6 @@ def test_the_card_tells_of_a_language_model(save, convert):  # noqa: F811
     made = convert("llm", weights)
     card, about = (made / "README.md").read_text(), json.loads((made / "minimind.json").read_text())
     assert not known.keys() & about.keys() and about["vision_model"] == {} and about["stage"] == "llm"
-    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n")
     assert "A small language model, made with MiniMind-V: stock language model, which" in card
     assert "(2 layers, 64 wide, 4 experts of which 2 work)" in card and "trust_remote_code" not in card
     assert not re.search("colour|encoder|projector|image|photo|at pictures", card)

@@ -38,7 +38,6 @@ from common.cli import SWITCH, Parser, positive, run_main
 from common.files import write_json
 from inference.models import choose_model, prompts_of
 from inference.pictures import open_image
-from inference.scoring import count_parameters
 from model.build import build_model
 from model.export import has_eyes, write_pth, write_transformers
 from model.files import read_json
@@ -49,11 +48,12 @@ from model.processing import encode_chat
 from model.rgb import to_rgb
 from model.web import DTYPES, write_web
 from model.weights import SIDECAR, bare_name, make_sidecar
+from scripts.convert_vlm.card import base_models, languages_of, make_example, model_card, scores_of
 from scripts.convert_vlm.check_export import QUESTIONS, texts_of
 from scripts.convert_vlm.check_web import check_page, in_turns, questions_of
 
 WRITE = {"llava": write_llava, "transformers": write_transformers, "llm": write_llm, "pth": write_pth, "web": write_web}
-ABOUT_PICTURES = ("prompts", "pictures_first", "rows_without_picture")  # in the JSON of weights
+ABOUT_PICTURES = ("prompts", "pictures_first", "rows_without_picture", "scores")  # in the JSON of weights
 
 
 def parse_args(argv=None):
@@ -96,75 +96,19 @@ def info_of(weights: Path, model, origin, to: str, output: Path) -> dict:
     """The JSON for what is made: that of the weights, which may have none, without the folders of this machine."""
     path = weights / SIDECAR if weights.is_dir() else weights.with_suffix(".json")
     known = read_json(path) if path.is_file() else {"command": None}
+    parts = make_sidecar(model, origin)
+    learned = {"scores": scores_of(weights, known.get("scores", []))}
+    learned["languages"] = known.get("languages") or languages_of(known | learned)
+    learned["base_model"] = base_models(model, parts["tokenizer"]["sha256"], origin.vision_model_path, known)
+    known |= {key: value for key, value in learned.items() if value}
     # "/home/me/data/train.jsonl" → "train.jsonl", but hf://owner/name and ./out/train.jsonl stay
     known = json.loads(re.sub(r"(?<![\w:/.])~?/(?:[^/\s\"]+/)+", "", json.dumps(known)))
-    parts = make_sidecar(model, origin)
     for key, folder in (("tokenizer", output), ("vision_model", output / "vision_encoder")):
         path = {"path": str(folder)} if to == "pth" else {}
         known[key] = path | {"sha256": parts[key]["sha256"]} if parts[key] else {}
     if not has_eyes(model):
         known = {key: value for key, value in known.items() if key not in ABOUT_PICTURES} | {"stage": "llm"}
     return {"versions": {}} | known | {"config": parts["config"]}
-
-
-def model_card(kind: str, name: str, model, info: dict, prompts: list[str]) -> str:
-    """prompts: questions that the model knows, the first one for the example; none of a language model alone."""
-    config, eyes = model.config, has_eyes(model)
-    counts = count_parameters(model) if eyes else {"llm": sum(weight.numel() for weight in model.parameters())}
-    experts = f", {config.n_routed_experts} experts of which {config.num_experts_per_tok} work"
-    size = f"{config.num_hidden_layers} layers, {config.hidden_size} wide{experts if config.use_moe else ''}"
-    trust = ", trust_remote_code=True" if kind == "transformers" else ""
-    stock = {"llava": "stock LLaVA", "llm": "stock language model"}.get(kind)
-    what = f"{stock}, which needs no code of its own" if stock else "with its code in this repository"
-    facts = {"Stage": info.get("stage"), "Data": ", ".join(map(str, info.get("data") or []))}
-    facts["Questions it knows"] = " · ".join(prompts)
-    facts |= {"Steps": info.get("step"), "Rows": info.get("rows"), "Seed": info.get("seed")}
-    facts |= {"Command": f"`python {info['command']}`" if info.get("command") else None}
-    facts |= {"Versions": ", ".join(f"{key} {value}" for key, value in info["versions"].items())}
-    table = "".join(f"| {key} | {value} |\n" for key, value in facts.items() if value not in (None, ""))
-    parameters = f"| language model | {counts['llm']:,} ({size}) |\n"
-    if eyes:
-        task, does = "image-text-to-text", "looks at pictures and answers questions about them"
-        parameters += f"| projector | {counts['projector']:,} |\n"
-        parameters += f"| vision encoder, frozen | {counts['encoder']:,} ({len(config.image_ids)} tokens a picture) |\n"
-        picture, text = {"type": "image", "path": "photo.jpg"}, {"type": "text", "text": prompts[0]}
-        question = [picture, text] if info.get("pictures_first") else [text, picture]
-    else:
-        task, does, question = "text-generation", "answers in a chat, and sees no pictures", "Who are you?"
-    argument = "text" if eyes else "text_inputs"
-    serve = "\nAs a server with OpenAI's interface: `transformers serve` (README of MiniMind-V).\n" if not trust else ""
-    return f"""\
----
-library_name: transformers
-pipeline_tag: {task}
-tags: [minimind-v]
----
-# {name}
-
-A small {"vision-" * eyes}language model, made with MiniMind-V: {what}. It {does}.
-
-| parameters | |
-|---|---|
-{parameters}
-## Run
-
-```python
-from transformers import pipeline
-
-ask = pipeline("{task}", "{name}"{trust})
-question = {json.dumps(question, ensure_ascii=False)}
-print(ask({argument}=[{{"role": "user", "content": question}}], return_full_text=False)[0]["generated_text"])
-```
-{serve}
-## Training
-
-| | |
-|---|---|
-{table}
-## Limits
-
-It knows what its data taught it, and says it without knowing whether it is true. Do not rely on its answers.
-"""
 
 
 # ---------------------------------------------------------------------------- the check
@@ -268,9 +212,10 @@ def convert(args, weights: Path, output: Path, temporary: Path) -> None:
         write_json(made / SIDECAR, info)
         eyes = has_eyes(model)
         prompts = dict.fromkeys([*prompts_of(weights, "en"), *prompts_of(weights, "zh")] if eyes else [])
-        card = model_card(args.to, args.push or output.name, model, info, [*prompts])
-        (made / "README.md").write_text(card, encoding="utf-8")
         pictures = [open_image(path, model.processor, "--images") for path in args.images] if eyes else []
+        answer = make_example(made, model, tokenizer, pictures[0], [*prompts][0], info) if eyes else ""
+        card = model_card(args.to, args.push or output.name, model, info, [*prompts], answer)
+        (made / "README.md").write_text(card, encoding="utf-8")
         ours = reference(model, tokenizer, pictures)
         print(check_folder(made, ours))
         for version in args.versions:
