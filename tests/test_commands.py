@@ -219,3 +219,51 @@ def test_the_reading_path_leads_from_file_to_file_and_is_short():
         assert int(number) == len(lines) and all(path in readme_text(name) for name in READMES)
         path = following
     assert len(lines) == int(total) and sum(lines) <= 1700 and max(lines) <= 350
+
+
+def headings(path: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    text = re.sub(r"(?ms)^```.*?^```", "", path.read_text(encoding="utf-8"))
+    found = re.findall(r"(?m)^#+ (.+)$", text)
+    return {
+        re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", each).lower()).replace(" ", "-")
+        for each in found
+    }
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_in_a_page_leads_to_a_file_and_a_heading_that_are_there(page):
+    path, wrong = ROOT / page, []
+    text = re.sub(r"(?ms)^```.*?^```", "", path.read_text(encoding="utf-8"))
+    for link in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text):
+        file, _, anchor = link.partition("#")
+        if re.match(r"\w+:", link):
+            continue
+        target = (path.parent / file) if file else path
+        if not target.exists() or anchor and target.suffix == ".md" and anchor not in headings(target):
+            wrong.append(link)
+    assert not wrong
+
+
+def test_the_glossary_names_code_that_is_there():
+    text = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
+    rows = [line.rsplit("|", 2)[1] for line in text.splitlines() if line.startswith("| ") and "`" in line]
+    for row in rows:
+        for file in re.findall(r"`([\w/]+\.py)`", row):
+            names = re.findall(r"`(\w+)` in", row)
+            assert all(re.search(rf"\b{name}\b", (ROOT / file).read_text(encoding="utf-8")) for name in names), row
+    assert len(rows) > 50
+
+
+@pytest.mark.parametrize("page", ["docs/troubleshooting.md", "docs/troubleshooting_zh.md"])
+def test_every_message_that_the_troubleshooting_quotes_is_one_of_ours(page):
+    texts = " ".join(re.sub(r"\s+", " ", text) for tree in SOURCES.values() for text in texts_of(tree))
+    tables = re.findall(r"(?m)^\| (?:message|提示) \|.*\n(?:\|.*\n)+", (ROOT / page).read_text(encoding="utf-8"))
+    quoted = [quote for row in "".join(tables).splitlines() for quote in re.findall("`(.+?)`", row.split("|")[1])]
+    parts = [
+        part for quote in quoted for part in re.split(r" ?\.\.\.", quote) if part.strip() and not part.startswith("--")
+    ]
+    missing = [
+        part for part in parts if not re.search(re.sub(r"\d{2,}", rf"(\\d+|{SOMETHING})", re.escape(part)), texts)
+    ]
+    assert not missing and len(parts) > 20
