@@ -24,10 +24,8 @@ def generate(model, tokenizer, conversations: list[dict], images: list, args, st
     # Pictures are resized as in training. The first forward pass encodes them; later ones read them from the KV cache.
     resized = [image if torch.is_tensor(image) else model.processor.resize(image) for image in images]
     pixels = torch.stack(resized).to(model.device) if images else None
-    # The decoder outputs a logit for every token of the vocabulary. One token is sampled and appended; this repeats
-    # until <|im_end|>. Logits are divided by the temperature: below 1 favours likely tokens, above 1 unlikely ones.
-    # top_p samples only from the most likely tokens whose probabilities add up to this share, which cuts off the long
-    # tail of wrong tokens. Greedy decoding always takes the most likely token.
+    # The decoder samples token after token, until <|im_end|>. Logits are divided by the temperature: below 1 favours
+    # likely tokens, above 1 unlikely ones. top_p leaves out the long tail of tokens beyond this share of probability.
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0}  # top_k 0: no limit
     with autocast(model.device, pick_dtype(args.dtype, model.device)):
         out = model.generate(

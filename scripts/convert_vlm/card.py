@@ -1,7 +1,7 @@
 """The model card of an exported folder, README.md: what the hub reads at its top, and what people read below.
 
 Nothing in it is claimed. Languages, data, base model and questions come from the JSON of the weights, scores from the
-files that `eval_vlm.py --data_path` wrote next to them. What is not known is left out.
+files that scoring with `eval_vlm.py` wrote next to them. What is not known is left out.
 """
 
 import json
@@ -38,7 +38,7 @@ ENCODER_WIDTH = 768  # of all of them
 
 
 def data_of(command: str) -> list[str]:
-    """The paths after --data_path."""
+    """The rows that a command of training named."""
     words = shlex.split(command)
     if "--data_path" not in words:
         return []
