@@ -28,6 +28,7 @@ from inference.generate import answer_batches, collate_prompts
 from model.files import read_json
 from model.generations import without_thoughts
 from model.int8 import Int8Linear
+from model.packed import PackedLinear
 from model.processing import encode_chat, language
 from model.weights import bare_name
 from trainer.loader import ignore_interrupt
@@ -313,8 +314,9 @@ def count_parameters(model) -> dict[str, int]:
 
 
 def size(part) -> int:
-    eight_bits = [layer.weight for layer in part.modules() if isinstance(layer, Int8Linear)]  # no parameters
-    return sum(weight.numel() for weight in [*part.parameters(), *eight_bits])
+    layers = [layer for layer in part.modules() if isinstance(layer, (Int8Linear, PackedLinear))]  # no parameters
+    biases = [layer.bias for layer in layers if getattr(layer, "bias", None) is not None]
+    return sum(weight.numel() for weight in [*part.parameters(), *(layer.weight for layer in layers), *biases])
 
 
 def score_rows(model, tokenizer, args, weights: Path, device) -> dict:

@@ -20,9 +20,9 @@ class PackedLinear(nn.Module):
         super().__init__()
         weight, bias = linear.weight.detach().to(dtype), linear.bias
         self.dtype = dtype
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)  # (O, I)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        # No parameters: DistributedDataParallel would send them to other ranks, which oneDNN's tensors do not allow.
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)  # (O, I)
+        self.bias = None if bias is None else bias.detach().to(dtype)
 
     def forward(self, x):
         """(..., I) → (..., O) in the dtype of the weights, as autocast has it."""

@@ -214,6 +214,7 @@ def answer(args, device, batch: int, row: dict, way: str) -> float:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     ours = way in ("ours", "int8")
     if ours:
+        model.vision_encoder = None  # which all models share, and features are given
         pack(model, dtype)
     ids = torch.tensor([*IMAGE, *range(100, 130)], device=device).expand(batch, -1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
