@@ -1,4 +1,4 @@
-"""Chats as others keep them → turns of role and text: ShareGPT's words, content in parts, tools."""
+"""Chats in other formats → turns with role and text: ShareGPT's keys, content in parts, tool calls."""
 
 import json
 
@@ -15,8 +15,11 @@ ROLES = {
 
 
 def chat_turns(chat, column: str, pairs: bool) -> tuple[list[dict], list]:
-    """A list of turns, or of pairs {"user", "assistant"}, also as JSON → (turns, the pictures that stand in their
-    parts, None for one that stands in a column). column: its name."""
+    """A list of turns, or with `pairs` of {"user", "assistant"}, also as JSON text → (turns, pictures in their parts).
+
+    A picture is None if it is in another column of the row. column: the name of this column, for messages. Raises
+    BadRow.
+    """
     if isinstance(chat, str):
         try:
             chat = json.loads(chat)
@@ -35,7 +38,7 @@ def chat_turns(chat, column: str, pairs: bool) -> tuple[list[dict], list]:
             (turn.get("role"), turn.get("content")) if turn.get("role") else (turn.get("from"), turn.get("value"))
         )
         if turn.get("weight") == 0 or turn.get("loss") is False:
-            raise BadRow("key", "a turn that is not to be learned (weight 0, loss false): all answers of a row are")
+            raise BadRow("key", "a turn has weight 0 or loss false, but all answers of a row are trained on")
         calls = calls_of(turn)
         if isinstance(content, list):
             content = join_parts(content, inline)
@@ -46,13 +49,13 @@ def chat_turns(chat, column: str, pairs: bool) -> tuple[list[dict], list]:
 
 
 def calls_of(turn: dict) -> list:
-    """What an answer calls, also as JSON in text, or as OpenAI had it before."""
+    """The tool calls of an answer, also as JSON text or in OpenAI's older form "function_call". Raises BadRow."""
     calls = turn.get("tool_calls") or turn.get("function_call") or []
     if isinstance(calls, str):
         try:
             calls = json.loads(calls) or []
         except ValueError:
-            raise BadRow("key", '"tool_calls" is no JSON') from None
+            raise BadRow("key", '"tool_calls" is not valid JSON') from None
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise BadRow("key", '"tool_calls" must be a list of calls')
@@ -60,8 +63,8 @@ def calls_of(turn: dict) -> list:
 
 
 def add_turn(turns: list[dict], role: str, content: str, calls=()) -> None:
-    """Tools in the words of Qwen, which other chat templates share: a call is part of an answer, what it gave is text
-    that the user's side sends, in one turn for all calls of an answer."""
+    """Appends a turn. Tools are written as in Qwen's chat template, which others share: a call is part of an answer,
+    and its result is text from the user's side, in one turn for all calls of an answer."""
     if role == "call":
         role, content, calls = "assistant", "", [content]
     for call in calls:
@@ -75,7 +78,7 @@ def add_turn(turns: list[dict], role: str, content: str, calls=()) -> None:
 
 
 def join_parts(parts: list, inline: list) -> str:
-    """The text of a turn in parts, with <image> where a picture stands; the pictures go to `inline`."""
+    """The text of a turn in parts, with <image> for each picture; appends the pictures to `inline`. Raises BadRow."""
     texts = []
     for part in parts:
         part = {"text": part} if isinstance(part, str) else part if isinstance(part, dict) else {}
@@ -88,25 +91,25 @@ def join_parts(parts: list, inline: list) -> str:
             inline.extend(picture_list(picture, kind) if picture else [None])
             texts.append(IMAGE_TAG)
         else:
-            raise BadRow("key", f"a part of a turn is of type {kind or 'unknown'!r}, expected text, image or image_url")
+            raise BadRow("key", f"a part of a turn has type {kind or 'unknown'!r}, expected text, image or image_url")
     content = ""
-    for text in texts:  # a picture has a line of its own
+    for text in texts:  # a picture gets its own line
         borders = IMAGE_TAG in (text, content[-len(IMAGE_TAG) :]) and content and not content.endswith("\n")
         content += "\n" * bool(borders and not text.startswith("\n")) + text
     return content
 
 
 def merge(column: list, inline: list) -> list:
-    """The pictures of parts, those that hold none themselves from the column, in order."""
+    """Fills the parts without a picture of their own with the pictures of the column, in order. Raises BadRow."""
     holes = inline.count(None)
     if len(column) != holes:
-        raise BadRow("count", f"{holes} parts of turns stand for a picture of a column, which has {len(column)}")
+        raise BadRow("count", f"{holes} parts of turns refer to pictures in a column, which contains {len(column)}")
     rest = iter(column)
     return [next(rest) if picture is None else picture for picture in inline]
 
 
 def with_system(turns: list[dict], row: dict) -> list[dict]:
-    """With what the columns "system" and "tools" say, after what a first turn of the system says."""
+    """Adds the columns "system" and "tools" to the system turn at the start; creates one if needed."""
     first = turns[:1] if turns and turns[0]["role"] == "system" else []
     texts = [turn["content"] for turn in first]
     texts += [row["system"]] if isinstance(row.get("system"), str) and row["system"] not in ("", *texts) else []

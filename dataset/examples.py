@@ -9,11 +9,11 @@ from model.processing import IGNORE, IMAGE_TAG, encode_chat
 
 
 def cut_to_length(pieces, max_length: int) -> tuple[list[int], list[int], int]:
-    """Pieces of `encode_chat` → input_ids, labels (-100 where no answer), number of pictures; at most max_length.
+    """Pieces of `encode_chat` → input_ids, labels (-100 outside answers), number of pictures. At most max_length ids.
 
-    A conversation that is too long ends earlier: in the middle of an answer if need be (without `<|im_end|>`, so that
-    nobody learns to stop there), never in the middle of a question, whose placeholders must stay whole.
-    Raises BadRow if not even the first question fits.
+    A conversation that is too long is cut: inside an answer if necessary (without `<|im_end|>`, so the model does not
+    learn to stop there), but never inside a question, because its placeholders must stay complete.
+    Raises BadRow if the first question does not fit.
     """
     ids, labels, pictures = [], [], 0
     for piece, is_answer, piece_pictures in pieces:  # question, answer, question, ...
@@ -21,8 +21,8 @@ def cut_to_length(pieces, max_length: int) -> tuple[list[int], list[int], int]:
         if not is_answer and len(piece) > room:
             break
         ids += piece[:room]
-        # Questions and pictures are read, answers are learned: they alone have labels. These are the same ids, as the
-        # decoder itself scores position t against label t + 1.
+        # Only answers have labels: the model reads questions and pictures, and learns answers. Labels are not shifted,
+        # because the decoder itself scores position t against label t + 1.
         labels += piece[:room] if is_answer else [IGNORE] * len(piece)
         pictures += piece_pictures
         if len(piece) > room:
@@ -33,11 +33,11 @@ def cut_to_length(pieces, max_length: int) -> tuple[list[int], list[int], int]:
 
 
 def encode_row(row: Row, tokenizer, image_ids: list[int], max_length: int):
-    """A row → input_ids, labels, names of its pictures, and how many tokens its answers have. Raises BadRow.
+    """A row → input_ids, labels, names of its pictures, and the number of tokens in its answers. Raises BadRow.
 
-    The last counts the answers' tokens before they are cut: minus the labels, it is what max_length cost.
+    This number counts answers before they are cut: minus the number of labels, it is what max_length cut off.
 
-    Without image_ids the pictures are left out: what remains is text.
+    Without image_ids the pictures are left out, and only text remains.
     """
     conversations, images = row.conversations, row.images
     if not image_ids:
@@ -48,7 +48,7 @@ def encode_row(row: Row, tokenizer, image_ids: list[int], max_length: int):
             for turn in conversations
         ]
         images = []
-    # Each turn becomes tokens, and each <image> in it a run of placeholders, which the model overwrites with features.
+    # Each turn becomes tokens. Each <image> becomes a run of placeholders, which the model replaces by features.
     try:
         pieces = encode_chat(tokenizer, conversations, image_ids)
     except ValueError as error:

@@ -1,15 +1,15 @@
-"""What the frozen encoder makes of pictures, kept on the disk: no epoch and no later run computes it again. Filled by
-`trainer.feature_cache`.
+"""Caches the frozen encoder's features of pictures on disk, for all epochs and later runs. `trainer.feature_cache`
+fills the cache.
 
-    DIR/hashes.npy                      uint8 (n, 32): stamps of pictures, see `Pictures.stamp`, and their hashes
-    DIR/<key>/about.json                what these are features of; the key is its hash
+    DIR/hashes.npy                      uint8 (n, 32): stamps of pictures (see `Pictures.stamp`) and their hashes
+    DIR/<key>/about.json                the settings of these features; the key is their hash
     DIR/<key>/<segment>.keys.npy        uint8 (n, 16): hash of each picture's file
     DIR/<key>/<segment>.features.npy    float16 (n, P, V); or (n, P) records of a float16 scale and V int8 values
 
-Another encoder, preprocessing or precision has another folder, a changed picture another hash: features that do not
-belong are never found. Segments are only ever added, and one counts when its keys are there, which are written last. So
-runs and ranks share a folder without locks: an interrupted one loses the segment in hand, and of two that compute the
-same picture at once, the earlier result is used.
+A different encoder, preprocessing or precision gets a different folder, and a changed picture a different hash, so
+wrong features are never used. Segments are only added. A segment is valid when its keys exist, which are written last.
+This lets runs and ranks share a folder without locks: an interrupted run loses its current segment, and if two runs
+compute the same picture at once, the earlier result is used.
 
 Shapes: n pictures of a segment, N pictures, P patches, V width of the encoder.
 """
@@ -31,11 +31,11 @@ from common.files import write_safely
 from dataset.lm_dataset import VLMDataset
 from dataset.values import BadRow
 
-FORMAT = 3  # raise it when the files, or what our code makes of a picture before the encoder sees it, change
-SEGMENT = 2**28  # bytes; a rank holds as many in memory until they are written
-ABANDONED = 3600  # seconds after which features without keys are those of a run that was killed
-NO_KEY = bytes(16)  # of a picture that cannot be read, or whose file's times tell nothing
-SETTLED = 2 * 10**9  # nanoseconds; a file that changed since may do so again without another time to show for it
+FORMAT = 3  # increase it when the files or our preprocessing of pictures change
+SEGMENT = 2**28  # bytes; a rank keeps up to this many in memory before it writes them
+ABANDONED = 3600  # seconds after which features without keys count as left by a killed run
+NO_KEY = bytes(16)  # key of an unreadable picture; stamp of a file whose times are not reliable
+SETTLED = 2 * 10**9  # nanoseconds; a file changed more recently may change again without a new time
 
 
 def hash_of(content: bytes) -> bytes:
@@ -43,7 +43,7 @@ def hash_of(content: bytes) -> bytes:
 
 
 def read_hashes(folder: Path) -> dict[bytes, bytes]:
-    """{stamp: hash} of pictures that earlier starts read; empty where hashes.npy is not there or damaged."""
+    """{stamp: hash} of pictures that earlier runs read; empty if hashes.npy is missing or damaged."""
     with suppress(OSError, ValueError, EOFError):
         table = np.load(folder / "hashes.npy")
         if table.dtype == np.uint8 and table.shape[1:] == (32,):
@@ -53,7 +53,7 @@ def read_hashes(folder: Path) -> dict[bytes, bytes]:
 
 def write_hashes(folder: Path, hashes: dict[bytes, bytes]) -> None:
     table = np.frombuffer(b"".join(stamp + key for stamp, key in hashes.items()), np.uint8).reshape(-1, 32)
-    with suppress(OSError):  # all that is lost is time at the next start
+    with suppress(OSError):  # not fatal: the next start takes longer
         write_safely(folder / "hashes.npy", lambda file: np.save(file, table))
 
 
@@ -62,12 +62,12 @@ class FeatureCache:
 
     Attributes:
         path: their folder.
-        picture_bytes: what a picture takes on the disk.
-        pictures: how many were there at the last `refresh`. They are numbered, and the numbers stay.
+        picture_bytes: disk space per picture.
+        pictures: how many pictures there were at the last `refresh`. Their numbers do not change.
     """
 
     def __init__(self, folder, settings: dict, patches: int, width: int, dtype: str):
-        """settings: all that features depend on but the picture; dtype: "float16" or "int8" on the disk."""
+        """settings: everything that features depend on except the picture. dtype: "float16" or "int8", on disk."""
         self.settings = settings | {"format": FORMAT, "kept as": dtype, "patches": patches, "width": width}
         text = json.dumps(self.settings, sort_keys=True)
         self.path = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -80,9 +80,9 @@ class FeatureCache:
     # ---- reading
 
     def refresh(self) -> None:
-        """Takes in the segments that came since. Raises ValueError for one that is damaged."""
+        """Adds segments written since the last call. Raises ValueError for a damaged one."""
         known = {segment for segment, _ in self.segments}
-        # By name, which begins with the time: the numbers of earlier features stay.
+        # Names begin with the time, so sorting keeps the numbers of earlier features.
         new = sorted({path.name.removesuffix(".keys.npy") for path in self.path.glob("*.keys.npy")} - known)
         self.segments += [(segment, self.load_keys(segment)) for segment in new]
         self.ends = np.cumsum([len(keys) for _, keys in self.segments], dtype=np.int64)
@@ -99,16 +99,16 @@ class FeatureCache:
         except (OSError, ValueError, EOFError) as error:
             why = str(error).splitlines()[0]
             raise ValueError(
-                f"--cache_features: a segment is damaged ({why}). To compute it anew: rm {self.path / segment}.*"
+                f"--cache_features: a segment is damaged ({why}). To recompute it: rm {self.path / segment}.*"
             ) from None
         return keys
 
     def load_features(self, segment: str) -> np.ndarray:
-        """(n, ...), mapped: read when it is used, and shared by all processes of a machine."""
+        """(n, ...), memory-mapped: read on use, and shared by all processes of a machine."""
         return np.load(self.path / f"{segment}.features.npy", mmap_mode="r").view(np.ndarray)
 
     def find(self, keys: list[bytes]) -> np.ndarray:
-        """Hashes → the numbers of their features, int64 (N,); -1: not there."""
+        """Hashes → the numbers of their features, int64 (N,); -1 if missing."""
         stored = [bytes(key) for _, keys in self.segments for key in keys]
         numbers = {key: number for number, key in reversed(list(enumerate(stored)))}  # the earliest result counts
         return np.array([numbers.get(key, -1) for key in keys], np.int64)
@@ -129,17 +129,19 @@ class FeatureCache:
         return torch.from_numpy(features["values"]).float().mul_(scale[..., None]).half()
 
     def __getstate__(self):
-        # A mapped file would travel to a worker process as its content. Each opens its own.
+        # Pickling a mapped file would copy its content to the worker process; each worker opens its own.
         return vars(self) | {"open": {}}
 
     # ---- writing
 
     def begin(self) -> None:
-        """Before the first `add`: makes the folder, and removes what killed runs left behind. Raises OSError that names
-        the flag."""
+        """Creates the folder and removes leftovers of killed runs; call it before the first `add`.
+
+        Raises OSError, which names the flag.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for path in [*self.path.glob("*.features.npy"), *self.path.glob(".*.tmp")]:  # the latter of `write_safely`
+            for path in [*self.path.glob("*.features.npy"), *self.path.glob(".*.tmp")]:  # .tmp: by `write_safely`
                 keys = path.with_name(path.name.replace(".features.", ".keys."))
                 if (path.suffix == ".tmp" or not keys.exists()) and time.time() - path.stat().st_mtime > ABANDONED:
                     path.unlink(missing_ok=True)
@@ -148,25 +150,25 @@ class FeatureCache:
             raise OSError(f"--cache_features {self.path.parent}: {reason(error)}") from None
 
     def add(self, keys: list[bytes], features: torch.Tensor) -> None:
-        """The hashes of pictures and their features, float (N, P, V); written when they make up a segment."""
+        """Adds features, float (N, P, V), and the hashes of their pictures; writes a segment when there are enough."""
         self.waiting.append((b"".join(keys), self.pack(features.float())))
         if sum(packed.nbytes for _, packed in self.waiting) > SEGMENT:
             self.flush()
 
     def pack(self, features: torch.Tensor) -> np.ndarray:
-        """float32 (N, P, V) → as it lies on the disk. Raises ValueError for features too large for float16."""
+        """float32 (N, P, V) → the format on disk. Raises ValueError for features too large for float16."""
         if not features.half().isfinite().all():
-            raise ValueError("--cache_features: the encoder gives features that float16 cannot hold; leave it out")
+            raise ValueError("--cache_features: the encoder's features exceed the range of float16; omit this flag")
         if self.dtype.names is None:
             return features.half().contiguous().cpu().numpy()
-        scale = (features.abs().amax(dim=-1) / 127).clamp(min=1e-7).half()  # (N, P); 1e-7: not 0, also as float16
+        scale = (features.abs().amax(dim=-1) / 127).clamp(min=1e-7).half()  # (N, P); 1e-7 is not 0 in float16 either
         packed = np.empty(features.shape[:2], self.dtype)
         packed["scale"] = scale.cpu().numpy()
         packed["values"] = (features / scale[..., None]).round().clamp(-127, 127).to(torch.int8).cpu().numpy()
         return packed
 
     def flush(self) -> None:
-        """Writes what is waiting as a segment."""
+        """Writes the waiting features as a segment. Raises OSError, which names the flag."""
         if not self.waiting:
             return
         keys, features = zip(*self.waiting)
@@ -186,13 +188,13 @@ class FeatureCache:
         except OSError as error:
             (self.path / f"{segment}.features.npy").unlink(missing_ok=True)
             why = reason(error.__cause__ or error)
-            raise OSError(f"--cache_features {self.path}: {why}. What was written before stays") from None
+            raise OSError(f"--cache_features {self.path}: {why}. Features written before are kept") from None
 
 
 class Pictures(Dataset):
     """All pictures of some data sets, each name once, for a DataLoader: i → (i, hash, pixels, why it cannot be read).
 
-    pixels: uint8 (3, H, W) of the very bytes that were hashed, or None unless `decode`, which may be set later.
+    pixels: uint8 (3, H, W), decoded from the same bytes that were hashed; None unless `decode` is set.
     """
 
     def __init__(self, sets: list[VLMDataset]):
@@ -204,22 +206,24 @@ class Pictures(Dataset):
         return int(self.ends[-1])
 
     def at(self, i: int) -> tuple[VLMDataset, int, str]:
-        """Where a picture is: in which data set, a row that shows it, its name."""
+        """(data set, a row that shows the picture, its name)"""
         which = int(np.searchsorted(self.ends, i, side="right"))
         rows, names, *_ = self.indexes[which]
         at = i - int(self.ends[which]) + len(rows)
         return self.sets[which], int(rows[at]), names[at]
 
     def stamp(self, i: int) -> bytes:
-        """Of the file that a picture lies in and its name there, the same as long as size and times of the file are;
-        NO_KEY where these do not tell whether it has changed."""
+        """A hash of the picture's name and of path, size and times of its file, to detect changes without reading it.
+
+        NO_KEY if the times are too recent to rely on, or the file cannot be found.
+        """
         data, row, name = self.at(i)
         path = data.sources[data.locate(row)[0]].file(name)
         try:
             status = path.stat()
         except OSError:
             return NO_KEY
-        times = status.st_mtime_ns, status.st_ctime_ns  # the second also shows what `cp -p` put there
+        times = status.st_mtime_ns, status.st_ctime_ns  # the second also changes with `cp -p`
         if time.time_ns() - max(times) < SETTLED:
             return NO_KEY
         return hash_of(repr((str(path.absolute()), name, status.st_size, times)).encode())
@@ -241,7 +245,7 @@ class Pictures(Dataset):
         return data.where(row)
 
     def attach(self, cache: FeatureCache, numbers: np.ndarray, broken: dict[int, str]) -> None:
-        """From now on the rows come with features. numbers: int64 (len(self),), of each picture; broken: {i: why}."""
+        """Gives the rows features instead of pictures. numbers: int64 (len(self),), per picture; broken: {i: why}."""
         for data, (rows, _, shown, starts), end in zip(self.sets, self.indexes, self.ends):
             data.features = RowFeatures(cache, numbers, broken, shown + end - len(rows), starts)
 
@@ -257,7 +261,7 @@ class RowFeatures:
     starts: np.ndarray
 
     def of_row(self, row: int) -> torch.Tensor | None:
-        """float16 (N, P, V), None for a row without a picture. Raises BadRow."""
+        """float16 (N, P, V); None for a row without a picture. Raises BadRow for a broken picture."""
         pictures = self.shown[self.starts[row] : self.starts[row + 1]]
         for picture in pictures.tolist():
             if picture in self.broken:

@@ -3,8 +3,8 @@
     {"conversations": [{"role": "user", "content": "What is this?\\n<image>"},
                        {"role": "assistant", "content": "A cat."}], "image": "cat.jpg"}
 
-`VLMDataset` reads such rows, or those of any other shape (dataset/sources.py, dataset/shapes.py), checks them before
-the first step, and makes each a training example (dataset/examples.py). Batches: dataset/batches.py.
+`VLMDataset` reads such rows, or rows of another shape (dataset/sources.py, dataset/shapes.py), checks them before the
+first step, and turns each into a training example (dataset/examples.py). dataset/batches.py makes batches of them.
 
 Shapes: T tokens, N pictures of a row, H and W pixels; P patches and V width of the encoder.
 """
@@ -31,14 +31,14 @@ from dataset.sources import Source, open_rows
 from dataset.values import BadRow, printable
 from model.processing import IGNORE, IMAGE_TAG, language
 
-FORMAT = 8  # raise it when `check_rows` or what it calls finds something else: results are cached on disk
-ASKED, PROMPTS = 2000, 3  # rows in which the commonest questions are looked for, and how many of them are kept
+FORMAT = 8  # increase it when `check_rows` or its callees change their results, which are cached on disk
+ASKED, PROMPTS = 2000, 3  # how many rows are searched for the most common questions, and how many are kept
 KINDS = {
     "json": "not valid JSON",
     "key": "missing or malformed key",
-    "role": "no chat: unknown role, turns out of order, placeholders typed as text",
+    "role": "not a chat: unknown role, turns out of order, placeholders typed as text",
     "answer": "no assistant turn",
-    "blank": "no caption, or no answer",
+    "blank": "no caption or no answer",
     "count": "wrong number of <image>",
     "missing": "picture file missing",
     "broken": "picture file broken",
@@ -52,13 +52,13 @@ KINDS = {
 CHECKED = datasets.Features(
     {
         "record": datasets.Value("int64"),  # which of the source it is from
-        "which": datasets.Value("int32"),  # of the rows that this record makes, which
+        "which": datasets.Value("int32"),  # index among the rows of this record
         "length": datasets.Value("int32"),  # tokens
-        "answers": datasets.Value("int32"),  # tokens of its answers
-        "lost": datasets.Value("int32"),  # how many of these max_length cost
+        "answers": datasets.Value("int32"),  # tokens in its answers
+        "lost": datasets.Value("int32"),  # how many of these max_length cut off
         "images": datasets.List(datasets.Value("string")),
         "mended": datasets.Value("string"),
-        "shape": datasets.Value("string"),  # what it was read as
+        "shape": datasets.Value("string"),  # how it was read, in words
         "kind": datasets.Value("string"),
         "problem": datasets.Value("string"),
     }
@@ -66,7 +66,10 @@ CHECKED = datasets.Features(
 
 
 def check_rows(batch, numbers: list[int], parse, tokenizer, image_ids: list[int], max_length: int) -> dict:
-    """For `datasets.map`: what can be known of rows without opening their pictures. parse: of their source."""
+    """Checks rows without opening their pictures, for `datasets.map`; returns the columns CHECKED.
+
+    numbers: int64, of the records; parse: from `Source.parse`.
+    """
     checked = {key: [] for key in CHECKED}
     for number, which, row in parse(batch, numbers[0]):
         length, answers, lost, images, mended, shape, kind, problem = 0, 0, 0, [], "", "", "", ""
@@ -91,24 +94,24 @@ def check_rows(batch, numbers: list[int], parse, tokenizer, image_ids: list[int]
 
 
 class NoUsableRow(ValueError):
-    """All rows are bad."""
+    """All rows of a data set are bad."""
 
 
 class VLMDataset(torch.utils.data.Dataset):
-    """Training examples from JSONL or Parquet.
+    """Training examples from files of rows.
 
     Attributes:
-        lengths: int64 (rows,), tokens of each usable row.
-        bad: {kind: ["file:line: what is wrong", ...]} of the rows that are not usable.
-        shortened: how many usable rows lost the end of their conversation to max_length.
-        without_picture: how many usable rows have none.
-        answer_tokens, lost_tokens: of the answers of usable rows, and how many of these max_length cost.
-        mended: {key of MENDED: how many usable rows}.
-        shapes: {what rows were read as, in words: how many usable rows}.
+        lengths: int64 (rows,), number of tokens of each usable row.
+        bad: {kind: ["file:line: reason", ...]} of the rows that are not usable.
+        shortened: number of usable rows whose conversation was cut at max_length.
+        without_picture: number of usable rows without a picture.
+        answer_tokens, lost_tokens: tokens in the answers of usable rows, and how many of these were cut off.
+        mended: {key of MENDED: number of usable rows}.
+        shapes: {how rows were read, in words: number of usable rows}.
         parts: [(first row, end, weight)] of the usable rows of each path.
-        groups: int64, the first row of each picture that has several captions, of which an epoch draws one, and each
-            row that stands for itself; None if all do.
-        features: a `RowFeatures` of these rows, or None: pictures are then opened as rows are asked for.
+        groups: int64, the first row of each group; an epoch draws one row per group. The captions of a picture are a
+            group, every other row is its own. None: each row is its own group.
+        features: a `RowFeatures` of these rows, or None to read pictures from their files.
     """
 
     def __init__(
@@ -125,27 +128,31 @@ class VLMDataset(torch.utils.data.Dataset):
     ):
         """
         Args:
-            data_path: a file, a pattern as in data/*.parquet, or a list of these.
-            images_path: the folder or zip that the names in "image" are relative to, or a list of them, one for each
-                data_path; None: one that stands beside the rows, see `dataset.sources.pictures_beside`.
-            tokenizer: of `model.processing.load_tokenizer`.
-            preprocess: an `ImageProcessor`; needed as soon as a row has a picture.
-            max_length: tokens a row may have.
-            image_ids: the placeholders of one picture; none leaves pictures out, for a model of text only.
-            on_bad_row: "error" raises ValueError with a table of what is wrong, "skip" leaves bad rows out.
-            weights: how many times an epoch passes over each data_path; 1 without it.
-            options: how rows are read.
+            data_path: a file, a pattern such as data/*.parquet, or a list of these.
+            images_path: the folder or zip that the names in "image" are relative to, or a list with one for each
+                data_path; None: look next to the rows, see `dataset.pictures.pictures_beside`.
+            tokenizer: from `model.tokenizer.load_tokenizer`.
+            preprocess: an `ImageProcessor`; required if a row has a picture.
+            max_length: maximum number of tokens per row.
+            image_ids: the placeholders of one picture; empty leaves pictures out, for a text-only model.
+            on_bad_row: "error" raises ValueError with a table of the bad rows, "skip" skips them.
+            weights: how many times an epoch passes over each data_path; default 1.
+            options: how to read rows.
+
+        Raises FileNotFoundError for missing files, ValueError for bad flags or rows, NoUsableRow if no row is usable.
         """
         self.tokenizer, self.preprocess, self.features = tokenizer, preprocess, None
         self.max_length, self.image_ids = max_length, list(image_ids)
         if any(prompt.count(IMAGE_TAG) > 1 for prompt in options.prompts):
-            raise ValueError(f"--prompt: {IMAGE_TAG} stands once at most, where the picture belongs")
+            raise ValueError(f"--prompt may contain {IMAGE_TAG} once at most, at the position of the picture")
         paths, stores = as_list(data_path), as_list(images_path)
         weights = weights or [1.0] * len(paths)
         stores = stores * len(paths) if len(stores) == 1 else stores
         for flag, values in (("images_path", stores), ("data_weights", weights)):
             if len(values) != len(paths):
-                raise ValueError(f"--{flag} names {len(values)}, --data_path {len(paths)}: give as many, in this order")
+                raise ValueError(
+                    f"--{flag} has {len(values)} values, --data_path has {len(paths)}: give one per path, in order"
+                )
 
         by_path = [open_rows(path, store, options=options) for path, store in zip(paths, stores)]
         self.options, self.sources, self.starts, self.record_numbers = options, [], [0], []
@@ -160,25 +167,25 @@ class VLMDataset(torch.utils.data.Dataset):
                 lengths.append(length)
                 end += len(good)
             self.parts.append((begin, end, weight))
-        self.starts = np.array(self.starts)  # the first row of each source, in a count of usable rows and others
+        self.starts = np.array(self.starts)  # the first row of each source, counting usable and other rows
         self.rows, self.lengths = np.concatenate(rows), np.concatenate(lengths)
         self.groups = self._groups() if options.captions == "one" else None
         for of_path, (begin, end, weight) in zip(by_path, self.parts):
             count = end - begin if self.groups is None else int(np.diff(np.searchsorted(self.groups, (begin, end)))[0])
             if count and not round(count * weight):
-                raise ValueError(f"--data_weights {weight}: of the {count} rows of {of_path[0].path} that is none")
+                raise ValueError(f"--data_weights {weight} takes none of the {count} rows of {of_path[0].path}")
         if self.bad and on_bad_row == "error":
-            raise ValueError(f"{self.report()}\nMend the data, or leave these rows out with --on_bad_row skip")
+            raise ValueError(f"{self.report()}\nFix the data, or skip these rows with --on_bad_row skip")
         if not len(self.rows):
             raise NoUsableRow(f"no usable row in {', '.join(map(str, paths))}\n{self.report()}")
 
     def _check(self, source: Source) -> datasets.Dataset:
-        """The columns CHECKED of all rows of a source; computed once per data, tokenizer and setting."""
+        """The columns CHECKED of all rows of a source; cached per data, tokenizer and settings."""
         settings = (self.tokenizer.backend_tokenizer.to_str(), self.image_ids, self.max_length, FORMAT)
         settings += (source.is_json, self.options.prompts)
-        # `datasets` would fingerprint the pickled tokenizer, which changes from run to run and so never hits.
+        # `datasets` would hash the pickled tokenizer, which differs from run to run, so the cache would never hit.
         fingerprint = hashlib.sha256(repr((source.table._fingerprint, settings)).encode()).hexdigest()[:32]
-        many = len(source.table) > 50_000  # rows: below, neither more processes nor a progress bar are worth it
+        many = len(source.table) > 50_000  # rows; with fewer, more processes and a progress bar do not pay off
         (datasets.enable_progress_bars if many else datasets.disable_progress_bars)()
         try:
             return source.records.map(
@@ -202,7 +209,7 @@ class VLMDataset(torch.utils.data.Dataset):
             raise
 
     def _usable(self, source: Source) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers and lengths of the rows of a source that can be learned from; notes what is wrong with the others."""
+        """Numbers and lengths, int64, of the usable rows of a source; records why the others are bad."""
         checked = self._check(source).with_format("arrow")[:]
         records = checked["record"].to_numpy()
         good = pc.equal(checked["kind"], "").to_numpy()
@@ -213,16 +220,16 @@ class VLMDataset(torch.utils.data.Dataset):
 
         images = checked["images"].combine_chunks()
         names = images.flatten()
-        elsewhere = pc.unique(names)  # pictures in the rows themselves are there, and many
+        elsewhere = pc.unique(names)  # pictures inside rows exist, and there are many
         elsewhere = elsewhere.filter(pc.invert(pc.match_substring_regex(elsewhere, INLINE.pattern)))
         gone = pa.array([name for name in elsewhere.to_pylist() if not source.has(name)], names.type)
         lost = pc.is_in(names, value_set=gone)
         numbers, names = pc.list_parent_indices(images).filter(lost).to_pylist(), names.filter(lost).to_pylist()
         for number, name in sorted(dict(zip(numbers, names)).items()):
             good[number] = False
-            comma = '; a name with a comma in it goes into a list: ["a,b.jpg"]' * (len(checked["images"][number]) > 1)
+            comma = '; put a name that contains a comma into a list: ["a,b.jpg"]' * (len(checked["images"][number]) > 1)
             why = f"is not in {source.pictures_path}{comma}"
-            why = "is on the web: --allow_urls fetches pictures from there" if is_url(name) else why
+            why = "is on the web: --allow_urls downloads such pictures" if is_url(name) else why
             self.bad["missing"].append(f"{source.where(int(records[number]))}: {printable(name)} {why}")
 
         usable = checked.filter(pa.array(good))
@@ -249,12 +256,12 @@ class VLMDataset(torch.utils.data.Dataset):
 
     @cached_property
     def summary(self) -> dict:
-        """What the JSON of weights says of the rows that they were made with, so that the model is asked what it knows.
+        """What the JSON next to trained weights records about their rows, for prompts that the model knows.
 
-        "rows_without_picture"; "prompts": the commonest first questions of rows with a picture, by language, {"en":
-        [...], "zh": [...]}, those of rows with several pictures under "en several" and "zh several"; "pictures_first":
-        do most rows with one picture show it before the question? Of ASKED rows drawn by chance, the same ones at each
-        call: few beside the rows of a run, which come in random order too. What was asked once is no prompt.
+        "rows_without_picture": a number. "prompts": the most common first questions of rows with a picture, by
+        language, {"en": [...], "zh": [...]}; with several pictures under "en several" and "zh several". A question that
+        occurs once is not a prompt. "pictures_first": whether most rows with one picture show it before the question.
+        The last two come from ASKED random rows, the same ones in each call.
         """
         asked, first = Counter(), Counter()
         rows = range(len(self)) if self.image_ids else ()
@@ -273,16 +280,16 @@ class VLMDataset(torch.utils.data.Dataset):
 
     @property
     def captioned(self) -> bool:
-        """Whether some rows have captions, about which --prompt is asked."""
+        """Whether some rows have captions; --prompt applies to these."""
         return any(shape.startswith("caption") for shape in self.shapes)
 
     @property
     def not_read(self) -> list[str]:
-        """Columns whose content the model does not see."""
+        """Columns that are not read."""
         return list(dict.fromkeys(name for source in self.sources for name in source.not_read))
 
     def report(self, examples: int = 3) -> str:
-        """The bad rows as a table: kind, count, first examples."""
+        """The bad rows as a table: count, kind, and the first few examples of each kind."""
         total = sum(map(len, self.bad.values()))
         lines = [f"{total} of {self.starts[-1]} rows are not usable:"]
         for kind, places in sorted(self.bad.items(), key=lambda item: -len(item[1])):
@@ -291,7 +298,7 @@ class VLMDataset(torch.utils.data.Dataset):
         return "\n".join(lines)
 
     def locate(self, row: int) -> tuple[int, int, int]:
-        """Which source a usable row is from, the number of its record there, and which of the record's rows it is."""
+        """(index of its source, number of its record there, index among the rows of this record) of a usable row."""
         at = int(self.rows[row])
         source = int(np.searchsorted(self.starts, at, side="right")) - 1
         at -= int(self.starts[source])
@@ -313,11 +320,10 @@ class VLMDataset(torch.utils.data.Dataset):
         return self.sources[source].row(record, which)
 
     def __getitem__(self, row: int) -> dict:
-        """{"row", "input_ids" int64 (T,), "labels" int64 (T,), "pictures" uint8 (N, 3, H, W)}; or, where `features` has
-        those of all rows (dataset/features.py), "features" float16 (N, P, V) in place of pictures; None without any.
+        """{"row", "input_ids" int64 (T,), "labels" int64 (T,), "pictures" uint8 (N, 3, H, W) or None}.
 
-        A picture that cannot be read gives {"row", "broken": why} instead of an exception, which would cross the
-        border of a worker process as a page of traceback.
+        If `features` is set (dataset/features.py), "features" float16 (N, P, V) replaces "pictures". A picture that
+        cannot be read gives {"row", "broken": reason}: an exception in a worker process would print a long traceback.
         """
         ids, labels, images, _ = encode_row(self.row(row), self.tokenizer, self.image_ids, self.max_length)
         try:
@@ -331,10 +337,11 @@ class VLMDataset(torch.utils.data.Dataset):
         return {"row": row, **tensors, **shown}
 
     def load_picture(self, row: int, name: str) -> torch.Tensor:
-        """A picture of the source that a usable row is from: uint8 (3, H, W). Raises BadRow."""
+        """Reads a picture of a usable row, by its name: uint8 (3, H, W). Raises BadRow."""
         return self.use_picture(row, name, self.decode)
 
     def decode(self, content: bytes) -> torch.Tensor:
+        """The bytes of a picture's file → uint8 (3, H, W). Raises what Pillow raises."""
         with self.preprocess.open(BytesIO(content)) as image:
             return self.preprocess.resize(image)
 
@@ -343,8 +350,11 @@ class VLMDataset(torch.utils.data.Dataset):
         return use_picture(self.sources[self.locate(row)[0]], name, use)
 
     def pictures(self) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
-        """All pictures that the rows show, each once: (a row that shows it, its name, which of them the rows show one
-        after another, where in this each row begins). int64 but for the names."""
+        """All pictures of the usable rows, each once: (rows, names, shown, starts).
+
+        rows: int64, one row that shows each picture; names: their names. Row i shows the pictures
+        shown[starts[i] : starts[i + 1]], int64 indices into `names`.
+        """
         rows, names, shown, counts = [], [], [np.empty(0, np.int64)], [np.zeros(1, np.int64)]
         for source, start, stop in zip(self.sources, self.starts, self.starts[1:]):
             first, end = np.searchsorted(self.rows, (start, stop))
@@ -352,7 +362,7 @@ class VLMDataset(torch.utils.data.Dataset):
             images = images.take(pa.array(self.rows[first:end] - start))
             encoded = images.flatten().dictionary_encode()
             numbers = encoded.indices.to_numpy()
-            _, places = np.unique(numbers, return_index=True)  # of each name the first
+            _, places = np.unique(numbers, return_index=True)  # the first of each name
             rows += (first + pc.list_parent_indices(images).to_numpy()[places]).tolist()
             shown.append(len(names) + numbers.astype(np.int64))
             counts.append(pc.list_value_length(images).to_numpy())

@@ -1,4 +1,4 @@
-"""Where pictures are that rows name: in a folder, in a zip that stays one, on the web."""
+"""Finds and reads the pictures that rows name: in a folder, in a zip (without unpacking it), or on the web."""
 
 import hashlib
 import re
@@ -21,12 +21,12 @@ from dataset.remote import download, is_remote
 from dataset.values import BadRow
 from model.files import impostor
 
-LARGEST = 1 << 28  # bytes of a picture's file: one in a zip might unpack to more than the memory holds
-FETCHED, SECONDS = 1 << 25, 30  # bytes of a picture on the web, and how long it may take
+LARGEST = 1 << 28  # bytes of a picture's file: one in a zip could unpack to more than fits into memory
+FETCHED, SECONDS = 1 << 25, 30  # limits for a picture on the web: bytes, and time to download it
 
 
 def spellings(name: str) -> Iterator[str]:
-    """A name as it is, and as another system would write it: with / for \\, letters and accents together or apart."""
+    """A name as it is, and as other systems write it: with / for \\, with composed or decomposed accents."""
     name = name.removeprefix("./")
     yield name
     name = name.replace("\\", "/").removeprefix("./")
@@ -35,7 +35,7 @@ def spellings(name: str) -> Iterator[str]:
 
 
 def file_name(entry: zipfile.ZipInfo) -> str:
-    """As it was meant: what does not say that it is UTF-8 is taken for CP437 by Python, and is UTF-8 or GBK mostly."""
+    """The intended name of an entry. Without the UTF-8 flag Python assumes CP437, but most names are UTF-8 or GBK."""
     if entry.flag_bits & 0x800 or entry.filename.isascii():
         return entry.filename
     for encoding in ("utf-8", "gb18030"):
@@ -45,7 +45,7 @@ def file_name(entry: zipfile.ZipInfo) -> str:
 
 
 class Folder:
-    """Pictures in a folder, by their path in it."""
+    """Pictures in a folder, by relative path."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -54,7 +54,7 @@ class Folder:
         folder = f"{self.path.absolute().name}/"  # rows may say images/a.jpg and --images_path images
         for spelled in spellings(name):
             for inside in (spelled, spelled.removeprefix(folder)):
-                with suppress(OSError, ValueError):  # too long, or with a zero byte: not a name at all
+                with suppress(OSError, ValueError):  # too long, or with a zero byte
                     if (self.path / inside).is_file():
                         return self.path / inside
         return None
@@ -63,20 +63,20 @@ class Folder:
         return self.find(name) is not None
 
     def open(self, name: str):
-        """What `PIL.Image.open` takes."""
+        """The path of a picture; also a path that does not exist."""
         return self.find(name) or self.path / name
 
-    file = open  # that a picture lies in
+    file = open  # the file that contains a picture
 
     def where_picture(self, name: str) -> str:
         return str(self.open(name))
 
 
 class Zip:
-    """Pictures in a zip, which stays one: by their path in it, without the folders that all of them are in.
+    """Pictures in a zip, by their path in it, without the folders that all of them share. The zip is not unpacked.
 
-    The index of a zip with a million files takes half a gigabyte as Python objects, which every worker would have to
-    read anew; as arrays it takes tens of megabytes, which forked workers share.
+    As Python objects, the index of a zip with a million files takes half a gigabyte in every worker. As arrays it takes
+    tens of megabytes, which forked workers share.
     """
 
     def __init__(self, path):
@@ -89,13 +89,15 @@ class Zip:
                     if not entry.is_dir() and not re.search(r"(^|/)(__MACOSX/|\._)", entry.filename)
                 ]
         except zipfile.BadZipFile as error:
-            what = impostor(path) or f"cannot be read: {error}. Fetch it again"
+            what = impostor(path) or f"cannot be read: {error}. Download it again"
             raise ValueError(f"--images_path {path} {what}") from None
         if any(entry.flag_bits & 1 for entry in entries):
-            raise ValueError(f"--images_path {path} is encrypted: unpack it, and give the folder")
+            raise ValueError(f"--images_path {path} is encrypted: unpack it and pass the folder")
         packed = {entry.compress_type for entry in entries} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
         if packed:
-            raise ValueError(f"--images_path {path} is packed by method {packed.pop()}: unpack it, and give the folder")
+            raise ValueError(
+                f"--images_path {path} uses compression method {packed.pop()}: unpack it and pass the folder"
+            )
         entries = [entry for entry in entries if len(entry.filename) < 256]  # longer ones would widen the array
         names = list(map(file_name, entries))
         start = common_folder(names)
@@ -114,7 +116,7 @@ class Zip:
     def find(self, name: str) -> int | None:
         for wanted in map(str.encode, spellings(name)):
             for inside in (wanted, wanted.removeprefix(self.folder)):
-                at = int(np.searchsorted(self.names, inside, side="right")) - 1  # of several under one name the last
+                at = int(np.searchsorted(self.names, inside, side="right")) - 1  # the last entry of this name
                 if at >= 0 and self.names[at] == inside:
                     return at
         return None
@@ -123,18 +125,18 @@ class Zip:
         return self.find(name) is not None
 
     def open(self, name: str) -> BytesIO:
-        """The file's bytes. Raises ValueError if they are damaged, or too many for a picture."""
+        """The content of a picture's file. Raises ValueError if it is damaged or too large for a picture."""
         offset, size, unpacked, crc, method = self.entries[self.find(name)].tolist()
         if max(size, unpacked) > LARGEST:
-            raise ValueError(f"it unpacks to {max(size, unpacked):,} bytes, a picture has at most {LARGEST:,}")
+            raise ValueError(f"it unpacks to {max(size, unpacked):,} bytes, the limit for a picture is {LARGEST:,}")
         with self.path.open("rb") as file:
             file.seek(offset)
-            # The entry's own header, whose extra field may differ in length from the one in the index.
+            # The entry's own header: its extra field may have another length than the one in the index.
             name_length, extra_length = struct.unpack("<26xHH", file.read(30))
             file.seek(name_length + extra_length, 1)
             data = file.read(size)
         if method == zipfile.ZIP_DEFLATED:
-            data = zlib.decompressobj(-15).decompress(data, unpacked + 1)  # one more shows that it says too few
+            data = zlib.decompressobj(-15).decompress(data, unpacked + 1)  # one byte more reveals a wrong size
         if len(data) != unpacked or zlib.crc32(data) != crc:
             raise ValueError("its checksum is wrong, the zip is damaged")
         return BytesIO(data)
@@ -147,7 +149,7 @@ class Zip:
 
 
 def common_folder(names: list[str]) -> int:
-    """How many characters all paths have in common as folders: 7 for ["images/a.jpg", "images/b.jpg"]."""
+    """Length of the folder that all paths share: 7 for ["images/a.jpg", "images/b.jpg"]."""
     if not names:
         return 0
     first, last = min(names), max(names)
@@ -156,7 +158,7 @@ def common_folder(names: list[str]) -> int:
 
 
 def open_pictures(path) -> Folder | Zip:
-    """--images_path: a folder or a zip, also a zip at hf://..."""
+    """Opens --images_path: a folder or a zip, also a zip at hf://... Raises FileNotFoundError, ValueError."""
     path = download(path, "--images_path") if is_remote(path) else path
     if Path(path).is_dir():
         return Folder(path)
@@ -166,8 +168,8 @@ def open_pictures(path) -> Folder | Zip:
 
 
 def pictures_beside(path: Path) -> Folder | Zip | None:
-    """The pictures of sft_data.jsonl when no --images_path is given: sft_images or images beside it, folder or zip; of
-    metadata.csv: its folder."""
+    """Finds the pictures of rows without --images_path: sft_images or images next to sft_data.jsonl, as folder or zip;
+    for metadata.csv its own folder. Returns None if there are none."""
     if path.stem == "metadata":
         return Folder(path.parent)
     stem = path.stem.removesuffix("_data").removesuffix("_vlm")
@@ -182,7 +184,7 @@ def is_url(name: str) -> bool:
 
 
 def fetch(url: str, folder: Path) -> Path:
-    """A picture on the web, kept in the folder from then on. Raises OSError, and ValueError for too many bytes."""
+    """Downloads a picture into `folder` unless it is there, and returns its path. Raises OSError or ValueError."""
     name = hashlib.sha256(url.encode()).hexdigest()
     path = folder / name[:2] / name  # not a million in one folder
     if path.is_file():
@@ -191,20 +193,20 @@ def fetch(url: str, folder: Path) -> Path:
     for piece in fetch_pieces(url, SECONDS):
         content += piece
         if len(content) > FETCHED or time.monotonic() > deadline:
-            raise ValueError(f"it takes more than {FETCHED >> 20} MB or {SECONDS} seconds to fetch")
-    with Image.open(BytesIO(content)):  # raises where a page of a web server came in its place, which is not kept
+            raise ValueError(f"the download exceeds {FETCHED >> 20} MB or {SECONDS} seconds")
+    with Image.open(BytesIO(content)):  # raises if the server sent something else, such as a web page
         write_safely(path, lambda file: file.write(content))
     return path
 
 
 def use_picture(source, name: str, use):
-    """use(the bytes of a picture's file). Whatever goes wrong becomes a BadRow that names the file."""
+    """Returns use(the bytes of a picture's file). Any error becomes a BadRow that names the file."""
     content = b"unread"
     try:
         file = source.open(name)
         content = file.read_bytes() if isinstance(file, Path) else file.getvalue()
         return use(content)
-    except Exception as error:  # Pillow's decoders raise whatever their format makes them stumble over
-        why = "no kind of picture that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+    except Exception as error:  # each of Pillow's decoders raises its own errors
+        why = "not a picture format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
         what = impostor(content) or f"cannot be read: {why}"
         raise BadRow("broken", f"{source.where_picture(name)} {what}") from None

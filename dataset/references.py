@@ -1,4 +1,4 @@
-"""Further captions of pictures, from the files of --refs_path: what answers are compared with."""
+"""Reads --refs_path: more captions of pictures, to compare answers with."""
 
 from pathlib import Path
 
@@ -6,7 +6,10 @@ from model.files import read_json
 
 
 def read_references(paths) -> dict[str, list[str]]:
-    """{name of a picture: captions} of all --refs_path, as `eval_vlm.py` takes them."""
+    """{name of a picture: captions} of all files of --refs_path.
+
+    Raises FileNotFoundError or ValueError, which name the flag and the file.
+    """
     references = {}
     for path in paths:
         if not Path(path).is_file():

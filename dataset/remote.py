@@ -1,4 +1,4 @@
-"""Files that are somewhere else: hf://datasets/owner/name/rows.parquet, https://..., whatever fsspec opens."""
+"""Remote files: hf://datasets/owner/name/rows.parquet, https://..., and everything else that fsspec opens."""
 
 import hashlib
 import os
@@ -16,36 +16,36 @@ def is_remote(path) -> bool:
 
 @contextmanager
 def one_sentence(url: str, flag: str = "--data_path"):
-    """Whatever goes wrong inside, of the library, of HTTP or in the file, becomes one sentence: OSError."""
+    """Turns any error inside, of a library, of HTTP or in the file, into an OSError with a short message."""
     try:
         yield
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise OSError(
             f"{flag} {url} cannot be read: {reason[0]}.\n"
-            "Is the name right, the network there, HF_TOKEN set, HF_ENDPOINT if it is a mirror?"
+            "Check the name, the network, HF_TOKEN, and HF_ENDPOINT if you use a mirror"
         ) from None
 
 
 def file_system(url: str):
-    """(fsspec's file system, path in it)"""
+    """(file system of fsspec, path in it)"""
     options = {"endpoint": os.environ.get("HF_ENDPOINT")} if url.startswith("hf://") else {}
     return fsspec.core.url_to_fs(url, **options)
 
 
 def list_remote(pattern: str, flag: str = "--data_path") -> list[str]:
-    """The URLs that a pattern such as hf://datasets/owner/name/*.parquet stands for."""
+    """The URLs that match a pattern such as hf://datasets/owner/name/*.parquet. Raises FileNotFoundError, OSError."""
     with one_sentence(pattern, flag):
         system, path = file_system(pattern)
         files = sorted(system.glob(path))
         there = ", ".join(sorted(Path(name).name for name in system.glob(f"{path.rpartition('/')[0]}/*"))[:20])
     if not files:
-        raise FileNotFoundError(f"{flag} {pattern}: no such file. There is: {there or 'nothing that can be seen'}")
+        raise FileNotFoundError(f"{flag} {pattern}: no such file. Found: {there or 'nothing'}")
     return [system.unstrip_protocol(file) for file in files]
 
 
 def download(url: str, flag: str = "--data_path") -> Path:
-    """A copy of the file in the cache of `datasets`, fetched unless this very file was before."""
+    """Downloads a file into the cache of `datasets` unless this version is there; returns its path. Raises OSError."""
     with one_sentence(url, flag):
         system, path = file_system(url)
         info = system.info(path)

@@ -1,6 +1,6 @@
-"""One row, checked: a record of any shape → a Row, whose turns have as many <image> as it has pictures.
+"""Checks one row: a record of any shape → a Row, whose turns contain one <image> per picture.
 
-What public data sets are known to get wrong is mended here, and counted: see MENDED.
+Known defects of public data sets are repaired here and counted, see MENDED.
 """
 
 import codecs
@@ -17,33 +17,35 @@ from model.processing import IMAGE_TAG
 
 MENDED = {
     "untagged": "had pictures and no <image>: it was put before the first question",
-    "surplus": "had more <image> than pictures: the last ones were left out",
+    "surplus": "had more <image> than pictures: the last ones were removed",
     "placeholder": "had no <image> and a picture of at most 8×8: read as text",
-    "blank": "have a blank answer, from which a model learns to say nothing",
-    "twice": "have a key twice, of which the last counts",
+    "blank": "have a blank answer, which teaches a model to say nothing",
+    "twice": "have a key twice: the last one counts",
 }
 
-# A byte that is no UTF-8 is read as this, which no text may hold (a "noncharacter" of Unicode), and found by row.
+# A byte that is not UTF-8 is read as this "noncharacter" of Unicode, which no text may contain, and reported by row.
 NO_TEXT = "\ufdd0"
 codecs.register_error("mark", lambda error: (NO_TEXT, error.start + 1))
 
 
 @dataclass
 class Row:
-    conversations: list[dict]  # {"role", "content"}, as many <image> in the user's turns as there are images
-    images: list[str]  # names, to be opened by the row's source
-    kind: str | list = ""  # what the row says of its questions, as drawn scenes do; see inference/scoring.py
+    conversations: list[dict]  # {"role", "content"}, with one <image> in the user's turns per image
+    images: list[str]  # names, which the row's source opens
+    kind: str | list = ""  # the row's own kind of each question, as in drawn scenes; see inference/scoring.py
     mended: str = ""  # a key of MENDED
-    shape: str = ""  # what it was read as, in words
+    shape: str = ""  # how it was read, in words
 
 
 def rows_of(record: dict, number: int, options: ReadOptions = DEFAULT) -> list[Row | BadRow]:
-    """A record of any shape → its rows: one, or one for each caption of its picture. Pictures that lie in the record
-    are called as `inline` does. Raises BadRow."""
+    """A record of any shape → its rows: one, or one for each caption of its picture. Raises BadRow.
+
+    number: of the record; `inline` uses it to name pictures inside the record.
+    """
     try:
         row = normal(record, options)
-    except (TypeError, AttributeError, KeyError, IndexError) as error:  # a value of a type that nobody thinks of
-        raise BadRow("key", f"a value of a type that is not expected: {error}") from None
+    except (TypeError, AttributeError, KeyError, IndexError) as error:  # a value of an unexpected type
+        raise BadRow("key", f"a value has an unexpected type: {error}") from None
     names = [
         inline(number, i) if isinstance(picture, bytes) or picture.startswith("data:") else picture
         for i, picture in enumerate(row.pictures)
@@ -57,20 +59,20 @@ INLINE = re.compile(r"^#(\d+)\.(\d+)$")
 
 
 def inline(number: int, which: int) -> str:
-    """The name of a picture that lies in a record: #12.0 is the first of record 12."""
+    """The name of a picture inside a record: #12.0 is the first one of record 12."""
     return f"#{number}.{which}"
 
 
 def inline_place(name: str) -> tuple[int, int] | None:
-    """(record, which of its pictures) of a name of `inline`; None: another name."""
+    """(record, index of the picture) for a name from `inline`; None for any other name."""
     place = INLINE.match(name)
     return place and (int(place[1]), int(place[2]))
 
 
 def checked(conversations: list[dict], images: list[str], **info) -> Row:
-    """Turns and names of pictures → a Row. Raises BadRow."""
+    """Turns and names of pictures → a Row, repaired if needed. Raises BadRow."""
     if not any(turn["role"] == "assistant" for turn in conversations):
-        raise BadRow("answer", "no assistant turn, nothing to learn")
+        raise BadRow("answer", "no assistant turn, so nothing to learn")
     if images and not any(IMAGE_TAG in turn["content"] for turn in conversations):
         return checked(add_tags(conversations, len(images)), images, **{"mended": "untagged"} | info)
     tags = sum(turn["content"].count(IMAGE_TAG) for turn in conversations if turn["role"] == "user")
@@ -83,16 +85,16 @@ def checked(conversations: list[dict], images: list[str], **info) -> Row:
 
 
 def add_tags(conversations: list[dict], count: int) -> list[dict]:
-    """The conversation with so many tags before its first question. Raises BadRow if there is none."""
+    """Adds `count` tags before the first question. Raises BadRow if there is no question."""
     for at, turn in enumerate(conversations):
         if turn["role"] == "user":
             asked = turn | {"content": f"{IMAGE_TAG}\n" * count + turn["content"]}
             return [*conversations[:at], asked, *conversations[at + 1 :]]
-    raise BadRow("role", f"{count} pictures, and no user turn to show them in")
+    raise BadRow("role", f"{count} pictures but no user turn")
 
 
 def drop_tags(conversations: list[dict], keep: int) -> list[dict]:
-    """The conversation with its first `keep` tags, each other one gone with the line break before it."""
+    """Keeps the first `keep` tags; removes the others together with the line break before them."""
 
     def tag(match):
         nonlocal keep
@@ -106,24 +108,24 @@ def drop_tags(conversations: list[dict], keep: int) -> list[dict]:
 
 
 def from_json(text: str, pairs_hook=None):
-    """What a JSON text holds. Raises BadRow. pairs_hook: makes an object of its pairs, see `json.loads`."""
+    """Parses JSON. Raises BadRow. pairs_hook: `object_pairs_hook` of `json.loads`."""
     if NO_TEXT in text:
-        raise BadRow("json", f"character {text.index(NO_TEXT) + 1} is no UTF-8")
+        raise BadRow("json", f"character {text.index(NO_TEXT) + 1} is not valid UTF-8")
     try:
         value = json.loads(text, object_pairs_hook=pairs_hook)
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is valid JSON, but no text
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is valid JSON, but not valid text
     except (TypeError, ValueError, RecursionError) as error:
         raise BadRow("json", str(error)) from None
     return value
 
 
 def with_pictures(record, pictures: list[bytes] | None):
-    """A record with the contents of pictures that lie beside it, as in a tar."""
+    """Adds pictures that are stored next to the record, as in a tar."""
     return record | {"image": pictures} if pictures else record
 
 
 def parse_line(line: str, number: int = 0, options: ReadOptions = DEFAULT, pictures=None) -> list[Row]:
-    """A record as JSON, and the contents of pictures that come with it → its rows. Raises BadRow."""
+    """A record as JSON text, and the files of pictures stored next to it → its rows. Raises BadRow."""
     twice = []
 
     def noting(pairs: list) -> dict:
@@ -139,9 +141,9 @@ def parse_line(line: str, number: int = 0, options: ReadOptions = DEFAULT, pictu
 
 
 def is_placeholder(picture: str | bytes) -> bool:
-    """Text rows of the public Parquet files carry a black picture of 8×8, as the column may not be empty."""
+    """Whether a picture is at most 8×8: the public Parquet files put a black one into text rows to fill the column."""
     try:
         with Image.open(BytesIO(picture)) as image:
             return max(image.size) <= 8
-    except Exception:  # a name, or not a picture: said when the row is used
+    except Exception:  # a name, or not a picture: reported when the row is used
         return False

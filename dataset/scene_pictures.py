@@ -1,6 +1,6 @@
-"""Small scenes of coloured shapes and their pictures: what `dataset.scene_questions` asks about.
+"""Small scenes of coloured shapes and their pictures; `dataset.scene_questions` asks about them.
 
-A scene is a plain description, drawn at random; `draw` makes its picture, the same pixels every time.
+A scene is a random description; `draw` makes its picture, the same pixels every time.
 """
 
 import math
@@ -35,9 +35,9 @@ PLACES = (
 
 @dataclass(frozen=True)
 class Thing:
-    """An object. column, row: its cell of the 3×3 grid; x, y, radius: in sides of the picture; rgb: 0 to 255.
+    """An object. column, row: its cell in the 3×3 grid; x, y, radius: fractions of the picture's side; rgb: 0 to 255.
 
-    colour: of COLOURS, or "" where it has no name, see `without_colour`.
+    colour: a key of COLOURS, or "" for a shade without a name, see `without_colour`.
     """
 
     colour: str
@@ -61,7 +61,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """things: in reading order, one to a cell; front: the order they are painted in; tones: two RGB of the ground."""
+    """things: in reading order, one per cell; front: the order of painting; tones: two RGB values of the background."""
 
     things: tuple[Thing, ...]
     front: tuple[int, ...]
@@ -71,7 +71,7 @@ class Scene:
 
 
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-NEW_PAIRS = {  # each colour and each shape once: what is left is balanced
+NEW_PAIRS = {  # each colour and each shape once, so the remaining pairs are balanced
     *(("red", "moon"), ("orange", "cross"), ("yellow", "heart"), ("green", "circle")),
     *(("blue", "triangle"), ("purple", "star"), ("black", "ring"), ("white", "square")),
 }
@@ -82,7 +82,8 @@ PATTERNS = [("plain", 0), *((kind, i) for kind in ("shade", "stripes", "checks",
 
 
 def is_new(things) -> bool:
-    """Do these things make up a combination that train and val never have? A pair, or three of a shape in a corner."""
+    """Whether these things form a combination that never occurs in train and val: a pair, or three of a shape in a
+    corner."""
     if any(thing.new for thing in things):
         return True
     return any(
@@ -93,9 +94,9 @@ def is_new(things) -> bool:
 
 
 def random_scene(rng: random.Random, new: bool = False, objects: tuple[int, int] = (1, 4)) -> Scene:
-    """So many things, often some of one colour, shape or both; for val_new, with a combination that is new."""
+    """A scene with objects[0] to objects[1] things, often with shared colours or shapes; `new`: see `is_new`."""
     number = rng.randint(*objects)
-    corner = new and number >= 3 and rng.random() < 0.5  # as many of them as pairs would leave few
+    corner = new and number >= 3 and rng.random() < 0.5  # half the time, otherwise new pairs would dominate
     while True:
         alike = "shape" if corner else rng.choice(("", "", "colour", "shape", "both"))
         group = rng.randint(3 if corner else min(2, number), number) if alike else 0
@@ -117,7 +118,7 @@ def random_scene(rng: random.Random, new: bool = False, objects: tuple[int, int]
             things.append(Thing(colour, shape, size, column, row, x, y, radius, rgb))
         if is_new(things) == new:
             break
-    grey = rng.randint(140, 180)  # black and white both stand out from it
+    grey = rng.randint(140, 180)  # contrasts with both black and white
     tone = tuple(grey + rng.randint(-14, 14) for _ in range(3))
     other = tuple(level + shift for level, shift in zip(tone, [rng.choice((-26, -20, 20, 26))] * 3))
     things.sort(key=lambda thing: (thing.row, thing.column))
@@ -126,9 +127,9 @@ def random_scene(rng: random.Random, new: bool = False, objects: tuple[int, int]
 
 
 def without_colour(scene: Scene, rng: random.Random, share: float = 0.2) -> Scene:
-    """The scene with a share of its things in shades far from all COLOURS, whose colour is then "".
+    """Repaints a share of the things in shades far from all COLOURS; their colour is then "".
 
-    An encoder that has seen a shape in any shade knows it in a colour that it never had.
+    An encoder that has seen a shape in many shades recognises it in a colour that it has never seen it in.
     """
 
     def shade(thing):
@@ -145,8 +146,8 @@ def without_colour(scene: Scene, rng: random.Random, share: float = 0.2) -> Scen
 
 @cache
 def sprite(shape: str, diameter: int, edge: float) -> tuple[Image.Image, Image.Image]:
-    """Masks of a shape in a square of `diameter` pixels: all of it, and without a rim of `edge` pixels."""
-    fine = max(2, round(8 / edge))  # drawn so many times larger, once, and scaled down: smooth edges
+    """Masks of a shape in a square of `diameter` pixels: the whole shape, and without a rim of `edge` pixels."""
+    fine = max(2, round(8 / edge))  # draw it this many times larger and scale it down, for smooth edges
     side = diameter * fine
     mask = Image.new("L", (side, side))
     pen = ImageDraw.Draw(mask)
@@ -183,7 +184,7 @@ def sprite(shape: str, diameter: int, edge: float) -> tuple[Image.Image, Image.I
 
 @cache
 def ground(kind: str, variant: int, size: int) -> Image.Image:
-    """Mask (size, size) that mixes the two tones of a background."""
+    """A mask (size, size) that mixes the two tones of a background."""
     down, across = np.mgrid[:size, :size] / size
     turn = math.pi / 4 * (variant + (0.5 if kind == "shade" else 0))
     along, beside = (math.cos(turn) * across + math.sin(turn) * down, math.cos(turn) * down - math.sin(turn) * across)
@@ -203,7 +204,7 @@ def ground(kind: str, variant: int, size: int) -> Image.Image:
 
 @cache
 def grain(size: int) -> Image.Image:
-    """Noise around 128, (size + 32)², to cut windows from: far faster than new noise every time."""
+    """Noise around 128, (size + 32)² pixels; cutting windows from it is much faster than drawing new noise."""
     noise = np.random.default_rng(0).normal(128, 4, (size + 32, size + 32, 3))
     return Image.fromarray(noise.round().astype(np.uint8))
 
@@ -226,7 +227,7 @@ def draw(scene: Scene, image_size: int) -> Image.Image:
 
 
 def save_jpeg(image: Image.Image, path: Path) -> None:
-    """Colours are kept sharp: without subsampling."""
+    """Writes a JPEG without chroma subsampling, which keeps colours sharp."""
     jpeg = BytesIO()
     image.save(jpeg, "JPEG", quality=92, subsampling=0)
     path.write_bytes(jpeg.getvalue())

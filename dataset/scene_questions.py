@@ -1,12 +1,12 @@
-"""What can be asked about a scene of the picture world, and what is right, in English and Chinese.
+"""Questions about a scene of the picture world, and their right answers, in English and Chinese.
 
-Each kind of question is a function that yields what can be asked about a scene in one form: (slots of the wording,
-answer, is it about a combination that is new). `ask` takes one of these, the one whose answer was given least often so
-far, and `dataset.scene_wordings` words it. `dataset.scenes` makes conversations of them.
+Each kind of question is a function that yields all possible questions of one form about a scene: (slots of the wording,
+answer, whether it is about a new combination). `ask` selects the one with the rarest answer so far, and
+`dataset.scene_wordings` puts it into words. `dataset.scenes` combines questions into conversations.
 
-Answers repeat what was asked about before they say what is asked for, and where two things are compared, they say first
-what is known of each. A small model answers word by word: it looks up a thing best right after naming it, and compares
-what it has already said far sooner than what it would have to keep in mind.
+Answers first repeat the object of the question; comparisons first state the facts about both objects. A small model
+answers word by word: it looks up an object best right after naming it, and it learns to compare written facts much
+faster than facts that it would have to infer silently.
 """
 
 from collections import Counter
@@ -27,19 +27,19 @@ bottom left 左下角, bottom middle 下方, bottom right 右下角
 left 左边, right 右边, above 上面, below 下面
 left or right of 左边还是右边, above or below 上面还是下面
 """
-ANSWERS = {  # that are the same for every scene
+ANSWERS = {  # the same for every scene
     "greet": {
         "en": "hello, I can tell you about the shapes in a picture: colour, size, place and number",
         "zh": "你好，我能回答图片里图形的颜色、大小、位置和数量",
     },
     "blind": {"en": "there is no picture, please show me one", "zh": "没有图片，请先给我一张"},
 }
-NO_YES = {"en": ("no", "yes"), "zh": ("没有", "有")}  # is it there?
+NO_YES = {"en": ("no", "yes"), "zh": ("没有", "有")}  # for the kind exists
 IS_SO = {"en": ("no", "yes"), "zh": ("不是", "是")}
 NUMBERS = ("one", "two", "three", "four")
 SIDES = {"left": "left of", "right": "right of"}  # in English, before a noun
 AXES = {"left or right of": ("left", "right"), "above or below": ("above", "below")}
-EACH = {  # what "each" asks of one object, and how it calls it in English
+EACH = {  # list → kind and form of the question about one object, and its name in English
     "colour": ("colour", "of", "the {x}"),
     "shape": ("what", "shape", "the {x}"),
     "place": ("where", "of", "the {x}"),
@@ -49,7 +49,7 @@ EACH = {  # what "each" asks of one object, and how it calls it in English
     "count": ("count", "part", "{xs}"),
     "check": ("check", "", "the {x} {v}"),
 }
-LOOK_UPS = ("colour", "shape", "place", "size", "object")  # the lists that say what things are like
+LOOK_UPS = ("colour", "shape", "place", "size", "object")  # lists of attributes
 LANGS = ("en", "zh")
 CHINESE = dict(entry.rsplit(" ", 1) for line in VOCABULARY.strip().splitlines() for entry in line.split(", "))
 
@@ -85,7 +85,7 @@ def find(scene: Scene, colour: str = "", shape: str = "", size: str = "") -> lis
 
 
 def named(scene: Scene, lang: str) -> list[tuple[Thing, str]]:
-    """The things that a name tells from all others: their shape if no other has it, else colour and shape."""
+    """Things with a unique name, and this name: the shape if no other thing has it, otherwise colour and shape."""
     names = []
     for thing in scene.things:
         for look in ({"shape": thing.shape}, {"shape": thing.shape, "colour": thing.colour}):
@@ -96,9 +96,9 @@ def named(scene: Scene, lang: str) -> list[tuple[Thing, str]]:
 
 
 def caption(scene: Scene, lang: str, full: bool = True, colour: bool = True) -> str:
-    """What there is, in reading order: "a red star and a blue ring"; full: "a big red star in the middle".
+    """Lists all things in reading order: "a red star and a blue ring"; full: "a big red star in the middle".
 
-    Things that look alike are not put together ("two red stars"): to group them is what the model did worst.
+    Equal things are not grouped ("two red stars"): grouping had the lowest scores.
     """
     nouns = [
         name(lang, thing.colour if colour else "", thing.shape, thing.size if full and colour else "")
@@ -125,12 +125,12 @@ def has_size(thing: Thing, x: str, lang: str) -> str:
 
 
 def conclude(known: list[str], answer: str, lang: str) -> str:
-    """ "the star is big, the ring is small: the star" """
+    """Facts and conclusion, for example "the star is big, the ring is small: the star"."""
     return ", ".join(known) + f": {answer}" if lang == "en" else "，".join(known) + f"：{answer}"
 
 
 def conclusion(answer: str) -> str:
-    """The last part of an answer that ends so, "the star"; else all of it."""
+    """The conclusion of an answer from `conclude`, for example "the star"; any other answer as it is."""
     return answer.replace("：", ": ").rsplit(": ", 1)[-1]
 
 
@@ -142,7 +142,7 @@ def describe(scene, form, lang):
 
 
 def listing(scene: Scene, lang: str) -> str:
-    """ "star red big top left, ring blue small middle": the shape first, from which captions never go to the colour."""
+    """For example "star red big top left, ring blue small middle": shape before colour, unlike in captions."""
     between, comma = (" ", ", ") if lang == "en" else ("", "，")
     looks = [(thing.shape, thing.colour, thing.size, thing.place) for thing in scene.things]
     return comma.join(between.join(say(word, lang) for word in words) for words in looks)
@@ -166,14 +166,14 @@ def colour(scene, form, lang):
 
 
 def each(scene, form, lang, rng, new):
-    """One question about all that a question of this form can be asked about, in any order.
+    """One question about all objects that this form of question fits, in random order.
 
-    Where most answers would be the same ("no", "one"), about some: as many of those as of the others.
+    If most answers would be the same ("no", "one"), it covers only some objects, to balance the answers.
     """
     kind, of_one, one = EACH[form]
     if kind == "exists":
         answers = list(exists(scene, "some", lang, rng, False))
-    elif kind == "check":  # one question of each form about a thing: its answer would tell the answer of another
+    elif kind == "check":  # one question of each form about a thing: one answer would reveal the answer of another
         of_one_thing = {}
         for of_one in wordings()["check"]:
             for asked in check(scene, of_one, lang, rng, new):
@@ -213,12 +213,12 @@ def where(scene, form, lang):
 
 
 def exists(scene, form, lang, rng, new):
-    """Of what is not there, half has the colour of one thing and the shape of another.
+    """Half of the missing pairs combine the colour of one thing with the shape of another.
 
-    form: "pair" of colour and shape; "part", one of them; "some" for lists, parts and pairs of size and shape. Lists
-    of pairs of colour and shape taught that what they never name, as the pairs of val_new, is not there.
+    form: "pair" of colour and shape; "part": one of them; "some": for lists, parts and pairs of size and shape. Lists
+    with pairs of colour and shape taught the model to deny pairs that they never name, such as those of val_new.
     """
-    if form == "pair":  # what is new is not even denied in train
+    if form == "pair":  # train does not name new pairs, not even to deny them
         pairs = [(one.colour, other.shape) for one in scene.things for other in scene.things]
         pairs.append(rng.choice(sorted(NEW_PAIRS) if new else OLD_PAIRS))
         pairs = [pair for pair in pairs if (pair in NEW_PAIRS) == new]
@@ -235,14 +235,14 @@ def exists(scene, form, lang, rng, new):
 
 
 def relation(scene, form, lang):
-    """Left or right, above or below: not yes or no, which small models still guess after 60,000 such questions."""
+    """Left or right, above or below. Not yes or no: small models still guess these after 60,000 such questions."""
     for (one, x), (other, y) in permutations(named(scene, lang), 2):
         for axis, sides in AXES.items():
             step = one.column - other.column if axis == "left or right of" else one.row - other.row
             if step:
                 known = [is_where(one, x, lang), is_where(other, y, lang)]
                 answer = conclude(known, say(sides[step > 0], lang), lang)
-                for side in sides:  # some wordings ask about one of the two
+                for side in sides:  # some wordings ask about one side
                     of_side = SIDES.get(side, side) if lang == "en" else say(side, lang)
                     slots = {"x": x, "y": y, "d": say(axis, lang), "s": of_side}
                     yield slots, answer, one.new or other.new
@@ -262,7 +262,7 @@ def size(scene, form, lang):
 
 
 def check(scene, form, lang, rng, new):
-    """Is it so? Half the time not; then often as another thing there is. First comes what it is, then yes or no."""
+    """Claims, half of them false, often with an attribute of another thing. Answers state the fact, then yes or no."""
     values = {"colour": list(COLOURS), "shape": SHAPES, "size": ("big", "small"), "place": sum(PLACES, ())}[form]
     if form == "colour":
         asked_about = [
@@ -281,7 +281,7 @@ def check(scene, form, lang, rng, new):
         for value in (true, rng.choice(others)):
             look = {"colour": thing.colour, "shape": thing.shape} | {form: value}
             asked_new = (look["colour"], look["shape"]) in NEW_PAIRS
-            if asked_new and not new:  # what is new is not even denied in train
+            if asked_new and not new:  # train does not name new pairs, not even to deny them
                 continue
             is_so = "the {x} is {y}" if lang == "en" else "{x}{y}"
             answer = conclude([is_so.format(x=x, y=predicate(form, true, lang))], IS_SO[lang][value == true], lang)
@@ -289,7 +289,7 @@ def check(scene, form, lang, rng, new):
 
 
 def predicate(form: str, value: str, lang: str) -> str:
-    """What is said of a thing: "red", "a star", "in the top left"; "是红色", "是大的", "在左上角"."""
+    """The predicate of a claim: "red", "a star", "in the top left"; "是红色", "是大的", "在左上角"."""
     if lang == "en":
         return a(value, lang) if form == "shape" else f"in the {value}" if form == "place" else value
     return "在" * (form == "place") + "是" * (form != "place") + say(value, lang) + "的" * (form == "size")
@@ -326,12 +326,10 @@ QUESTIONS = {function.__name__: function for function in (describe, what, colour
 
 
 def ask(scenes, kind: str, lang: str, rng, used: Counter, new: bool, words: Words, form: str = ""):
-    """A question of this kind about the scene (two to compare): (what it means, question, answer), None where there is
-    none to ask.
+    """A question of this kind about the scene (or two, to compare): (meaning, question, answer). None if impossible.
 
-    form: of question; drawn without it.
-    used: how often each conclusion was given so far, by form of question and language; the rarest that is possible now
-    is asked for.
+    form: of the question; "" for a random one.
+    used: how often each conclusion occurred so far, by form of question and language; `ask` selects the rarest one.
     """
     form = form or rng.choice(list(wordings()[kind]))
     if kind == "exists":
@@ -355,6 +353,6 @@ def ask(scenes, kind: str, lang: str, rng, used: Counter, new: bool, words: Word
         [(slots, answer) for slots, answer in possible if used[key, conclusion(answer)] == rarest]
     )
     if kind == "count" and rarest > min(used[key, say(each, lang)] for each in NUMBERS) + 2:
-        return None  # most scenes hold one of most things: "one" waits for the others
+        return None  # most counts are one: limit "one" to the frequency of the others
     used[key, conclusion(answer)] += 1
     return (*key, *slots.values()), words.ask(*key, slots), answer

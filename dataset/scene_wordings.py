@@ -1,19 +1,19 @@
-"""How people ask about the picture world: many wordings of each question, some of which training never shows.
+"""Wordings of questions about the picture world: many for each question, some of them held out from training.
 
-`dataset.scene_questions` knows what can be asked and what is right; `Words` says it: one of the wordings below, then
-the ways of people who type. Nouns become other nouns for the same ("circle", "round thing"; "图片", "照片"), colour
-loses its u, a question begins with "please tell me" or ends without a question mark, or all of it is lower case.
+`dataset.scene_questions` determines question and answer; `Words` selects one of the wordings below and varies it as
+people do when they type. It replaces nouns by synonyms ("circle", "round thing"; "图片", "照片"), writes color for
+colour, adds "please tell me", drops the question mark, or uses lower case.
 
-Wordings marked * are held out: they make up val_wording, which asks about the scenes of val what val asks, so that the
-two scores tell how much the model depends on the wordings that it was taught.
+Wordings marked * are held out. They make up val_wording, which asks the questions of val in these words. The difference
+between the two scores shows how much the model depends on the wordings of its training.
 """
 
 import random
 import re
 from functools import cache
 
-# kind and forms of a question, then its wordings, of which the first is the plain one. {x} {y} objects, {ax} {xs} with
-# "a" and in the plural, {p} a place, {d} an axis, {s} a side, {v} what may be said of an object, {pic} the picture.
+# Kind and forms of a question, then its wordings; the first one is the plain one. {x} {y}: objects, {ax} {xs}: with "a"
+# and in the plural, {p}: a place, {d}: an axis, {s}: a side, {v}: a predicate, {pic}: the picture.
 WORDINGS = """
 describe full
   Describe this picture. | Describe {pic}. | Describe {pic} in detail. | Say what is where, and how big.
@@ -206,7 +206,7 @@ each check
   {them}，对不对？
 """
 
-ALIASES = {  # words of the world → other words for the same that a question may have; answers keep to the first
+ALIASES = {  # words of the world → synonyms in questions; answers use only the former
     "en": """
 circle: disc, dot, round thing, round shape    square: box, square shape    triangle: triangular shape
 star: star shape    heart: heart shape    cross: plus sign, plus    ring: hoop, donut    moon: crescent, half moon
@@ -239,7 +239,7 @@ BEFORE = {
 }
 AFTER = {"en": (", please", ", thanks", " please"), "zh": ("谢谢", "，谢谢", "呢")}
 MARKS = "?.!？。！"
-BETWEEN = ("\n", "\n", "\n\n", " ", "  ", "")  # picture and text
+BETWEEN = ("\n", "\n", "\n\n", " ", "  ", "")  # between picture and text
 
 CHINESE = re.compile("[\u4e00-\u9fff]")
 
@@ -262,7 +262,7 @@ def wordings() -> dict[str, dict[str, dict[str, tuple[list[str], list[str]]]]]:
 
 @cache
 def aliases(lang: str) -> tuple[dict[str, list[str]], re.Pattern]:
-    """{word: other words for it}, and what finds one of these words (longest first) in a question."""
+    """{word: its synonyms}, and a pattern that finds these words in a question, longest first."""
     entries = [entry.split(": ") for entry in re.split(r"\n| {4}", ALIASES[lang].strip())]
     others_of = {word: others.split(", ") for word, others in entries}
     words = "|".join(sorted(others_of, key=len, reverse=True))
@@ -276,8 +276,8 @@ def plural(noun: str) -> str:
 class Words:
     """Turns a question into one of its wordings.
 
-    style: "plain", the first wording as it stands; "train", any of those to train on, as people type; "held out", the
-    others. rng: of its own, so that another style asks the same questions.
+    style: "plain": the first wording, unchanged; "train": any wording for training, varied as people type; "held out":
+    the other wordings. rng: not shared, so that every style asks the same questions.
     """
 
     def __init__(self, style: str, rng: random.Random):
@@ -287,18 +287,18 @@ class Words:
         of_lang, rng = wordings()[kind][form][lang], self.rng
         if self.style == "plain" or not of_lang[1]:
             return of_lang[0][0].format(**slots, pic=PICTURE[lang][0])
-        # What people ask first of all, as it is most often typed.
+        # The most common question, in its most common form.
         if self.style == "train" and (kind, form) == ("describe", "full") and rng.random() < 0.4:
             return of_lang[0][0]
         text = rng.choice(of_lang[self.style == "held out"]).format(**slots, pic=rng.choice(PICTURE[lang]))
         return self.typed(text, lang) if kind != "greet" else self.careless(text)
 
     def between(self) -> str:
-        """What stands between a picture and the text."""
+        """The separator between a picture and the text."""
         return "\n" if self.style == "plain" else self.rng.choice(BETWEEN)
 
     def typed(self, text: str, lang: str) -> str:
-        """A question in other words for the same, more or less polite and careful."""
+        """Varies a question: synonyms, spelling, polite words, punctuation."""
         rng, (others, find) = self.rng, aliases(lang)
 
         def other(match):
@@ -324,7 +324,7 @@ class Words:
         return self.careless(text)
 
     def careless(self, text: str) -> str:
-        """Perhaps without the mark at the end, perhaps in lower case."""
+        """Sometimes drops the mark at the end, sometimes uses lower case."""
         rng = self.rng
         if rng.random() < 0.3:
             text = text.rstrip(MARKS)

@@ -1,37 +1,37 @@
-"""The built-in picture world: small scenes of coloured shapes, with conversations about them in English and Chinese.
+"""The built-in picture world: small scenes of coloured shapes, and conversations about them in English and Chinese.
 
     python -m dataset.scenes --out_dir out/scenes --scenes 12000 --seed 0
 
-Data for a model that starts from nothing, without any download. It writes what any data set of this repo consists of,
-{train,val,val_wording,val_new}.jsonl and images/ in out_dir, so that everything that reads them is the ordinary path:
+Data to train a model from scratch, without any download. It writes {train,val,val_wording,val_new}.jsonl and images/
+into out_dir, in the same format as any other data set of this repository:
 
     {"conversations": [{"role": "user", "content": "<image>\\nWhat colour is the star?"},
                        {"role": "assistant", "content": "the star is purple"}],
      "image": "val_new_00007.jpg", "kind": "colour", "lang": "en"}
 
-* `kind` (of a conversation: of each question) and `lang` are there to split scores by; the reader leaves them alone.
-* One question has one right answer in one form, so that exact match is fair. Where a picture cannot settle a question
-  (which of two red circles? is it left of, or just about below?) the question is not asked.
-* Among the questions a scene allows, the one whose answer was given least often so far is asked (`used`), so a model
-  that never looks scores little: about a fifth (tests/test_scenes.py measures it).
-* val holds other scenes of the same kind as train; val_wording asks the same about them, in wordings that train never
-  has (`dataset.scene_wordings`). The scenes of val_new have what no picture and no text of train has, a combination of
-  colour and shape (NEW_PAIRS) or three of a shape in a corner (`is_new`), and all its questions are about that. Each
-  colour and each shape for itself occurs in train.
+* Scores are split by `kind` (in a conversation: of each question) and `lang`; training ignores both.
+* Each question has one right answer in one form, so exact match is a fair score. Ambiguous questions (which of two red
+  circles? left of, or rather below?) are not asked.
+* Of all possible questions about a scene, the one with the rarest answer so far (`used`) is asked. A model that ignores
+  the picture therefore scores only about a fifth (measured by tests/test_scenes.py).
+* val contains other scenes of the same kind as train. val_wording asks the same questions about them, in wordings that
+  do not occur in train (`dataset.scene_wordings`). Each scene of val_new contains a combination that occurs in no
+  picture and no text of train: a pair of colour and shape (NEW_PAIRS), or three of a shape in a corner (`is_new`). All
+  questions of val_new are about these. Every single colour and shape occurs in train.
 
---form captions writes a caption of every object, for contrastive training, where one in five objects of train is in a
-shade that no word is for; --form text writes conversations with the scene in words in place of the picture, for
-training on text. With the same seed the scenes are the same. Scenes and their pictures are in
-`dataset.scene_pictures`, questions and right answers in `dataset.scene_questions`.
+--form captions writes a caption of every object, for contrastive training; one in five objects of train has a shade
+without a name. --form text writes conversations with a description instead of the picture, for training on text. The
+same seed gives the same scenes in every form. `dataset.scene_pictures` draws scenes, `dataset.scene_questions` knows
+questions and answers.
 """
 
-if __spec__ is None:  # started by its path, from where Python finds no other folder
+if __spec__ is None:  # started by its path, where Python cannot import the other folders
     raise SystemExit("type -m dataset.scenes instead of dataset/scenes.py")
 
 if __name__ == "__main__":
     from common.start import begin
 
-    begin()  # Ctrl-C or a missing package is one sentence from here on
+    begin()  # from here on, Ctrl-C or a missing package gives one message
 
 import json
 import random
@@ -46,7 +46,7 @@ from dataset.scene_pictures import Scene, draw, random_scene, save_jpeg, without
 from dataset.scene_questions import ANSWERS, EACH, LANGS, LOOK_UPS, ask, caption
 from dataset.scene_wordings import Words
 
-KINDS = {  # share of rows, as far as scenes allow; "multi" is a conversation of several questions, "each" of lists
+KINDS = {  # share of rows, if scenes allow it; "multi" is a conversation of several questions, "each" of several lists
     "describe": 6,
     "what": 3,
     "colour": 3,
@@ -62,10 +62,10 @@ KINDS = {  # share of rows, as far as scenes allow; "multi" is a conversation of
     "blind": 1,
     "each": 5,
 }
-USUAL = tuple(kind for kind in KINDS if kind != "each")  # that is for practice: all objects looked up, one by one
-# Of a conversation; a description would give away the rest.
+USUAL = tuple(kind for kind in KINDS if kind != "each")  # "each" is practice: looking up all objects, one by one
+# Kinds of questions in a conversation. Not a description, which would give away the other answers.
 TURNS = ("what", "colour", "count", "where", "exists", "relation", "size", "check")
-LENGTH = (4, 12)  # questions drawn for a conversation; those that cannot be asked, or come twice, fall away
+LENGTH = (4, 12)  # number of questions drawn for a conversation; impossible and repeated ones are dropped
 
 # ---------------------------------------------------------------------------- rows
 
@@ -73,21 +73,20 @@ LENGTH = (4, 12)  # questions drawn for a conversation; those that cannot be ask
 def rows_of(
     scene, image: str, rng, used: Counter, rows=4, kinds=USUAL, new=False, other=None, lists=LOOK_UPS, style="train"
 ) -> list[dict]:
-    """Conversations about a scene, half of them Chinese, in the format of the module's docstring; `rows` of them, fewer
-    where the scene allows fewer.
+    """Conversations about a scene, half of them Chinese, in the format of the module's docstring; at most `rows`.
 
     Args:
-        image: the name of its picture.
+        image: the file name of its picture.
         rng: random.Random.
-        used: see `ask`; one for a whole split.
+        used: see `ask`; shared by a whole split.
         kinds: the keys of KINDS to choose from.
-        new: for val_new, ask only about what is_new.
-        other: (scene, name of the picture) to compare with; without it there is no "compare".
+        new: for val_new, ask only about new combinations, see `is_new`.
+        other: (scene, name of its picture) to compare with; None for no "compare".
         lists: the keys of EACH to choose from.
-        style: of the wordings, see `Words`. Another one asks the same questions.
+        style: of the wordings, see `Words`; every style asks the same questions.
     """
     kinds = [kind for kind in kinds if kind != "compare" or other]
-    kinds = [kind for kind in kinds if not (new and kind in ANSWERS)]  # they are about nothing
+    kinds = [kind for kind in kinds if not (new and kind in ANSWERS)]  # they are about no object
     weights = [KINDS[kind] for kind in kinds]
     words = Words(style, random.Random(repr(scene)))
     chats, meanings, first = [], set(), rng.randrange(2)
@@ -105,10 +104,10 @@ def rows_of(
             turns = [(kind, form) for form in rng.sample(lists, min(3, len(lists)))]
         elif kind == "blind":
             turns = [(rng.choice((*TURNS, "describe")), "")]
-        switch = len(turns)  # where the other picture comes, which the turns from there on are about
+        switch = len(turns)  # from this turn on, questions are about the other picture
         if kind == "multi" and other and rng.random() < 0.2:
             switch = len(turns) // 2
-        asked = {}  # what a question means: kind, question, answer, pictures
+        asked = {}  # meaning of a question → kind, question, answer, pictures
         for i, (turn, form) in enumerate(turns):
             shown = pictures if i < switch else [other]
             scenes = [one for one, _ in shown] or [scene]
@@ -118,7 +117,7 @@ def rows_of(
         if len(asked) < (2 if kind == "multi" else 1) or not meanings.isdisjoint(asked):
             continue
         meanings.update(asked)
-        # Lists too, which are easier to learn so; they draw all the same, so that the rows after them stay as are.
+        # Lists show the picture first, which is easier to learn; they still draw a number, so later rows stay the same.
         picture_first, messages, names, seen = rng.random() < 0.5 or kind == "each", [], [], []
         for _, question, answer, shown in asked.values():
             if shown != seen and kind != "blind":
@@ -136,17 +135,19 @@ def rows_of(
 
 
 def describe_in_words(scene: Scene) -> str:
-    """All that can be asked about, in the order of the patches: "picture: topleftbigredstar middlesmallbluering".
+    """Describes a scene in the order of its patches: "picture: topleftbigredstar middlesmallbluering".
 
-    One word for an object, its place and all of its looks, as in a picture a patch is one vector.
+    One word per object contains its place and all attributes, just as one patch of a picture is one vector.
     """
     words = [f"{thing.place.replace(' ', '')}{thing.size}{thing.colour}{thing.shape}" for thing in scene.things]
     return " ".join(["picture:", *words])
 
 
 def captions_of(scene: Scene, image: str) -> list[dict]:
-    """For each thing rows in each language that say what it is and where: "a big red star in the middle", and without
-    the colour "a star in the middle": an encoder must know a shape in a colour that it never had.
+    """Rows that say, for each thing and in each language, what and where it is: "a big red star in the middle".
+
+    Also without size and colour, "a star in the middle": an encoder must recognise a shape in a colour that it has
+    never seen it in.
     """
     texts = [
         (lang, caption(replace(scene, things=(thing,)), lang, colour=colour))
@@ -168,13 +169,13 @@ def captions_of(scene: Scene, image: str) -> list[dict]:
 def text_rows_of(
     scene, rng, used, rows=4, kinds=USUAL, new=False, other=None, lists=LOOK_UPS, style="train"
 ) -> list[dict]:
-    """As `rows_of`, with each picture in words instead, so without "image"; other: a scene to compare with."""
+    """As `rows_of`, with a description instead of each picture and without "image". other: a scene to compare with."""
     scenes = {"one": scene, "two": other}
     chats = rows_of(scene, "one", rng, used, rows, kinds, new, other and (other, "two"), lists, style)
     for row in chats:
         descriptions = [describe_in_words(scenes[picture]) for picture in row.pop("image", "").split(", ") if picture]
         for turn in row["conversations"][::2]:
-            # The word for an object must not grow together with what stands beside it.
+            # The words for objects must not merge with the text next to them.
             content = re.sub(r"(?<=\S)(?=<image>)|(?<=<image>)(?=\S)", "\n", turn["content"])
             while "<image>" in content:
                 content = content.replace("<image>", descriptions.pop(0), 1)
@@ -183,18 +184,16 @@ def text_rows_of(
 
 
 def scenes_of(split: str, count: int, seed: int, objects=(1, 4)) -> Iterator[Scene]:
-    """The scenes of "train", "val" or "val_new". Each has its own seed, so more of them leave the first ones as are."""
+    """The scenes of "train", "val" or "val_new". Each has its own seed, so a larger count keeps the first scenes."""
     for i in range(count):
         yield random_scene(random.Random(f"{seed} {split} {i}"), split == "val_new", objects)
 
 
 def refuse_to_overwrite(out_dir: Path, splits) -> None:
-    """ValueError if rows of one of these splits stand there already."""
+    """Raises ValueError if the rows of one of these splits exist already."""
     for split in splits:
         if (out_dir / f"{split}.jsonl").exists():
-            raise ValueError(
-                f"--out_dir {out_dir}: {split}.jsonl is there already. Choose another folder, or remove it"
-            )
+            raise ValueError(f"--out_dir {out_dir}: {split}.jsonl exists already. Choose another folder, or remove it")
 
 
 def write_world(
@@ -212,10 +211,10 @@ def write_world(
 ) -> dict:
     """Writes {train,val,val_wording,val_new}.jsonl and images/ into out_dir; returns {split: number of rows}.
 
-    Same arguments, same bytes. Other rows or kinds show the same scenes. The .jsonl stand there only when complete. One
-    that stands there already may be somebody's own: ValueError.
-    form: "chat", conversations; "text", with scenes in words and without images/; "captions", see `captions_of`.
-    plain: each question in its first wording alone; then there is no val_wording, nor is there with captions.
+    The same arguments give the same bytes. Other rows or kinds show the same scenes. The .jsonl files appear only when
+    they are complete. Raises ValueError if one exists already.
+    form: "chat": conversations; "text": with descriptions and without images/; "captions": see `captions_of`.
+    plain: use only the first wording of each question. With plain or captions there is no val_wording.
     """
     out_dir = Path(out_dir)
     splits = {"train": scenes, "val": val_scenes, "val_wording": val_scenes, "val_new": val_scenes}
@@ -225,7 +224,7 @@ def write_world(
     (out_dir if form == "text" else out_dir / "images").mkdir(parents=True, exist_ok=True)
     written = {}
     for split, count in splits.items():
-        of_scenes = "val" if split == "val_wording" else split  # the same pictures and questions in other words
+        of_scenes = "val" if split == "val_wording" else split  # the same pictures and questions, other wordings
         style = "plain" if plain else "held out" if split == "val_wording" else "train"
         start, used, other, written[split] = time.perf_counter(), Counter(), None, 0
         beside = out_dir / f"{split}.jsonl.tmp"
@@ -260,7 +259,7 @@ def write_world(
 
 
 def check_numbers(args) -> None:
-    """ValueError for a flag of a drawn world that is out of bounds."""
+    """Raises ValueError for a flag of a drawn world that is out of range."""
     limits = {"scenes": (1, 10**6), "val_scenes": (1, 10**6), "image_size": (32, 1024), "rows": (1, 20)}
     for flag, (least, most) in limits.items():
         if not least <= getattr(args, flag) <= most:
@@ -268,32 +267,34 @@ def check_numbers(args) -> None:
 
 
 def main(argv=None):
-    from common.cli import Parser, reason  # here, as a world without a command line needs none
+    from common.cli import Parser, reason  # here, because write_world() does not need it
 
-    parser = Parser(__file__, "\n\n".join(__doc__.split("\n\n")[:2]))  # the rest is for those who read the code
+    parser = Parser(__file__, "\n\n".join(__doc__.split("\n\n")[:2]))  # the rest is for readers of the code
     add = parser.start.add_argument
-    add("--out_dir", type=Path, default=Path("out/scenes"), help="folder to write to, made if needed")
-    add("--scenes", type=int, default=12000, help="pictures to train on")
-    add("--val_scenes", type=int, default=400, help="pictures of val, and of val_new")
-    add("--seed", type=int, default=0, help="another number, another world")
-    forms = "chat, for a VLM; text, in which words take the place of pictures, for an LLM; captions, for an encoder"
+    add("--out_dir", type=Path, default=Path("out/scenes"), help="output folder, created if needed")
+    add("--scenes", type=int, default=12000, help="number of pictures for training")
+    add("--val_scenes", type=int, default=400, help="number of pictures in val, and in val_new")
+    add("--seed", type=int, default=0, help="another number gives another world")
+    forms = "chat: for a VLM; text: with descriptions instead of pictures, for an LLM; captions: for an encoder"
     add("--form", choices=("chat", "text", "captions"), default="chat", help=forms)
     add = parser.group("the scenes").add_argument
-    add("--image_size", type=int, default=64, metavar="PIXELS", help="side of a picture, 32 to 1024")
-    few = "least and most objects in a scene, 1 to 4"
+    add("--image_size", type=int, default=64, metavar="PIXELS", help="width and height of a picture, 32 to 1024")
+    few = "minimum and maximum number of objects in a scene, 1 to 4"
     add("--objects", type=int, nargs=2, default=(1, 4), metavar=("MIN", "MAX"), help=few)
-    add("--rows", type=int, default=4, help="conversations about a picture")
-    kinds = f"conversations to write, of {', '.join(KINDS)}"
+    add("--rows", type=int, default=4, help="conversations per picture")
+    kinds = f"kinds of conversations to write: {', '.join(KINDS)}"
     add("--kinds", nargs="+", choices=KINDS, default=list(USUAL), metavar="KIND", help=kinds)
-    lists = f"what conversations of kind each ask of all objects, of {', '.join(EACH)}"
+    lists = f"what conversations of kind each ask about all objects: {', '.join(EACH)}"
     add("--lists", nargs="+", choices=EACH, default=list(LOOK_UPS), metavar="LIST", help=lists)
-    plain = "each question in its first wording alone, as for a model's first lessons"
+    plain = "use only the first wording of each question, to start simple"
     add("--plain", action="store_true", help=plain)
     args = parser.parse_args(argv)
     try:
         check_numbers(args)
         if not 1 <= args.objects[0] <= args.objects[1] <= 4:
-            raise ValueError(f"--objects {args.objects[0]} {args.objects[1]}: expected two numbers from 1 to 4, rising")
+            raise ValueError(
+                f"--objects {args.objects[0]} {args.objects[1]}: expected two numbers from 1 to 4 in ascending order"
+            )
         write_world(**vars(args))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {reason(error)}") from None

@@ -1,14 +1,14 @@
-"""Rows as people have them: files of any kind that `datasets` opens, or JSON, and the pictures that belong to them.
+"""Opens files of rows in all supported formats, and finds the pictures that belong to the rows.
 
-    rows.jsonl, rows.json       a row in each line, or an array of rows, or COCO's captions; also .gz
-    rows.parquet, rows.arrow    a table, with the pictures in it or their names; also a folder of `save_to_disk`
-    rows.csv, rows.tsv          a table of text
+    rows.jsonl, rows.json       one row per line, an array of rows, or COCO captions; also .gz
+    rows.parquet, rows.arrow    a table that contains pictures or their names; also a folder of `save_to_disk`
+    rows.csv, rows.tsv          a table of text with a header
     rows.tar                    WebDataset: 1.jpg, 1.txt, 2.jpg, 2.txt, ... or 1.json
-    folder/metadata.csv         of a folder with the pictures beside (or metadata.jsonl, metadata.parquet)
+    folder/metadata.csv         next to its pictures (or metadata.jsonl, metadata.parquet)
 
-Whatever it is becomes a table that lies on disk and is mapped into memory: worker processes share it, and it may be
-larger than the memory. Of JSON the table holds the text of each row, so that one that is broken is one bad row. What a
-row means is decided when it is read (dataset/shapes.py, dataset/rows.py).
+Every format becomes a table on disk that is mapped into memory: worker processes share it, and it may be larger than
+the memory. For JSON the table holds the text of each row, so a broken row is only one bad row. The layout of a row is
+determined when it is read (dataset/shapes.py, dataset/rows.py).
 """
 
 import base64
@@ -34,8 +34,8 @@ from model.files import impostor
 
 
 def parse(batch: pa.Table, first: int, is_json: bool, options: ReadOptions):
-    """The rows of a part of a table whose first record has this number: (number, which row of the record, Row, BadRow,
-    or None for a blank line), ..."""
+    """Parses a part of a table, whose first record has the number `first`. Yields (number of the record, index among
+    its rows, Row, BadRow or None for a blank line)."""
     for number, record in enumerate(batch.to_pylist(), first):
         try:
             if not is_json:
@@ -45,7 +45,7 @@ def parse(batch: pa.Table, first: int, is_json: bool, options: ReadOptions):
             else:
                 rows = [None]
         except BadRow as error:
-            rows = [error.with_traceback(None)]  # which would keep the table open
+            rows = [error.with_traceback(None)]  # a traceback would keep the table open
         for which, row in enumerate(rows):
             yield number, which, row
 
@@ -54,13 +54,13 @@ class Source:
     """The rows of one file, and their pictures.
 
     Attributes:
-        table: its records, mapped from the disk.
-        is_json: they are the text of JSON, in a column "text".
-        pictures_path: where pictures are looked for, for messages.
+        table: its records, memory-mapped.
+        is_json: the records are JSON text, in a column "text".
+        pictures_path: where to look for pictures, for messages.
     """
 
-    not_read = ()  # columns whose content the model does not see; of JSON, those of a first row
-    latest = (None, None)  # the pictures of the record read last, which are asked for one by one
+    not_read = ()  # columns that are not read; for JSON, of the first valid row
+    latest = (None, None)  # (number, pictures) of the last record read, because pictures are requested one by one
 
     def __init__(self, path: Path, images_path=None, flag: str = "--data_path", options: ReadOptions = DEFAULT):
         self.path, self.options = path, options
@@ -74,7 +74,7 @@ class Source:
         self.pictures_path = self.pictures.path if self.pictures else "--images_path, not given"
 
     def use(self, table: datasets.Dataset) -> None:
-        """Keeps the columns that are read. Raises BadRow if no shape fits them."""
+        """Keeps only the columns to read. Raises BadRow if no shape fits them."""
         if not self.is_json:
             names = table.column_names
             table = table.select_columns(shape_of(tuple(names)).columns(names))
@@ -86,36 +86,37 @@ class Source:
         self.records = table.with_format("arrow")  # pictures as they are stored, not decoded
 
     def parse(self):
-        """Function (part of the table, number of its first row) → rows; it goes to other processes, without table."""
+        """A function (part of the table, number of its first row) → rows, for other processes; it holds no table."""
         return partial(parse, is_json=self.is_json, options=self.options)
 
     def __iter__(self) -> Iterator[tuple[int, int, Row | BadRow | None]]:
-        """All rows in order, as of `parse`; 100 records at a time in memory."""
+        """All rows in order, as `parse` yields them, with 100 records in memory at a time."""
         for i, batch in enumerate(self.records.iter(100)):
             yield from self.parse()(batch, 100 * i)
 
     def row(self, number: int, which: int = 0) -> Row:
-        """A row of a record: of several captions, which."""
+        """Row `which` of a record; a record with several captions has several rows."""
         return [row for *_, row in self.parse()(self.records[number], number)][which]
 
     def where(self, number: int) -> str:
-        """file:number of a record, from 1: the line of JSONL, the element of an array, the row of a table."""
+        """file:number of a record, counted from 1: a line of JSONL, an element of an array, or a row of a table."""
         return f"{self.path}:{number + 1}"
 
-    # ---- pictures, by the names that rows have for them
+    # ---- pictures, by the names that rows use
 
     def record_pictures(self, number: int) -> list[str | bytes]:
+        """The pictures of a record: names, URLs, or contents of files."""
         latest, pictures = self.latest
         if latest != number:
             (record,) = self.records[number].to_pylist()
             if self.is_json:
                 record = with_pictures(from_json(record["text"]), record.get("pictures"))
             pictures = normal(record, self.options).pictures
-            self.latest = number, pictures  # both at once, as threads may read too
+            self.latest = number, pictures  # one assignment, because threads may read at the same time
         return pictures
 
     def store(self, name: str) -> Folder | Zip | None:
-        """Where a picture of this name is looked for."""
+        """The folder or zip to search for a picture."""
         return Folder(Path(name).anchor) if Path(name).is_absolute() else self.pictures
 
     def has(self, name: str) -> bool:
@@ -125,7 +126,7 @@ class Source:
         return self.options.allow_urls if is_url(name) else store is not None and store.has(name)
 
     def open(self, name: str) -> BytesIO | Path:
-        """A picture's file or its content. Raises whatever goes wrong."""
+        """The path of a picture, or its content. Raises various errors, see `use_picture`."""
         if place := inline_place(name):
             picture = self.record_pictures(place[0])[place[1]]
             return BytesIO(picture if isinstance(picture, bytes) else decode_url(picture))
@@ -134,19 +135,19 @@ class Source:
         return self.store(name).open(name)
 
     def file(self, name: str) -> Path:
-        """What a picture lies in, for its times."""
+        """The file that contains a picture, for its modification time."""
         if inline_place(name):
             return self.path
         return self.open(name) if is_url(name) else self.store(name).file(name)
 
     def identity(self, name: str) -> str:
-        """Equal for equal pictures, also of other sources."""
+        """A string that is equal for the same picture, also in another source."""
         if inline_place(name):
             return hashlib.sha256(self.open(name).getvalue()).hexdigest()
         return self.where_picture(name)
 
     def where_picture(self, name: str) -> str:
-        """For messages."""
+        """The position of a picture, for messages."""
         if place := inline_place(name):
             return f"picture {place[1] + 1} of {self.where(place[0])}"
         store = self.store(name)
@@ -154,21 +155,22 @@ class Source:
 
 
 def first_keys(text: str) -> tuple[str, ...]:
+    """The keys of a row in JSON; () if it is broken."""
     with suppress(BadRow, AttributeError):
         return tuple(from_json(text))
     return ()
 
 
 def decode_url(url: str) -> bytes:
-    """What a data URL holds."""
+    """The bytes in a data URL."""
     head, _, data = url.partition(",")
     return base64.b64decode(data) if head.endswith(";base64") else unquote_to_bytes(data)
 
 
 class Shard(Source):
-    """Rows of a stream, each of which knows its place there; see dataset/streaming.py."""
+    """Rows of a stream; each row records its origin. See dataset/streaming.py."""
 
-    is_json, pictures, pictures_path = False, None, "the stream, whose rows must hold their pictures"
+    is_json, pictures, pictures_path = False, None, "the stream, whose rows must contain their pictures"
 
     def __init__(self, path: Path, options: ReadOptions = DEFAULT):
         self.path, self.options = path, options
@@ -187,8 +189,8 @@ class Shard(Source):
 
 
 def row_files(path: Path, flag: str = "--data_path") -> list[Path]:
-    """What a --data_path stands for: a file, a pattern such as data/*.parquet, a name without .jsonl or .parquet, a
-    folder of pictures with metadata, one of `save_to_disk`."""
+    """The files of a --data_path: a file, a pattern such as data/*.parquet, a name without .jsonl or .parquet, a folder
+    of pictures with metadata, or a folder of `save_to_disk`. Raises ValueError for other folders."""
     if path.is_dir():
         metadata = [path / f"metadata.{kind}" for kind in ("jsonl", "csv", "parquet")]
         files = [file for file in metadata if file.is_file()][:1] or [path] * (path / "state.json").is_file()
@@ -201,13 +203,13 @@ def row_files(path: Path, flag: str = "--data_path") -> list[Path]:
                 }
             )
             parts = [folder.name for folder in sorted(path.iterdir()) if row_parts(folder)]
-            what = f"name one of {', '.join(parts)} in it" if parts else "name its files"
+            what = f"choose one of {', '.join(parts)} in it" if parts else "name its files"
             example = path / parts[0] if parts else f"'{path / ('*' + (kinds or ['.parquet'])[0])}'"
             if not kinds and not parts:
                 raise ValueError(
                     f"{flag} {path} is a folder without rows: expected metadata.csv with file_name and text"
                 )
-            raise ValueError(f"{flag} {path} is a folder: {what}, as in {example}")
+            raise ValueError(f"{flag} {path} is a folder: {what}, for example {example}")
         return files
     files = [file for file in (path, Path(f"{path}.jsonl"), Path(f"{path}.parquet")) if file.is_file()][:1]
     if not files and glob.has_magic(str(path)):
@@ -217,13 +219,16 @@ def row_files(path: Path, flag: str = "--data_path") -> list[Path]:
 
 
 def row_parts(folder: Path) -> bool:
-    """Whether a folder holds a part of a data set, such as train."""
+    """Whether a folder contains a part of a data set, such as train."""
     names = ("state.json", "metadata.jsonl", "metadata.csv", "metadata.parquet")
     return folder.is_dir() and any((folder / name).is_file() for name in names)
 
 
 def open_rows(path, images_path=None, flag: str = "--data_path", options: ReadOptions = DEFAULT) -> list[Source]:
-    """The rows of a --data_path, see `row_files`; those of a hub are fetched first. flag: which one messages name."""
+    """Opens the rows of a --data_path (see `row_files`); downloads remote files first. Messages name `flag`.
+
+    Raises FileNotFoundError or ValueError.
+    """
     if isinstance(path, Shard):
         return [path]
     files = [download(url) for url in list_remote(path, flag)] if is_remote(path) else row_files(Path(path), flag)
@@ -242,9 +247,10 @@ def open_rows(path, images_path=None, flag: str = "--data_path", options: ReadOp
 def read_rows(
     paths, images_path=None, flag: str = "--data_path", options: ReadOptions = DEFAULT
 ) -> Iterator[tuple[Source, Row | BadRow]]:
-    """All rows of these paths, each with its source; a BadRow is a conversation, but none that training takes.
+    """Yields all rows of these paths, each with its source. A BadRow is a conversation that training does not accept.
 
-    Raises FileNotFoundError for a missing file, and ValueError, naming `flag`, file and number, for what is none.
+    Raises FileNotFoundError for a missing file, and ValueError for a row that is not a conversation, which names
+    `flag`, file and number.
     """
     for path in paths:
         for source in open_rows(path, images_path, flag, options):

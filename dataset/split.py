@@ -1,26 +1,26 @@
-"""Pictures with captions, in any shape → rows to train on, and rows about other pictures to score on.
+"""Pictures with captions, in any shape → rows for training, and rows about other pictures for scoring.
 
     python -m dataset.split --data_path rows.parquet --out_dir out/rows
     python -m dataset.split --data_path a.csv --images_path a --out_dir out/a
 
-Rows with one picture and one answer are taken: an answer is a caption. It writes
+It uses rows with one picture and one answer; the answer is the caption. It writes
 
     out_dir/train.jsonl      a row for each caption: {"image": "0a1b.jpg", "conversations": [question, caption]}
     out_dir/val.jsonl        one row for each held-out picture and language
-    out_dir/val_refs.json    {picture: all its captions}, what `eval_vlm.py --refs_path` takes
-    out_dir/images/          the pictures as JPEG, their shorter side as long as the encoder wants it at most
+    out_dir/val_refs.json    {picture: all its captions}, for `eval_vlm.py --refs_path`
+    out_dir/images/          the pictures as JPEG, with a shorter side of at most --image_size
 
-A picture is known by its content: one that occurs under two names is on one side only. Without --val_path the held-out
-ones are drawn by chance, a tenth and at most 1,000, always the same ones.
+Pictures are identified by content: a picture with two names is on one side only. Without --val_path, a tenth of the
+pictures (at most 1,000) is held out, the same ones in every run.
 """
 
-if __spec__ is None:  # started by its path, from where Python finds no other folder
+if __spec__ is None:  # started by its path, where Python cannot import the other folders
     raise SystemExit("type -m dataset.split instead of dataset/split.py")
 
 from common.start import begin
 
 if __name__ == "__main__":
-    begin()  # Ctrl-C or a missing package is one sentence from here on
+    begin()  # from here on, Ctrl-C or a missing package gives one message
 
 import hashlib
 import json
@@ -43,15 +43,15 @@ from dataset.values import BadRow
 from model.processing import ImageProcessor, language
 from model.rgb import to_rgb
 
-MOST = 1000  # pictures that are held out, unless --val_path says which
+MOST = 1000  # held-out pictures, unless --val_path names them
 
 
 def small_jpeg(content: bytes, processor: ImageProcessor) -> bytes:
-    """The file of a picture as JPEG, its shorter side at most processor.size; a JPEG that is small stays as it is."""
+    """A picture as JPEG with a shorter side of at most processor.size; a small JPEG is returned unchanged."""
     with processor.open(BytesIO(content)) as image:
         scale = processor.size / min(image.size)
         if image.format == "JPEG" and scale >= 1:
-            image.load()  # raises if it is broken
+            image.load()  # raises if the picture is broken
             return content
         image = to_rgb(image)
         if scale < 1:
@@ -62,24 +62,24 @@ def small_jpeg(content: bytes, processor: ImageProcessor) -> bytes:
 
 
 class Photos:
-    """Pictures on their way into a folder, each under one name, whatever names it has in the rows."""
+    """Writes pictures into a folder, each under one name, regardless of its names in the rows."""
 
     def __init__(self, folder: Path, processor: ImageProcessor):
         self.folder, self.processor = folder, processor
-        self.names = {}  # Source.identity → file name here, so that a picture with five captions is read once
+        self.names = {}  # Source.identity → file name here, so a picture with five captions is read once
 
     def name(self, source: Source, name: str) -> str:
-        """The file here of a picture there, written when it is first met. Raises FileNotFoundError, and ValueError for
-        what is no picture."""
+        """The file name here of a picture of `source`; writes the file on first use. Raises FileNotFoundError, or
+        ValueError for a broken picture."""
         if not source.has(name):
-            mend = "--allow_urls fetches pictures" if is_url(name) else "Name their folder or zip with --images_path"
-            raise FileNotFoundError(f"{name}, which {source.path} names, is not in {source.pictures_path}.\n{mend}")
+            mend = "--allow_urls downloads it" if is_url(name) else "Pass their folder or zip with --images_path"
+            raise FileNotFoundError(f"{name} in {source.path} is not in {source.pictures_path}.\n{mend}")
         identity = source.identity(name)
         if identity not in self.names:
             try:
                 self.names[identity] = use_picture(source, name, self.write)
             except BadRow as error:
-                mend = f"Mend the picture, or take its rows out of {source.path}"
+                mend = f"Fix the picture, or remove its rows from {source.path}"
                 raise ValueError(f"--images_path: {error}\n{mend}") from None
         return self.names[identity]
 
@@ -89,7 +89,8 @@ class Photos:
         return path.name
 
     def read(self, paths, images_path, flag: str, options: ReadOptions, refs: dict[str, list[str]] | None = None):
-        """→ {file name here: [(question, caption)]}, {file name here: captions from refs, by its name in the rows}."""
+        """Returns {file name here: [(question, caption)]} and {file name here: captions from refs}; `refs` uses the
+        names in the rows. Raises ValueError if no row can be used."""
         rows, more, left_out = {}, {}, 0
         for source, row in tqdm(
             read_rows(paths, images_path, flag, options), flag, unit="row", mininterval=2, dynamic_ncols=True
@@ -107,7 +108,7 @@ class Photos:
         if not rows:
             raise ValueError(f"{flag} {' '.join(map(str, paths))}: no row with one picture and one caption")
         total = sum(map(len, rows.values()))
-        note = f"; {left_out:,} rows without exactly one of each left out" if left_out else ""
+        note = f"; {left_out:,} rows without exactly one of each skipped" if left_out else ""
         print(f"{flag}: {len(rows):,} pictures with {total:,} captions{note}")
         return rows, more
 
@@ -118,12 +119,13 @@ def row_line(name: str, question: str, caption: str) -> str:
 
 
 def held_out(rows: dict) -> list[str]:
-    """A tenth of the pictures. Names are hashes, so that their order is chance."""
+    """A tenth of the pictures. Names are hashes, so the first ones in order are a random sample."""
     return sorted(rows)[: min(max(len(rows) // 10, 2), MOST)]
 
 
 def write_split(out_dir: Path, train: dict, val: dict, references: dict) -> None:
-    """train, val: {picture: [(question, caption)]}; references: {picture: further captions}."""
+    """Writes the files of the module's docstring. train, val: {picture: [(question, caption)]}; references: {picture:
+    more captions}."""
     lines = {"train": [row_line(name, *row) for name, rows in train.items() for row in rows], "val": []}
     captions = {}
     for name, rows in val.items():
@@ -145,11 +147,11 @@ def main(argv=None):
     parser = Parser(__file__, "\n\n".join(__doc__.split("\n\n")[:2]))
     add_captions_arguments(parser)
     add = parser.start.add_argument
-    add("--out_dir", type=Path, required=True, metavar="DIR", help="folder to write to, made if needed")
+    add("--out_dir", type=Path, required=True, metavar="DIR", help="output folder, created if needed")
     add("--image_size", type=positive(int), default=128, metavar="PIXELS", help="shorter side of larger pictures")
     args = parser.parse_args(argv)
     if args.refs_path and not args.val_path:
-        parser.error("--refs_path has no effect without --val_path: rows that are held out bring their captions")
+        parser.error("--refs_path requires --val_path: without it, captions come from the rows")
     refuse_to_overwrite(args.out_dir, ("train", "val"))
     refs = read_references(args.refs_path)
     (args.out_dir / "images").mkdir(parents=True, exist_ok=True)
@@ -160,14 +162,14 @@ def main(argv=None):
     if args.val_path:
         val, more = photos.read(args.val_path, args.images_path, "--val_path", options, refs)
         if refs and not any(more.values()):
-            raise ValueError("--refs_path names none of the pictures of --val_path: it is by name, as in the rows")
+            raise ValueError("--refs_path contains none of the pictures of --val_path: use the names in the rows")
         shared = [name for name in val if train.pop(name, None)]
         if shared:
-            print(f"{len(shared):,} pictures of --val_path are in --data_path too: not trained on")
+            print(f"{len(shared):,} pictures of --val_path are also in --data_path: not used for training")
     else:
         more, val = {}, {name: train.pop(name) for name in held_out(train)}
     if not train:
-        raise ValueError("--data_path: no picture is left to train on, as two are held out. Give more pictures")
+        raise ValueError("--data_path: two pictures are held out, so none is left for training. Provide more pictures")
     write_split(args.out_dir, train, val, more)
 
 

@@ -1,11 +1,11 @@
-"""Data sets larger than the disk: Parquet on a hub, a shard of rows at a time.
+"""Streams data sets larger than the disk: Parquet on a hub, one shard of rows at a time.
 
     python train_sft_vlm.py --data_path "hf://datasets/owner/name/sft_*.parquet"
 
-A shard is fetched to a file, becomes a `VLMDataset` like any other, is learned from, and is removed, while the next
-one is being fetched: two of them are on the disk at a time. Which rows are in which shard follows from seed and epoch
-alone: the row groups of all files are shuffled, and the rows of a shard again by `StepSampler`. So ranks, workers and
-resumed runs agree without talking, and a run that is resumed fetches only the shard in which it stopped.
+A shard is downloaded to a file, used as an ordinary `VLMDataset`, and removed. The next shard is downloaded meanwhile,
+so two are on disk at a time. Seed and epoch determine which rows are in which shard: the row groups of all files are
+shuffled, and `StepSampler` shuffles the rows of a shard. Ranks, workers and resumed runs therefore agree without
+communication, and a resumed run downloads only the shard in which it stopped.
 """
 
 import hashlib
@@ -25,13 +25,13 @@ from dataset.remote import file_system, is_remote, list_remote, one_sentence
 from dataset.shapes import shape_of
 from dataset.values import BadRow
 
-# Seconds before a shard that could not be fetched is tried again: an hour in all, as long as a network may be away.
+# Seconds to wait before each retry of a download: one hour in all, to survive an outage of the network.
 PAUSES = (1, 2, 4, 8, 15, 30, *[60] * 59)
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows first to end of a row group."""
+    """Rows first to end - 1 of a row group."""
 
     file: str
     group: int
@@ -46,7 +46,15 @@ def open_parquet(url: str) -> pyarrow.parquet.ParquetFile:
         return pyarrow.parquet.ParquetFile(system.open(path, "rb"), pre_buffer=True)
 
 
-WHOLE = (".json", ".jsonl", ".gz", ".csv", ".tsv", ".tar", ".arrow")  # files that are fetched before they are read
+WHOLE = (
+    ".json",
+    ".jsonl",
+    ".gz",
+    ".csv",
+    ".tsv",
+    ".tar",
+    ".arrow",
+)  # files that are downloaded completely before they are read
 
 
 def is_streamed(path) -> bool:
@@ -54,15 +62,15 @@ def is_streamed(path) -> bool:
 
 
 class Stream:
-    """The rows of Parquet files that are somewhere else.
+    """The rows of remote Parquet files.
 
     Attributes:
-        rows: how many there are.
+        rows: the number of rows.
         row_groups: all row groups.
     """
 
     def __init__(self, patterns: list[str]):
-        """Raises FileNotFoundError if a pattern finds nothing, ValueError for other columns, OSError without answer."""
+        """Raises FileNotFoundError if a pattern matches nothing, ValueError for wrong columns, OSError if offline."""
         self.row_groups, self.schema, self.last = [], None, (None, None)
         for file in dict.fromkeys(file for pattern in patterns for file in list_remote(pattern)):
             with open_parquet(file) as parquet:
@@ -74,7 +82,9 @@ class Stream:
             schema = pa.schema([schema.field(name).remove_metadata() for name in sorted(columns)])
             self.schema = self.schema or schema
             if schema != self.schema:
-                raise ValueError(f"--data_path {file}: its columns are\n{schema}\nThose before are\n{self.schema}")
+                raise ValueError(
+                    f"--data_path {file}: its columns are\n{schema}\nThe files before it have\n{self.schema}"
+                )
             offset = 0
             for group in range(metadata.num_row_groups):
                 rows = metadata.row_group(group).num_rows
@@ -85,7 +95,7 @@ class Stream:
             raise ValueError(f"--data_path {' '.join(patterns)} has no rows")
 
     def plan(self, shard_rows: int, seed: int, epoch: int) -> list[list[RowGroup]]:
-        """The shards of an epoch, of shard_rows rows each but for the last."""
+        """The shards of an epoch, each with shard_rows rows except the last."""
         shards, room = [[]], shard_rows
         for i in np.random.default_rng((seed, epoch)).permutation(len(self.row_groups)):
             row_group = self.row_groups[i]
@@ -100,7 +110,7 @@ class Stream:
         return shards
 
     def fetch(self, shard: list[RowGroup], path: Path) -> None:
-        """Writes the rows of a shard to an Arrow file, each with its origin, unless that is there already."""
+        """Writes the rows of a shard to an Arrow file, each with its origin, unless the file exists. Raises OSError."""
         if path.is_file():
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,12 +119,12 @@ class Stream:
         beside = path.with_suffix(".tmp")
         with pa.OSFile(str(beside), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             for row_group in shard:
-                # A large one is cut into parts, which follow each other.
+                # A large row group is split into parts, which follow each other: keep it for the next one.
                 if self.last[0] != (row_group.file, row_group.group):
                     with one_sentence(row_group.file):
                         rows = opened[row_group.file].read_row_group(row_group.group, columns=self.schema.names)
                     self.last = (row_group.file, row_group.group), rows
-                # Not a slice: of a column that is null in all rows, Arrow would write too few.
+                # Not a slice: Arrow would write too few rows of a column that is null everywhere.
                 rows = self.last[1].take(list(range(row_group.first, row_group.end)))
                 numbers = range(row_group.offset + row_group.first + 1, row_group.offset + row_group.end + 1)
                 rows = rows.append_column("origin", pa.array([f"{row_group.file}:{number}" for number in numbers]))
@@ -123,7 +133,7 @@ class Stream:
 
 
 def hopeless(error: BaseException) -> bool:
-    """Whether to try again is no use: the file is not there, not for us, or no Parquet. A network comes back."""
+    """Whether a retry cannot help: the file is missing, forbidden or not Parquet, or the disk is full."""
     causes = [error, error.__context__]
     statuses = {getattr(getattr(cause, "response", None), "status_code", None) for cause in causes}
     no_use = (FileNotFoundError, PermissionError, pa.ArrowInvalid)
@@ -131,9 +141,9 @@ def hopeless(error: BaseException) -> bool:
 
 
 class Fetcher:
-    """Has the next shard of a plan fetched while another one is in use, and removes what has been used.
+    """Downloads the next shard of a plan in a thread while another one is in use, and removes used shards.
 
-    A shard is in a folder of its own name, so that one which a run left behind is either the right one or not found.
+    The name of a shard's folder is a hash of its content, so a file that an earlier run left is used only if it fits.
     """
 
     def __init__(self, stream: Stream, plan: list[list[RowGroup]], folder: Path):
@@ -146,7 +156,7 @@ class Fetcher:
 
     def begin(self, number: int) -> None:
         if number < len(self.plan) and number not in self.threads:
-            thread = threading.Thread(target=self.run, args=(number,), daemon=True)  # never in the way of an exit
+            thread = threading.Thread(target=self.run, args=(number,), daemon=True)  # daemon: does not delay the exit
             self.threads[number] = thread
             thread.start()
 
@@ -156,16 +166,16 @@ class Fetcher:
                 self.stream.fetch(self.plan[number], self.path(number))
                 self.errors.pop(number, None)
                 return
-            except Exception as error:  # told where the shard is asked for
+            except Exception as error:  # `get` reports it
                 self.errors[number] = error
                 if hopeless(error):
                     return
                 if attempt == 2:
-                    print(f"{error}\nIt is tried again for an hour; Ctrl-C twice ends the run", flush=True)
+                    print(f"{error}\nRetrying for an hour; press Ctrl-C twice to end the run", flush=True)
                 time.sleep(pause)
 
     def get(self, number: int) -> Path:
-        """The file of a shard, when it is there. The one before is removed: nobody may have it open any more."""
+        """Waits for a shard and returns its file. Removes the previous one, which must be closed. Raises ValueError."""
         self.begin(number)
         self.threads[number].join()
         if number in self.errors:
@@ -175,12 +185,12 @@ class Fetcher:
         return self.path(number)
 
     def ahead(self) -> None:
-        """Begins the shard after the last one that was asked for; by a thread, so when workers have been forked."""
-        if self.threads:  # else another rank fetches
+        """Starts to download the next shard. It uses a thread, so call it after worker processes have been forked."""
+        if self.threads:  # otherwise another rank downloads
             self.begin(max(self.threads) + 1)
 
     def remove(self) -> None:
-        """Everything that is still there."""
+        """Removes all remaining shards."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        with suppress(OSError):  # another machine's is there
+        with suppress(OSError):  # contains the folder of another machine
             self.folder.parent.rmdir()

@@ -1,27 +1,27 @@
-"""A second picture world, to go on with: toys on a light ground, with things, colours and wordings of its own.
+"""A second picture world, for fine-tuning: toys on a light background, with its own things, colours and wordings.
 
     python -m dataset.toys --out_dir out/toys                                  # 40,000 questions about 4,000 pictures
-    python -m dataset.toys --out_dir out/mine --scenes 100 --rows 1 --kinds name       # 100 rows, as one's own would be
+    python -m dataset.toys --out_dir out/mine --scenes 100 --rows 1 --kinds name       # 100 rows, a small data set
 
-What a model of `dataset.scenes` meets when it is to learn something new: houses, trees and fish instead of circles and
-stars, pink and brown instead of red and blue, other questions, some with "not". A picture shows one toy, large: the
-encoder of model/tiny, which never saw one, names it so; at half the size and anywhere it fails one time in six. It
-writes out_dir/{train,val}.jsonl and out_dir/images/:
+It gives a model trained on `dataset.scenes` something new to learn: houses, trees and fish instead of circles and
+stars, pink and brown instead of red and blue, other questions, some with "not". A picture shows one large toy. The
+encoder of model/tiny has never seen a toy, but its features suffice at this size; at half the size and any position,
+one in six fails. The script writes out_dir/{train,val}.jsonl and out_dir/images/:
 
     {"conversations": [{"role": "user", "content": "Is no house present?\\n<image>"},
                        {"role": "assistant", "content": "yes"}], "image": "val_00007.jpg", "kind": "not", "lang": "en"}
 
-Every question has one right answer in one form. Of those that can be asked, the one whose answer was given least often
-so far is asked, so that guessing without a look brings little (tests/test_toys.py measures it).
+Each question has one right answer in one form. Of all possible questions, the one with the rarest answer so far is
+asked, so guessing without looking scores little (tests/test_toys.py measures it).
 """
 
-if __spec__ is None:  # started by its path, from where Python finds no other folder
+if __spec__ is None:  # started by its path, where Python cannot import the other folders
     raise SystemExit("type -m dataset.toys instead of dataset/toys.py")
 
 if __name__ == "__main__":
     from common.start import begin
 
-    begin()  # Ctrl-C or a missing package is one sentence from here on
+    begin()  # from here on, Ctrl-C or a missing package gives one message
 
 import json
 import random
@@ -43,7 +43,7 @@ COLOURS = {
     "navy": (24, 34, 104),
     "lime": (160, 216, 46),
 }
-# What a toy is made of, back to front: (form, brightness, corners or box), between -1 and 1, x to the right, y down.
+# Parts of a toy, back to front: (form, brightness, corners or box), between -1 and 1, x to the right, y down.
 TOYS = {
     "house": [
         ("polygon", 1, (-0.7, 0.95, -0.7, -0.1, 0.7, -0.1, 0.7, 0.95)),
@@ -84,8 +84,8 @@ house 房子, tree 树, fish 鱼, boat 船, car 汽车, cup 杯子, yes 对, no 
 """
 CHINESE = dict(entry.split() for line in VOCABULARY.strip().splitlines() for entry in line.split(", "))
 LANGS = ("en", "zh")
-# kind, form of question, its wordings. {c} a colour, {x} a toy. Chinese asks for assent: "yes" to a question with "not"
-# would mean either.
+# Kind and form of a question, its wordings. {c}: a colour, {x}: a toy. Chinese questions ask whether a statement is
+# right (对吗), because "yes" to a negative question would be ambiguous.
 WORDINGS = """
 name all   | Which toy is shown here?                   | 这里是哪个玩具？
            | Name the toy in this image.                | 说出图中的玩具。
@@ -108,7 +108,7 @@ not toy    | Does the image not contain a {x}?          | 图中没有{x}，对�
 not both   | Does the image not contain a {c} {x}?      | 图中没有{c}的{x}，对吗？
            | Is no {c} {x} present?                     | 找不到{c}的{x}，对吗？
 """
-# Share of rows, as far as a picture allows: yes and no can be guessed, so they are less than half
+# Share of rows, if a picture allows it. Yes and no can be guessed, so they are less than half.
 KINDS = {"name": 2, "color": 2, "toy": 2, "has": 1.5, "is": 1, "not": 2}
 
 
@@ -129,7 +129,7 @@ ASK = read_wordings()
 
 @dataclass(frozen=True)
 class Toy:
-    """x, y: its middle, and radius, in sides of the picture."""
+    """x, y: its centre; x, y and radius are fractions of the picture's side."""
 
     colour: str
     name: str
@@ -144,11 +144,11 @@ def random_toy(rng: random.Random) -> Toy:
 
 
 def draw(toy: Toy, rng: random.Random, side: int) -> Image.Image:
-    """Its picture, RGB, side × side pixels, on a ground of any pattern."""
+    """The picture of a toy, RGB, side × side pixels, on a patterned background."""
     tone = tuple(rng.randint(222, 244) for _ in range(3))
     image = Image.new("RGB", (side, side), tone)
     image.paste(tuple(level - 22 for level in tone), mask=ground(*rng.choice(PATTERNS), side))
-    image = image.resize((4 * side, 4 * side))  # drawn four times larger and scaled down: smooth edges
+    image = image.resize((4 * side, 4 * side))  # draw it four times larger and scale it down, for smooth edges
     pen, shade = ImageDraw.Draw(image), rng.uniform(0.92, 1.08)
     for form, brightness, numbers in TOYS[toy.name]:
         middle = (toy.x, toy.y) * (len(numbers) // 2)
@@ -171,8 +171,8 @@ def say(word: str, lang: str) -> str:
 
 
 def claims(toy: Toy, form: str) -> list[tuple[str, str]]:
-    """(colour, name) that a question of yes or no may be about, "" where it does not matter. What is not there has the
-    colour or the name of what is."""
+    """(colour, name) for questions with yes or no, "" if it does not matter. False pairs share the colour or the name
+    of the toy."""
     if form == "toy":
         return [("", name) for name in TOYS]
     if form == "color":
@@ -182,7 +182,7 @@ def claims(toy: Toy, form: str) -> list[tuple[str, str]]:
 
 
 def answers(toy: Toy, kind: str, form: str, lang: str) -> Iterator[tuple[str, str, str]]:
-    """What can be asked in a form: (colour, name, answer), the first two in English."""
+    """All questions of a form: (colour, name, answer), the first two in English."""
     colour, name = say(toy.colour, lang), say(toy.name, lang)
     if kind in ("name", "color", "toy"):
         noun = f"a {colour} {name}" if lang == "en" else f"{colour}的{name}"
@@ -194,9 +194,9 @@ def answers(toy: Toy, kind: str, form: str, lang: str) -> Iterator[tuple[str, st
 
 
 def rows_of(toy: Toy, image: str, rng: random.Random, used: Counter, rows: int, kinds) -> list[dict]:
-    """Rows about a picture, no question twice, half of them Chinese; fewer where it allows fewer.
+    """At most `rows` rows about a picture, no question twice, half of them Chinese.
 
-    used: how often each answer was given so far, by form of question and language; one for a whole split.
+    used: how often each answer occurred so far, by form of question and language; shared by a whole split.
     """
     forms = [each for each in ASK if each[0] in kinds]
     shares = [KINDS[kind] / sum(kind == other for other, _ in forms) for kind, _ in forms]
@@ -223,8 +223,11 @@ def rows_of(toy: Toy, image: str, rng: random.Random, used: Counter, rows: int, 
 
 
 def write_toys(out_dir, scenes=4000, val_scenes=400, rows=10, kinds=tuple(KINDS), image_size=72, seed=0) -> dict:
-    """Writes train.jsonl, val.jsonl and images/ into out_dir; returns {split: number of rows}. Same arguments, same
-    bytes. The .jsonl stand there only when complete; ValueError if one stands there already."""
+    """Writes train.jsonl, val.jsonl and images/ into out_dir; returns {split: number of rows}.
+
+    The same arguments give the same bytes. The .jsonl files appear only when they are complete. Raises ValueError if
+    one exists already.
+    """
     out_dir, splits = Path(out_dir), {"train": scenes, "val": val_scenes}
     refuse_to_overwrite(out_dir, splits)
     (out_dir / "images").mkdir(parents=True, exist_ok=True)
@@ -246,18 +249,18 @@ def write_toys(out_dir, scenes=4000, val_scenes=400, rows=10, kinds=tuple(KINDS)
 
 
 def main(argv=None):
-    from common.cli import Parser, reason  # here, as a world without a command line needs none
+    from common.cli import Parser, reason  # here, because write_toys() does not need it
 
-    parser = Parser(__file__, "\n\n".join(__doc__.split("\n\n")[:2]))  # the rest is for those who read the code
+    parser = Parser(__file__, "\n\n".join(__doc__.split("\n\n")[:2]))  # the rest is for readers of the code
     add = parser.start.add_argument
-    add("--out_dir", type=Path, default=Path("out/toys"), help="folder to write to, made if needed")
-    add("--scenes", type=int, default=4000, help="pictures to train on")
-    add("--val_scenes", type=int, default=400, help="pictures of val")
-    add("--rows", type=int, default=10, help="questions about a picture")
-    kinds = f"questions to write, of {', '.join(KINDS)}"
+    add("--out_dir", type=Path, default=Path("out/toys"), help="output folder, created if needed")
+    add("--scenes", type=int, default=4000, help="number of pictures for training")
+    add("--val_scenes", type=int, default=400, help="number of pictures in val")
+    add("--rows", type=int, default=10, help="questions per picture")
+    kinds = f"kinds of questions to write: {', '.join(KINDS)}"
     add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=kinds)
-    add("--image_size", type=int, default=72, metavar="PIXELS", help="side of a picture, 32 to 1024")
-    add("--seed", type=int, default=0, help="another number, other pictures")
+    add("--image_size", type=int, default=72, metavar="PIXELS", help="width and height of a picture, 32 to 1024")
+    add("--seed", type=int, default=0, help="another number gives other pictures")
     args = parser.parse_args(argv)
     try:
         check_numbers(args)

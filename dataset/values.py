@@ -1,4 +1,4 @@
-"""Values of a row, in the forms in which tables and JSON keep them."""
+"""Reads values of a row in the various forms that tables and JSON use."""
 
 import ast
 import json
@@ -9,7 +9,7 @@ PICTURE_FILE = re.compile(r"data:image/.*|[^\n]{1,500}\.(jpe?g|png|webp|gif|bmp|
 
 
 class BadRow(ValueError):
-    """A row that cannot be learned from. `kind` is a key of `dataset.lm_dataset.KINDS`."""
+    """A row that training cannot use. `kind` is a key of `dataset.lm_dataset.KINDS`."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(printable(message))
@@ -17,32 +17,34 @@ class BadRow(ValueError):
 
 
 def printable(text: str) -> str:
-    """Text from data as it may go to a terminal: control characters escaped, what is very long without its middle."""
+    """Makes text from data safe for a terminal: escapes control characters, cuts the middle of very long text."""
     text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     return text if len(text) <= 500 else f"{text[:350]} ... {text[-130:]}"
 
 
 def empty(value) -> bool:
+    """Whether a value, or everything in a list or dict, is None or empty."""
     if isinstance(value, list | dict):
         return all(map(empty, value.values() if isinstance(value, dict) else value))
     return value is None or value in ("", b"")
 
 
 def text_of(value, column: str) -> str:
+    """A string or number as a string. Raises BadRow, which names the column."""
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:  # NaN is not itself
         raise BadRow("key", f'"{column}" must be text')
     return str(value)
 
 
 def records_of(value):
-    """A list of records, also where it is a record of lists, as older versions of `datasets` keep it."""
+    """Converts a record of lists, which older versions of `datasets` store, to a list of records."""
     if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
         return [dict(zip(value, values)) for values in zip(*value.values())]
     return value
 
 
 def listed(value):
-    """A list, also where it is one in text, as tables of text have it: "['cat', 'cat']"."""
+    """Converts a list in text, as in CSV, to a list: "['cat', 'cat']". Returns other values unchanged."""
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         for parse in (json.loads, ast.literal_eval):
             with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
@@ -52,6 +54,7 @@ def listed(value):
 
 
 def shows_picture(value) -> bool:
+    """Whether a value seems to contain a picture: bytes, a data URL, or the name of a picture file."""
     if isinstance(value, list):
         return any(map(shows_picture, value))
     if isinstance(value, dict):
@@ -60,25 +63,25 @@ def shows_picture(value) -> bool:
 
 
 def picture_list(value, column: str) -> list[str | bytes]:
-    """What a column of pictures holds: names, URLs and contents of files. Raises BadRow."""
+    """The pictures in a column: names, URLs and contents of files. Raises BadRow."""
     if isinstance(value, str):
-        link = re.match(r"(https?|data):", value)  # which may hold commas
+        link = re.match(r"(https?|data):", value)  # may contain commas
         value = [value] if link or column not in ("image", "images") else value.split(",")
     pictures, value = [], records_of(value)
     for picture in value if isinstance(value, list) else [value]:
         if isinstance(picture, dict) and not {"bytes", "path", "url"} & picture.keys():
             raise BadRow(
-                "key", f'"{column}" holds an object with {", ".join(picture)}: expected a name, or a list of them'
+                "key", f'"{column}" contains an object with {", ".join(picture)}: expected a name or a list of names'
             )
         if isinstance(picture, str) and picture.startswith(("/9j/", "iVBORw0KGgo")) and len(picture) > 200:
-            raise BadRow("key", f'"{column}" holds base64: write data:image/jpeg;base64, before it')
-        if isinstance(picture, dict):  # as `datasets` keeps a picture
+            raise BadRow("key", f'"{column}" contains base64: write data:image/jpeg;base64, before it')
+        if isinstance(picture, dict):  # as `datasets` stores a picture
             picture = picture.get("bytes") or picture.get("path") or picture.get("url")
         if not isinstance(picture, str | bytes | None):
             raise BadRow("key", f'"{column}" must be text, as in "a.jpg" or "a.jpg, b.jpg", or a list of texts')
         pictures.append(picture.strip().removeprefix("file://") if isinstance(picture, str) else picture)
     while pictures and not pictures[-1]:
         pictures.pop()
-    if not all(pictures):  # left out, it would move the others to the wrong <image>
+    if not all(pictures):  # skipping it would move the others to the wrong <image>
         raise BadRow("count", f"picture {[bool(picture) for picture in pictures].index(False) + 1} is empty")
     return pictures

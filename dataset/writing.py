@@ -1,7 +1,7 @@
-"""Rows written for other programs, in the shape of LLaVA that most of them read.
+"""Writes rows for other programs, in LLaVA's layout, which most of them read.
 
 rows.jsonl      {"id", "image": "rows_images/ab12.jpg", or a list of several, "conversations": [{"from", "value"}]}
-rows.parquet    id, images (a list of {"bytes", "path"}), conversations; the hubs show it with pictures
+rows.parquet    id, images (a list of {"bytes", "path"}), conversations; hubs show it with pictures
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from dataset.lm_dataset import VLMDataset
 from dataset.values import BadRow
 
 SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
-GROUP = 100  # rows that are held in memory, with their pictures
+GROUP = 100  # rows in memory at a time, with their pictures
 FEATURES = datasets.Features(
     {
         "id": datasets.Value("string"),
@@ -31,24 +31,24 @@ FEATURES = datasets.Features(
 
 
 def write_rows(data: VLMDataset, path: Path) -> str:
-    """Writes all usable rows whose pictures can be read, and gives a sentence about it. The file of a picture is what
-    it was, byte by byte; rows that show the same share it. Raises OSError."""
+    """Writes all usable rows whose pictures can be read, and returns a summary to print. Files of pictures are copied
+    byte by byte; rows with the same picture share one file. Raises OSError."""
     written = Written(data, path.with_name(f"{path.stem}_images") if path.suffix == ".jsonl" else None)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safely(path, written.parquet if path.suffix == ".parquet" else written.jsonl)
-    left_out = f"; {len(written.broken)} left out, first {written.broken[0]}" if written.broken else ""
+    left_out = f"; {len(written.broken)} skipped, first {written.broken[0]}" if written.broken else ""
     return f"written: {path}, {len(data) - len(written.broken):,} rows{left_out}"
 
 
 class Written:
-    """The rows of a data set on their way to a file. broken: why rows were left out."""
+    """Writes the rows of a data set to a file. broken: why rows were skipped."""
 
     def __init__(self, data: VLMDataset, folder: Path | None):
-        """folder: of the pictures, which otherwise stay in the rows."""
+        """folder: for the pictures; None keeps them in the rows."""
         self.data, self.folder, self.broken = data, folder, []
 
     def rows(self):
-        """{"id", "images": [{"bytes", "path"}], "conversations"}, one by one."""
+        """Yields {"id", "images": [{"bytes", "path"}], "conversations"}."""
         for i in tqdm(range(len(self.data)), "writing rows", unit="row", dynamic_ncols=True):
             row = self.data.row(i)
             try:
@@ -66,7 +66,7 @@ class Written:
             for picture in row.pop("images"):
                 names.append(f"{self.folder.name}/{picture['path']}")
                 if not (self.folder / picture["path"]).is_file():
-                    # Not by `write_safely`, which looks for leftovers in the whole folder, each time.
+                    # Not `write_safely`: it would search the whole folder for leftovers each time.
                     (self.folder / ".part").write_bytes(picture["bytes"])
                     (self.folder / ".part").replace(self.folder / picture["path"])
             image = {"image": names[0] if len(names) == 1 else names} if names else {}
@@ -84,7 +84,7 @@ class Written:
 
 
 def named(content: bytes) -> dict:
-    """A picture's file as `datasets` keeps it, named by its content. Raises whatever Pillow does if it is none."""
+    """A picture's file in the form that `datasets` stores, named by its hash. Raises what Pillow raises."""
     with Image.open(io.BytesIO(content)) as image:
         suffix = {"JPEG": "jpg"}.get(image.format, str(image.format).lower())
     return {"bytes": content, "path": f"{hashlib.sha256(content).hexdigest()[:16]}.{suffix}"}

@@ -111,7 +111,7 @@ def test_two_ranks_make_the_steps_of_one(flags, world, tmp_path, monkeypatch):
     for name in ("stopped", "nan", "broken"):
         cases[name] = into(tmp_path / "two" / name, flags, *ONE_ROW)
     cases["broken"] += ["--images_path", str(broken)]
-    write_parquet(tmp_path / "0.parquet", [("no chat", [])] * 8)  # a shard without a usable row
+    write_parquet(tmp_path / "0.parquet", [("not a chat", [])] * 8)  # a shard without a usable row
     write_parquet(tmp_path / "1.parquet", [(chat("<image>", f"{i}"), [picture("red")]) for i in range(8)])
     stream = ["--data_path", f"file://{tmp_path}/*.parquet", "--stream_rows", "8", "--on_bad_row", "skip", *ONE_ROW]
     cases["stream"] = into(tmp_path / "two/stream", flags[flags.index("--tokenizer_path") :], *stream)

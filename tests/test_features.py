@@ -401,7 +401,7 @@ def test_a_damaged_segment_is_named(tmp_path):
 
 
 def test_features_too_large_for_float16_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="float16 cannot hold"):
+    with pytest.raises(ValueError, match="exceed the range of float16"):
         add(cache_at(tmp_path), "a", value=1e6)
 
 

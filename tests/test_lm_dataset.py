@@ -209,7 +209,7 @@ def test_a_bad_row_is_named_by_its_line_and_refused_or_left_out(read, tmp_path, 
         read(text)
     assert f"{tmp_path / 'rows.jsonl'}:3: " in str(error.value) and reason in str(error.value)
     assert str(error.value).startswith("1 of 4 rows are not usable:") and KINDS[kind] in str(error.value)
-    assert str(error.value).endswith("or leave these rows out with --on_bad_row skip")
+    assert str(error.value).endswith("or skip these rows with --on_bad_row skip")
 
     data = read(text, on_bad_row="skip")
     assert len(data) == 2 and list(data.bad) == [kind]
@@ -232,7 +232,7 @@ def test_the_report_counts_every_kind_over_all_files_and_shows_three_examples(to
         "4  picture file missing",
         *(f"{first}:{line}: {line - 3}.png is not in {world / 'pictures'}" for line in (3, 4, 5)),
         "2  no assistant turn",
-        *(f"{place}: no assistant turn, nothing to learn" for place in (f"{first}:2", f"{second}:1")),
+        *(f"{place}: no assistant turn, so nothing to learn" for place in (f"{first}:2", f"{second}:1")),
     ]
 
 
@@ -281,7 +281,7 @@ def test_a_file_that_is_not_utf8_is_named_with_what_it_seems_to_be_in(read, enco
 def test_one_byte_that_is_no_utf8_is_one_bad_row(read, tokenizer):
     lines = [json.dumps(row("你好", "您好。"), ensure_ascii=False).encode() for _ in range(3)]
     lines[1] = lines[1].replace("好".encode(), "好".encode()[:-1], 1)
-    with pytest.raises(ValueError, match=r"rows.jsonl:2: character \d+ is no UTF-8"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: character \d+ is not valid UTF-8"):
         read(b"\n".join(lines))
     data = read(b"\n".join(lines), on_bad_row="skip")
     assert [data.where(i)[-2:] for i in range(2)] == [":1", ":3"] and [*data.bad] == ["json"]

@@ -809,7 +809,7 @@ def test_lists_ask_only_what_they_are_told_to(tmp_path):
 
 def test_rows_that_are_there_are_not_overwritten(tmp_path):
     (tmp_path / "val.jsonl").write_text("mine\n")
-    with pytest.raises(SystemExit, match="error: --out_dir .*: val.jsonl is there already. Choose another folder"):
+    with pytest.raises(SystemExit, match="error: --out_dir .*: val.jsonl exists already. Choose another folder"):
         world.main(["--out_dir", str(tmp_path), "--scenes", "3", "--val_scenes", "3"])
     assert [path.name for path in tmp_path.iterdir()] == ["val.jsonl"]
     assert (tmp_path / "val.jsonl").read_text() == "mine\n"

@@ -313,7 +313,7 @@ def test_what_is_asked_about_captions_can_be_given_and_else_is_in_their_language
     assert [text in PROMPTS["en"] for text in asked] == [True, False, True] and asked[1] in PROMPTS["zh"]
     chats = LAYOUTS["llava.json"](tmp_path / "llava.json")
     assert read(path, pictures).captioned and not read(chats, pictures, prompts=("What is it?",)).captioned
-    with pytest.raises(ValueError, match="--prompt: <image> stands once at most"):
+    with pytest.raises(ValueError, match="--prompt may contain <image> once at most"):
         read(path, pictures, prompts=("<image> or <image>?",))
 
 
@@ -356,23 +356,23 @@ def test_csv_is_text_whatever_it_looks_like(read, pictures, tmp_path):
         (
             "rows.tsv",
             'image\tcaption\nred.png\t"A cat" sits\n',
-            "expected after '\"'; quotes in a quoted field are doubled",
+            "expected after '\"'; double the quotes inside a quoted field",
         ),
-        ("rows.tsv", 'image\tcaption\nred.png\t"A\nblue.png\tb"\nred.png\tc\n', "ends in line 3 holds a tab or line"),
+        ("rows.tsv", 'image\tcaption\nred.png\t"A\nblue.png\tb"\nred.png\tc\n', "ends in line 3 contains a tab or"),
         ("rows.csv", "image,caption\n", "it has no rows"),
         ("rows.json", "[]", "it has no rows"),
-        ("rows.json", "[{}]\n[{}]", "after row 1 the array ends, and something follows it"),
-        ("rows.json", '{\n "data": []\n}', "it is one object with data: put its rows into an array"),
+        ("rows.json", "[{}]\n[{}]", "the array ends after row 1, but more text follows"),
+        ("rows.json", '{\n "data": []\n}', "it is one object with data: write its rows as an array"),
         ("rows.json.gz", "[]", "Not a gzipped file"),
-        ("rows.feather", "ARROW1", "nothing here reads .feather"),
-        ("rows.txt", "image,caption\nred.png,a\n", "it is no JSON; name a table with a header .csv"),
+        ("rows.feather", "ARROW1", "the format .feather is not supported"),
+        ("rows.txt", "image,caption\nred.png,a\n", "it is not JSON; name a table with a header .csv"),
         (
             "rows.tsv",
             "a very typical bus station\thttp://x/y.jpg\n",
-            "line 1 is no header (a very typical bus station)",
+            "line 1 is not a header (a very typical bus station)",
         ),
-        ("rows.json", '{"annotations": [{"image_id": 1, "caption": "a"}]}', "it is one object with annotations: put"),
-        ("rows.json", '{"info": {}, "questions": [{"question": "a"}]}', "it is one object with info, questions: put"),
+        ("rows.json", '{"annotations": [{"image_id": 1, "caption": "a"}]}', "it is one object with annotations: write"),
+        ("rows.json", '{"info": {}, "questions": [{"question": "a"}]}', "it is one object with info, questions: write"),
         ("rows.tar", "no tar", "cannot be read: file could not be opened successfully"),
     ],
 )
@@ -420,24 +420,24 @@ def test_instructions_come_with_their_input_and_history(read, pictures, tmp_path
 @pytest.mark.parametrize(
     "row, why",
     [
-        ({"image": "a.jpg"}, '"image" has no text beside it'),
-        ({"caption": "A cat."}, '"caption" has no picture beside it: name that "image"'),
-        ({"image": "a.jpg", "question": "What?"}, '"question" has no answer beside it: name that "answer"'),
-        ({"image": "a.jpg", "answer": "A cat."}, '"answer" has no question beside it: name that "question"'),
-        ({"id": 1, "name": "x"}, "the columns are id, name, of which none is"),
-        ({"image": None, "caption": "A cat."}, 'a caption in "caption" and no picture'),
+        ({"image": "a.jpg"}, '"image" has no text column'),
+        ({"caption": "A cat."}, '"caption" has no picture column: name it "image"'),
+        ({"image": "a.jpg", "question": "What?"}, '"question" has no answer column: name it "answer"'),
+        ({"image": "a.jpg", "answer": "A cat."}, '"answer" has no question column: name it "question"'),
+        ({"id": 1, "name": "x"}, "the columns are id, name, but none of them is"),
+        ({"image": None, "caption": "A cat."}, 'a caption in "caption" but no picture'),
         ({"image": "a.jpg", "caption": ["", " "]}, 'no caption in "caption"'),
         (
             {"image": "a.jpg", "question": "Which?", "answer": 1, "choices": ["a", "b"]},
-            "the number of a choice: put the text of the answer there",
+            "the number of a choice: replace it by the text of the answer",
         ),
         (
             {"image": "a.jpg", "question": "Which?", "label": 1},
-            "the number of a choice: put the text of the answer there",
+            "the number of a choice: replace it by the text of the answer",
         ),
         ({"image": "a.jpg", "question": {"en": "What?"}, "answer": "A cat."}, '"question" must be text'),
-        ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a"}]}]}, "of type 'video'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "1 parts of turns stand for a picture"),
+        ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a"}]}]}, "has type 'video'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "1 parts of turns refer to pictures"),
         ({"messages": chat("a", "b"), "image": ["a.jpg", 3]}, '"image" must be text'),
         ({"messages": chat("a", "b"), "image": "a.jpg", "videos": ["b.mp4"]}, '"videos" is not read'),
     ],
@@ -456,11 +456,11 @@ def test_what_no_rule_reads_is_an_error_that_names_it(row, why):
             '"image_1" is not read',
         ),
         ({"question": "What?", "answer": "b", "screenshot": {"bytes": None, "path": "a.png"}}, '"screenshot" seems to'),
-        ({"question": "What?", "answer": "b", "filepath": "train/a.jpg"}, '"filepath" seems to hold pictures'),
-        ({"question": "What?", "answer": "b", "media": ["a.webp"]}, '"media" seems to hold pictures'),
+        ({"question": "What?", "answer": "b", "filepath": "train/a.jpg"}, '"filepath" seems to contain pictures'),
+        ({"question": "What?", "answer": "b", "media": ["a.webp"]}, '"media" seems to contain pictures'),
         ({"query": "<img>a.jpg</img>What?", "response": "b"}, "<img>a.jpg</img> in the text is not read"),
         ({"question": "Is <image 1> red?", "answer": "b"}, "<image 1> in the text is not read"),
-        ({"image": "a.jpg", "images": ["b.jpg", "c.jpg"], "messages": chat("a", "b")}, "hold different pictures"),
+        ({"image": "a.jpg", "images": ["b.jpg", "c.jpg"], "messages": chat("a", "b")}, "contain different pictures"),
         ({"image": "a.jpg", "question": "Which?", "answer": "B", "choices": ["cat", "dog"]}, "the number of a choice"),
         (
             {"image": "a.jpg", "question": "Which?", "answer": "1", "choices": "['cat', 'dog']"},
@@ -472,7 +472,7 @@ def test_what_no_rule_reads_is_an_error_that_names_it(row, why):
         ({"image": "a.jpg", "question": "Where?", "answer": [10, 20]}, '"answer" must be text, or a list of texts'),
         ({"image": "a.jpg", "image2": "b.jpg", "question": "Which?", "answer": "b"}, '"image2" is not read'),
         ({"image": "a.jpg", "image_b": {"bytes": b"a"}, "messages": chat("a", "b")}, '"image_b" is not read'),
-        ({"image_id": 458752, "question": "What?", "answer": "net"}, '"image_id" names a picture, which is not there'),
+        ({"image_id": 458752, "question": "What?", "answer": "net"}, '"image_id" names a picture that the row lacks'),
         ({"messages": chat("<video>\nWhat?", "b")}, "<video> in the text is not read"),
         ({"image": "a.jpg", "messages": chat("<image_00> What?", "b")}, "<image_00> in the text is not read"),
         ({"image": "a.jpg", "messages": chat("<image>Find it", "<bbox>")}, "<bbox> in the text is not read"),
@@ -483,15 +483,18 @@ def test_what_no_rule_reads_is_an_error_that_names_it(row, why):
             {"image": "a.jpg", "question": "?", "choice_a": "x", "choice_b": "y", "answer": "A"},
             "the number of a choice",
         ),
-        ({"messages": [*chat("a"), {"role": "assistant", "content": "bad", "weight": 0}]}, "is not to be learned"),
+        (
+            {"messages": [*chat("a"), {"role": "assistant", "content": "bad", "weight": 0}]},
+            "has weight 0 or loss false",
+        ),
         ({"messages": chat("a", "bad"), "label": False}, '"label" is false'),
-        ({"messages": chat("a"), "chosen": "b", "rejected": "c"}, '"chosen": of rows that also show what is wrong'),
-        ({"image": "a.jpg", "question": "Which colour?", "caption": "red"}, '"question" is beside "caption"'),
-        ({"image": "a.jpg", "caption_0": "true", "caption_1": "false"}, '"image" has no text beside it'),
+        ({"messages": chat("a"), "chosen": "b", "rejected": "c"}, '"chosen": rows with wrong answers'),
+        ({"image": "a.jpg", "question": "Which colour?", "caption": "red"}, '"question" is next to "caption"'),
+        ({"image": "a.jpg", "caption_0": "true", "caption_1": "false"}, '"image" has no text column'),
         ({"image": ["a.jpg", "b.jpg"], "caption": ["a", "b"]}, "2 pictures and as many captions"),
         ({"image": "a.jpg", "caption": float("nan")}, '"caption" must be text'),
-        ({"image": {"<image_00>": "a.jpg"}, "messages": chat("a", "b")}, "holds an object with <image_00>"),
-        ({"image": "/9j/" + "A" * 300, "messages": chat("a", "b")}, "holds base64: write data:image/jpeg;base64,"),
+        ({"image": {"<image_00>": "a.jpg"}, "messages": chat("a", "b")}, "contains an object with <image_00>"),
+        ({"image": "/9j/" + "A" * 300, "messages": chat("a", "b")}, "contains base64: write data:image/jpeg;base64,"),
     ],
 )
 def test_what_would_be_learned_wrong_is_an_error(row, why):
@@ -617,7 +620,7 @@ def test_weights_of_several_captions_count_pictures(read, pictures, tmp_path, to
     path = write_json(tmp_path / "coco.json", coco(SEVERAL))
     data = VLMDataset([path], pictures, tokenizer, None, 200, [34] * P, weights=[0.4])
     assert len(StepSampler(data.lengths, 1, parts=data.parts, groups=data.groups)) == 1
-    with pytest.raises(ValueError, match="--data_weights 0.1: of the 3 rows of .*coco.json that is none"):
+    with pytest.raises(ValueError, match="--data_weights 0.1 takes none of the 3 rows of .*coco.json"):
         VLMDataset([path], pictures, tokenizer, None, 200, [34] * P, weights=[0.1])
 
 
@@ -644,13 +647,13 @@ def test_an_array_is_read_in_parts_of_any_size(tmp_path, monkeypatch, size):
 
 def test_an_element_that_is_no_row_is_named_by_its_number(read, pictures, tmp_path):
     path = write_json(tmp_path / "rows.json", [*llava(), {"image": "red.png"}, *llava()])
-    with pytest.raises(ValueError, match=r'rows.json:5: the columns are image, and "image" has no text beside it'):
+    with pytest.raises(ValueError, match=r'rows.json:5: the columns are image, and "image" has no text column'):
         read(path, pictures)
     path.write_text(json.dumps(llava())[:-30])
     with pytest.raises(ValueError, match=r"--data_path .*rows.json cannot be read: row 4 is not valid JSON"):
         read(path, pictures)
     path.write_text('{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "bbox": []}]}')
-    with pytest.raises(ValueError, match="its annotations have no caption, but image_id, bbox"):
+    with pytest.raises(ValueError, match="its annotations have no caption, only image_id, bbox"):
         read(path, pictures)
     path.write_text('{"images": ["red.png"], "messages": [}\n' + json.dumps(llava()[0]) + "\n")
     with pytest.raises(ValueError, match="1 of 2 rows are not usable"):  # lines, of which one is broken
@@ -707,13 +710,13 @@ def test_pictures_on_the_web_are_fetched_once_and_only_if_allowed(read, web, tmp
     url, asked = web
     rows = [{"image_url": f"{url}/{name}.png", "caption": "A square."} for name in ("red", "none")]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(ValueError, match=r"rows.jsonl:1: http.*/red.png is on the web: --allow_urls fetches"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: http.*/red.png is on the web: --allow_urls downloads"):
         read(path)
     data = read(path, allow_urls=True)
     assert not asked and data[0]["pictures"][0, :, 0, 0].tolist() == data[0]["pictures"][0, :, 5, 5].tolist()
     assert data[0]["pictures"][0, :, 0, 0].tolist() == [255, 0, 0] and asked == ["/red.png"]
     assert "404" in data[1]["broken"] and f"{url}/none.png cannot be read" in data[1]["broken"]
-    with pytest.raises(BadRow, match="no kind of picture"):
+    with pytest.raises(BadRow, match="not a picture format"):
         read(write_rows(tmp_path / "page.jsonl", [{"image_url": f"{url}/page.html", "caption": "A page."}]),
              allow_urls=True).load_picture(0, f"{url}/page.html")  # fmt: skip
     assert asked.count("/page.html") == 1
@@ -722,11 +725,11 @@ def test_pictures_on_the_web_are_fetched_once_and_only_if_allowed(read, web, tmp
     data = read(
         write_rows(tmp_path / "slow.jsonl", [{"image_url": f"{url}/slow", "caption": "Slow."}]), allow_urls=True
     )
-    assert "it takes more than 32 MB or 1 seconds" in data[0]["broken"] and time.monotonic() - started < 10
+    assert "the download exceeds 32 MB or 1 seconds" in data[0]["broken"] and time.monotonic() - started < 10
     monkeypatch.setattr(picture_stores, "FETCHED", 10)
     rows = [{"image_url": f"{url}/blue.png", "caption": "A square."}]
     data = read(write_rows(tmp_path / "more.jsonl", rows), allow_urls=True)
-    assert "it takes more than 0 MB or 1 seconds" in data[0]["broken"]
+    assert "the download exceeds 0 MB or 1 seconds" in data[0]["broken"]
 
 
 # ---------------------------------------------------------------------------- end to end

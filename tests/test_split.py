@@ -105,7 +105,7 @@ def test_rows_of_other_kinds_are_left_out_and_counted(photos, tmp_path, capsys):
         tmp_path / "out", "--data_path", rows, write_rows(tmp_path / "o.jsonl", others), "--images_path", folder
     )
     assert len(train) == 27 * 3
-    assert "30 pictures with 90 captions; 3 rows without exactly one of each left out" in capsys.readouterr().out
+    assert "30 pictures with 90 captions; 3 rows without exactly one of each skipped" in capsys.readouterr().out
 
 
 def test_rows_to_hold_out_can_be_given_with_further_captions(photos, tmp_path, capsys):
@@ -117,11 +117,11 @@ def test_rows_to_hold_out_can_be_given_with_further_captions(photos, tmp_path, c
     flags = ["--data_path", rows, "--images_path", folder, "--val_path", val]
     train, held_out = run(tmp_path / "out", *flags, "--refs_path", refs)
     assert len(images(train)) == 25 and len(held_out) == 5
-    assert "5 pictures of --val_path are in --data_path too: not trained on" in capsys.readouterr().out
+    assert "5 pictures of --val_path are also in --data_path: not used for training" in capsys.readouterr().out
     captions = json.loads((tmp_path / "out/val_refs.json").read_text()).values()
     assert sorted(captions) == [[f"colour {number}", f"more {number}"] for number in range(5)]
     refs.write_text('{"else.jpg": ["a"]}')
-    with pytest.raises(ValueError, match="--refs_path names none of the pictures of --val_path"):
+    with pytest.raises(ValueError, match="--refs_path contains none of the pictures of --val_path"):
         run(tmp_path / "other", *flags, "--refs_path", refs)
 
 
@@ -140,14 +140,14 @@ def test_pictures_in_the_rows_are_written_out_and_training_reads_the_result(tmp_
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"image": "gone.jpg", "caption": "x"}, r"gone.jpg, which .*rows.jsonl names, is not in .*photos"),
+        ({"image": "gone.jpg", "caption": "x"}, r"gone.jpg in .*rows.jsonl is not in .*photos"),
         ({"image": "https://a.example/b.jpg", "caption": "x"}, r"https://.*\n--allow_urls fetches pictures"),
         (
             {"image": "broken.jpg", "caption": "x"},
-            r"--images_path: .*broken.jpg cannot be read.*\nMend the picture, or take its rows out of .*rows.jsonl",
+            r"--images_path: .*broken.jpg cannot be read.*\nFix the picture, or remove its rows from .*rows.jsonl",
         ),
         ({"conversations": [turn("user", "Hi"), turn("assistant", "Ho")]}, "no row with one picture and one caption"),
-        ({"image": "0.jpg", "caption": "x"}, "no picture is left to train on, as two are held out"),
+        ({"image": "0.jpg", "caption": "x"}, "two pictures are held out, so none is left"),
     ],
 )
 def test_what_cannot_be_used_is_named(photos, tmp_path, row, message):
@@ -161,4 +161,4 @@ def test_what_cannot_be_used_is_named(photos, tmp_path, row, message):
 def test_references_without_held_out_rows_are_refused(photos, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path / "out", "--data_path", photos[0], "--refs_path", "refs.json")
-    assert "--refs_path has no effect without --val_path" in capsys.readouterr().err
+    assert "--refs_path requires --val_path" in capsys.readouterr().err

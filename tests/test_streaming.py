@@ -185,7 +185,7 @@ def windows(monkeypatch):
 
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_shard_is_closed_before_it_is_removed(streamed, files, tmp_path, windows, workers):
-    good, bad = (chat("<image>", "b"), [picture("red")]), ("no chat", [])
+    good, bad = (chat("<image>", "b"), [picture("red")]), ("not a chat", [])
     write_parquet(files / "sft_0.parquet", [good] * 11 + [bad], row_group_size=12)
     write_parquet(files / "sft_1.parquet", [bad] * 12 + [good] * 12, row_group_size=12)
     main([*streamed, "--num_workers", workers, "--on_bad_row", "skip"])
@@ -233,7 +233,7 @@ def test_a_streamed_run_that_is_stopped_and_resumed_ends_as_one_that_never_stopp
 
 
 def test_a_bad_row_of_a_stream_is_named_by_its_place_there(streamed, files, capsys):
-    rows = [(chat("What?\n<image>", "b"), [picture("red")])] * 8 + [("no chat", [])]
+    rows = [(chat("What?\n<image>", "b"), [picture("red")])] * 8 + [("not a chat", [])]
     write_parquet(files / "sft_1.parquet", rows, row_group_size=4)
     with pytest.raises(ValueError, match=rf'file://{files}/sft_1.parquet:9: no "conversations" list'):
         main(streamed)
@@ -244,7 +244,7 @@ def test_a_bad_row_of_a_stream_is_named_by_its_place_there(streamed, files, caps
 
 def test_a_shard_of_bad_rows_is_left_out_of_a_run_that_skips_them(streamed, files, capsys):
     for name in ("sft_0.parquet", "sft_1.parquet"):
-        write_parquet(files / name, [("no chat", [])] * 12, row_group_size=12)
+        write_parquet(files / name, [("not a chat", [])] * 12, row_group_size=12)
     write_parquet(files / "sft_2.parquet", [(chat("<image>", f"{i}"), [picture("red")]) for i in range(12)])
     run = main([*streamed, "--on_bad_row", "skip"])
     assert (run.state.step, run.state.rows) == (12, 12)
@@ -277,7 +277,7 @@ def test_a_network_that_is_gone_for_half_an_hour_does_not_end_the_run(url, tmp_p
     monkeypatch.setattr(streaming.time, "sleep", waited.append)
     assert Fetcher(stream, stream.plan(41, 0, 0), tmp_path).get(0).is_file()
     assert sorted(waited) == waited and max(waited) <= 60
-    assert capsys.readouterr().out.count("connection reset\nIt is tried again for an hour") == 1
+    assert capsys.readouterr().out.count("connection reset\nRetrying for an hour") == 1
     monkeypatch.setattr(streaming, "open_parquet", lambda file: 1 / 0)
     with pytest.raises(ValueError, match="division by zero"):
         Fetcher(stream, stream.plan(41, 1, 0), tmp_path).get(0)
@@ -301,13 +301,13 @@ def test_a_file_that_is_gone_is_not_waited_for(url, tmp_path, monkeypatch):
     [
         (
             ["--data_path", "file:///nowhere/x.parquet"],
-            "--data_path file:///nowhere/x.parquet: no such file. There is: ",
+            "--data_path file:///nowhere/x.parquet: no such file. Found: ",
         ),
         (["--data_path", "URL", "ROWS"], "streamed rows hold their pictures and go alone"),
         (["--images_path", "x"], "streamed rows hold their pictures and go alone"),
         (["--data_weights", "2"], "streamed rows hold their pictures and go alone"),
         (["--val_path", "URL"], "--val_path: held-out rows are read again and again, so they must be on the disk"),
-        (["--data_path", "file://OTHER"], 'other.parquet: the columns are image, and "image" has no text beside it'),
+        (["--data_path", "file://OTHER"], 'other.parquet: the columns are image, and "image" has no text column'),
         (["--data_path", "file://BROKEN"], "broken.parquet cannot be read: "),
         (
             ["--data_path", "file://SINGLE", "URL"],
@@ -416,7 +416,7 @@ def test_a_data_set_on_a_hub_is_learned_from_without_being_downloaded(streamed, 
     run = main(far)
     assert run.state.step == 14 and hub.sent > 0
     assert not (tmp_path / "far_run/stream").exists()
-    with pytest.raises(FileNotFoundError, match="no such file. There is: sft_0.parquet, sft_1.parquet"):
+    with pytest.raises(FileNotFoundError, match="no such file. Found: sft_0.parquet, sft_1.parquet"):
         main([*far, "--data_path", "hf://datasets/owner/name/none_*.parquet"])
 
 
@@ -450,7 +450,7 @@ def test_a_hub_without_the_repository_or_the_network_is_told_in_one_sentence(str
         main(far)
     hub.shutdown()
     hub.server_close()
-    with pytest.raises(OSError, match="(?s)(no such file|cannot be read: .* the network there, HF_TOKEN set)"):
+    with pytest.raises(OSError, match="(?s)(no such file|cannot be read: .* the network, HF_TOKEN)"):
         main([*streamed, "--data_path", "hf://datasets/owner/third/sft_*.parquet"])
 
 

@@ -169,6 +169,6 @@ def test_wrong_flags_are_named(flags, tmp_path, capsys):
 
 def test_rows_that_are_there_are_not_overwritten(tmp_path):
     (tmp_path / "val.jsonl").write_text("mine\n")
-    with pytest.raises(SystemExit, match="error: --out_dir .*: val.jsonl is there already. Choose another folder"):
+    with pytest.raises(SystemExit, match="error: --out_dir .*: val.jsonl exists already. Choose another folder"):
         world.main(["--out_dir", str(tmp_path), "--scenes", "3", "--val_scenes", "3"])
     assert (tmp_path / "val.jsonl").read_text() == "mine\n" and len(list(tmp_path.iterdir())) == 1
