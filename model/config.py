@@ -1,4 +1,4 @@
-"""The architecture of the decoder: every number that a model of this family is made of.
+"""The architecture of the decoder: all numbers that define a model of this family.
 
 Reading path, 1 of 10; next: model/attention.py
 """
@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 
 
 class MiniMindConfig(PretrainedConfig):
-    """Architecture of the decoder. `intermediate_size=None` means 8/3 of `hidden_size`, rounded up to 64."""
+    """Architecture of the decoder. `intermediate_size=None` means 8/3 of `hidden_size`, rounded up to n · 64."""
 
     model_type = "minimind"
 
@@ -15,30 +15,30 @@ class MiniMindConfig(PretrainedConfig):
         self,
         dropout: float = 0.0,
         bos_token_id: int = 1,
-        eos_token_id: int = 2,  # <|im_end|>, which ends an answer
+        eos_token_id: int = 2,  # <|im_end|> ends an answer
         hidden_act: str = "silu",
-        hidden_size: int = 512,  # D: the vector of a token, in every layer
-        intermediate_size: int | None = None,  # width inside a feed-forward
-        max_position_embeddings: int = 32768,  # tokens of question and answer together, at most
-        num_attention_heads: int = 8,  # H: each head looks for something else
+        hidden_size: int = 512,  # D: length of a token's vector, in every layer
+        intermediate_size: int | None = None,  # width inside the feed-forward
+        max_position_embeddings: int = 32768,  # maximum tokens of question and answer together
+        num_attention_heads: int = 8,  # H: each head looks for something different
         num_hidden_layers: int = 8,  # blocks, one after another
-        num_key_value_heads: int = 2,  # K: fewer than H keep the cache small
-        vocab_size: int = 6400,  # V: small, as each token costs D weights: 3.3M of 26M
-        rms_norm_eps: float = 1e-5,  # no norm divides by 0
-        rope_theta: float = 1e6,  # a larger one tells positions apart in longer texts
-        flash_attn: bool = True,  # attention by a kernel of PyTorch; False: by readable lines
+        num_key_value_heads: int = 2,  # K: fewer than H for a small cache
+        vocab_size: int = 6400,  # V: small, because each token costs D weights: 3.3M of 26M
+        rms_norm_eps: float = 1e-5,  # keeps norms from dividing by 0
+        rope_theta: float = 1e6,  # larger values distinguish positions in longer texts
+        flash_attn: bool = True,  # attention with a kernel of PyTorch; False: in plain Python
         use_moe: bool = False,  # a mixture of experts replaces each feed-forward
-        num_experts_per_tok: int = 2,  # k: experts that compute a token
+        num_experts_per_tok: int = 2,  # k: experts per token
         n_routed_experts: int = 4,  # E: experts to choose from
-        n_shared_experts: int = 1,  # further experts, which compute every token
+        n_shared_experts: int = 1,  # additional experts, which compute every token
         scoring_func: str = "softmax",
-        aux_loss_alpha: float = 0.1,  # weight of the loss for unequally busy experts
-        seq_aux: bool = True,  # balance the experts in each row, not only in the batch
+        aux_loss_alpha: float = 0.1,  # weight of the loss for unevenly used experts
+        seq_aux: bool = True,  # balance experts in each row, not only over the batch
         norm_topk_prob: bool = True,  # the weights of a token's k experts sum to 1, where k > 1
-        norm_top1_prob: bool = False,  # where k is 1 too: the gate then learns by the auxiliary loss alone
+        norm_top1_prob: bool = False,  # also for k = 1; the gate then learns only from the auxiliary loss
         head_dim: int | None = None,  # d: width of a head; None: hidden_size / num_attention_heads
-        qk_norm: bool = False,  # queries and keys are normed, head by head
-        norm_in_fp32: bool = False,  # norms scale before they round to half precision, not after
+        qk_norm: bool = False,  # normalise queries and keys, head by head
+        norm_in_fp32: bool = False,  # norms multiply by their weight before rounding to half precision
         **kwargs,
     ):
         if (head_dim is None and hidden_size % num_attention_heads) or num_attention_heads % num_key_value_heads:
@@ -50,7 +50,7 @@ class MiniMindConfig(PretrainedConfig):
             width = head_dim or f"{hidden_size}/{num_attention_heads}"
             raise ValueError(f"the width of a head, {width}, must be even for RoPE")
         if scoring_func != "softmax":
-            raise ValueError(f"scoring_func={scoring_func!r} is not known; the MoE gate knows 'softmax'")
+            raise ValueError(f"scoring_func={scoring_func!r} is unknown, expected 'softmax'")
         self.dropout = dropout
         self.hidden_act = hidden_act
         self.hidden_size = hidden_size
@@ -75,7 +75,7 @@ class MiniMindConfig(PretrainedConfig):
         self.head_dim = head_dim
         self.qk_norm = qk_norm
         self.norm_in_fp32 = norm_in_fp32
-        kwargs.setdefault("tie_word_embeddings", True)  # Transformers 5 has no default of its own
+        kwargs.setdefault("tie_word_embeddings", True)  # Transformers 5 has no default
         kwargs.setdefault("pad_token_id", 0)
         super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, **kwargs)
         self.tie_word_embeddings = kwargs["tie_word_embeddings"]

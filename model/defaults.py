@@ -1,3 +1,3 @@
-"""What flags and models share; imports nothing, for flags must not wait for PyTorch."""
+"""Constants that flags and models share. Imports nothing, because flags must not wait for PyTorch."""
 
 DEFAULT_VISION_MODEL = "./model/vision_model/clip-vit-base-patch16"

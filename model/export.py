@@ -1,6 +1,6 @@
-"""What exported folders consist of, and the one of our own architecture. Used by scripts.convert_vlm.
+"""Writes the parts of exported folders, and folders of our own architecture. Used by scripts.convert_vlm.
 
-Weights are safetensors; the tokenizer knows the chat format; the encoder and its preprocessing are there.
+A folder contains weights as safetensors, a tokenizer with the chat template, the encoder and its preprocessing.
 """
 
 import json
@@ -32,8 +32,8 @@ AUTO_MAP = {
 }
 
 # A message is a text, in which <image> is a picture, or a list of parts, one line each, in which only "image" is one.
-# What stands between "generation" is what a model is to learn: TRL and return_assistant_tokens_mask look for it. Where
-# an engine does not know the tag, as minijinja, programs cut it out, written just like this, without "-".
+# "generation" tags enclose the text to train on, for TRL and return_assistant_tokens_mask. For engines without this
+# tag, such as minijinja, programs remove it if it is written exactly like this, without "-".
 TEMPLATE = r"""
 {#- Unseen behind "<" stands U+E000: what people type is no special token. The tokenizer takes it out again. -#}
 {%- macro said(message) -%}
@@ -74,13 +74,16 @@ AFTER_THOUGHT = r"""    {%- set parts = said(message).split("</think>") -%}
 
 
 def chat_template(thinks: bool, sees: bool = True) -> str:
-    """What `encode_chat` does, for other programs. thinks: as MiniMind-3, whose chats begin without a system turn, and
-    answers with a thought, mostly an empty one. sees: or else <image> is a text like any other."""
+    """The chat template (Jinja) that does the same as `encode_chat`, for other programs.
+
+    thinks: of MiniMind-3, whose chats have no default system turn, and whose answers begin with a thought, usually an
+    empty one. sees: <image> is a picture; False: ordinary text.
+    """
     template = TEMPLATE.replace("PART", SEEN if sees else READ)
     template = template.replace("DEFAULT", "" if thinks else DEFAULT).replace("SYSTEM", DEFAULT_SYSTEM)
     template = template.replace("ANSWER", AFTER_THOUGHT if thinks else ANSWER)
     template = template.replace("THOUGHT", NO_THOUGHT.encode("unicode_escape").decode() if thinks else "")
-    # The character itself: some Jinja engines, as older ones of transformers.js, refuse "\ue000".
+    # The character itself: some Jinja engines, such as older ones of transformers.js, reject "\ue000".
     return template.replace("TAG", IMAGE_TAG).replace("HIDE", HIDE)
 
 
@@ -88,20 +91,22 @@ def chat_template(thinks: bool, sees: bool = True) -> str:
 
 
 def exact(value: torch.Tensor) -> torch.Tensor:
-    """In fp16 where that loses nothing, as with all weights of training, else as it is."""
+    """Converts to fp16 if that is lossless, as for all weights that training saved; otherwise keeps the dtype."""
     half = value.half()
     return (half if torch.equal(half.to(value.dtype), value) else value).contiguous()
 
 
 def write_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """Writes a .safetensors file. Raises OSError."""
     state = {key: exact(value.detach().cpu()) for key, value in state.items()}
-    # Not save_file, whose file nobody but its owner may read. Transformers wants to know the format.
+    # Not save_file, which makes files that only their owner may read. Transformers requires the format.
     weights = safetensors.torch.save(state, metadata={"format": "pt"})
     write_safely(path, lambda file: file.write(weights))
 
 
 def write_tokenizer_config(folder: Path, pad_token: str, thinks: bool = False, sees: bool = True) -> None:
-    """The chat template too: once in a file of its own, where Transformers looks first, once for transformers.js."""
+    """Writes tokenizer_config.json and the chat template: in its own file for Transformers, and inside for
+    transformers.js."""
     template = chat_template(thinks, sees)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -109,7 +114,7 @@ def write_tokenizer_config(folder: Path, pad_token: str, thinks: bool = False, s
         "eos_token": "<|im_end|>",
         "pad_token": pad_token,
         "unk_token": pad_token,
-        "padding_side": "left",  # so that all rows of a batch end where their answers begin
+        "padding_side": "left",  # all rows of a batch end where their answers begin
         "model_max_length": 32768,
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
@@ -120,20 +125,24 @@ def write_tokenizer_config(folder: Path, pad_token: str, thinks: bool = False, s
 
 
 def edit_tokenizer(source: Path, target: Path, change) -> None:
-    """Writes change(tokenizer.json) as the library writes it: changed and changed back, it has the sha256 it had."""
+    """Writes change(tokenizer.json) in the library's format, so undoing a change restores the sha256."""
     text = (source / "tokenizer.json").read_text(encoding="utf-8")
     changed = json.dumps(change(json.loads(text)), indent=2, ensure_ascii=False)
     (target / "tokenizer.json").write_text(changed + text[len(text.rstrip()) :], encoding="utf-8")
 
 
 def write_tokenizer(folder: Path, tokenizer, tokenizer_path, to: str, image: dict | None = None) -> None:
-    """Such that what people typed is plain text to a stock tokenizer too. image: a token more; None: it is not asked
-    about pictures."""
+    """Writes a tokenizer that stock Transformers can use: text from users stays plain text.
+
+    image: an additional token for pictures; None for a text-only model. Raises ValueError for an unsupported tokenizer.
+    """
 
     def change(ours):
         if ours.get("normalizer"):
-            raise ValueError(f"--to {to}: {tokenizer_path}/tokenizer.json has a normalizer, MiniMind's have none")
-        added = [token | {"normalized": False} for token in ours["added_tokens"]]  # found before HIDE is taken out
+            raise ValueError(
+                f"--to {to}: {tokenizer_path}/tokenizer.json has a normalizer, which MiniMind does not use"
+            )
+        added = [token | {"normalized": False} for token in ours["added_tokens"]]  # matched before HIDE is removed
         without = {"type": "Replace", "pattern": {"String": HIDE}, "content": ""}
         return ours | {"added_tokens": added + ([image] if image else []), "normalizer": without}
 
@@ -142,7 +151,7 @@ def write_tokenizer(folder: Path, tokenizer, tokenizer_path, to: str, image: dic
 
 
 def restore_tokenizer(folder: Path, to: Path, saver: str) -> None:
-    """saver: what saves it, for the FileNotFoundError."""
+    """The inverse of `write_tokenizer`. saver: the object that saves a tokenizer, for the FileNotFoundError."""
 
     def change(theirs):
         added = [token for token in theirs["added_tokens"] if token["content"] != IMAGE_TAG]
@@ -167,7 +176,7 @@ def token_ids(tokenizer) -> dict[str, int]:
 
 
 def encoder_state(encoder) -> dict[str, torch.Tensor]:
-    """The vision tower under the names of files, which not all versions of Transformers use in memory."""
+    """The weights of the vision tower under the names in its files; names in memory differ in some versions."""
     if family_of(encoder.config.model_type).renamed:
         with tempfile.TemporaryDirectory() as temporary:
             encoder.save_pretrained(temporary)
@@ -176,13 +185,13 @@ def encoder_state(encoder) -> dict[str, torch.Tensor]:
 
 
 def prefixed(state: dict) -> dict[str, torch.Tensor]:
-    """A CLIP or SigLIP under the names of its files."""
+    """Renames weights of CLIP or SigLIP to the names in their files."""
     named = {"vision_model." + re.sub(r"^vision_model\.", "", key): value for key, value in state.items()}
     return {key: value for key, value in named.items() if "position_ids" not in key}  # a buffer
 
 
 def encoder_config(encoder) -> dict:
-    """Its config.json: what its class has beyond all others, but for training and for what a backbone gives."""
+    """The encoder's config.json: the fields of its own class, except those for training and for backbones."""
     skip, known = re.compile("_|initializer|out_|stage_|.*drop"), encoder.config.to_dict()
     common = PretrainedConfig().to_dict()
     known = {key: value for key, value in known.items() if key not in common and not skip.match(key)}
@@ -190,7 +199,7 @@ def encoder_config(encoder) -> dict:
 
 
 def write_encoder(folder: Path, state: dict, config: dict, preprocessor: dict) -> None:
-    """A folder for --vision_model_path."""
+    """Writes a folder for --vision_model_path. state, config, preprocessor: contents of its files."""
     folder.mkdir()
     write_weights(folder / "model.safetensors", state)
     write_json(folder / "config.json", {"architectures": [family_of(config["model_type"]).tower]} | config)
@@ -198,13 +207,13 @@ def write_encoder(folder: Path, state: dict, config: dict, preprocessor: dict) -
 
 
 def has_eyes(model) -> bool:
-    """Or is it a language model alone?"""
+    """Whether a model has a vision encoder; False for a language model."""
     return hasattr(model, "vision_encoder")
 
 
 def write_parts(folder: Path, model, tokenizer, tokenizer_path) -> None:
-    """Tokenizer and encoder, if it has one, which have the same files beside a .pth as in a Transformers folder."""
-    shutil.copyfile(Path(tokenizer_path) / "tokenizer.json", folder / "tokenizer.json")  # its sha256 stays
+    """Writes the tokenizer and, if there is one, the encoder; the same files for a .pth and a Transformers folder."""
+    shutil.copyfile(Path(tokenizer_path) / "tokenizer.json", folder / "tokenizer.json")  # keeps its sha256
     write_tokenizer_config(folder, tokenizer.pad_token, thinks(tokenizer), has_eyes(model))
     if has_eyes(model):
         eyes = model.vision_encoder
@@ -216,7 +225,7 @@ def write_parts(folder: Path, model, tokenizer, tokenizer_path) -> None:
 
 
 def write_pth(folder: Path, model, tokenizer, tokenizer_path, sidecar: dict) -> None:
-    """The weights as training leaves them, with the tokenizer and encoder that eval_vlm.py needs beside them."""
+    """Writes weights as training does, together with the tokenizer and encoder that eval_vlm.py needs."""
     write_parts(folder, model, tokenizer, tokenizer_path)
     stage = sidecar.get("stage") if sidecar.get("stage") in STAGES.values() else "sft_vlm"
     stage = stage if has_eyes(model) else "llm"
@@ -224,7 +233,7 @@ def write_pth(folder: Path, model, tokenizer, tokenizer_path, sidecar: dict) -> 
 
 
 def write_transformers(folder: Path, model, tokenizer, tokenizer_path, sidecar: dict) -> None:
-    """MiniMindVLM with its code. The encoder is a folder in it, where `from_pretrained` finds it."""
+    """Writes MiniMindVLM with its code. The encoder is a subfolder, where `from_pretrained` finds it."""
     write_parts(folder, model, tokenizer, tokenizer_path)
     config = {"model_type": "minimind-v", "architectures": ["MiniMindVLM"], "auto_map": AUTO_MAP, "dtype": "float32"}
     config |= sidecar["config"] | token_ids(tokenizer)

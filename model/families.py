@@ -1,4 +1,4 @@
-"""The encoders that a folder may hold: what sets each family apart, in one table. Shipped with exported folders."""
+"""The supported families of encoders and their differences, in one table. Copied into exported folders."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +15,16 @@ BILINEAR, BICUBIC = 2, 3  # as Pillow numbers them
 
 @dataclass(frozen=True)
 class Family:
-    """What config.json and preprocessor_config.json do not say, or leave out where it is the usual."""
+    """Facts that config.json and preprocessor_config.json do not contain, or omit if they have the default value."""
 
     name: str
     tower: str  # its class in Transformers
-    norm: str  # its last norm, before which the linear projector takes its features; "": they never go through one
-    pixels: dict  # of its processor: mean, spread, filter; size where it is not that of config.json
-    squash: bool = False  # pictures to a square, in place of the shortest edge to a size, and a crop
+    norm: str  # name of its last norm; the linear projector takes the features before it; "" if there is none
+    pixels: dict  # defaults of its processor: mean, std, filter; size if it differs from config.json
+    squash: bool = False  # resize to a square instead of resizing the shorter edge and cropping
     class_token: bool = True  # a summary of the picture before the patches
-    any_size: bool = False  # of pictures: its positions are computed for it
-    renamed: bool = True  # Transformers 4 and 5 sort its weights differently, as their names in memory differ
+    any_size: bool = False  # accepts any picture size, because it interpolates its positions
+    renamed: bool = True  # Transformers 4 and 5 use different names for its weights in memory
 
 
 PART = {"size": 256, "crop_size": 224}
@@ -51,34 +51,35 @@ FAMILIES = {
 
 
 def key_of(model_type: str) -> str:
-    """Of FAMILIES, if it is one. model_type: of a config.json, of the whole model or of its vision half."""
+    """The key in FAMILIES for a model_type of a config.json, of a complete model or of its vision half."""
     return model_type.removesuffix("_vision_model")
 
 
 def family_of(model_type: str) -> Family | None:
+    """The family of a model_type; None if it is not supported."""
     return FAMILIES.get(key_of(model_type))
 
 
 def vision_config(folder) -> dict:
     """The vision half of an encoder's config.json: `model_type`, `image_size`, `patch_size` (pixels), `hidden_size`
-    (width), `num_register_tokens` (vectors of no place, between class token and patches).
+    (width), `num_register_tokens` (vectors without a position, between class token and patches).
 
-    Raises FileNotFoundError or ValueError if the folder holds no encoder of the table.
+    Raises FileNotFoundError or ValueError if the folder contains no supported encoder.
     """
     path = Path(folder) / "config.json"
     if not path.exists():
         raise FileNotFoundError(
-            f"--vision_model_path {folder}: no config.json there, as an encoder's folder has.\n"
+            f"--vision_model_path {folder}: no config.json there; pass the folder of an encoder.\n"
             "For the public CLIP: python -m scripts.download --what clip"
         )
     config = read_json(path)
     kind = str(config.get("model_type"))
     family = family_of(kind)
     if family is None:
-        naflex = ", a SigLIP2 of any proportions, not of a fixed size" if kind.startswith("siglip2") else ""
+        naflex = ", a SigLIP2 for any aspect ratio, not for a fixed size" if kind.startswith("siglip2") else ""
         raise ValueError(
             f"{path}: model_type {config.get('model_type')!r}{naflex}.\n"
-            f"Encoders that are read: {', '.join(family.name for family in FAMILIES.values())}"
+            f"Supported encoders: {', '.join(family.name for family in FAMILIES.values())}"
         )
     vision = config.get("vision_config") or config
     usual = getattr(transformers, family.tower.replace("Model", "Config"))()

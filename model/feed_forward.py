@@ -1,4 +1,4 @@
-"""What each token does for itself: one feed-forward network, or a few of several experts.
+"""The feed-forward network, applied to each token separately; or a mixture of several experts.
 
 Shapes: B batch, T tokens, D hidden_size, E experts, k experts per token.
 
@@ -25,13 +25,13 @@ class FeedForward(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x):
-        # Attention moves information between tokens; this layer works on it, token by token. It holds two thirds of the
-        # 26M weights. The gate decides how much of each entry of `up` passes.
+        # Attention moves information between tokens; this layer processes it, token by token. It contains two thirds of
+        # the 26M weights. The gate controls how much of each entry of `up` passes.
         return self.dropout(self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)))
 
 
 class MoEGate(nn.Module):
-    """Chooses k of E experts for each token, and the loss that keeps the experts equally busy."""
+    """Chooses k of E experts for each token, and computes the loss that balances the use of the experts."""
 
     def __init__(self, config: MiniMindConfig):
         super().__init__()
@@ -47,7 +47,7 @@ class MoEGate(nn.Module):
         weights, experts = scores.topk(self.top_k, dim=-1, sorted=False)
         if self.normed:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        # Left alone, the gate sends most tokens to a few experts that are good early, and the others never learn.
+        # Without this loss the gate sends most tokens to a few experts that are good early; the others never learn.
         if not (self.training and self.alpha > 0):
             return experts, weights, scores.new_zeros(())
         return experts, weights, self.alpha * self.balance(scores, experts, valid)
@@ -55,7 +55,7 @@ class MoEGate(nn.Module):
     def balance(self, scores, experts, valid):
         """sum over experts of (share of the picks · E) · (mean score), per row (`seq_aux`) or over the batch. ()
 
-        Both means leave padding out. Equal use gives 1, everything to one expert up to E/k.
+        Both means exclude padding. Equal use gives 1; one expert for all tokens gives up to E/k.
         """
         picks = (experts[..., None] == torch.arange(self.n_experts, device=experts.device)).sum(dim=2).float()
         real = torch.ones_like(scores[..., :1]) if valid is None else valid[..., None].float()  # (B, T, 1)
@@ -67,11 +67,11 @@ class MoEGate(nn.Module):
 
 
 class MOEFeedForward(nn.Module):
-    """E small feed-forwards of which each token uses k, plus shared ones that every token uses (DeepSeekMoE, 2024)."""
+    """E feed-forwards of which each token uses k, plus shared ones that every token uses (DeepSeekMoE, 2024)."""
 
     def __init__(self, config: MiniMindConfig):
         super().__init__()
-        self.gate = MoEGate(config)  # a token uses k experts: more weights at little more work
+        self.gate = MoEGate(config)  # a token uses k experts: many weights, little more work
         self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_routed_experts))
         self.shared_experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_shared_experts))
 
@@ -80,15 +80,15 @@ class MOEFeedForward(nn.Module):
         B, T, D = x.shape
         experts, weights, aux_loss = self.gate(x, valid)
         k = experts.shape[-1]
-        # Sort the B·T·k (token, expert) pairs by expert, so that each expert reads one slice. The sizes of the
-        # slices are the one thing the host must know. An expert without tokens gets an empty slice, and through
-        # it gradients of zero rather than None, which DistributedDataParallel needs.
+        # Sort the B·T·k (token, expert) pairs by expert, so that each expert reads one slice. Only the sizes of the
+        # slices must be known on the CPU. An expert without tokens gets an empty slice, which gives it gradients of
+        # zero instead of None, as DistributedDataParallel requires.
         flat = experts.flatten()
         order = flat.argsort(stable=True)
         sizes = (flat[:, None] == torch.arange(len(self.experts), device=x.device)).sum(dim=0).tolist()
         slices = x.view(B * T, D)[order // k].split(sizes)
         out = torch.cat([expert(piece) for expert, piece in zip(self.experts, slices)])
-        out = out[order.argsort()].view(B, T, k, D)  # back in the order of the tokens
+        out = out[order.argsort()].view(B, T, k, D)  # back to the order of the tokens
         y = (out * weights[..., None].type_as(out)).sum(dim=2)
         for expert in self.shared_experts:
             y = y + expert(x)

@@ -1,4 +1,4 @@
-"""Files that others made: what they are, and whether their values can be. Shipped with exported folders."""
+"""Checks files from other sources: their format and their values. Copied into exported folders."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def impostor(file) -> str:
-    """What is there in place of the file that was to be read, "is empty" and the like; "" where nothing strikes.
+    """Why a file is not the expected one, for example "is empty"; "" if nothing is wrong.
 
     file: its path, or its content as bytes.
     """
@@ -19,23 +19,23 @@ def impostor(file) -> str:
     if file.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the file itself; type: git lfs pull"
     if re.match(rb"\s*<(!doctype\s+html|html|head)\b", file, re.I):
-        return "is a web page, as of an error or a login, not the file itself: fetch it again"
+        return "is a web page (an error or a login?), not the file itself: download it again"
     return ""
 
 
 def read_json(path) -> dict:
-    """The object in a JSON file; ValueError names the file if it is not one."""
+    """The object in a JSON file. Raises ValueError, which names the file, for anything else."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} {impostor(path) or f'is not valid JSON: {error}'}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object {{...}}")
+        raise ValueError(f"{path} contains a {type(value).__name__}, expected an object {{...}}")
     return value
 
 
 def check_number(path, key: str, value, least: float, most: float, kind: type = int) -> None:
-    """ValueError names a file, and a key in it whose value is no number of this kind between these two."""
+    """Raises ValueError, which names file and key, unless the value is a number of this kind from least to most."""
     kinds = (int,) if kind is int else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
         what = "an integer" if kind is int else "a number"
@@ -43,30 +43,30 @@ def check_number(path, key: str, value, least: float, most: float, kind: type = 
 
 
 def why_unreadable(error: BaseException) -> str:
-    """A line about weights that could not be read, without PyTorch's advice to switch its protection off."""
+    """One line about unreadable weights, without PyTorch's advice to turn its protection off."""
     causes = [error]
-    while causes[-1].__context__ is not None:  # some versions of Transformers raise an error of their own on top
+    while causes[-1].__context__ is not None:  # some versions of Transformers wrap the error
         causes.append(causes[-1].__context__)
     for cause in causes:
         if match := re.search(r"GLOBAL (\S+)", str(cause)):
-            return f"it would call {match[1]}, where only tensors are read. Do not use a file that runs code"
+            return f"it would call {match[1]}, but only tensors are allowed. Do not use a file that runs code"
     reason = (str(error) or type(error).__name__).split("\n")[0]
     if "ignore_mismatched_sizes" in reason:
-        return "they have other shapes than its config.json says"
-    return "it is no file of tensors that PyTorch wrote, or a damaged one" if "weights_only" in reason else reason
+        return "their shapes differ from its config.json"
+    return "it is not a file of tensors from PyTorch, or it is damaged" if "weights_only" in reason else reason
 
 
 def check_records(path: Path) -> None:
-    """ValueError if a file of PyTorch, a zip of records, is damaged: PyTorch itself ignores the checksums in it.
+    """Raises ValueError if a file of PyTorch, which is a zip of records, is damaged: PyTorch ignores the checksums.
 
-    Files from before PyTorch 1.6 are no zip, and have none.
+    Files from before PyTorch 1.6 are not a zip and have no checksums.
     """
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as records:
         size = path.stat().st_size
         for record in records.infolist():
-            if record.file_size > size:  # PyTorch does not compress: whoever did wants to fill the memory
-                raise ValueError(f"{record.filename} in it says to be larger than the file")
+            if record.file_size > size:  # PyTorch does not compress: a compressed record could fill the memory
+                raise ValueError(f"{record.filename} in it claims to be larger than the file")
         if damaged := records.testzip():
-            raise ValueError(f"{damaged} in it is damaged, its checksum is another. Fetch or copy the file again")
+            raise ValueError(f"{damaged} in it is damaged (wrong checksum). Download or copy the file again")

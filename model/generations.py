@@ -1,6 +1,6 @@
-"""The public generations of MiniMind-V: what sets each apart, in one table, and how weights tell which they are.
+"""The public generations of MiniMind-V: their differences in one table, and how to detect the generation of weights.
 
-Shapes tell the rest (weights.py). Those that are not read are refused with a sentence that names them.
+weights.py reads the rest from shapes. Unsupported generations are rejected with an error that names them.
 """
 
 import re
@@ -15,19 +15,19 @@ LATER_TOKENIZER = "71f32c68cf63a15355a8fc171b7594b3d41870fe0ddb54fc6aefa55f73a4a
 
 @dataclass(frozen=True)
 class Generation:
-    """What no shape tells. Nothing of it is in the file of the weights."""
+    """Facts about a generation that cannot be read from its weights."""
 
     name: str
-    decoder: dict = field(default_factory=dict)  # arguments of `MiniMindConfig`, where they are not its defaults
+    decoder: dict = field(default_factory=dict)  # arguments of `MiniMindConfig` that differ from its defaults
     eyes: dict = field(default_factory=dict)  # arguments of `VLMConfig.for_encoder`, likewise
-    family: str = "clip"  # of its encoder, see families.py
+    family: str = "clip"  # family of its encoder, see families.py
     placeholder: int = 34  # the id of its placeholder in its public tokenizer
-    tokenizer: str = "./model"  # where its parts usually are
+    tokenizer: str = "./model"  # default folders of its parts
     vision_model: str = DEFAULT_VISION_MODEL
-    hub: dict = field(default_factory=dict)  # how these two are fetched, if they are not those of every new model
+    hub: dict = field(default_factory=dict)  # commands to download them, if they are not the ones of a new model
 
 
-MINIMIND_2 = Generation("MiniMind2-V")  # February 2025 to February 2026, and what this repository makes from nothing
+MINIMIND_2 = Generation("MiniMind2-V")  # February 2025 to February 2026; also a model from scratch
 MINIMIND_3 = Generation(  # since 2026-04-20
     "minimind-3v",
     decoder={
@@ -52,7 +52,7 @@ MINIMIND_3 = Generation(  # since 2026-04-20
     },
 )
 
-# Of the configuration, what came with MINIMIND_3: the JSON of others does not mention it.
+# Fields of the configuration that came with MINIMIND_3; the JSON of other weights omits them.
 LATER_FIELDS = ("norm_top1_prob", "head_dim", "qk_norm", "norm_in_fp32", "projector")
 
 PUBLIC_NAMES = {  # in the config.json of MINIMIND_3 → ours
@@ -63,29 +63,29 @@ PUBLIC_NAMES = {  # in the config.json of MINIMIND_3 → ours
 
 
 def generation_of(state: dict, path, older: bool = False) -> Generation:
-    """Of a state dict under the names of now. older: its names were those from before April 2025.
+    """The generation of a state dict under today's names. older: the file used the names from before April 2025.
 
-    Raises ValueError for the generations that are not read: v1, v3-alpha and v3-beta.
+    Raises ValueError for the unsupported generations v1, v3-alpha and v3-beta.
     """
     embed, keys = (state.get(f"model.{key}.weight") for key in ("embed_tokens", "layers.0.self_attn.k_proj"))
     if older and None not in (embed, keys) and 2 * keys.shape[0] == embed.shape[1]:
         raise ValueError(
-            f"{path} is of the first MiniMind-V (2024), another architecture.\n"
-            "Take MiniMind2-V: python -m scripts.download --what vlm"
+            f"{path} is a first MiniMind-V (2024), which has another architecture.\n"
+            "Use MiniMind2-V: python -m scripts.download --what vlm"
         )
     first = state.get("vision_proj.mlp.0.weight")
     beta = first is not None and first.shape == (4 * 768,)
     if beta or (first is not None and first.ndim == 2):
         which = "v3-beta (2026-04-19)" if beta else "v3-alpha (until 2026-04-18)"
         raise ValueError(
-            f"{path} is of {which}, which saw with another encoder.\n"
-            "Take minimind-3v as of 2026-04-20: python -m scripts.download --generation 3v --what encoder vlm"
+            f"{path} is a {which}, trained with another encoder.\n"
+            "Use minimind-3v of 2026-04-20: python -m scripts.download --generation 3v --what encoder vlm"
         )
     return MINIMIND_3 if any(".q_norm." in key for key in state) else MINIMIND_2
 
 
 def own_names(config: dict) -> dict:
-    """A public config.json in our words; others stay as they are."""
+    """Renames the fields of a public config.json to ours; keeps other fields."""
     config = {PUBLIC_NAMES.get(key, key): value for key, value in config.items()}
     if patches := config.pop("image_token_len", None):
         config["image_special_token"] = MINIMIND_3.eyes["image_token"] * patches
@@ -94,5 +94,5 @@ def own_names(config: dict) -> dict:
 
 
 def without_thoughts(text: str) -> str:
-    """What an answer says, without what MINIMIND_3 may write in <think> before; while that goes on: nothing of it."""
+    """An answer without the thought in <think> that MINIMIND_3 may write first, also if the thought is unfinished."""
     return re.sub(r"<think>.*?(</think>|\Z)", "", text, flags=re.DOTALL).strip()

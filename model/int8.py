@@ -1,6 +1,6 @@
-"""Weights of 8 bits, for answers on a CPU: a quarter of the memory to read for each token, and faster products.
+"""8-bit weights for answers on a CPU: a quarter of the memory to read per token, and faster matrix products.
 
-Not for training, and not exact: now and then an answer has another word.
+Not for training, and not exact: some words of an answer may change.
 
 Shapes: N tokens, I inputs, O outputs of a layer.
 """
@@ -10,13 +10,13 @@ from torch import nn
 
 
 def quantize(x):
-    """float (N, I) → int8 (N, I) and float scales (N, 1), so that x ≈ int8 · scales: each row fills -127 to 127."""
+    """float (N, I) → int8 (N, I) and float scales (N, 1), with x ≈ int8 · scales: each row uses -127 to 127."""
     scales = x.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / 127
     return (x / scales).round().to(torch.int8), scales
 
 
 class Int8Linear(nn.Module):
-    """A frozen `nn.Linear` without bias: int8 weights, a scale for each output, inputs quantized token by token."""
+    """A frozen `nn.Linear` without bias: int8 weights, one scale per output, inputs quantized token by token."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -27,17 +27,18 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         """(..., I) → (..., O)"""
         flat, scales = quantize(x.flatten(0, -2).float())
-        y = torch._int_mm(flat, self.weight.T) * scales * self.scales  # (N, O), the products summed up in int32
+        y = torch._int_mm(flat, self.weight.T) * scales * self.scales  # (N, O); int32 sums of products
         return y.type_as(x).view(*x.shape[:-1], len(self.weight))  # not -1: an expert may get no token
 
 
 def to_int8(model):
-    """Replaces the linear layers of the decoder, in place; encoder, projector, embeddings and gates stay as they are.
+    """Replaces the linear layers of the decoder in place and returns the model. Encoder, projector, embeddings and
+    gates are not changed.
 
     Raises ValueError if the model is not on a CPU.
     """
     if model.device.type != "cpu":
-        raise ValueError(f"--int8 is for CPUs, the model is on {model.device}: leave it out, or add --device cpu")
+        raise ValueError(f"--int8 is for CPUs, but the model is on {model.device}: omit it, or add --device cpu")
     for parent in [model, *model.model.modules()]:
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):

@@ -1,8 +1,9 @@
-"""A decoder alone as a stock language model of Transformers, and back, computing the same. Used by scripts.convert_vlm.
+"""Converts a decoder to a stock language model of Transformers that computes the same, and back. Used by
+scripts.convert_vlm.
 
-That of MiniMind2-V is a Llama or, with experts, a GraniteMoeShared, whose softmax over the k best scores is our softmax
-over all, made to sum to 1 over these: the text half of a LLaVA, too (llava.py). That of minimind-3v is a Qwen3 or a
-Qwen3Moe, whose weights have the names of ours.
+The decoder of MiniMind2-V becomes a Llama or, with experts, a GraniteMoeShared: its softmax over the k best scores
+equals our softmax over all scores, normalised over these k. The text half of a LLaVA is the same (llava.py). The
+decoder of minimind-3v becomes a Qwen3 or Qwen3Moe, whose weights have the same names as ours.
 """
 
 from dataclasses import replace
@@ -16,16 +17,16 @@ from model.model_minimind import MiniMindConfig
 from model.stock import from_stock, to_stock
 from model.weights import read_weights
 
-SAME_FIELDS = (  # of the configuration of a Llama, a Granite, a Qwen3 and ours
+SAME_FIELDS = (  # of the configurations of Llama, Granite, Qwen3 and ours
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("rms_norm_eps", "max_position_embeddings", "hidden_act"),
 )
 TYPES = {"Llama": "llama", "GraniteMoeShared": "granitemoeshared", "Qwen3": "qwen3", "Qwen3Moe": "qwen3_moe"}
-OURS = {"made_by": "MiniMind-V"}  # in config.json, where each Transformers that saves it again leaves it
+OURS = {"made_by": "MiniMind-V"}  # in config.json; Transformers keeps it when it saves the model again
 
 
 def build_decoder(args, weights: Path):
-    """As `build_model`, a language model alone, also of weights that see: their projector is left out."""
+    """As `build_model`, but only the language model; the projector of a VLM is ignored."""
     saved = read_pretrained(weights, args.num_attention_heads)
     sees = [key for key in saved.state if key.startswith("vision_proj.")]
     state = {key: value for key, value in saved.state.items() if key not in sees}
@@ -39,7 +40,7 @@ def build_decoder(args, weights: Path):
 
 
 def text_config(config: MiniMindConfig, tokenizer, to: str) -> dict:
-    """config.json as all Transformers since 4.51 read it. Raises ValueError for experts that Granite does not have."""
+    """config.json for all Transformers since 4.51. Raises ValueError for experts that Granite cannot represent."""
     text = {key: getattr(config, key) for key in SAME_FIELDS} | token_ids(tokenizer)
     text |= {"vocab_size": config.vocab_size, "rope_theta": config.rope_theta, "tie_word_embeddings": True}
     k, kind = config.num_experts_per_tok, "Llama"
@@ -55,8 +56,8 @@ def text_config(config: MiniMindConfig, tokenizer, to: str) -> dict:
     elif config.use_moe:
         if k == 1 or not config.norm_topk_prob:
             raise ValueError(
-                f"--to {to} wants experts whose weights sum to 1, which num_experts_per_tok={k} and norm_topk_prob="
-                f"{config.norm_topk_prob} do not give. Use --to transformers"
+                f"--to {to} requires experts whose weights sum to 1, but this model has num_experts_per_tok={k} and "
+                f"norm_topk_prob={config.norm_topk_prob}. Use --to transformers"
             )
         kind = "GraniteMoeShared"
         text |= {
@@ -68,7 +69,7 @@ def text_config(config: MiniMindConfig, tokenizer, to: str) -> dict:
 
 
 def own_config(text: dict) -> dict:
-    """The inverse of `text_config`, as whatever version wrote it: what no shape tells."""
+    """The inverse of `text_config`, for any version of Transformers that saved it."""
     config = {key: text[key] for key in ("vocab_size", *SAME_FIELDS)}
     config["rope_theta"] = text.get("rope_theta") or text["rope_parameters"]["rope_theta"]
     if (k := text.get("num_experts_per_tok")) is None:
@@ -85,6 +86,7 @@ def own_config(text: dict) -> dict:
 
 
 def write_llm(folder: Path, model, tokenizer, tokenizer_path, sidecar: dict) -> None:
+    """Writes a folder that stock Transformers loads. Raises ValueError, see `text_config`."""
     write_json(folder / "config.json", text_config(model.config, tokenizer, "llm") | OURS | {"dtype": "float32"})
     write_json(folder / "generation_config.json", token_ids(tokenizer) | {"max_new_tokens": 512})
     write_tokenizer(folder, tokenizer, tokenizer_path, "llm")
@@ -92,14 +94,14 @@ def write_llm(folder: Path, model, tokenizer, tokenizer_path, sidecar: dict) -> 
 
 
 def unpack_llm(folder: Path, to: Path) -> None:
-    """A folder of `write_llm` as one of our own architecture, without the code.
+    """Converts a folder of `write_llm` to our own architecture, without the code.
 
-    Raises ValueError for a language model of others.
+    Raises ValueError for any other language model.
     """
     text = read_json(folder / "config.json")
     if not OURS.items() <= text.items():
         raise ValueError(
-            f"--weights {folder} is a {text['model_type']} that --to llm did not make: there is no MiniMind in it"
+            f"--weights {folder} is a {text['model_type']} that --to llm did not make, so it contains no MiniMind"
         )
     config = own_config(text)
     restore_tokenizer(folder, to, "tokenizer")

@@ -1,6 +1,6 @@
-"""From what people have to what the model reads: pictures → uint8 tensors, conversations → tokens.
+"""Prepares inputs of the model: pictures → uint8 tensors, conversations → tokens.
 
-Training, asking and the web page all come through here, so that a model is asked exactly the way it was taught.
+Training, evaluation and the web page all use this file, so a model is asked in exactly the form it was trained on.
 
 Shapes: N pictures, H and W of a picture, P placeholders (patches) of a picture.
 
@@ -23,13 +23,13 @@ from .rgb import bands, to_rgb, upright, white_of
 from .tokenizer import load_tokenizer as load_tokenizer
 from .tokenizer import thinks
 
-IMAGE_TAG = "<image>"  # stands in the text of a data set where the picture belongs
+IMAGE_TAG = "<image>"  # marks the position of a picture in the text of a data set
 DEFAULT_SYSTEM = "You are a helpful assistant"
-NO_THOUGHT = "<think>\n\n</think>\n\n"  # with which an answer of MiniMind-3 begins
+NO_THOUGHT = "<think>\n\n</think>\n\n"  # an answer of MiniMind-3 begins with it
 IGNORE = -100  # label of a token without loss
-ROOMY = 4  # a large JPEG is decoded smaller, to so many times the edge that the model wants, or more
-USUAL = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}  # of a processor
-MAY_FOLLOW = {"system": (None,), "user": (None, "system", "assistant"), "assistant": ("user",)}  # roles in a chat
+ROOMY = 4  # a large JPEG is decoded at reduced size, at least this many times the model's edge
+USUAL = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}  # required
+MAY_FOLLOW = {"system": (None,), "user": (None, "system", "assistant"), "assistant": ("user",)}  # role → before it
 
 
 # ---------------------------------------------------------------------------- pictures
@@ -40,15 +40,14 @@ class TooManyPixels(ValueError):
 
 
 class ImageProcessor:
-    """What encoders want of a picture: shortest edge to `size`, or squashed to it, centre crop, 0..1, normalised.
+    """Preprocessing for the encoder: shortest edge to `size`, or squash to it, centre crop, scale to 0..1, normalise.
 
-    Equal to Transformers' processors on torchvision, but in two halves: `resize` stops at uint8, a quarter of
-    the bytes for workers and transfers, and `normalize` does the rest on whatever device the model is on. From what
-    that class does on Pillow 1 in 100 values differ, by one of 256 levels: PyTorch rounds the weights of a filter to 16
-    bits, and so takes 40% of the time.
+    Equal to Transformers' processors on torchvision, but in two steps: `resize` stops at uint8, a quarter of the bytes
+    for workers and transfers; `normalize` does the rest on the model's device. Compared with processors on Pillow, 1 in
+    100 values differs by one of 256 levels: PyTorch rounds filter weights to 16 bits, and takes 40% of the time.
     """
 
-    FILTERS = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}  # Pillow does the others
+    FILTERS = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}  # Pillow applies the others
 
     def __init__(
         self,
@@ -64,7 +63,7 @@ class ImageProcessor:
 
     @classmethod
     def from_pretrained(cls, folder) -> "ImageProcessor":
-        """Reads `preprocessor_config.json` of an encoder's folder, in the old style (plain numbers) or the new one."""
+        """Reads preprocessor_config.json, with sizes as numbers or objects. Raises ValueError, which names the key."""
         path, vision = Path(folder) / "preprocessor_config.json", vision_config(folder)
         family, edge = FAMILIES[vision["model_type"]], vision["image_size"]
         written = read_json(path) if path.exists() else {}
@@ -104,7 +103,7 @@ class ImageProcessor:
         (Path(folder) / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
     def to_dict(self) -> dict:
-        """In the words of Transformers."""
+        """The content of `preprocessor_config.json`."""
         height, width = self.crop_size
         size = self.size
         return {
@@ -123,14 +122,14 @@ class ImageProcessor:
         }
 
     def open(self, file, most: float | None = None, formats=None) -> Image.Image:
-        """A picture for `resize`, from a path or an open file; its pixels are not read yet.
+        """Opens a picture for `resize`, from a path or an open file, without reading its pixels yet.
 
-        A JPEG of at least 2 · ROOMY times the edge is decoded at half its size, a quarter or an eighth, in a fraction
-        of time and memory. `resize` then gives values that are mostly within one of 256 levels, and up to 11 apart at
-        sharp edges between bright colours.
+        A JPEG of at least 2 · ROOMY times the edge is decoded at 1/2, 1/4 or 1/8 of its size, which saves time and
+        memory. Most values of `resize` then change by at most one of 256 levels; at sharp edges between bright colours
+        by up to 11.
 
-        most: million pixels it may have; default: those above which Pillow warns. formats: see `PIL.Image.open`.
-        Raises TooManyPixels, and whatever Pillow raises for what is no picture.
+        most: limit in million pixels; default: the number at which Pillow warns. formats: see `PIL.Image.open`.
+        Raises TooManyPixels, and what Pillow raises for a file that is not a picture.
         """
         limit = min(most * 1e6, 2 * Image.MAX_IMAGE_PIXELS) if most else Image.MAX_IMAGE_PIXELS
         try:
@@ -138,7 +137,7 @@ class ImageProcessor:
             pixels = image.width * image.height
             if pixels > limit:
                 image.close()
-        except Image.DecompressionBombError as error:  # twice as many as it warns of
+        except Image.DecompressionBombError as error:  # Pillow raises at twice the number at which it warns
             pixels = int(re.search(r"\d+", str(error))[0])
         if pixels > limit:
             raise TooManyPixels(
@@ -155,12 +154,12 @@ class ImageProcessor:
         width, height = image.size
         if isinstance(self.size, int):
             short, long = sorted((width, height))
-            if long > 100 * short:  # a line: scaled whole it could take gigabytes, and the crop leaves only its middle
+            if long > 100 * short:  # a line: scaling it could take gigabytes, and the crop keeps only its middle
                 left, top = (max(edge - 100 * short, 0) // 2 for edge in (width, height))
                 image = image.crop((left, top, width - left, height - top))
                 width, height = image.size
                 short, long = sorted((width, height))
-            scaled = int(self.size * long / short)  # the long edge, in proportion
+            scaled = int(self.size * long / short)  # the long edge, same aspect ratio
             width, height = (self.size, scaled) if width <= height else (scaled, self.size)
         else:
             height, width = self.size
@@ -172,8 +171,8 @@ class ImageProcessor:
             same = (height, width) == pixels.shape[2:]
             return pixels if same else F.interpolate(pixels, (height, width), mode=mode, antialias=True)
 
-        # First the width, then the height, as PyTorch does it too: a large picture need not lie in memory as Pillow has
-        # it, in RGB, as an array and in PyTorch's own layout, all at once.
+        # First the width, then the height, as PyTorch does. In bands, because a large picture would otherwise be in
+        # memory several times: in Pillow, in RGB, as an array, and in PyTorch's layout.
         narrow = []
         for band in bands(image):
             pixels = torch.from_numpy(np.array(to_rgb(band, white))).permute(2, 0, 1)[None]  # (1, 3, rows, W)
@@ -182,12 +181,12 @@ class ImageProcessor:
         if (height, width) != self.crop_size:
             top, left = (height - self.crop_size[0]) // 2, (width - self.crop_size[1]) // 2
             bottom, right = height - self.crop_size[0] - top, width - self.crop_size[1] - left
-            pixels = F.pad(pixels, (-left, -right, -top, -bottom))  # less than none: crops, the edges go unseen
+            pixels = F.pad(pixels, (-left, -right, -top, -bottom))  # negative padding crops
         return pixels.contiguous()
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (..., 3, H, W) → float32 (..., 3, H, W): (pixels / 255 - mean) / std."""
-        # The mean and spread of the encoder's own training pictures: it gets numbers like those it learned from.
+        # Mean and standard deviation of the encoder's training pictures: its inputs get the same range as in training.
         mean = torch.tensor(self.image_mean, device=pixels.device).view(3, 1, 1)
         std = torch.tensor(self.image_std, device=pixels.device).view(3, 1, 1)
         return (pixels.float() / 255 - mean) / std
@@ -202,30 +201,30 @@ class ImageProcessor:
 
 
 def language(text: str) -> str:
-    """ "zh" where there is a Chinese character, else "en"."""
+    """ "zh" if the text contains a Chinese character, otherwise "en"."""
     return "zh" if re.search("[\u3400-\u9fff]", text) else "en"
 
 
 def encode_chat(tokenizer, conversations: list[dict], image_ids: list[int]) -> list[tuple[list[int], bool, int]]:
-    """A conversation as pieces (ids, is_answer, number of pictures), in order; joined, they are the model's input.
+    """A conversation → pieces (ids, is_answer, number of pictures), in order; their concatenation is the model's input.
 
-    Only answers get labels: the model learns to write them, not questions or placeholders.
+    Only answers get labels: the model learns to write answers, not questions or placeholders.
 
     `<|im_start|>system\\n...<|im_end|>\\n<|im_start|>user\\n...<|im_end|>\\n<|im_start|>assistant\\n` is a prompt
-    piece, `answer<|im_end|>` an answer piece: the boundary is where generation starts, so a model is trained on exactly
-    the tokens it will see. A conversation that ends with the user ends ready to answer. What people typed is plain
-    text: a `<|im_end|>` inside it is spelled out in ordinary tokens and ends nothing.
+    piece, `answer<|im_end|>` an answer piece. Generation starts at the boundary, so training and generation use the
+    same tokens. A conversation that ends with the user's turn is a prompt for an answer. Text from users is plain text:
+    a `<|im_end|>` inside it becomes ordinary tokens and does not end the turn.
 
-    A tokenizer with a `<think>` token is of MiniMind-3: no system turn but one that is given, and each prompt ends with
-    an empty `<think>` block. An answer that thinks in the data learns to, in place of that.
+    A tokenizer with a `<think>` token belongs to MiniMind-3: no default system turn, and each prompt ends with an empty
+    `<think>` block. If an answer in the data contains a thought, the thought is learned instead.
 
     Args:
         conversations: [{"role": "system" | "user" | "assistant", "content": str}, ...], `<image>` in user turns.
-        image_ids: P times the token that takes the place of each `<image>`; empty if no turn has one.
+        image_ids: the P placeholder tokens that replace each `<image>`; empty if no turn has one.
     Raises ValueError for an unknown role, turns out of order, placeholders typed as text, or text that is not Unicode.
     """
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    backend = tokenizer.backend_tokenizer  # a third of the time of tokenizer(...), whose every call sets these anew
+    backend = tokenizer.backend_tokenizer  # three times as fast as tokenizer(...), which sets these in each call
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
@@ -233,12 +232,12 @@ def encode_chat(tokenizer, conversations: list[dict], image_ids: list[int]) -> l
     def text(string):
         try:
             return backend.encode(string, add_special_tokens=False).ids
-        except TypeError:  # half a surrogate pair, by which Python also keeps bytes that are no UTF-8
+        except TypeError:  # half a surrogate pair; Python also uses these for bytes that are not UTF-8
             raise ValueError(f"the text {ascii(string[:80])} is not Unicode: save or send it as UTF-8") from None
 
     P, sign = len(image_ids), backend.id_to_token(image_ids[0]) if image_ids else ""
-    typed = len(sign) == 1  # as "@" is, which people type too, and not <|image_pad|>: it is put in as an id
-    run = re.compile(f"{re.escape(sign)}{{{P},}}" if typed else r"(?!)")  # what the model takes for pictures
+    typed = len(sign) == 1  # people can type "@", but not <|image_pad|>, which is inserted as an id
+    run = re.compile(f"{re.escape(sign)}{{{P},}}" if typed else r"(?!)")  # runs that the model would read as pictures
     turns, newline, thoughtful = list(conversations), text("\n"), thinks(tokenizer)
     if not thoughtful and (not turns or turns[0]["role"] != "system"):
         turns = [{"role": "system", "content": DEFAULT_SYSTEM}, *turns]
@@ -252,7 +251,7 @@ def encode_chat(tokenizer, conversations: list[dict], image_ids: list[int]) -> l
             raise ValueError(f"turn order: {role} after {last}; expected user, assistant, user, assistant, ...")
         tags = content.count(IMAGE_TAG) if role == "user" else 0
         if tags and typed:
-            content = content.replace(IMAGE_TAG, sign * P)  # a token for each patch
+            content = content.replace(IMAGE_TAG, sign * P)  # one token per patch
         if typed and sum(len(match) // P for match in run.findall(content)) != tags:
             raise ValueError(
                 f"{role}: the text has {P} or more {sign!r} in a row, as a picture has. "
@@ -260,7 +259,7 @@ def encode_chat(tokenizer, conversations: list[dict], image_ids: list[int]) -> l
             )
         if role == "assistant":
             block, answer = after_thoughts(text, content) if thoughtful else ([], text(content))
-            pieces += [([*prompt, *block], False, pictures), ([*answer, end], True, 0)]  # the second is learned
+            pieces += [([*prompt, *block], False, pictures), ([*answer, end], True, 0)]  # only the second is learned
             prompt, pictures = [*newline], 0
         else:
             pictures += tags
@@ -276,9 +275,9 @@ def encode_chat(tokenizer, conversations: list[dict], image_ids: list[int]) -> l
 
 
 def after_thoughts(text, content: str) -> tuple[list[int], list[int]]:
-    """An answer of MiniMind-3 → (what the prompt ends with, what is learned). text: str → ids.
+    """An answer of MiniMind-3 → (ids that end the prompt, ids to learn). text: str → ids.
 
-    Its tokens are those of the whole, as blanks at its beginning may be one with the lines before.
+    Both come from one tokenization, because blanks at the start of an answer may merge with the newlines before it.
     """
     before, _, said = content.rpartition("</think>")
     thought = before.split("</think>")[0].split("<think>")[-1].strip("\n")

@@ -1,7 +1,7 @@
-"""The `AutoProcessor` of exported folders: messages and pictures → what `MiniMindVLM.generate` takes.
+"""The `AutoProcessor` of exported folders: messages and pictures → inputs of `MiniMindVLM.generate`.
 
-For programs of others, which know nothing of `encode_chat`: they fill in a chat template and have the text tokenized.
-Tokens and pixels are the same. Shapes: B texts, N pictures of all texts, T tokens, P placeholders of a picture.
+For other programs, which do not use `encode_chat`: they apply a chat template and tokenize the text. Tokens and pixels
+are the same. Shapes: B texts, N pictures of all texts, T tokens, P placeholders per picture.
 """
 
 import re
@@ -9,43 +9,43 @@ import re
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image, make_flat_list_of_images
 
-# All files that are needed, as Transformers 4 copies what this one imports, but not what that imports in turn.
+# All files that are needed: Transformers 4 copies only files that this one imports directly.
 from .families import family_of as family_of
 from .files import read_json as read_json
 from .processing import IMAGE_TAG, ImageProcessor
 from .rgb import to_rgb as to_rgb
 from .tokenizer import load_tokenizer as load_tokenizer
 
-# Chat templates put it into what people typed, so that a <|im_end|> there is no token that ends the turn. Private use:
-# it means nothing in any text, and is gone before the text becomes tokens.
+# Chat templates insert it into text from users, so a <|im_end|> there does not become the token that ends the turn.
+# This character for private use has no meaning in any text; it is removed before the text becomes tokens.
 HIDE = "\ue000"
 
 
 def opened(images):
-    """Pictures, in lists or not, where a text in place of one is its path, its address, or its content in base64."""
+    """Opens pictures, also in nested lists. A string is a path, a URL, or base64; other values are returned as is."""
     if isinstance(images, (list, tuple)):
         return [opened(image) for image in images]
     return load_image(images) if isinstance(images, str) else images
 
 
 class MiniMindVProcessor(ProcessorMixin):
-    """`processor.apply_chat_template(messages, ...)`, or `processor(text=..., images=...)` of a text made by it."""
+    """`processor.apply_chat_template(messages, ...)`, or `processor(text=..., images=...)` with a text from it."""
 
-    attributes = ["tokenizer"]  # what Transformers loads; the rest stands in processor_config.json
+    attributes = ["tokenizer"]  # Transformers loads it; the rest is in processor_config.json
     tokenizer_class = "AutoTokenizer"
 
     def __init__(self, tokenizer=None, chat_template=None, placeholders="@" * 196, pixels=None):
-        """placeholders: the text of a picture, P tokens; pixels: the arguments of `ImageProcessor`."""
+        """placeholders: the text of a picture, P tokens. pixels: arguments of `ImageProcessor`."""
         super().__init__(tokenizer, chat_template=chat_template)
         self.placeholders, self.pixels = placeholders, pixels or {}
         self.image_processor = ImageProcessor(**self.pixels)
 
     def __call__(self, images=None, text=None, return_tensors="pt", padding_side=None, **kwargs) -> BatchFeature:
-        """str or list of B, with IMAGE_TAG for each picture; the pictures, see `opened`, in order, flat or a list for
-        each text.
+        """text: str or list of B, with IMAGE_TAG for each picture. images: see `opened`, in order, flat or one list per
+        text.
 
-        Returns input_ids and attention_mask int64 (B, T), padded on that side, by default the tokenizer's,
-        pixel_values float32 (N, 3, H, W) if there are pictures.
+        Returns input_ids and attention_mask, int64 (B, T), padded on padding_side (default: the tokenizer's), and
+        pixel_values, float32 (N, 3, H, W), if there are pictures.
         """
         ids = [self.encode(one) for one in ([text] if isinstance(text, str) else text)]
         out = dict(self.tokenizer.pad({"input_ids": ids}, return_tensors=return_tensors, padding_side=padding_side))
@@ -54,8 +54,8 @@ class MiniMindVProcessor(ProcessorMixin):
         return BatchFeature(out)
 
     def encode(self, text: str) -> list[int]:
-        """The special tokens of the template are such, all else is plain text; the placeholders, where people can type
-        them, too (see `encode_chat`)."""
+        """Text → ids. Special tokens of the template stay special; everything else is plain text, including
+        placeholders that people can type (see `encode_chat`)."""
         special = self.tokenizer.all_special_tokens
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()

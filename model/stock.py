@@ -1,6 +1,6 @@
-"""The weights of a decoder under the names of stock models, and back. Used by llm.py and llava.py.
+"""Renames the weights of a decoder for stock models, and back. Used by llm.py and llava.py.
 
-A Llama and both Qwen3 have ours; only the experts of a GraniteMoeShared are laid out otherwise.
+Llama, Qwen3 and Qwen3Moe use the same names as ours; only the experts of GraniteMoeShared have another layout.
 
 Shapes: D hidden_size, I intermediate_size, E experts, S shared experts.
 """
@@ -13,7 +13,7 @@ from model.model_minimind import MiniMindConfig
 
 
 def to_stock(state: dict, config: MiniMindConfig) -> dict[str, torch.Tensor]:
-    """Without the head; in the layout before Transformers 5, which all versions read."""
+    """Weights for a stock model, without the head, in the layout before Transformers 5, which all versions read."""
     theirs = {key: value for key, value in state.items() if key.startswith("model.")}
     if not config.use_moe or config.qk_norm:
         return theirs
@@ -29,7 +29,7 @@ def to_stock(state: dict, config: MiniMindConfig) -> dict[str, torch.Tensor]:
         theirs[f"{layer}block_sparse_moe.router.layer.weight"] = state[f"{layer}mlp.gate.weight"]  # (E, D)
         theirs[f"{layer}block_sparse_moe.input_linear.weight"] = torch.cat([gate, up], dim=1)  # (E, 2·I, D)
         theirs[f"{layer}block_sparse_moe.output_linear.weight"] = down  # (E, D, I)
-        if S:  # several are one, S times as wide
+        if S:  # several become one, S times as wide
             gate, up, down = (stack("shared_experts", matrix, S) for matrix in ("gate", "up", "down"))
             theirs[f"{layer}shared_mlp.input_linear.weight"] = torch.cat([gate, up]).flatten(0, 1)  # (2·S·I, D)
             theirs[f"{layer}shared_mlp.output_linear.weight"] = down.transpose(0, 1).flatten(1)  # (D, S·I)

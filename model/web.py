@@ -1,6 +1,6 @@
-"""A trained model as a page that answers in a browser, without a server: inference/web with the weights in it.
+"""Writes a trained model as a page that answers in a browser, without a server: inference/web plus the weights.
 
-Used by scripts.convert_vlm. What engine.js there reads is written here: config, tokenizer, weights as safetensors.
+Used by scripts.convert_vlm. This file writes the inputs of engine.js: config, tokenizer, weights as safetensors.
 """
 
 import base64
@@ -24,18 +24,18 @@ from model.rgb import to_rgb
 from model.tokenizer import thinks
 
 WEB = Path(__file__).parents[1] / "inference" / "web"
-SOURCES = ("bpe.js", "resize.js", "layers.js", "engine.js", "worker.js")  # which the page joins for its worker
-SCRIPTS = ("words.js", "pictures.js", "attention.js", "chat.js")  # of the page itself
-ACTIVATIONS = ("silu", "relu", "gelu", "quick_gelu", "gelu_pytorch_tanh")  # those of layers.js
-FILTERS = (2, 3)  # bilinear and bicubic, those of resize.js
-ONE_FILE = 50 * 10**6  # bytes of a page, above which the weights stand beside it
-PIECE = 4 * 10**6  # bytes of a file: the page shows how far it is after each, and hosts take none over 25 or 100 MB
-BETWEEN = '</script>\n<script type="text/plain" class="weights">'  # pieces in the page, which it lets go one by one
+SOURCES = ("bpe.js", "resize.js", "layers.js", "engine.js", "worker.js")  # joined for the worker of the page
+SCRIPTS = ("words.js", "pictures.js", "attention.js", "chat.js")  # scripts of the page itself
+ACTIVATIONS = ("silu", "relu", "gelu", "quick_gelu", "gelu_pytorch_tanh")  # supported by layers.js
+FILTERS = (2, 3)  # bilinear and bicubic, supported by resize.js
+ONE_FILE = 50 * 10**6  # bytes; above this, the weights go into files next to the page
+PIECE = 4 * 10**6  # bytes per file: the page shows progress after each; hosts reject files over 25 or 100 MB
+BETWEEN = '</script>\n<script type="text/plain" class="weights">'  # between pieces; the page frees them one by one
 SAMPLE = 448  # pixels of the longer edge of a sample picture
 DTYPES = ("int8", "fp16")
 
 ENCODERS = ("clip", "siglip", "vit", "dinov2", "dinov2_with_registers")
-ENCODER_NAMES = (  # of their files, and of their classes in Transformers 5, which names some anew → the page's
+ENCODER_NAMES = (  # names in their files, and in Transformers 5, which renames some → names in the page
     (r"^(vision_model\.)?(encoder\.)?layers?\.", "layers."),
     (r"\.attention\.attention\.([qkv])[a-z]+\.", r".attention.\1_proj."),
     (r"\.(self_attn|attention)\.([qkv]_proj)\.", r".\2."),
@@ -49,23 +49,25 @@ ENCODER_NAMES = (  # of their files, and of their classes in Transformers 5, whi
     (r"^(vision_model\.)?(post_layernorm|layernorm)\.", "norm."),
 )
 
-# ---------------------------------------------------------------------------- what the engine cannot do
+# ---------------------------------------------------------------------------- limits of the engine
 
 
 def check_web(model, tokenizer_path) -> None:
-    """ValueError names what of the model engine.js does not know."""
+    """Raises ValueError, which names the part of the model that engine.js does not support."""
     encoder, path = model.vision_encoder.config, Path(tokenizer_path) / "tokenizer.json"
     kind = key_of(encoder.model_type)
     if kind not in ENCODERS or getattr(encoder, "use_swiglu_ffn", False):
         names = ", ".join(FAMILIES[name].name for name in ENCODERS)
-        raise ValueError(f"--to web: this {FAMILIES[kind].name} is no encoder that the page knows. It knows\n{names}")
+        raise ValueError(
+            f"--to web: the page does not support this {FAMILIES[kind].name} encoder. It supports\n{names}"
+        )
     for act in (model.config.hidden_act, encoder.hidden_act):
         if act not in ACTIVATIONS:
-            raise ValueError(f"--to web: the page does not know hidden_act {act!r}, only {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"--to web: the page does not support hidden_act {act!r}, only {', '.join(ACTIVATIONS)}")
     if model.processor.resample not in FILTERS:
         raise ValueError(
-            f"--to web: {model.config.model_type}'s encoder wants pictures resized with resample "
-            f"{int(model.processor.resample)},\nthe page knows 2 (bilinear) and 3 (bicubic)"
+            f"--to web: the encoder of this {model.config.model_type} needs pictures resized with resample "
+            f"{int(model.processor.resample)},\nbut the page supports only 2 (bilinear) and 3 (bicubic)"
         )
     known = read_json(path)
     split, bpe = known.get("pre_tokenizer") or {}, known["model"]
@@ -73,14 +75,14 @@ def check_web(model, tokenizer_path) -> None:
     plain &= bpe["type"] == "BPE" and not bpe.get("ignore_merges") and not known.get("normalizer")
     plain &= not any(token[key] for token in known["added_tokens"] for key in ("single_word", "lstrip", "rstrip"))
     if not plain:
-        raise ValueError(f"--to web: {path} is no plain byte-level BPE, as scripts.train_tokenizer makes it")
+        raise ValueError(f"--to web: {path} is not a plain byte-level BPE, which scripts.train_tokenizer makes")
 
 
-# ---------------------------------------------------------------------------- its parts
+# ---------------------------------------------------------------------------- parts of the page
 
 
 def as_url(picture: Image.Image) -> str:
-    """A small JPEG of it as a data: URL."""
+    """A picture as a small JPEG in a data: URL."""
     picture, file = to_rgb(picture), BytesIO()
     picture.thumbnail((SAMPLE, SAMPLE))
     picture.save(file, "JPEG", quality=90)
@@ -88,7 +90,7 @@ def as_url(picture: Image.Image) -> str:
 
 
 def web_config(model, tokenizer, sidecar: dict, name: str, samples=()) -> dict:
-    """What the page knows of the model besides weights. sidecar: the JSON of the weights; samples: pictures."""
+    """The configuration for the page. sidecar: the JSON of the weights; samples: pictures to offer first."""
     config, thoughtful = model.config, thinks(tokenizer)
     fields = (
         *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"),
@@ -120,8 +122,8 @@ def web_config(model, tokenizer, sidecar: dict, name: str, samples=()) -> dict:
 
 
 def encoder_weights(model) -> dict[str, torch.Tensor]:
-    """The encoder under the page's names, the very tensors, but for "encoder.positions": what its embeddings make of
-    a picture of zeros (T, V), where all is in place that is added to patches or stands before them."""
+    """The encoder's weights under the page's names. "encoder.positions" (T, V) is its embedding of a picture of zeros:
+    it contains everything that is added to patches or comes before them."""
     tower = model.vision_encoder
     embeddings = getattr(tower, "vision_model", tower).embeddings
     weights = {"encoder.positions": embeddings(torch.zeros(1, 3, *model.processor.crop_size))[0]}
@@ -136,16 +138,18 @@ def encoder_weights(model) -> dict[str, torch.Tensor]:
 
 
 def web_state(model, dtype: str) -> dict[str, torch.Tensor]:
-    """All weights that answers need, as they are stored: matrices in fp16, or as int8 with a scale for each row beside
-    them ("NAME.scale"), the rest in fp16 where that loses nothing."""
+    """All weights that answers need, in the stored dtype: matrices as fp16, or as int8 with a scale per row
+    ("NAME.scale"), other tensors as fp16 if that is lossless. Raises ValueError for values beyond fp16."""
     tower, normed = model.vision_encoder, model.config.projector == "mlp"
     skip = r"lm_head\." if normed and family_of(tower.config.model_type).norm else r"lm_head\.|encoder\.norm\."
-    state = encoder_weights(model) | model.text_state_dict()  # of which head and embedding are one
+    state = encoder_weights(model) | model.text_state_dict()  # head and embedding are one matrix
     state = {key: value for key, value in state.items() if not re.match(skip, key)}
     stored = {}
     for key, value in state.items():
         value = value.detach().cpu().float()
-        if value.ndim == 1 or key == "encoder.positions" or ".mlp.gate." in key:  # which expert comes is not rounded
+        if (
+            value.ndim == 1 or key == "encoder.positions" or ".mlp.gate." in key
+        ):  # the choice of experts needs full precision
             stored[key] = exact(value)
         elif dtype == "int8":
             rows, scales = quantize(value.flatten(1))  # (O, I), (O, 1)
@@ -153,12 +157,12 @@ def web_state(model, dtype: str) -> dict[str, torch.Tensor]:
         else:
             stored[key] = value.half().contiguous()
             if not stored[key].isfinite().all():
-                raise ValueError(f"--dtype fp16: {key} holds values that are not finite in fp16. Take --dtype int8")
+                raise ValueError(f"--dtype fp16: {key} contains values that are not finite in fp16. Use --dtype int8")
     return stored
 
 
 def as_floats(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the stored weights stand for, in fp32."""
+    """The stored weights converted to fp32."""
 
     def widen(key, value):
         scales = stored.get(f"{key}.scale")
@@ -171,12 +175,12 @@ def as_floats(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def inside(text: str) -> str:
-    """For a <script> of HTML, which "</script" or "<!--" in a text would end or change."""
+    """Escapes text for a <script> in HTML, which "</script" or "<!--" would end or change."""
     return text.replace("<", "\\u003c")
 
 
 def page_of(parts: dict[str, str]) -> str:
-    """chat.html with its style and its scripts. parts: what else stands in place of the comments with these names."""
+    """chat.html with style and scripts filled in. parts: {name of another comment: its replacement}."""
 
     def joined(*names):
         return "\n".join((WEB / name).read_text(encoding="utf-8") for name in names)
@@ -196,15 +200,18 @@ def write_web(
     split=False,
     samples=(),
 ) -> dict:
-    """chat.html in `folder`, and the files of weights if there is more than ONE_FILE, or if `split`. samples: pictures
-    to begin with. Returns what is stored, as `web_state`. Raises ValueError for models that the page cannot run."""
+    """Writes chat.html into `folder`, and separate files of weights if they exceed ONE_FILE or with `split`.
+
+    dtype: one of DTYPES. samples: pictures to offer first. Returns the stored weights, see `web_state`. Raises
+    ValueError for models that the page cannot run, OSError if writing fails.
+    """
     check_web(model, tokenizer_path)
     stored = web_state(model, dtype)
     weights = safetensors.torch.save(stored)
     config = web_config(model, tokenizer, sidecar, name, samples) | {"bytes": len(weights)}
     pieces, text = [weights[at : at + PIECE] for at in range(0, len(weights), PIECE)], ""
-    if split or len(weights) * 4 / 3 > ONE_FILE:  # base64 has 6 bits in a byte
-        mark = hashlib.sha256(weights).hexdigest()[:12]  # a browser that has kept other weights fetches these
+    if split or len(weights) * 4 / 3 > ONE_FILE:  # base64 stores 6 bits in a byte
+        mark = hashlib.sha256(weights).hexdigest()[:12]  # new names, so a browser does not use cached weights
         config["files"] = [{"name": f"weights_{mark}_{i}.bin", "bytes": len(piece)} for i, piece in enumerate(pieces)]
         for file, piece in zip(config["files"], pieces):
             write_safely(folder / file["name"], lambda out, piece=piece: out.write(piece))

@@ -1,10 +1,10 @@
 """Weights on disk: `out/{llm,pretrain_vlm,sft_vlm}_{hidden}{_moe}.pth`, fp16, without the encoder.
 
-Beside each stands a small JSON that says what it is: configuration, tokenizer, encoder, data, step. Everything is
-written beside, flushed and renamed, so that a full disk or a lost power supply leaves the last good file.
+A small JSON next to each file describes it: configuration, tokenizer, encoder, data, step. All files are written under
+a temporary name, flushed and renamed, so a full disk or a power failure leaves the last good file.
 
-Also read are those of the public MiniMind-V without a JSON, those from before April 2025 under their older names, and
-Transformers folders; what does not fit is refused. build.py makes models of them.
+This module also reads weights of the public MiniMind-V without a JSON, weights with the names from before April 2025,
+and Transformers folders. Other files raise an error. build.py makes models from the weights.
 """
 
 import hashlib
@@ -26,10 +26,10 @@ from model.generations import LATER_FIELDS, MINIMIND_2, MINIMIND_3, Generation, 
 from model.model_minimind import MiniMindConfig
 from model.model_vlm import VLMConfig
 
-SIDECAR = "minimind.json"  # in a Transformers folder: the JSON of the weights it was made of
+SIDECAR = "minimind.json"  # in a Transformers folder: the JSON of the original weights
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
-OLDER_NAMES = (  # before April 2025 → now
+OLDER_NAMES = (  # name before April 2025 → name today
     (r"^tok_embeddings\.", "model.embed_tokens."),
     (r"^output\.", "lm_head."),
     (r"^norm\.", "model.norm."),
@@ -38,7 +38,7 @@ OLDER_NAMES = (  # before April 2025 → now
     (r"\.ffn_norm\.", ".post_attention_layernorm."),
     (r"\.attention\.w([qkvo])\.", r".self_attn.\1_proj."),
     (r"\.feed_forward\.", ".mlp."),
-    (r"\.shared_experts\.w", ".shared_experts.0.w"),  # there was one
+    (r"\.shared_experts\.w", ".shared_experts.0.w"),  # there was only one
     (r"\.w1\.", ".gate_proj."),
     (r"\.w2\.", ".down_proj."),
     (r"\.w3\.", ".up_proj."),
@@ -46,7 +46,7 @@ OLDER_NAMES = (  # before April 2025 → now
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files of weights of a Transformers folder: one, or the shards that an index names."""
+    """The files of weights in a Transformers folder: one, or the shards of an index. Raises FileNotFoundError."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return [folder / name]
@@ -56,13 +56,14 @@ def files_of(folder: Path) -> list[Path]:
             if not names or any(Path(shard).name != shard for shard in names):
                 raise ValueError(f'{folder / name}.index.json: expected "weight_map": {{tensor: file in this folder}}')
             return [folder / shard for shard in names]
-    raise FileNotFoundError(f"{folder}: neither model.safetensors nor pytorch_model.bin there, nor an index of shards")
+    raise FileNotFoundError(f"{folder}: no model.safetensors, pytorch_model.bin or index of shards there")
 
 
 def read_weights(path) -> dict[str, torch.Tensor]:
-    """What a .safetensors file, a pickle of PyTorch or a Transformers folder holds, under the names it has there.
+    """Reads a .safetensors file, a pickle of PyTorch or a Transformers folder: {name in the file: tensor}.
 
-    Only tensors are unpickled: a file that would run code is refused, and so is one that is damaged.
+    Only tensors are unpickled. Raises ValueError for a file that would run code and for a damaged one,
+    FileNotFoundError for a missing one.
     """
     path = Path(path)
     if path.is_dir():
@@ -74,49 +75,50 @@ def read_weights(path) -> dict[str, torch.Tensor]:
             return safetensors.torch.load_file(path)
         check_records(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a zip, pickle or value error, by what is wrong with it
+    except Exception as error:  # zip and pickle raise different errors
         if what := impostor(path):
             raise ValueError(f"{path} {what}") from None
         reason = why_unreadable(error)
         raise ValueError(f"{path} is not a file of weights that can be read safely: {reason}") from None
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, expected a state dict: names and tensors")
+        raise ValueError(f"{path} contains a {type(state).__name__}, expected a state dict: names and tensors")
     return state
 
 
 def check_values(state: dict[str, torch.Tensor], path) -> None:
-    """ValueError names the first tensor of a state dict that cannot be weights: not of floats, sparse, not finite."""
+    """Raises ValueError, which names the first tensor that is not dense, not of floats, or not finite."""
     for key, value in state.items():
         if not value.is_floating_point() or value.layout != torch.strided:
             kind = str(value.layout if value.layout != torch.strided else value.dtype).removeprefix("torch.")
-            raise ValueError(f"{path}: {key} is {kind}, expected floats. Fetch or convert the weights again")
+            raise ValueError(f"{path}: {key} is {kind}, expected floats. Download or convert the weights again")
         if not value.isfinite().all():
             raise ValueError(
-                f"{path}: {key} holds NaN or infinite values, with which no answer makes sense.\n"
-                "Take an earlier checkpoint, or fetch the weights again"
+                f"{path}: {key} contains NaN or infinite values.\n"
+                "Use an earlier checkpoint, or download the weights again"
             )
 
 
 def bare_name(weights: Path) -> str:
-    """Without .pth; a folder's name may hold dots of its own, as in mine-v0.1."""
+    """The name of weights without .pth; the name of a folder may contain dots, such as mine-v0.1."""
     return weights.name if weights.is_dir() else weights.stem
 
 
 def sidecar_path(weights: Path) -> Path:
+    """The JSON of weights in a file or folder."""
     return weights / "config.json" if weights.is_dir() else weights.with_suffix(".json")
 
 
 def read_sidecar(weights: Path) -> dict:
-    """The JSON beside weights; "config", "tokenizer", "vision_model" and "prompts" are objects, empty if it is absent.
+    """The JSON next to weights. "config", "tokenizer", "vision_model" and "prompts" are always objects, maybe empty.
 
-    In a Transformers folder config.json is the "config", of which only what our configuration knows is taken; the
-    others, where SIDECAR is there, are the folder's own.
+    In a Transformers folder, config.json gives "config", reduced to our own fields; the rest comes from SIDECAR. Raises
+    ValueError for invalid values.
     """
     path = sidecar_path(weights)
     sidecar = read_json(path) if path.is_file() else {}
     if weights.is_dir():
         if (kind := sidecar.get("model_type")) not in ("minimind", "minimind-v"):
-            back = f". Make one of it: python -m scripts.convert_vlm --to pth --weights {weights}"
+            back = f". Convert it: python -m scripts.convert_vlm --to pth --weights {weights}"
             back *= kind == "llava" or "made_by" in sidecar  # of model/llm.py
             raise ValueError(f"{path}: expected a MiniMind with model_type minimind-v, got {kind}{back}")
         fields = [*signature(MiniMindConfig).parameters, "image_ids", "image_special_token", "projector"]
@@ -129,21 +131,24 @@ def read_sidecar(weights: Path) -> dict:
                 sidecar[key]["path"] = str(folder)
     for key in ("config", "tokenizer", "vision_model", "prompts"):
         if not isinstance(sidecar.setdefault(key, {}), dict):
-            raise ValueError(f"{path}: {key!r} must be an object. Mend or remove the file: shapes tell the rest")
+            raise ValueError(
+                f"{path}: {key!r} must be an object. Fix or remove the file; the shapes of the weights give the rest"
+            )
     check_config(sidecar["config"], path)
     for prompts in sidecar["prompts"].values():
         if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(
-                f'{path}: "prompts" holds {prompts!r}, expected lists of questions, {{"en": ["What is this?"]}}'
+                f'{path}: "prompts" contains {prompts!r}, expected lists of questions, {{"en": ["What is this?"]}}'
             )
     return sidecar
 
 
 def known_names(state: dict) -> tuple[dict[str, torch.Tensor], bool, list[str]]:
-    """A state dict of any generation under the names of now.
+    """Renames a state dict of any generation to today's names.
 
-    Prefixes of wrappers go; buffers, the encoder and what is no tensor are left out; the one matrix that is embedding
-    and head stands under both names. Returns (state, is it an older one that needs `half_split` too, what is left out).
+    Removes prefixes of wrappers; drops buffers, the encoder and values that are not tensors; stores the shared matrix
+    under both names, embedding and head. Returns (state, whether it is an older one that needs `half_split`, dropped
+    names).
     """
     named, ignored = {}, []
     for key, value in state.items():
@@ -163,10 +168,10 @@ def known_names(state: dict) -> tuple[dict[str, torch.Tensor], bool, list[str]]:
 
 
 def half_split(state: dict[str, torch.Tensor], heads: int) -> dict[str, torch.Tensor]:
-    """Older q and k for the rotary positions of now.
+    """Reorders older q and k weights for today's rotary positions.
 
-    RoPE turned neighbours together, entries 2i and 2i + 1 of a head; now it turns i and i + d/2. So the even rows of
-    each head come first, then the odd ones. Scores are sums over a head, and stay.
+    RoPE used to rotate entries 2i and 2i + 1 of a head together; today it rotates i and i + d/2. So the even rows of
+    each head move before the odd ones. Attention scores are sums over a head and do not change.
     """
 
     def reorder(weight):
@@ -178,14 +183,15 @@ def half_split(state: dict[str, torch.Tensor], heads: int) -> dict[str, torch.Te
 
 
 def weights_name(stage: str, config: MiniMindConfig) -> str:
+    """The file name of weights, such as sft_vlm_512_moe.pth."""
     return f"{stage}_{config.hidden_size}{'_moe' if config.use_moe else ''}.pth"
 
 
 def find_weights(name: str, out_dir, hidden_size: int | None, use_moe: bool) -> Path | None:
-    """--from_weight: "none", a file, a Transformers folder, or a stage, looked for in `out_dir`.
+    """The weights for --from_weight: "none" (returns None), a file, a Transformers folder, or a stage in `out_dir`.
 
-    Of a stage the file of the width and kind asked for (512 and dense if nothing is said) comes first, else the only
-    one that does not contradict what was said.
+    For a stage, the file with the requested width and kind (default: 512, dense) comes first, otherwise the only file
+    that does not contradict the flags. Raises FileNotFoundError, or ValueError if several files fit.
     """
     if name == "none":
         return None
@@ -207,21 +213,21 @@ def find_weights(name: str, out_dir, hidden_size: int | None, use_moe: bool) -> 
         return out_dir / matches[0]
     if matches:
         raise ValueError(
-            f"--from_weight {name}: {out_dir} holds {', '.join(matches)}\n"
-            f"Say which by its path: --from_weight {out_dir / matches[0]}"
+            f"--from_weight {name}: {out_dir} contains {', '.join(matches)}\n"
+            f"Choose one by its path: --from_weight {out_dir / matches[0]}"
         )
     how = {
         "pretrain_vlm": "make it: python train_pretrain_vlm.py",
-        "sft_vlm": "fetch it: python -m scripts.download --what vlm",
-        "llm": "fetch it: python -m scripts.download --what llm",
+        "sft_vlm": "download it: python -m scripts.download --what vlm",
+        "llm": "download it: python -m scripts.download --what llm",
     }
     raise FileNotFoundError(
-        f"--from_weight {name}: no {exact[0]} ({out_dir} holds {', '.join(there) or 'no .pth file'})\n"
-        f"Name another, or none, or {how.get(name, 'a stage: ' + ', '.join(how))}"
+        f"--from_weight {name}: no {exact[0]} ({out_dir} contains {', '.join(there) or 'no .pth file'})\n"
+        f"Choose another, or none, or {how.get(name, 'a stage: ' + ', '.join(how))}"
     )
 
 
-INTEGERS = {  # of a configuration: least, most
+INTEGERS = {  # field of a configuration → minimum, maximum
     **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), (1, 10**7)),
     **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), (1, 10**4)),
     **dict.fromkeys(("n_routed_experts", "num_experts_per_tok", "head_dim", "spatial_merge_size"), (1, 10**4)),
@@ -234,10 +240,10 @@ TEXTS = ("hidden_act", "scoring_func", "image_special_token", "projector")
 
 
 def check_config(config: dict, path: Path) -> None:
-    """ValueError names the first value of a configuration, as it was read from a file, that no model can have."""
+    """Raises ValueError, which names the first invalid value of a configuration from a file."""
     for key, value in config.items():
         if key in INTEGERS:
-            public = key == "n_shared_experts" and value is True  # which says so, and means 1
+            public = key == "n_shared_experts" and value is True  # public files write true for 1
             check_number(path, key, int(value) if public else value, *INTEGERS[key])
         elif key in NUMBERS:
             check_number(path, key, value, *NUMBERS[key], float)
@@ -248,26 +254,25 @@ def check_config(config: dict, path: Path) -> None:
         elif key == "image_ids" and not (isinstance(value, list) and value and all(type(i) is int for i in value)):
             raise ValueError(f"{path}: {key} is {str(value)[:50]}, expected a list of token ids")
         elif key not in (*INTEGERS, *NUMBERS, *SWITCHES, *TEXTS, "image_ids"):
-            raise ValueError(f"{path}: {key!r} is nothing that this model knows. Is the file of a later version?")
+            raise ValueError(f"{path}: {key!r} is unknown to this model. Is the file from a later version?")
 
 
 def generation_at(path) -> Generation:
-    """Of the weights in a file or folder."""
+    """The generation of the weights in a file or folder. Raises ValueError for an unsupported one."""
     state, older, _ = known_names(read_weights(path))
     return generation_of(state, path, older)
 
 
 def config_of(state: dict, path: Path, known: dict, generation: Generation = MINIMIND_2) -> dict:
-    """The architecture of a state dict of `known_names`: what shapes tell, and the rest from `known`, the "config" of
-    its JSON, or its generation. Raises ValueError for weights that are of no architecture of ours, or not those that
-    `known` describes."""
+    """The architecture of a state dict from `known_names`: from its shapes, then `known`, the "config" of its JSON,
+    then its generation. Raises ValueError for weights of another architecture, or if `known` contradicts them."""
     use_moe = "model.layers.0.mlp.gate.weight" in state
     up = f"model.layers.0.mlp.{'experts.0.' if use_moe else ''}up_proj.weight"
     for key in ("model.embed_tokens.weight", "model.layers.0.self_attn.k_proj.weight", up):
         if key not in state:
             sees = any(re.match(r"(vision_model|vit|dinov2\w*|embeddings)\.", key) for key in state)
-            what = "an encoder, whose folder is for --vision_model_path" if sees else "not MiniMind of a known naming"
-            raise ValueError(f"{path} has no {key}, but {next(iter(state), 'no tensor')}: this is {what}")
+            what = "an encoder; pass its folder with --vision_model_path" if sees else "not a known form of MiniMind"
+            raise ValueError(f"{path} has no {key} (first tensor: {next(iter(state), 'none')}): this is {what}")
     vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
     layers = 1 + max(int(match[1]) for key in state if (match := re.match(r"model\.layers\.(\d+)\.", key)))
     heads = known.get("num_attention_heads", 8)
@@ -277,11 +282,11 @@ def config_of(state: dict, path: Path, known: dict, generation: Generation = MIN
     if generation is MINIMIND_3:
         read |= heads_of(state, path, keys)
     else:
-        public = "num_attention_heads" in known or keys * 4 == hidden_size  # 2 heads for keys beside 8 for queries
+        public = "num_attention_heads" in known or keys * 4 == hidden_size  # 2 key heads, 8 query heads
         if not public or hidden_size % heads or keys % (hidden_size // heads):
             raise ValueError(
-                f"num_attention_heads={heads} does not fit {path}: {hidden_size} wide, its keys {keys}. Give the "
-                "--num_attention_heads that it was trained with"
+                f"num_attention_heads={heads} does not fit {path}, with width {hidden_size} and keys of {keys}. Pass "
+                "the --num_attention_heads that it was trained with"
             )
         read["num_key_value_heads"] = keys // (hidden_size // heads)
     read["intermediate_size"] = state[up].shape[0]
@@ -291,25 +296,27 @@ def config_of(state: dict, path: Path, known: dict, generation: Generation = MIN
     for key, value in read.items():
         if key in known and known[key] != value:
             raise ValueError(
-                f"{sidecar_path(path)} says {key}={known[key]}, {path.name} holds {value}: they do not belong together"
+                f"{sidecar_path(path)} says {key}={known[key]}, but {path.name} contains {value}: they do not fit"
             )
     return generation.decoder | known | read
 
 
 def heads_of(state: dict, path: Path, keys: int) -> dict:
-    """Their width is that of the norm of MiniMind-3's queries, their numbers follow. keys: rows of k_proj."""
+    """Width and number of heads in MiniMind-3, from the norm of its queries. keys: rows of k_proj."""
     norms = [state.get(f"model.layers.0.self_attn.{name}.weight") for name in ("q_norm", "q_proj")]
     width, queries = (0 if weight is None else len(weight) for weight in norms)
     if not width or queries % width or keys % width:
         raise ValueError(
-            f"{path}: q_norm of {width} does not fit queries of {queries} and keys of {keys}. Fetch the weights again"
+            f"{path}: q_norm of {width} does not fit queries of {queries} and keys of {keys}. Download the file again"
         )
     return {"head_dim": width, "num_attention_heads": queries // width, "num_key_value_heads": keys // width}
 
 
 def refuse_other_architecture(path: Path, config: VLMConfig, resumable: bool = False) -> str:
-    """The name of a file tells the width, not the depth: ValueError if another model would be overwritten, or a file
-    that cannot be read. With a checkpoint to resume from, the latter is no loss: then a line that says so."""
+    """Raises ValueError if saving would overwrite another model: file names contain the width but not the depth.
+
+    Also raises it for an unreadable file; but with a checkpoint to resume from, returns a line for the user instead.
+    """
     there = {}
     if path.is_file():
         try:
@@ -319,23 +326,23 @@ def refuse_other_architecture(path: Path, config: VLMConfig, resumable: bool = F
         except ValueError as error:
             if not resumable:
                 raise
-            return f"{error}\nIt will be written anew from the checkpoint, which is whole"
+            return f"{error}\nIt will be written again from the checkpoint, which is complete"
     other = [
         f"{key} {value}, not {getattr(config, key)}"
         for key, value in there.items()
         if key not in ("dropout", "flash_attn", "image_special_token") and value != getattr(config, key)
     ]
     if other:
-        raise ValueError(f"{path} holds another model ({', '.join(other)}), keep it: choose another --out_dir")
+        raise ValueError(f"{path} contains another model ({', '.join(other)}). To keep it, choose another --out_dir")
     return ""
 
 
 def fingerprint(encoder: torch.nn.Module) -> str:
-    """sha256 of its weights, whatever the format of their file and the version of Transformers."""
+    """sha256 of an encoder's weights, independent of the file format and the version of Transformers."""
     state = sorted(encoder.state_dict().items())
     # position_ids are a buffer that only some versions of Transformers keep.
     parts = [(key, value.cpu().float().numpy().tobytes()) for key, value in state if "position_ids" not in key]
-    if family_of(encoder.config.model_type).renamed:  # but in each version the first number in a name is the layer
+    if family_of(encoder.config.model_type).renamed:  # in each version the first number in a name is the layer
         parts = sorted((re.findall(r"\.(\d+)\.", key)[:1], hashlib.sha256(part).digest()) for key, part in parts)
     digest = hashlib.sha256()
     for _, part in parts:
@@ -344,11 +351,12 @@ def fingerprint(encoder: torch.nn.Module) -> str:
 
 
 def tokenizer_hash(folder) -> str:
+    """sha256 of the tokenizer.json in a folder."""
     return hashlib.sha256((Path(folder) / "tokenizer.json").read_bytes()).hexdigest()
 
 
 def make_sidecar(model, origin, **facts) -> dict:
-    """What stands in the JSON beside the weights. origin: of the model, as `build_model` returns it."""
+    """The content of the JSON next to weights. origin: from `build_model`; facts: further entries."""
     fields = [*signature(MiniMindConfig).parameters, "ve_hidden_size", "image_special_token", "projector"]
     fields = [key for key in fields if key not in LATER_FIELDS or model.config.qk_norm]
     fields += ["spatial_merge_size"] * (getattr(model.config, "spatial_merge_size", 1) > 1)
@@ -364,11 +372,11 @@ def make_sidecar(model, origin, **facts) -> dict:
 
 
 def save_weights(path, model, sidecar: dict) -> None:
-    """fp16 weights without the encoder, and their JSON. Raises ValueError rather than save a NaN or infinity."""
+    """Saves fp16 weights without the encoder, and their JSON. Raises ValueError for NaN or infinity, OSError."""
     state = {key: value.detach().to("cpu", torch.float16) for key, value in model.text_state_dict().items()}
     for key, value in state.items():
         if not value.isfinite().all():
-            raise ValueError(f"{key} holds values that are not finite in fp16; {path} was left as it is")
+            raise ValueError(f"{key} contains values that are not finite in fp16; {path} was not changed")
     state["lm_head.weight"] = state["model.embed_tokens.weight"]  # stored once
     write_safely(path, lambda file: torch.save(state, file))
     write_json(Path(path).with_suffix(".json"), sidecar)

@@ -396,7 +396,7 @@ def test_the_check_sees_every_difference(save, convert, answers, what):
 
 def test_experts_that_llava_does_not_have_are_refused(save, convert):
     weights = save(use_moe=True, num_experts_per_tok=1)
-    with pytest.raises(ValueError, match=r"sum to 1, which num_experts_per_tok=1 .*Use --to transformers"):
+    with pytest.raises(ValueError, match=r"sum to 1, but this model has num_experts_per_tok=1 .*Use --to transformers"):
         convert("llava", weights)
     assert (convert("transformers", weights) / "config.json").is_file()
 
@@ -415,7 +415,7 @@ def test_mistakes_are_told_with_what_to_do(save, convert, tmp_path, flags, capsy
     assert not (tmp_path / "typo").exists()
     with pytest.raises(FileNotFoundError, match="--images nowhere.png: no such file"):
         convert("llava", weights, "--images", "nowhere.png", "nowhere.png", name="other")
-    with pytest.raises(ValueError, match=f"got llava. Make one of it: .* --to pth --weights {made}"):
+    with pytest.raises(ValueError, match=f"got llava. Convert it: .* --to pth --weights {made}"):
         train_sft_vlm.main([*flags, "--from_weight", str(made)])
     (made / "tokenizer.json").rename(made / "gone")
     with pytest.raises(FileNotFoundError, match=r"no tokenizer.json there\nSave it too: processor.save_pretrained"):
@@ -427,7 +427,7 @@ def test_mistakes_are_told_with_what_to_do(save, convert, tmp_path, flags, capsy
 
     config = json.loads((made / "config.json").read_text())
     (made / "config.json").write_text(json.dumps(config | {"projector_hidden_act": "gelu"}))
-    with pytest.raises(ValueError, match="a LLaVA that --to llava did not make: there is no MiniMind in it"):
+    with pytest.raises(ValueError, match="a LLaVA that --to llava did not make, so it contains no MiniMind"):
         convert("pth", made)
 
     args = parse_args(flags)

@@ -120,10 +120,10 @@ def test_of_a_whole_model_the_vision_half_is_taken(folders, kind, tmp_path):
 
 
 def test_an_encoder_of_no_family_and_one_of_any_proportions_are_refused_with_those_that_are_read(tmp_path):
-    for kind, more in (("resnet", ""), ("siglip2", ", a SigLIP2 of any proportions, not of a fixed size")):
+    for kind, more in (("resnet", ""), ("siglip2", ", a SigLIP2 for any aspect ratio, not for a fixed size")):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
         with pytest.raises(
-            ValueError, match=f"config.json: model_type '{kind}'{more}.\nEncoders .* CLIP, SigLIP, DINO"
+            ValueError, match=f"config.json: model_type '{kind}'{more}.\nSupported encoders: .*CLIP, SigLIP, DINO"
         ):
             VLMConfig.for_encoder(tmp_path)
 
@@ -254,7 +254,7 @@ def test_weights_without_json_are_not_given_another_family_of_the_same_shape(fla
     with pytest.raises(ValueError, match="siglip is not the encoder of .*sft_vlm_64.pth, which is .*clip"):
         build_model(train_sft_vlm.parse_args(flags("siglip")), path)
     path.with_suffix(".json").unlink()
-    with pytest.raises(ValueError, match="siglip holds a SigLIP: the model was made for a CLIP, pass its --vision"):
+    with pytest.raises(ValueError, match="siglip contains a SigLIP, but the model was trained with a CLIP: pass its"):
         build_model(train_sft_vlm.parse_args(flags("siglip")), path)
 
 
@@ -299,7 +299,7 @@ def test_a_model_of_fewer_image_tokens_learns_answers_and_is_exported(
     look = [str(world / "rows.jsonl"), "--images_path", str(world / "pictures"), "--from_weight", str(weights)]
     inspect_data.main([*look, "--html", str(tmp_path / "rows.html")])
     assert "@×4<" in (tmp_path / "rows.html").read_text()
-    with pytest.raises(ValueError, match="no stock LLaVA merges patches as .*\nUse --to transformers"):
+    with pytest.raises(ValueError, match="a stock LLaVA does not merge patches .*\nUse --to transformers"):
         converted("llava", weights, tmp_path / "no", world)
     if kind != "clip":  # without JSON weights are taken for public ones
         return
@@ -314,5 +314,5 @@ def test_tokens_that_patches_do_not_merge_into_are_refused_with_those_that_they_
     ):
         train_pretrain_vlm.main(flags("clip", "--from_weight", "none", "--image_tokens", "5"))
     train_pretrain_vlm.main(flags("clip", "--from_weight", "none"))
-    with pytest.raises(ValueError, match="--image_tokens 4: .*pretrain_vlm_64.pth has learned to make 16 tokens"):
+    with pytest.raises(ValueError, match="--image_tokens 4: .*pretrain_vlm_64.pth makes 16 tokens"):
         train_sft_vlm.main(flags("clip", "--image_tokens", "4"))

@@ -265,7 +265,9 @@ def test_nobody_can_type_a_picture_and_any_run_of_at_signs_is_text(words):
 
 
 def test_a_tokenizer_without_the_placeholder_is_refused(tokenizer_folder):
-    with pytest.raises(ValueError, match=r"placeholders of a picture are \d+ tokens, as it has no <\|image_pad\|>"):
+    with pytest.raises(
+        ValueError, match=r"placeholders of a picture become \d+ tokens, because it has no <\|image_pad\|>"
+    ):
         load_tokenizer(tokenizer_folder, "<|image_pad|>" * P)
 
 
@@ -292,7 +294,7 @@ def test_a_public_folder_is_read_by_the_names_of_its_configuration(tmp_path, pub
     for key, value in loaded.text_state_dict().items():
         assert torch.equal(value, state[key].float())
     (folder / "config.json").write_text(json.dumps(about | {"image_token_len": 49}))
-    with pytest.raises(ValueError, match="gives 16 patches, .*minimind-3v was made for 49"):
+    with pytest.raises(ValueError, match="gives 16 patches, .*minimind-3v was trained with 49"):
         build_model(parse_args(parts[2:]), folder)
 
 
@@ -301,8 +303,8 @@ def test_a_part_that_is_not_where_it_usually_is_is_named_with_how_to_fetch_it(pu
     path, _, _ = public()
     monkeypatch.chdir(path.parent)
     at = parts.index(f"--{part}_path")
-    fetch = f"Fetch it: python -m scripts.download --generation 3v --what {what}, or pass"
-    with pytest.raises(FileNotFoundError, match=f"is a minimind-3v, whose {part} is not in ./model/.*\n{fetch}"):
+    fetch = f"Download it: python -m scripts.download --generation 3v --what {what}, or pass"
+    with pytest.raises(FileNotFoundError, match=f"is a minimind-3v, but its {part} is not in ./model/.*\n{fetch}"):
         build_model(parse_args(parts[:at] + parts[at + 2 :]), path)
 
 
@@ -313,24 +315,24 @@ def test_a_language_model_of_it_gets_eyes(public):
 
 def test_other_generations_are_named_with_what_to_take_instead(tmp_path, parts):
     states = {
-        "v3-alpha": (public_state() | {"vision_proj.mlp.0.weight": torch.zeros(64, 128)}, "Take minimind-3v as"),
-        "v3-beta": (public_state() | {"vision_proj.mlp.0.weight": torch.zeros(3072)}, "Take minimind-3v as"),
-        "the first MiniMind-V": (
+        "v3-alpha": (public_state() | {"vision_proj.mlp.0.weight": torch.zeros(64, 128)}, "Use minimind-3v of"),
+        "v3-beta": (public_state() | {"vision_proj.mlp.0.weight": torch.zeros(3072)}, "Use minimind-3v of"),
+        "first MiniMind-V": (
             {"tok_embeddings.weight": torch.zeros(9, 64), "layers.0.attention.wq.weight": torch.zeros(64, 64)}
             | {"layers.0.attention.wk.weight": torch.zeros(32, 64)},
-            "Take MiniMind2-V: python -m scripts.download --what vlm",
+            "Use MiniMind2-V: python -m scripts.download --what vlm",
         ),
     }
     for name, (state, later) in states.items():
         path = tmp_path / "some.pth"
         torch.save(state, path)
-        with pytest.raises(ValueError, match=f"some.pth is of {name} .*\n{later}"):
+        with pytest.raises(ValueError, match=f"some.pth is a {name} .*\n{later}"):
             build_model(parse_args(parts), path)
 
 
 def test_eyes_and_words_of_the_other_generation_are_refused(public, parts, clip_folder, words_folder, monkeypatch):
     path, _, _ = public()
-    with pytest.raises(ValueError, match="the model was made for a SigLIP, pass its --vision_model_path"):
+    with pytest.raises(ValueError, match="the model was trained with a SigLIP: pass its --vision_model_path"):
         build_model(parse_args([*parts, "--vision_model_path", str(clip_folder)]), path)
     mine = build.tokenizer_hash(words_folder)
     monkeypatch.setattr(build, "LATER_TOKENIZER", mine)
@@ -338,7 +340,7 @@ def test_eyes_and_words_of_the_other_generation_are_refused(public, parts, clip_
     monkeypatch.setattr(build, "LATER_TOKENIZER", "")
     monkeypatch.setattr(build, "PUBLIC_TOKENIZER", mine)
     fetch = "python -m scripts.download --generation 3v"
-    with pytest.raises(ValueError, match=f"(?s)the tokenizer of an earlier generation .*For that: {fetch}"):
+    with pytest.raises(ValueError, match=f"(?s)the tokenizer of an earlier generation .*To download that: {fetch}"):
         build_model(parse_args(parts), path)
 
 
@@ -389,7 +391,7 @@ def test_it_becomes_a_folder_and_comes_back_to_the_bit(public, parts, world, tmp
     convert_vlm.main(["--to", "pth", "--weights", str(made), "--output", str(back), *common])
     ours, theirs = (torch.load(file) for file in (path, back / path.name))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    with pytest.raises(ValueError, match="no stock LLaVA is a minimind-3v, .*\nUse --to transformers"):
+    with pytest.raises(ValueError, match="a stock LLaVA does not have .* of minimind-3v.*\nUse --to transformers"):
         convert_vlm.main([*("--to", "llava", "--weights", str(path), "--output", str(tmp_path / "no")), *parts[:4]])
 
     settings = json.loads((made / "processor_config.json").read_text())

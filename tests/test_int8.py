@@ -32,5 +32,5 @@ def test_a_decoder_in_int8_keeps_its_likeliest_tokens_and_its_size_shrinks(use_m
 
 
 def test_it_is_refused_where_it_would_not_be_faster():
-    with pytest.raises(ValueError, match="--int8 is for CPUs, the model is on meta"):
+    with pytest.raises(ValueError, match="--int8 is for CPUs, but the model is on meta"):
         to_int8(decoder().to("meta"))

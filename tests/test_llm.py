@@ -174,18 +174,18 @@ def test_other_language_models_are_refused(tokenizer_folder, convert, tmp_path):
     Qwen3ForCausalLM(Qwen3Config(vocab_size=300, num_key_value_heads=2, **small)).save_pretrained(folder)
     shutil.copy(tokenizer_folder / "tokenizer.json", folder)
     for to in ("pth", "llm"):
-        with pytest.raises(ValueError, match="other is a qwen3 that --to llm did not make: there is no MiniMind in it"):
+        with pytest.raises(ValueError, match="other is a qwen3 that --to llm did not make, so it contains no MiniMind"):
             convert(to, folder)
 
 
 def test_mistakes_are_told_with_what_to_do(save, convert, flags):  # noqa: F811
     made = convert("llm", save())
-    with pytest.raises(ValueError, match=f"got llama. Make one of it: .* --to pth --weights {made}"):
+    with pytest.raises(ValueError, match=f"got llama. Convert it: .* --to pth --weights {made}"):
         train_sft_vlm.main([*flags, "--from_weight", str(made)])
     (made / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no tokenizer.json there\nSave it too: tokenizer.save_pretrained"):
         convert("pth", made)
-    with pytest.raises(ValueError, match="--to llm wants experts whose weights sum to 1, which num_experts_per_tok=1"):
+    with pytest.raises(ValueError, match="--to llm requires experts whose weights sum to 1, but this model has num_"):
         convert("llm", save(use_moe=True, num_experts_per_tok=1))
 
 

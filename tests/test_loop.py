@@ -512,7 +512,7 @@ def test_a_whole_checkpoint_resumes_beside_weights_that_are_damaged(flags, tmp_p
         main(flags)
     capsys.readouterr()
     same(whole, main([*flags, "--from_resume"]))
-    assert "It will be written anew from the checkpoint, which is whole" in capsys.readouterr().out
+    assert "It will be written again from the checkpoint, which is complete" in capsys.readouterr().out
     assert read_weights(tmp_path / "out/sft_vlm_64.pth").keys() == whole.model.text_state_dict().keys()
 
 
@@ -669,7 +669,7 @@ def test_attention_is_in_blocks_in_bfloat16_on_cpus_that_compute_in_it(make_vlm,
 def test_compiling_without_a_compiler_is_refused_at_once(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(common.devices.shutil, "which", lambda name: None)
     monkeypatch.setenv("CXX", "mycc")
-    with pytest.raises(ValueError, match=r"--compile: on a CPU it needs a C\+\+ compiler, and there is no mycc"):
+    with pytest.raises(ValueError, match=r"--compile: needs a C\+\+ compiler on a CPU, but mycc was not found"):
         main([*flags, "--compile"])
     assert not (tmp_path / "out").exists()
 

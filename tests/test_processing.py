@@ -500,7 +500,7 @@ def test_a_tokenizer_that_merges_placeholders_is_refused(tokenizer_folder, tmp_p
         content["model"]["merges"].insert(0, [left, "@"])
 
     load_tokenizer(tokenizer_folder, PLACEHOLDERS)
-    with pytest.raises(ValueError, match=f"the {P} placeholders of a picture .*as it merges '@' .*{left}@"):
+    with pytest.raises(ValueError, match=f"the {P} placeholders of a picture .*because it merges '@' .*{left}@"):
         load_tokenizer(changed(tokenizer_folder, tmp_path, merge), PLACEHOLDERS)
 
 
@@ -519,7 +519,7 @@ def test_a_tokenizer_without_the_tokens_of_a_chat_is_refused(tokenizer_folder, t
 def test_a_tokenizer_without_padding_is_refused(tokenizer_folder, tmp_path):
     folder = changed(tokenizer_folder, tmp_path, lambda content: None)
     drop_settings(folder, lambda key, value: key == "pad_token")
-    with pytest.raises(ValueError, match="has no pad_token; name one in tokenizer_config.json"):
+    with pytest.raises(ValueError, match="has no pad_token; set one in tokenizer_config.json"):
         load_tokenizer(folder, PLACEHOLDERS)
 
 

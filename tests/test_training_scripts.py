@@ -275,7 +275,9 @@ def test_weights_of_another_depth_under_the_same_name_are_kept(script, flags, tm
     path = tmp_path / "out" / f"{script.STAGE}_64.pth"
     before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
     for resume in ([], ["--from_resume"]):
-        with pytest.raises(ValueError, match=f"{path.name} holds another model .num_hidden_layers 2, not 3.*--out_dir"):
+        with pytest.raises(
+            ValueError, match=f"{path.name} contains another model .num_hidden_layers 2, not 3.*--out_dir"
+        ):
             script.main([*flags, *resume, "--num_hidden_layers", "3"])
     assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
     script.main([*flags, "--num_hidden_layers", "3", "--out_dir", str(tmp_path / "deeper")])

@@ -511,17 +511,17 @@ def test_what_the_page_cannot_do_is_refused(make_vlm, tokenizer_folder, tmp_path
     with pytest.raises(ValueError, match="--to web: .*resample 1"):
         check_web(model, tokenizer_folder)
     model.processor.resample, model.config.hidden_act = 3, "mish"
-    with pytest.raises(ValueError, match="--to web: the page does not know hidden_act 'mish'"):
+    with pytest.raises(ValueError, match="--to web: the page does not support hidden_act 'mish'"):
         check_web(model, tokenizer_folder)
     model.config.hidden_act = "silu"
     model.vision_encoder.config.model_type = "aimv2"
-    with pytest.raises(ValueError, match="this AIMv2 is no encoder that the page knows. It knows\nCLIP, SigLIP"):
+    with pytest.raises(ValueError, match="the page does not support this AIMv2 encoder. It supports\nCLIP, SigLIP"):
         check_web(model, tokenizer_folder)
     model.vision_encoder.config.model_type = "clip_vision_model"
     other = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     other.add_tokens([AddedToken("<x>", lstrip=True)])
     other.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="is no plain byte-level BPE"):
+    with pytest.raises(ValueError, match="is not a plain byte-level BPE"):
         check_web(model, tmp_path)
     check_web(model, tokenizer_folder)
 

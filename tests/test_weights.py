@@ -158,7 +158,9 @@ def test_weights_that_are_not_finite_in_fp16_are_not_saved(args, value):
     before = path.read_bytes()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = value
-    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.weight .* not finite in fp16; .* left as it is"):
+    with pytest.raises(
+        ValueError, match=r"model.layers.1.mlp.up_proj.weight .* not finite in fp16; .* was not changed"
+    ):
         save_weights(path, model, {})
     assert path.read_bytes() == before
 
@@ -315,7 +317,7 @@ def test_the_json_tells_what_shapes_cannot(args, bare):
 def test_a_flag_that_contradicts_the_file_is_refused(args, bare, flag, value, has):
     path, _ = save(args)
     setattr(bare, flag, value)
-    with pytest.raises(ValueError, match=f"--{flag} {value}: .*sft_vlm_64.pth has {has}; leave the flag out"):
+    with pytest.raises(ValueError, match=f"--{flag} {value}: .*sft_vlm_64.pth has {has}; omit the flag"):
         build_model(bare, path)
 
 
@@ -323,9 +325,7 @@ def test_a_json_of_other_weights_is_refused(args, bare):
     path, _ = save(args)
     deeper, _ = save(args, num_hidden_layers=3, stage="pretrain_vlm")
     shutil.copy(deeper.with_suffix(".json"), path.with_suffix(".json"))
-    with pytest.raises(
-        ValueError, match="says num_hidden_layers=3, sft_vlm_64.pth holds 2: they do not belong together"
-    ):
+    with pytest.raises(ValueError, match="says num_hidden_layers=3, but sft_vlm_64.pth contains 2: they do not fit"):
         build_model(bare, path)
 
 
@@ -375,7 +375,9 @@ def test_tokenizer_and_encoder_are_those_that_the_json_names(args, bare, tmp_pat
     about = json.loads(path.with_suffix(".json").read_text())
     about["vision_model"]["path"] = str(tmp_path / "gone")
     path.with_suffix(".json").write_text(json.dumps(about))
-    message = r"sft_vlm_64.json names the vision_model .*gone, and there is none\n\(looked in .*Pass it with --vision_m"
+    message = (
+        r"sft_vlm_64.json names the vision_model .*gone, which does not exist\n\(looked in .*Pass it with --vision_m"
+    )
     with pytest.raises(FileNotFoundError, match=message):
         build_model(bare, path)
 
@@ -423,7 +425,7 @@ def test_heads_that_no_public_file_has_are_asked_for(args, bare):
     args.num_attention_heads = args.num_key_value_heads = 4
     path, _ = save(args)
     path.with_suffix(".json").unlink()
-    with pytest.raises(ValueError, match="64 wide, its keys 64. Give the --num_attention_heads"):
+    with pytest.raises(ValueError, match="with width 64 and keys of 64. Pass the --num_attention_heads"):
         build_model(bare, path)
     bare.num_attention_heads = 4
     assert build_model(bare, path)[0].config.num_key_value_heads == 4
@@ -447,12 +449,12 @@ def checkpoint(state):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (no_heads, "q_norm of 7 does not fit queries of 64 and keys of 16. Fetch the weights again"),
+        (no_heads, "q_norm of 7 does not fit queries of 64 and keys of 16. Download the file again"),
         (
             clip,
-            "has no model.embed_tokens.weight, but vision_model.embeddings.*: this is an encoder, whose folder is for",
+            "has no model.embed_tokens.weight .first tensor: vision_model.embeddings.*: this is an encoder; pass its",
         ),
-        (checkpoint, "has no model.embed_tokens.weight, but no tensor: this is not MiniMind of a known naming"),
+        (checkpoint, "has no model.embed_tokens.weight .first tensor: none.: this is not a known form of MiniMind"),
         (lambda state: state.pop("model.layers.0.mlp.up_proj.weight"), "has no model.layers.0.mlp.up_proj.weight"),
         (lambda state: state.pop("model.layers.1.mlp.up_proj.weight"), "1 missing, first: model.layers.1.mlp.up_proj"),
     ],
@@ -493,7 +495,7 @@ def test_a_tokenizer_with_the_placeholder_elsewhere_is_refused(args, bare, tmp_p
     vocab = content["model"]["vocab"]
     vocab["@"], vocab["!"] = vocab["!"], vocab["@"]
     file.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ValueError, match="other has '@' as 3: .* in which it is 34. Pass that one"):
+    with pytest.raises(ValueError, match="other has the id 3 for '@', but .* with the id 34. Pass that"):
         build_model(bare, path)
 
 
@@ -670,10 +672,13 @@ def test_a_public_folder_is_read_without_running_its_code(args, bare, tokenizer,
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"num_hidden_layers": 3}, "config.json says num_hidden_layers=3, MiniMind2-V holds 2"),
+        ({"num_hidden_layers": 3}, "config.json says num_hidden_layers=3, but MiniMind2-V contains 2"),
         ({"model_type": "clip"}, "config.json: expected a MiniMind with model_type minimind-v, got clip"),
-        ({"image_special_token": "@" * 49}, "gives 16 patches, .*MiniMind2-V was made for 49: pass the --vision_model"),
-        ({"image_ids": [40] * 16}, "has '@' as 34: .*MiniMind2-V was trained with a tokenizer in which it is 40"),
+        (
+            {"image_special_token": "@" * 49},
+            "gives 16 patches, .*MiniMind2-V was trained with 49: pass the --vision_model",
+        ),
+        ({"image_ids": [40] * 16}, "has the id 34 for '@', but .*MiniMind2-V was trained with the id 40"),
     ],
 )
 def test_a_folder_whose_configuration_is_of_something_else_is_refused(args, bare, tokenizer, config, message):
@@ -689,7 +694,7 @@ def test_a_folder_without_weights_or_with_a_lost_shard_is_named(args, bare, toke
     with pytest.raises(FileNotFoundError, match="pytorch_model-00002-of-00002.bin: no such weights"):
         build_model(bare, folder)
     (folder / "pytorch_model.bin.index.json").unlink()
-    with pytest.raises(FileNotFoundError, match="MiniMind2-V: neither model.safetensors nor pytorch_model.bin there"):
+    with pytest.raises(FileNotFoundError, match="MiniMind2-V: no model.safetensors, pytorch_model.bin or index"):
         build_model(bare, folder)
 
 
@@ -733,7 +738,7 @@ def test_a_dense_model_and_the_experts_it_becomes_give_the_same_logits(routed, s
 
 @pytest.mark.parametrize("gate", [{"num_experts_per_tok": 1}, {"norm_topk_prob": False}])
 def test_a_gate_whose_weights_do_not_sum_to_one_is_refused(gate):
-    with pytest.raises(ValueError, match="dense weights become experts only with num_experts_per_tok >= 2 and norm_"):
+    with pytest.raises(ValueError, match="converting dense weights to experts requires num_experts_per_tok >= 2 and"):
         dense_and_experts(**gate)
 
 
@@ -816,7 +821,7 @@ def test_a_language_model_of_text_becomes_experts_that_see(args, bare, json_ther
     """Two changes at once: the projector is new, and every feed-forward becomes several."""
     flags = ["--tokenizer_path", str(args.tokenizer_path), "--hidden_size", "64", "--num_hidden_layers", "2"]
     model, _, origin = build_model(train_llm.parse_args(flags), None, sees=False)
-    assert type(model) is MiniMindForCausalLM and origin.note == "started from nothing"
+    assert type(model) is MiniMindForCausalLM and origin.note == "started from scratch"
     path = Path(args.out_dir) / "llm_64.pth"
     save_weights(path, model, make_sidecar(model, origin))
     if not json_there:
@@ -855,9 +860,9 @@ def test_weights_that_are_not_there_are_answered_with_what_is(args, tmp_path):
 @pytest.mark.parametrize(
     "stage, what",
     [
-        ("llm", "fetch it: python -m scripts.download --what llm"),
+        ("llm", "download it: python -m scripts.download --what llm"),
         ("pretrain_vlm", "make it: python train_pretrain_vlm.py"),
-        ("sft_vlm", "fetch it: python -m scripts.download --what vlm"),
+        ("sft_vlm", "download it: python -m scripts.download --what vlm"),
         ("typo", "a stage: pretrain_vlm, sft_vlm, llm"),
     ],
 )
@@ -951,15 +956,15 @@ def test_a_record_larger_than_its_file_is_not_unpacked(tmp_path):
     path = tmp_path / "bomb.pth"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("archive/data.pkl", bytes(10**7))
-    with pytest.raises(ValueError, match="archive/data.pkl in it says to be larger than the file"):
+    with pytest.raises(ValueError, match="archive/data.pkl in it claims to be larger than the file"):
         read_weights(path)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda weight: weight.index_fill(0, torch.tensor([1]), torch.nan), "holds NaN or infinite values"),
-        (lambda weight: weight.index_fill(0, torch.tensor([1]), torch.inf), "holds NaN or infinite values"),
+        (lambda weight: weight.index_fill(0, torch.tensor([1]), torch.nan), "contains NaN or infinite values"),
+        (lambda weight: weight.index_fill(0, torch.tensor([1]), torch.inf), "contains NaN or infinite values"),
         (lambda weight: weight.to(torch.int32), "is int32, expected floats"),
         (lambda weight: weight.to(torch.complex64), "is complex64, expected floats"),
         (lambda weight: weight.to_sparse(), "is sparse_coo, expected floats"),
@@ -984,7 +989,7 @@ def test_what_cannot_be_weights_is_refused_by_the_name_of_the_tensor(args, bare,
         ("rms_norm_eps", 0, "expected a number"),
         ("use_moe", "no", "expected true or false"),
         ("hidden_act", 3, "expected a text"),
-        ("n_layers", 2, "is nothing that this model knows"),
+        ("n_layers", 2, "is unknown to this model"),
     ],
 )
 def test_a_configuration_that_no_model_can_have_is_refused_by_its_key(args, bare, key, value, message):
