@@ -1,4 +1,4 @@
-"""Two ranks under torchrun learn what one does with twice the accumulation, whatever the rows and whoever fails."""
+"""Two ranks under torchrun learn the same as one rank with twice the accumulation, also with bad rows and failures."""
 
 import json
 import os

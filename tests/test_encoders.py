@@ -1,4 +1,4 @@
-"""model/families.py and encoders.py: every encoder from a folder as the hubs have it, trained with, asked, exported."""
+"""model/families.py and encoders.py: training, answering and exporting with every encoder in the format of the hubs."""
 
 import json
 import shutil
@@ -141,7 +141,7 @@ def test_pictures_of_another_size_than_the_encoders_are_refused(folders, tmp_pat
             MiniMindVLM.get_vision_model(tmp_path / "vit")
 
 
-def test_what_a_preprocessor_file_leaves_out_is_as_in_its_family(folders, tmp_path):
+def test_missing_fields_of_a_preprocessor_file_come_from_its_family(folders, tmp_path):
     for kind, written, size, crop in (
         ("dinov2", None, 256, (224, 224)),
         ("vit", {"size": 32, "crop_size": 24}, (32, 32), (32, 32)),  # which does not crop unless it is said
@@ -154,7 +154,7 @@ def test_what_a_preprocessor_file_leaves_out_is_as_in_its_family(folders, tmp_pa
         assert (processor.size, processor.crop_size) == (size, crop)
 
 
-def test_a_dino_of_pictures_that_are_no_squares_is_refused(folders, tmp_path):
+def test_a_dino_with_pictures_that_are_not_square_is_refused(folders, tmp_path):
     folder = shutil.copytree(folders / "dinov3_vit", tmp_path / "dino")
     (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 32, "width": 48}}))
     with pytest.raises(ValueError, match="gives 32 x 48 pixels, expected a square"):

@@ -1,4 +1,4 @@
-"""--cache_features: what is kept, when it is found again, and that training does not notice."""
+"""--cache_features: the cache is complete, found again, and does not change training."""
 
 import json
 import os
@@ -101,7 +101,7 @@ def test_with_everything_cached_the_encoder_is_not_called_and_the_folder_only_re
     train_sft_vlm.main([*cached, *validate])
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_and_with_the_same_rounding(flags, cached, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one_with_the_same_rounding(flags, cached, tmp_path, monkeypatch):
     cached = [*cached, *LONG]
     whole = train_sft_vlm.main(into(tmp_path / "whole", cached))
     stopped = into(tmp_path / "stopped", cached)
@@ -132,9 +132,7 @@ def test_stage_1_and_experts_take_it_too(cached, pictures, tmp_path):
     assert sum(seen) == 6
 
 
-def test_a_picture_that_changed_is_encoded_anew_and_other_settings_are_kept_apart(
-    cached, pictures, tmp_path, clip_folder
-):
+def test_a_changed_picture_is_encoded_again_and_other_settings_are_kept_apart(cached, pictures, tmp_path, clip_folder):
     folder, seen = pictures
     cached = data_flags(cached, folder)
 
@@ -161,7 +159,7 @@ def test_a_picture_that_changed_is_encoded_anew_and_other_settings_are_kept_apar
     assert encoded() == 0
 
 
-def test_a_broken_picture_is_told_like_without_the_cache(cached, pictures, tmp_path, monkeypatch, capsys):
+def test_a_broken_picture_is_reported_as_without_the_cache(cached, pictures, tmp_path, monkeypatch, capsys):
     folder, _ = pictures
     (folder / "pictures/red.png").write_bytes(b"no picture")
     (folder / "pictures/blue.png").write_bytes(b"no picture")  # the same content, under another name
@@ -188,7 +186,7 @@ def test_a_broken_picture_is_told_like_without_the_cache(cached, pictures, tmp_p
     assert f"left out of the validation: {folder / 'val.jsonl'}:3: " in capsys.readouterr().out
 
 
-def test_a_picture_that_changes_while_features_are_computed_is_not_taken_for_what_it_was(
+def test_a_picture_that_changes_while_features_are_computed_gets_no_stale_features(
     cached, pictures, tmp_path, monkeypatch
 ):
     folder, _ = pictures
@@ -285,7 +283,7 @@ def test_without_room_nothing_is_computed(cached, pictures, tmp_path, monkeypatc
     assert not seen and not list((tmp_path / "cache").glob("*/*"))
 
 
-def test_what_cannot_have_a_cache_is_refused_by_the_name_of_the_flag(cached):
+def test_unsupported_uses_of_the_cache_are_refused_with_the_flag(cached):
     with pytest.raises(ValueError, match="--cache_features: streamed rows"):
         train_sft_vlm.main([*cached, "--data_path", "hf://datasets/nobody/nothing/*.parquet"])
 
@@ -324,7 +322,7 @@ def add(cache, *names, value=1.0):
     cache.flush()
 
 
-def test_a_disk_that_fills_up_is_called_full_and_leaves_what_was_written(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_keeps_earlier_segments(tmp_path, monkeypatch):
     cache = cache_at(tmp_path)
     add(cache, "a")
     before = sorted(path.name for path in cache.path.iterdir())

@@ -1,4 +1,4 @@
-"""model/generations.py: minimind-3v, from files as the hubs have them, on a small random SigLIP and tokenizer."""
+"""model/generations.py: minimind-3v in the format of the hubs, with a small random SigLIP and tokenizer."""
 
 import io
 import json
@@ -142,7 +142,7 @@ def flat(pieces):
 
 
 @KINDS
-def test_the_generation_tells_what_no_shape_does(public, use_moe):
+def test_the_generation_supplies_facts_that_shapes_do_not_contain(public, use_moe):
     config = public(use_moe)[1].config
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (8, 4, 16)
     assert (config.rms_norm_eps, config.qk_norm, config.norm_in_fp32) == (1e-6, True, True)
@@ -313,7 +313,7 @@ def test_a_language_model_of_it_gets_eyes(public):
     assert isinstance(model, MiniMindVLM) and model.config.projector == "mlp"
 
 
-def test_other_generations_are_named_with_what_to_take_instead(tmp_path, parts):
+def test_unsupported_generations_are_named_with_an_alternative(tmp_path, parts):
     states = {
         "v3-alpha": (public_state() | {"vision_proj.mlp.0.weight": torch.zeros(64, 128)}, "Use minimind-3v of"),
         "v3-beta": (public_state() | {"vision_proj.mlp.0.weight": torch.zeros(3072)}, "Use minimind-3v of"),
@@ -454,7 +454,7 @@ THOUGHTS = {
 
 
 @pytest.mark.parametrize("said", THOUGHTS)
-def test_thoughts_are_no_part_of_an_answer(words, said):
+def test_answers_are_returned_without_thoughts(words, said):
     """Whatever a model says, as an answer alone, in a batch, and as the page streams it."""
     ids = torch.tensor([words(said)["input_ids"]])
     model = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(image_ids=[PAD] * P))
@@ -477,7 +477,7 @@ def test_thoughts_are_no_part_of_an_answer(words, said):
     assert shown[-1] == THOUGHTS[said] and not any("hm" in text or "think" in text for text in shown)
 
 
-def test_scores_compare_what_is_said_with_what_the_data_say_not_with_what_they_think(words, siglip_folder, tmp_path):
+def test_scores_compare_answers_without_thoughts(words, siglip_folder, tmp_path):
     rows = [
         {"conversations": [turn("user", "Is it?"), turn("assistant", said)]} for said in THOUGHTS if "hm" not in said
     ]

@@ -1,4 +1,4 @@
-"""model/llm.py: a decoder alone is a stock language model, which says what the weights say, and comes back."""
+"""model/llm.py: a decoder becomes a stock language model with the same answers, and back."""
 
 import json
 import os
@@ -135,7 +135,7 @@ def check_typed(theirs, ours):
         ids_of(theirs, [{"role": "user", "content": [{"type": "image"}]}])
 
 
-def test_what_people_type_becomes_the_tokens_that_training_has(save, convert, tokenizer):  # noqa: F811
+def test_typed_text_becomes_the_tokens_of_training(save, convert, tokenizer):  # noqa: F811
     check_typed(AutoTokenizer.from_pretrained(made := convert("llm", save())), tokenizer)
     assert "<image>" not in (made / "chat_template.jinja").read_text() + (made / "tokenizer.json").read_text()
 
@@ -148,7 +148,7 @@ def test_and_those_of_a_minimind_3(convert_public, words):  # noqa: F811
 # ---------------------------------------------------------------------------- what it is, what it is not
 
 
-def test_the_card_tells_of_a_language_model(save, convert):  # noqa: F811
+def test_the_card_describes_a_language_model(save, convert):  # noqa: F811
     weights = save(**MOE)
     path = weights.with_suffix(".json")
     known = {"prompts": {"en": ["What colour is this?"]}, "pictures_first": True, "rows_without_picture": 0}
@@ -178,7 +178,7 @@ def test_other_language_models_are_refused(tokenizer_folder, convert, tmp_path):
             convert(to, folder)
 
 
-def test_mistakes_are_told_with_what_to_do(save, convert, flags):  # noqa: F811
+def test_errors_say_what_to_do(save, convert, flags):  # noqa: F811
     made = convert("llm", save())
     with pytest.raises(ValueError, match=f"got llama. Convert it: .* --to pth --weights {made}"):
         train_sft_vlm.main([*flags, "--from_weight", str(made)])

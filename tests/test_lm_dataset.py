@@ -1,4 +1,4 @@
-"""dataset/lm_dataset.py: what a row teaches, which rows are refused and how that is told, which rows go where."""
+"""dataset/lm_dataset.py: labels of a row, bad rows and their report, assignment of rows to batches."""
 
 import json
 import pickle
@@ -60,7 +60,7 @@ def check_whole(example) -> None:
 # ---------------------------------------------------------------------------- one row
 
 
-def test_all_answers_of_a_conversation_are_learned_and_nothing_else(read, tokenizer):
+def test_only_the_answers_of_a_conversation_are_learned(read, tokenizer):
     data = read([row("What is this?\n<image>", "A dog.", "Sure?", "Yes.", image="red.png")])
     assert learned(data[0], tokenizer) == ["A dog.<|im_end|>", "Yes.<|im_end|>"]
     assert tokenizer.decode(data[0]["input_ids"]) == (
@@ -80,7 +80,7 @@ def test_several_pictures_come_in_the_order_of_their_names(read, images):
 
 
 @pytest.mark.parametrize("question", ["<image>\nWhat?", "What?\n<image>", "Is <image> nice?", "<image>", "<image>？"])
-def test_the_picture_may_stand_anywhere_in_the_question(read, tokenizer, question):
+def test_the_picture_may_be_anywhere_in_the_question(read, tokenizer, question):
     example = read([row(question, "Yes.", image="red.png")])[0]
     assert question.replace("<image>", "@" * P) in tokenizer.decode(example["input_ids"])
     assert len(example["pictures"]) == 1
@@ -127,7 +127,7 @@ def test_rows_without_pictures_name_no_prompt(read):
     assert read(text, image_ids=[]).summary == {"rows_without_picture": 3, "prompts": {}}
 
 
-def test_of_many_rows_some_tell_the_prompts_the_same_ones_at_each_call(read, monkeypatch):
+def test_prompts_come_from_the_same_sample_of_many_rows_in_each_call(read, monkeypatch):
     rows = [row(f"<image>\nWhat is {i % 7}?", "That.", image="red.png") for i in range(400)]
     monkeypatch.setattr("dataset.lm_dataset.ASKED", 30)
     data, asked = read(rows), []
@@ -272,13 +272,13 @@ def test_separators_of_unicode_inside_a_text_do_not_split_the_line(read, tokeniz
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "utf-16"])
-def test_a_file_that_is_not_utf8_is_named_with_what_it_seems_to_be_in(read, encoding):
+def test_a_file_that_is_not_utf8_is_named_with_its_likely_encoding(read, encoding):
     what = encoding.upper()
     with pytest.raises(ValueError, match=rf"--data_path .*rows.jsonl is {what}, expected UTF-8. Type: iconv -f {what}"):
         read(json.dumps(row("你好", "您好。"), ensure_ascii=False).encode(encoding))
 
 
-def test_one_byte_that_is_no_utf8_is_one_bad_row(read, tokenizer):
+def test_one_byte_that_is_not_utf8_is_one_bad_row(read, tokenizer):
     lines = [json.dumps(row("你好", "您好。"), ensure_ascii=False).encode() for _ in range(3)]
     lines[1] = lines[1].replace("好".encode(), "好".encode()[:-1], 1)
     with pytest.raises(ValueError, match=r"rows.jsonl:2: character \d+ is not valid UTF-8"):
@@ -293,7 +293,7 @@ def test_a_path_may_hold_the_characters_of_a_pattern(read):
     assert len(read([GOOD], name="v[1]/rows.jsonl")) == 1
 
 
-def test_a_file_that_has_changed_is_read_anew(read):
+def test_a_changed_file_is_read_again(read):
     assert len(read([GOOD])) == 1
     assert len(read([GOOD, GOOD])) == 2
 
@@ -313,7 +313,7 @@ def test_another_max_length_is_not_answered_from_the_cache(read):
 
 
 @pytest.mark.parametrize("kind", ["truncated", "text", "empty"])
-def test_a_broken_picture_gives_an_item_that_says_so(read, world, tmp_path, kind):
+def test_a_broken_picture_gives_an_item_with_the_reason(read, world, tmp_path, kind):
     Image.effect_noise((64, 64), 90).save(tmp_path / "whole.jpg")
     content = (tmp_path / "whole.jpg").read_bytes()
     content = {"truncated": content[: len(content) // 2], "text": b"not a picture", "empty": b""}[kind]

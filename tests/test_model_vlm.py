@@ -1,4 +1,4 @@
-"""model/model_vlm.py: features land on their placeholders, batches equal single rows, the encoder stays as it is."""
+"""model/model_vlm.py: features land on their placeholders, batches equal single rows, the encoder never changes."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def test_features_land_on_their_placeholders_in_reading_order_and_nowhere_else(v
     assert torch.equal(vlm.count_vision_proj(ids, h, features, 9), merged[:, :9])
 
 
-def test_what_trainers_take_for_the_base_model_sees_too(make_vlm):
+def test_the_base_model_of_trainers_sees_too(make_vlm):
     """As TRL asks it, which computes logits and loss itself."""
     model = lively(make_vlm())
     ids = torch.tensor([[5, *model.config.image_ids, 6, 7]])
@@ -93,7 +93,7 @@ def test_what_trainers_take_for_the_base_model_sees_too(make_vlm):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_features_land_right_whatever_the_runs(vlm, seed):
+def test_features_land_right_for_any_runs_of_placeholders(vlm, seed):
     random = torch.Generator().manual_seed(seed)
     ids = torch.where(torch.rand(4, 120, generator=random) < 0.97, 34, 5)
     N = sum(len(run) // P for row in ids.tolist() for run in "".join("@" if i == 34 else " " for i in row).split())

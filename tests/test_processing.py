@@ -1,4 +1,4 @@
-"""model/processing.py: pictures as CLIP's own processor makes them, conversations as the public weights know them."""
+"""model/processing.py: pictures equal CLIP's own processor, conversations have the format of the public weights."""
 
 import json
 import pickle
@@ -144,7 +144,7 @@ def test_a_line_is_within_a_grey_level_of_clips_own_processor(size):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_what_is_transparent_becomes_white(mode):
+def test_transparent_parts_become_white(mode):
     colours, alpha = noise(60, 44, mode.removesuffix("A")), noise(60, 44, "L", seed=1)
     if mode == "P":
         colours.info["transparency"] = 7  # one colour of the palette
@@ -185,7 +185,7 @@ def test_preprocessor_files_old_and_new_are_read_as_transformers_reads_them(writ
         assert_equals_reference(ours, reference, noise(*size))
 
 
-def test_what_transformers_writes_is_read(tmp_path):
+def test_files_from_transformers_are_read(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     reference = ReferenceProcessor(
         size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}, image_std=[0.2] * 3
@@ -364,7 +364,7 @@ def test_a_conversation_becomes_exactly_the_public_chat_format(tokenizer):
     assert flat(pieces).count(34) == 2 * P
 
 
-def test_labels_are_the_answers_and_their_end_and_nothing_else(tokenizer):
+def test_labels_are_only_the_answers_and_their_end(tokenizer):
     ids, labels = ids_and_labels(tokenizer, CHAT)
     assert tokenizer.decode(ids) == CHAT_TEXT
     assert learned(tokenizer, ids, labels) == ["一只猫，\n坐在草地上。<|im_end|>", "是的。 Yes, it is.<|im_end|>"]

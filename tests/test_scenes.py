@@ -1,4 +1,4 @@
-"""The picture world is as promised: the same every time, balanced, right, and val_new keeps its combinations."""
+"""The picture world is reproducible, balanced and right, and the combinations of val_new occur nowhere else."""
 
 import json
 import math
@@ -390,7 +390,7 @@ def test_every_question_can_be_taken_one_way_and_its_answer_is_right(rows, scene
     }
 
 
-def test_val_wording_asks_what_val_asks(rows):
+def test_val_wording_asks_the_questions_of_val(rows):
     """The same rows, questions and answers; only the words differ."""
     assert len(rows["val"]) == len(rows["val_wording"])
     for one, other in zip(rows["val"], rows["val_wording"]):
@@ -416,7 +416,7 @@ def test_there_are_many_wordings_and_some_of_each_kind_are_held_out():
             assert not {plainly(text, lang) for text in known} & {plainly(text, lang) for text in held_out}
 
 
-def test_pictures_stand_before_and_after_the_text_at_any_distance(rows):
+def test_pictures_are_before_and_after_the_text_with_any_separator(rows):
     places = Counter(
         (before[-1:], after[:1]) if before else ("first", re.match(r"\s*", after)[0])
         for row in rows["train"]
@@ -549,7 +549,7 @@ def test_answers_are_balanced(rows):
             assert max(found.values()) <= 1.5 * found.total() / len(found) + 5, (kind, form, found)
 
 
-def test_who_never_looks_scores_little(rows):
+def test_guessing_without_looking_scores_little(rows):
     """The best guess from the question alone: what train answers to this very question most often, else to questions
     of this form most often."""
     asked, formed = defaultdict(Counter), defaultdict(Counter)
@@ -575,7 +575,7 @@ def test_who_never_looks_scores_little(rows):
             assert share <= 0.3
 
 
-def test_captions_say_of_every_thing_what_and_where_it_is(scenes):
+def test_captions_name_every_thing_and_its_place(scenes):
     scene = next(scene for scene in scenes.values() if len(scene.things) == 3)
     found = world.captions_of(scene, "a.jpg")
     for lang in ("en", "zh"):
@@ -626,7 +626,7 @@ def test_other_forms_are_written_and_read(tmp_path, form, pictures):
         assert all(("image" in line) == (pictures > 0) for line in lines)
 
 
-def test_who_is_named_first_says_nothing(rows):
+def test_the_order_of_names_does_not_reveal_the_answer(rows):
     first = []
     for row in rows["train"]:
         for question, given, _ in exchanges(row):
@@ -760,7 +760,7 @@ def there_are(noun, scene, lang):
     return sum(all(word in ("", part) for word, part in zip((size, colour, shape), look)) for look in looks)
 
 
-def test_lists_of_what_is_there_of_counts_and_of_claims_are_answered_as_one_such_question(scenes):
+def test_lists_of_objects_counts_and_claims_have_the_answers_of_single_questions(scenes):
     verdicts = Counter()
     for i, scene in enumerate([scenes[f"train_{i:05}.jpg"] for i in range(150)]):
         for form in ("exists", "count", "check"):
@@ -794,7 +794,7 @@ def test_lists_of_what_is_there_of_counts_and_of_claims_are_answered_as_one_such
         assert all(0.7 < no / yes < 1.4 and yes > 100 for no, yes in found), (form, found)
 
 
-def test_lists_ask_only_what_they_are_told_to(tmp_path):
+def test_lists_ask_only_the_selected_kinds(tmp_path):
     flags = ["--scenes", "30", "--val_scenes", "5", "--form", "text", "--kinds", "each"]
     for lists, known in [
         (["place"], r"Where are |各在哪里？"),

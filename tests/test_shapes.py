@@ -1,4 +1,4 @@
-"""dataset/shapes.py: the layouts in which the world keeps pictures and text give the same training examples."""
+"""dataset/shapes.py: all common layouts of pictures and text give the same training examples."""
 
 import base64
 import csv
@@ -305,7 +305,7 @@ def test_captions_of_every_layout_give_the_same_examples(read, pictures, tmp_pat
     assert [re.split("[ ,]", shape)[0] for shape in data.shapes] == ["caption"]
 
 
-def test_what_is_asked_about_captions_can_be_given_and_else_is_in_their_language(read, pictures, tmp_path):
+def test_prompts_for_captions_can_be_given_and_default_to_their_language(read, pictures, tmp_path):
     path = CAPTION_LAYOUTS["captions.csv"](tmp_path / "captions.csv")
     data = read(path, pictures, prompts=("What is it?",))
     assert all(data.row(i).conversations[0]["content"] == "<image>\nWhat is it?" for i in range(3))
@@ -334,7 +334,7 @@ def test_questions_with_several_answers_take_the_commonest(read, pictures, tmp_p
     }
 
 
-def test_csv_is_text_whatever_it_looks_like(read, pictures, tmp_path):
+def test_values_in_csv_are_always_text(read, pictures, tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('\ufeffimage,question,answer\nred.png,"What, ""exactly""?\nSay it.",007\nblue.png,Which?,NA\n')
     data = read(path, pictures)
@@ -442,7 +442,7 @@ def test_instructions_come_with_their_input_and_history(read, pictures, tmp_path
         ({"messages": chat("a", "b"), "image": "a.jpg", "videos": ["b.mp4"]}, '"videos" is not read'),
     ],
 )
-def test_what_no_rule_reads_is_an_error_that_names_it(row, why):
+def test_rows_that_no_rule_reads_are_errors_with_the_column(row, why):
     with pytest.raises(BadRow) as error:
         normal(row)
     assert why in str(error.value)
@@ -497,7 +497,7 @@ def test_what_no_rule_reads_is_an_error_that_names_it(row, why):
         ({"image": "/9j/" + "A" * 300, "messages": chat("a", "b")}, "contains base64: write data:image/jpeg;base64,"),
     ],
 )
-def test_what_would_be_learned_wrong_is_an_error(row, why):
+def test_rows_that_would_be_learned_wrong_are_errors(row, why):
     with pytest.raises(BadRow) as error:
         rows_of(row, 0)
     assert why in str(error.value)
@@ -512,12 +512,12 @@ def test_what_would_be_learned_wrong_is_an_error(row, why):
         {"question": {}, "answer": {}, "image": [[]]},
     ],
 )
-def test_a_value_of_any_type_ends_in_a_sentence_or_is_left_out(row):
+def test_a_value_of_any_type_is_skipped_or_gives_a_clear_error(row):
     with suppress(BadRow):
         assert rows_of(row, 0)
 
 
-def test_values_in_other_forms_are_read_as_what_they_are():
+def test_values_in_other_forms_are_read():
     call = '{"name": "add"}'
     for calls in (f"[{call}]", json.loads(call), [{"function": None, "name": "add"}]):
         (turns,) = normal({"messages": [*chat("a"), {"role": "assistant", "content": None, "tool_calls": calls}]}).chats
@@ -581,7 +581,7 @@ def test_turns_of_systems_and_tools_are_text_that_every_tokenizer_knows():
     assert turns[0]["content"] == 'Be brief.\n\n<tools>\n[{"name": "add"}]\n</tools>'
 
 
-def test_pictures_stand_where_the_parts_have_them(read, pictures, tmp_path):
+def test_pictures_keep_their_place_among_the_parts(read, pictures, tmp_path):
     show = [{"type": "text", "text": "Is"}, {"type": "image", "image": "red.png"}, {"type": "text", "text": "like"}]
     show += [openai("blue"), {"type": "text", "text": "?"}]
     messages = [{"role": "user", "content": show}, {"role": "assistant", "content": "No."}]
@@ -645,7 +645,7 @@ def test_an_array_is_read_in_parts_of_any_size(tmp_path, monkeypatch, size):
         assert [json.loads(text) for text in array_rows(path)] == rows
 
 
-def test_an_element_that_is_no_row_is_named_by_its_number(read, pictures, tmp_path):
+def test_an_element_that_is_not_a_row_is_named_by_its_number(read, pictures, tmp_path):
     path = write_json(tmp_path / "rows.json", [*llava(), {"image": "red.png"}, *llava()])
     with pytest.raises(ValueError, match=r'rows.json:5: the columns are image, and "image" has no text column'):
         read(path, pictures)
@@ -660,7 +660,7 @@ def test_an_element_that_is_no_row_is_named_by_its_number(read, pictures, tmp_pa
         read(path, pictures)
 
 
-def test_coco_is_known_by_its_form_and_read_whatever_its_ids_are(read, pictures, tmp_path):
+def test_coco_is_recognised_by_its_form_with_any_type_of_id(read, pictures, tmp_path):
     content = coco(CAPTIONS)
     content["annotations"] += [{"image_id": 100, "caption": None}, {"image_id": 999, "caption": "Nothing."}]
     for annotation in content["annotations"]:
@@ -746,7 +746,7 @@ def parts_flags(tokenizer_folder, clip_folder):
     return ["--tokenizer_path", str(tokenizer_folder), "--vision_model_path", str(clip_folder)]
 
 
-def test_inspect_data_names_what_rows_were_read_as(everything, pictures, parts_flags, tmp_path, capsys):
+def test_inspect_data_reports_how_rows_were_read(everything, pictures, parts_flags, tmp_path, capsys):
     page = tmp_path / "page.html"
     inspect_data.main([*everything, "--images_path", str(pictures), *parts_flags, "--html", str(page)])
     out = capsys.readouterr().out
@@ -796,7 +796,7 @@ def test_rows_go_out_and_come_back_the_same(everything, pictures, read, parts_fl
         assert len(list((out.parent / "train_data_images").iterdir())) == 3
 
 
-def test_another_kind_of_file_is_no_place_to_write_to(tmp_path, capsys):
+def test_other_output_formats_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         inspect_data.main(["rows.jsonl", "--to", "rows.csv"])
     assert "--to rows.csv: expected a name that ends in .parquet or .jsonl" in capsys.readouterr().err

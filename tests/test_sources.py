@@ -1,4 +1,4 @@
-"""dataset/sources.py: zips that stay zipped, Parquet, several files with weights, and what is mended on the way."""
+"""dataset/sources.py: zips, Parquet, several files with weights, and repairs of known defects."""
 
 import io
 import json
@@ -149,7 +149,7 @@ def test_a_damaged_picture_in_a_zip_is_a_broken_picture_of_its_row(read, make_zi
     assert data[1]["pictures"][0, :, 16, 16].tolist() == GREEN
 
 
-def test_a_file_that_is_no_zip_and_one_that_is_encrypted_are_refused(make_zip, tmp_path):
+def test_a_broken_zip_and_an_encrypted_one_are_refused(make_zip, tmp_path):
     (tmp_path / "cut.zip").write_bytes(make_zip({"red.png": "red"}).read_bytes()[:-10])
     with pytest.raises(ValueError, match="--images_path .*cut.zip cannot be read: .* Download it again"):
         Zip(tmp_path / "cut.zip")
@@ -332,7 +332,7 @@ def test_a_picture_that_unpacks_to_more_than_there_is_memory_is_refused(tmp_path
     assert pictures.open("b.png").getvalue() == picture("red")
 
 
-def test_a_name_with_a_comma_is_told_where_it_belongs(read, tmp_path):
+def test_a_missing_name_with_a_comma_gets_a_hint(read, tmp_path):
     (tmp_path / "a,b.png").write_bytes(picture("red"))
     write_rows(tmp_path / "rows.jsonl", [row("<image>\n<image>\nWhat?", "red", image="a,b.png")])
     with pytest.raises(ValueError, match=r'put a name that contains a comma into a list: \["a,b.jpg"\]'):
@@ -341,7 +341,7 @@ def test_a_name_with_a_comma_is_told_where_it_belongs(read, tmp_path):
     assert colours(read(tmp_path / "listed.jsonl", tmp_path)) == [[RED]]
 
 
-def test_what_data_say_cannot_command_the_terminal(read, tmp_path):
+def test_text_from_data_cannot_control_the_terminal(read, tmp_path):
     name = "a\x1b[2J\x07\u202e\nb.png" + 900 * "x"
     path = write_rows(tmp_path / "rows.jsonl", [row("What?\n<image>", "red", image=name)])
     with pytest.raises(ValueError, match=r"rows.jsonl:1: ") as told:
@@ -357,7 +357,7 @@ def test_a_tag_in_an_answer_or_pictures_without_a_question_are_not_mended():
         parsed(json.dumps({"conversations": [turn("assistant", "A cat.")], "image": "a.png"}))
 
 
-def test_surplus_tags_go_with_their_line_break_wherever_they_stand():
+def test_surplus_tags_are_removed_with_their_line_break():
     found = drop_tags(chat("<image>\nWhich?", "<image>", "And\n<image>", "d", "<image>\nthis?", "f"), 2)
     assert [turn["content"] for turn in found] == ["<image>\nWhich?", "<image>", "And\n<image>", "d", "this?", "f"]
     line = json.dumps(row("<image>\n<image>\n<image>", "b", image="a.jpg, b.jpg"))
@@ -372,7 +372,7 @@ def test_an_empty_picture_before_another_does_not_move_that_one(image):
         rows_of({"conversations": chat("<image><image><image>", "b"), "image_bytes": [b"a", None, b"c"]}, 0)
 
 
-def test_a_name_that_is_none_is_a_missing_picture(read, tmp_path):
+def test_an_invalid_name_is_a_missing_picture(read, tmp_path):
     (tmp_path / "images").mkdir()
     path = write_rows(tmp_path / "rows.jsonl", [row("<image>", "b", image=["A" * 5000])])
     with pytest.raises(ValueError, match="rows.jsonl:1: AAA.* is not in"):
@@ -398,7 +398,7 @@ def test_a_bad_row_of_parquet_is_named_and_a_broken_picture_too(read, tmp_path):
     )
 
 
-def test_a_file_that_is_no_parquet_or_has_other_columns_is_refused(read, tmp_path):
+def test_a_file_that_is_not_parquet_or_has_other_columns_is_refused(read, tmp_path):
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(ValueError, match="--data_path .*cut.parquet cannot be read: .* Expected Parquet"):
         read(tmp_path / "cut.parquet")
@@ -467,7 +467,7 @@ def test_with_weights_ranks_still_share_the_epoch_and_the_order_follows_from_the
     assert [sorted(a + b) for a, b in zip(*ranks)] == [sorted(rows) for rows in alone]
 
 
-def test_a_folder_does_not_have_what_lies_outside_a_file(tmp_path):
+def test_a_folder_does_not_contain_paths_below_a_file(tmp_path):
     assert not Folder(tmp_path).has(".") and not Folder(tmp_path).has("no.png")
 
 
@@ -481,7 +481,7 @@ IMPOSTORS = [
 
 @pytest.mark.parametrize("content, message", IMPOSTORS)
 @pytest.mark.parametrize("what", ["weights", "safetensors", "encoder", "tokenizer", "json", "rows", "parquet", "zip"])
-def test_what_stands_in_place_of_a_file_is_called_what_it_is(
+def test_an_empty_file_a_pointer_or_a_web_page_is_reported_as_such(
     tmp_path, tokenizer_folder, clip_folder, what, content, message
 ):
     names = {
@@ -503,9 +503,7 @@ def test_what_stands_in_place_of_a_file_is_called_what_it_is(
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_a_cache_of_rows_that_cannot_be_written_is_told_by_the_setting_that_names_it(
-    read, tmp_path, monkeypatch, suffix
-):
+def test_an_error_about_the_cache_of_rows_names_its_setting(read, tmp_path, monkeypatch, suffix):
     (tmp_path / "file").touch()
     rows = [row("What?", "A cat.")]
     if suffix == "jsonl":

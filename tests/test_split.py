@@ -150,7 +150,7 @@ def test_pictures_in_the_rows_are_written_out_and_training_reads_the_result(tmp_
         ({"image": "0.jpg", "caption": "x"}, "two pictures are held out, so none is left"),
     ],
 )
-def test_what_cannot_be_used_is_named(photos, tmp_path, row, message):
+def test_unusable_pictures_are_named(photos, tmp_path, row, message):
     rows, folder = photos
     (folder / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
     write_rows(rows, [row])

@@ -1,4 +1,4 @@
-"""Rows that are streamed: which come when, what is on the disk, resuming, ranks, and a hub that is not there."""
+"""Streamed rows: their order, use of the disk, resuming, ranks, and errors of a hub."""
 
 import json
 import os
@@ -108,7 +108,7 @@ def feed_rows(url, flags, tokenizer, clip_folder, epoch=0, first=0) -> list[Coun
     return steps
 
 
-def test_steps_cover_the_rows_on_whatever_number_of_ranks(url, streamed, tokenizer, clip_folder, monkeypatch, tmp_path):
+def test_steps_cover_the_rows_on_any_number_of_ranks(url, streamed, tokenizer, clip_folder, monkeypatch, tmp_path):
     alone = feed_rows(url, streamed, tokenizer, clip_folder)
     assert [step.total() for step in alone] == [6] * 6 + [5]
     assert len(sum(alone, Counter())) == 41
@@ -212,9 +212,7 @@ def test_no_thread_of_ours_is_there_when_worker_processes_are_forked(streamed, w
     assert set.union(*found) <= {"QueueFeederThread"}  # PyTorch's own, which hands out work to other workers
 
 
-def test_a_streamed_run_that_is_stopped_and_resumed_ends_as_one_that_never_stopped(
-    streamed, tmp_path, monkeypatch, capsys
-):
+def test_a_resumed_streamed_run_equals_an_uninterrupted_one(streamed, tmp_path, monkeypatch, capsys):
     streamed = [*streamed, "--epochs", "2", "--log_interval", "1"]
     whole = main([*streamed, "--out_dir", str(tmp_path / "whole")])
     assert whole.state.step == 28 and whole.state.rows == 82  # 2 × 14 steps of 3 or fewer
@@ -316,7 +314,7 @@ def test_a_file_that_is_gone_is_not_waited_for(url, tmp_path, monkeypatch):
         (["--data_path", "file://EMPTY"], "empty.parquet has no rows"),
     ],
 )
-def test_what_cannot_be_streamed_is_refused(streamed, url, files, world, extra, reason):
+def test_unsupported_streams_are_refused(streamed, url, files, world, extra, reason):
     pyarrow.parquet.write_table(pa.table({"image": ["a"]}), files / "other.parquet")
     (files / "broken.parquet").write_bytes(b"PAR1")
     write_parquet(files / "single.parquet", [(chat("<image>", "b"), [picture("red")])], several=False)
@@ -420,7 +418,7 @@ def test_a_data_set_on_a_hub_is_learned_from_without_being_downloaded(streamed, 
         main([*far, "--data_path", "hf://datasets/owner/name/none_*.parquet"])
 
 
-def test_inspect_data_looks_at_a_shard_of_a_hub_and_says_so(
+def test_inspect_data_reports_that_it_reads_one_shard_of_a_hub(
     hub, tmp_path, tokenizer_folder, clip_folder, monkeypatch, capsys
 ):
     far = "hf://datasets/owner/name/sft_*.parquet"
@@ -443,7 +441,7 @@ def test_inspect_data_looks_at_a_shard_of_a_hub_and_says_so(
         inspect_data.main(["hf://datasets/owner/fourth/sft_*.parquet", *flags])
 
 
-def test_a_hub_without_the_repository_or_the_network_is_told_in_one_sentence(streamed, hub):
+def test_a_missing_repository_or_network_is_reported_in_one_sentence(streamed, hub):
     hub.status = 404
     far = [*streamed, "--data_path", "hf://datasets/owner/other/sft_*.parquet"]
     with pytest.raises(OSError, match="(no such file|cannot be read: )"):
@@ -457,7 +455,7 @@ def test_a_hub_without_the_repository_or_the_network_is_told_in_one_sentence(str
 # ---------------------------------------------------------------------------- other shapes
 
 
-def test_what_is_no_parquet_is_fetched_from_a_hub_once_also_a_zip_of_pictures(hub, tokenizer, clip_folder, tmp_path):
+def test_other_files_and_zips_of_pictures_are_downloaded_from_a_hub_once(hub, tokenizer, clip_folder, tmp_path):
     (tmp_path / "images").mkdir()
     for colour in ("red", "green", "blue"):
         (tmp_path / "images" / f"{colour}.png").write_bytes(picture(colour))

@@ -1,4 +1,4 @@
-"""The second picture world is as promised: the same every time, right, balanced, and nothing of it is in the first."""
+"""The second picture world is reproducible, right, balanced, and shares nothing with the first."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def test_there_are_ten_questions_a_picture_half_of_them_chinese_and_none_twice(r
         assert abs(Counter(row["lang"] for row in rows[split])["zh"] - 5 * pictures) <= pictures / 2
 
 
-def test_who_never_looks_scores_little(rows):
+def test_guessing_without_looking_scores_little(rows):
     """The best guess from the question alone, and yes or no to a form of question."""
     asked, formed, closed = defaultdict(Counter), defaultdict(Counter), defaultdict(Counter)
     for row in rows["train"]:

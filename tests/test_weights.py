@@ -1,4 +1,4 @@
-"""model/weights.py: what is written, what survives a full disk, and that only what belongs together is loaded."""
+"""model/weights.py: saving, full disks, and loading only parts that belong together."""
 
 import errno
 import io
@@ -107,7 +107,7 @@ def test_a_file_of_weights_is_the_public_one_in_fp16_without_the_encoder(args, m
     assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()  # stored once
 
 
-def test_the_json_beside_says_what_the_weights_are(args):
+def test_the_json_next_to_weights_describes_them(args):
     path, _ = save(args)
     about = json.loads(path.with_suffix(".json").read_text())
     assert {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300, "use_moe": False}.items() <= about[
@@ -232,7 +232,7 @@ def test_a_single_tensor_that_is_wrong_is_named(make_vlm, change, problem):
         load_weights(model, state, "wrong.pth")
 
 
-def test_a_language_model_gives_all_but_the_projector_and_that_is_said(make_vlm):
+def test_a_language_model_gives_all_but_the_projector_and_this_is_reported(make_vlm):
     model, other = make_vlm(), make_vlm()
     with torch.no_grad():
         for weight in other.model.parameters():
@@ -257,7 +257,7 @@ def test_a_language_model_gives_all_but_the_projector_and_that_is_said(make_vlm)
         ({"use_moe": True}, "one is a mixture of experts, the other dense"),
     ],
 )
-def test_a_misfit_is_told_with_its_likely_cause(make_vlm, config, cause):
+def test_a_mismatch_is_reported_with_its_likely_cause(make_vlm, config, cause):
     one, other = make_vlm(), make_vlm(**config)
     for model, state in ((one, other.text_state_dict()), (other, one.text_state_dict())):
         with pytest.raises(ValueError, match=f"x.pth does not fit this model: .* first: .*Likely: {cause}"):
@@ -265,7 +265,7 @@ def test_a_misfit_is_told_with_its_likely_cause(make_vlm, config, cause):
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_the_prefix_of_a_wrapper_is_no_part_of_a_name(make_vlm, prefix):
+def test_the_prefix_of_a_wrapper_is_removed(make_vlm, prefix):
     state = make_vlm().text_state_dict()
     found, older, ignored = known_names({prefix + key: value for key, value in state.items()})
     assert set(found) == set(state) and not older and not ignored
@@ -285,7 +285,7 @@ def test_the_architecture_is_read_off_the_file_with_and_without_its_json(args, b
             assert value.dtype == torch.float32 and torch.equal(value, model.state_dict()[key].half().float())
 
 
-def test_the_json_tells_what_shapes_cannot(args, bare):
+def test_the_json_supplies_facts_that_shapes_do_not_contain(args, bare):
     """Four heads of 16 with one key/value head, and another theta: the same shapes as other numbers would give."""
     args.num_attention_heads, args.num_key_value_heads = 4, 1
     model, _, origin = build_model(args, None)
@@ -395,7 +395,7 @@ def test_the_flags_stay_as_they_were_given(args, bare, json_there):
         assert vars(flags) == before
 
 
-def test_weights_that_tell_no_encoder_are_loaded_without_its_hash(args, bare, monkeypatch):
+def test_weights_without_a_recorded_encoder_are_loaded_without_hashing_it(args, bare, monkeypatch):
     """It takes a second, of every question that the public weights are asked."""
     path, _ = save(args)
     path.with_suffix(".json").unlink()
@@ -459,7 +459,7 @@ def checkpoint(state):
         (lambda state: state.pop("model.layers.1.mlp.up_proj.weight"), "1 missing, first: model.layers.1.mlp.up_proj"),
     ],
 )
-def test_weights_of_something_else_are_refused_with_a_sentence_that_says_what_they_are(args, bare, change, message):
+def test_weights_of_other_models_are_refused_with_an_error_that_names_them(args, bare, change, message):
     path, _ = save(args)
     path.with_suffix(".json").unlink()
     state = torch.load(path)
@@ -472,7 +472,7 @@ def test_weights_of_something_else_are_refused_with_a_sentence_that_says_what_th
 # ---------------------------------------------------------------------------- the tokenizer of weights without JSON
 
 
-def test_the_known_fingerprints_decide_where_the_weights_do_not_tell(args, bare, monkeypatch):
+def test_known_fingerprints_decide_for_weights_without_json(args, bare, monkeypatch):
     path, _ = save(args)
     path.with_suffix(".json").unlink()
     note = build_model(bare, path)[2].note
@@ -681,7 +681,7 @@ def test_a_public_folder_is_read_without_running_its_code(args, bare, tokenizer,
         ({"image_ids": [40] * 16}, "has the id 34 for '@', but .*MiniMind2-V was trained with the id 40"),
     ],
 )
-def test_a_folder_whose_configuration_is_of_something_else_is_refused(args, bare, tokenizer, config, message):
+def test_a_folder_with_another_configuration_is_refused(args, bare, tokenizer, config, message):
     folder, _ = public_folder(args, tokenizer, **config)
     bare.tokenizer_path = None
     with pytest.raises(ValueError, match=message):
@@ -842,7 +842,7 @@ def test_prompts_of_another_form_are_named(tmp_path, prompts):
 # ---------------------------------------------------------------------------- finding
 
 
-def test_weights_that_are_not_there_are_answered_with_what_is(args, tmp_path):
+def test_missing_weights_are_reported_with_a_list_of_existing_ones(args, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"--from_weight llm: no .*/llm_512.pth \(.* holds no .pth file\)"):
         find_weights("llm", args.out_dir, None, False)
     path, _ = save(args)
@@ -866,7 +866,7 @@ def test_weights_that_are_not_there_are_answered_with_what_is(args, tmp_path):
         ("typo", "a stage: pretrain_vlm, sft_vlm, llm"),
     ],
 )
-def test_who_has_no_weights_is_told_what_to_type(monkeypatch, tmp_path, stage, what):
+def test_an_error_about_missing_weights_says_what_to_type(monkeypatch, tmp_path, stage, what):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError) as error:
         find_weights(stage, "out", None, False)
@@ -935,7 +935,7 @@ def test_one_bit_of_a_tensor_that_is_not_as_it_was_written_is_refused(args, bare
     assert build_model(bare, path)[2].note.startswith("loaded")
 
 
-def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     path = tmp_path / "out/sft_vlm_64.pth"
     path.parent.mkdir()
     ended = subprocess.Popen([sys.executable, "-c", ""])
@@ -970,7 +970,7 @@ def test_a_record_larger_than_its_file_is_not_unpacked(tmp_path):
         (lambda weight: weight.to_sparse(), "is sparse_coo, expected floats"),
     ],
 )
-def test_what_cannot_be_weights_is_refused_by_the_name_of_the_tensor(args, bare, change, message):
+def test_invalid_weights_are_refused_with_the_name_of_the_tensor(args, bare, change, message):
     path, _ = save(args)
     state = read_weights(path)
     state["model.norm.weight"] = change(state["model.norm.weight"])
