@@ -21,8 +21,8 @@ into out_dir, in the same format as any other data set of this repository:
 
 --form captions writes a caption of every object, for contrastive training; one in five objects of train has a shade
 without a name. --form text writes conversations with a description instead of the picture, for training on text. The
-same seed gives the same scenes in every form. `dataset.scene_pictures` draws scenes, `dataset.scene_questions` knows
-questions and answers.
+same seed gives the same scenes in every form. `dataset.scene_pictures` draws scenes, `dataset.scene_questions`
+contains questions and answers.
 """
 
 if __spec__ is None:  # started by its path, where Python cannot import the other folders
@@ -227,8 +227,8 @@ def write_world(
         of_scenes = "val" if split == "val_wording" else split  # the same pictures and questions, other wordings
         style = "plain" if plain else "held out" if split == "val_wording" else "train"
         start, used, other, written[split] = time.perf_counter(), Counter(), None, 0
-        beside = out_dir / f"{split}.jsonl.tmp"
-        with beside.open("w", encoding="utf-8", newline="\n") as file:
+        temporary = out_dir / f"{split}.jsonl.tmp"
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
             for i, scene in enumerate(scenes_of(of_scenes, count, seed, objects)):
                 rng, new = random.Random(f"{seed} {of_scenes} {i} rows"), split == "val_new"
                 if form == "text":

@@ -72,15 +72,15 @@ class Photos:
         """The file name here of a picture of `source`; writes the file on first use. Raises FileNotFoundError, or
         ValueError for a broken picture."""
         if not source.has(name):
-            mend = "--allow_urls downloads it" if is_url(name) else "Pass their folder or zip with --images_path"
-            raise FileNotFoundError(f"{name} in {source.path} is not in {source.pictures_path}.\n{mend}")
+            hint = "--allow_urls downloads it" if is_url(name) else "Pass their folder or zip with --images_path"
+            raise FileNotFoundError(f"{name} in {source.path} is not in {source.pictures_path}.\n{hint}")
         identity = source.identity(name)
         if identity not in self.names:
             try:
                 self.names[identity] = use_picture(source, name, self.write)
             except BadRow as error:
-                mend = f"Fix the picture, or remove its rows from {source.path}"
-                raise ValueError(f"--images_path: {error}\n{mend}") from None
+                hint = f"Fix the picture, or remove its rows from {source.path}"
+                raise ValueError(f"--images_path: {error}\n{hint}") from None
         return self.names[identity]
 
     def write(self, content: bytes) -> str:

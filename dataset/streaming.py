@@ -116,8 +116,8 @@ class Stream:
         path.parent.mkdir(parents=True, exist_ok=True)
         schema = self.schema.append(pa.field("origin", pa.string()))
         opened = {file: open_parquet(file) for file in {row_group.file for row_group in shard}}
-        beside = path.with_suffix(".tmp")
-        with pa.OSFile(str(beside), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        temporary = path.with_suffix(".tmp")
+        with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             for row_group in shard:
                 # A large row group is split into parts, which follow each other: keep it for the next one.
                 if self.last[0] != (row_group.file, row_group.group):
@@ -129,7 +129,7 @@ class Stream:
                 numbers = range(row_group.offset + row_group.first + 1, row_group.offset + row_group.end + 1)
                 rows = rows.append_column("origin", pa.array([f"{row_group.file}:{number}" for number in numbers]))
                 writer.write_table(rows.cast(schema))
-        beside.replace(path)
+        temporary.replace(path)
 
 
 def hopeless(error: BaseException) -> bool:

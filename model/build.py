@@ -158,8 +158,8 @@ def inside(weights: Path, part: str) -> list[Path]:
     """The folders inside a Transformers folder that contain its tokenizer or encoder; [] for a file of weights."""
     if part == "tokenizer":
         return [weights] if (weights / "tokenizer.json").is_file() else []
-    found = [(path.parent, str(read_json(path).get("model_type"))) for path in weights.glob("*/config.json")]
-    return [folder for folder, kind in found if family_of(kind)]
+    configs = [(path.parent, str(read_json(path).get("model_type"))) for path in weights.glob("*/config.json")]
+    return [folder for folder, kind in configs if family_of(kind)]
 
 
 # ---------------------------------------------------------------------------- 2. plan from flags and weights
@@ -262,13 +262,13 @@ def check_tokenizer(tokenizer, folder: str, saved: Pretrained) -> str:
     """
     weights, known, sha256 = saved.path, saved.sidecar["tokenizer"], tokenizer_hash(folder)
     expected, vocab_size = known.get("sha256"), saved.config["vocab_size"]
-    own, other, what = PUBLIC_TOKENIZER, LATER_TOKENIZER, "a later generation (MiniMind-3)"
+    right, wrong, its_generation = PUBLIC_TOKENIZER, LATER_TOKENIZER, "a later generation (MiniMind-3)"
     if saved.generation is MINIMIND_3:
-        own, other, what = other, own, "an earlier generation (MiniMind2)"
-    if not expected and sha256 == other:
+        right, wrong, its_generation = wrong, right, "an earlier generation (MiniMind2)"
+    if not expected and sha256 == wrong:
         where = saved.generation.hub.get("tokenizer", "python -m scripts.download --what llm")
         raise ValueError(
-            f"{folder} contains the tokenizer of {what},\nnot the one of {weights}. To download that: {where}"
+            f"{folder} contains the tokenizer of {its_generation},\nnot the one of {weights}. To download that: {where}"
         )
     if len(tokenizer) != vocab_size:
         raise ValueError(
@@ -288,7 +288,7 @@ def check_tokenizer(tokenizer, folder: str, saved: Pretrained) -> str:
             f"{folder} has the id {at} for {sign!r}, but {weights} was trained with the id {placeholder}. "
             "Pass that tokenizer with --tokenizer_path"
         )
-    if expected or sha256 == own or Path(folder) == weights:
+    if expected or sha256 == right or Path(folder) == weights:
         return ""
     return (
         f"warning: {weights} does not record its tokenizer, and {folder} is not the public one. If answers make "

@@ -216,14 +216,14 @@ def find_weights(name: str, out_dir, hidden_size: int | None, use_moe: bool) -> 
             f"--from_weight {name}: {out_dir} contains {', '.join(matches)}\n"
             f"Choose one by its path: --from_weight {out_dir / matches[0]}"
         )
-    how = {
+    commands = {
         "pretrain_vlm": "make it: python train_pretrain_vlm.py",
         "sft_vlm": "download it: python -m scripts.download --what vlm",
         "llm": "download it: python -m scripts.download --what llm",
     }
     raise FileNotFoundError(
         f"--from_weight {name}: no {exact[0]} ({out_dir} contains {', '.join(there) or 'no .pth file'})\n"
-        f"Choose another, or none, or {how.get(name, 'a stage: ' + ', '.join(how))}"
+        f"Choose another, or none, or {commands.get(name, 'a stage: ' + ', '.join(commands))}"
     )
 
 
@@ -327,13 +327,15 @@ def refuse_other_architecture(path: Path, config: VLMConfig, resumable: bool = F
             if not resumable:
                 raise
             return f"{error}\nIt will be written again from the checkpoint, which is complete"
-    other = [
+    differences = [
         f"{key} {value}, not {getattr(config, key)}"
         for key, value in there.items()
         if key not in ("dropout", "flash_attn", "image_special_token") and value != getattr(config, key)
     ]
-    if other:
-        raise ValueError(f"{path} contains another model ({', '.join(other)}). To keep it, choose another --out_dir")
+    if differences:
+        raise ValueError(
+            f"{path} contains another model ({', '.join(differences)}). To keep it, choose another --out_dir"
+        )
     return ""
 
 
