@@ -69,9 +69,9 @@ def test_a_run_of_few_steps_says_so_with_flags_that_make_enough(script, flags_of
     given = flags_of(script)
     script.main(given)
     out = capsys.readouterr().out
-    assert "only 4 steps, too few to learn much: 14 rows, 4 a batch.\n" in out
+    assert "only 4 steps, too few to learn much: 14 rows, 4 per batch.\n" in out
     assert out.index("only 4 steps") < out.index("steps done")
-    (suggested,) = re.findall(r"What suits so many: (.+)\n", out)
+    (suggested,) = re.findall(r"For this many rows try (.+)\n", out)
     monkeypatch.setattr("trainer.loop.train_epoch", lambda run, epoch: None)
     run = script.main([*given, *suggested.split()])
     assert 240 <= run.total_steps <= 260 and "too few" not in capsys.readouterr().out
@@ -81,8 +81,8 @@ def test_the_flags_count_rows_as_often_as_an_epoch_passes_over_them(flags, monke
     monkeypatch.setattr("trainer.loop.train_epoch", lambda run, epoch: None)
     train_sft_vlm.main([*flags, "--data_weights", "3.5", "--accumulation_steps", "2"])
     out = capsys.readouterr().out
-    assert "only 7 steps, too few to learn much: 49 rows, 4 a batch.\n" in out
-    assert "What suits so many: --epochs 20 --batch_size 4 --accumulation_steps 1\n" in out
+    assert "only 7 steps, too few to learn much: 49 rows, 4 per batch.\n" in out
+    assert "For this many rows try --epochs 20 --batch_size 4 --accumulation_steps 1\n" in out
     train_sft_vlm.main([*flags, "--epochs", "13"])  # 52 steps
     assert "too few" not in capsys.readouterr().out
 
@@ -95,7 +95,7 @@ def test_a_run_that_ends_worse_than_guessing_is_said_to_have_diverged(script, fl
     everything = [] if script is train_llm else ["--trainable", "all"]
     script.main([*flags_of(script), *everything, "--epochs", "5", "--learning_rate", "3", "--grad_clip", "100"])
     out = capsys.readouterr().out
-    text = r"It diverged: a loss of (\S+) is worse than guessing, (\S+)\. Start again from\nthe weights of before with "
+    text = r"It diverged: a loss of (\S+) is worse than guessing, (\S+)\. Start again from\nthe previous weights with "
     ((loss, guessing, rates),) = re.findall(text + "(.+)", out)
     assert float(loss) > 6 and guessing == "5.70"  # ln 300
     assert rates.startswith("--learning_rate 0.6") and "eval_vlm.py" not in out
@@ -123,7 +123,7 @@ def test_it_ends_with_what_it_took_an_answer_and_the_next_command(script, flags_
     out = capsys.readouterr().out
     assert re.search(r"4 steps done.*\nIt took [\d.]+ s and at most [\d.]+ GB of memory\n", out)
     shown = (
-        f"One answer, to {world / 'val.jsonl'}:1:\n  question  What colour is this?\n  expected  It is red.\n  answer"
+        f"Example answer, {world / 'val.jsonl'}:1:\n  question  What colour is this?\n  expected  It is red.\n  answer"
     )
     assert shown in out and max(len(line) for line in out[out.index("  question") :].splitlines()[:3]) <= 80
     command = pasted(out)
@@ -182,7 +182,7 @@ def test_long_answers_are_cut_and_broken_pictures_left_out(flags, world, tmp_pat
     (tmp_path / "pictures/red.png").write_bytes(b"broken")
     train_sft_vlm.main([*flags, "--val_path", str(path), "--val_images_path", str(tmp_path / "pictures")])
     out = capsys.readouterr().out
-    assert "left out of the validation" in out and "One answer" not in out and "eval_vlm.py" in out
+    assert "left out of the validation" in out and "Example answer" not in out and "eval_vlm.py" in out
 
 
 def test_where_pictures_lie_in_a_zip_the_command_takes_one_of_ours(flags, world, tmp_path, capsys):
@@ -240,12 +240,12 @@ def test_a_finished_run_says_that_it_is_and_how_to_train_on(script, flags_of, ca
     capsys.readouterr()
     assert script.main([*given, "--from_resume"]).state.step == 4
     out = capsys.readouterr().out
-    assert "this run is finished, 4 of 4 steps are done. To train on from its weights,\n" in out
-    assert f",\ninstead of --from_resume: --from_weight {path} --epochs 1\n" in out
+    assert "this run is finished, 4 of 4 steps are done. To train further from its weights,\n" in out
+    assert f",\nreplace --from_resume by --from_weight {path} --epochs 1\n" in out
     assert "It took" not in out and "only 4 steps" not in out
     with pytest.raises(
         ValueError,
-        match=f"finished. To train on from its\nweights, instead of --from_resume: --from_weight {path} --epochs 3$",
+        match=f"finished run. To train further .*\nreplace --from_resume by --from_weight {path} --epochs 3$",
     ):
         script.main([*given, "--from_resume", "--epochs", "3"])
     assert {file.name: file.read_bytes() for file in path.parent.iterdir() if file.suffix != ".png"} == before

@@ -164,7 +164,7 @@ def test_a_broken_picture_is_reported_as_without_the_cache(cached, pictures, tmp
     (folder / "pictures/red.png").write_bytes(b"no picture")
     (folder / "pictures/blue.png").write_bytes(b"no picture")  # the same content, under another name
     flags = data_flags(cached, folder)
-    with pytest.raises(ValueError, match=r"rows\.jsonl:1: .*red\.png cannot be read: .*\nMend it, or .* skip"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: .*red\.png cannot be read: .*\nFix it, or .* skip"):
         train_sft_vlm.main(flags)
     assert not list((tmp_path / "out").glob("*"))  # before the first step
 
@@ -175,7 +175,7 @@ def test_a_broken_picture_is_reported_as_without_the_cache(cached, pictures, tmp
         capsys.readouterr()
         run = train_sft_vlm.main([*skip, *extra])
         assert (run.state.rows, run.state.broken) == (2 * 9, 2 * 5)
-        told.append(sorted(line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: ")))
+        told.append(sorted(line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped: ")))
     assert told[0] == told[1] == told[2] and len(told[0]) == 10
 
     Image.new("RGB", (9, 9), "red").save(folder / "pictures/red.png")

@@ -112,13 +112,13 @@ def test_optimizer_rates_and_batch_follow_from_the_width(stage, width, capsys):
     assert settings_of(stage, width) == FITTING[stage, width]
     flags = f"--optimizer {optimizer} --learning_rate {rate} "
     flags += f"--projector_learning_rate {projector} " if projector else ""
-    assert capsys.readouterr().out == f"settings for a model {width} wide: {flags}--batch_size {rows}\n"
+    assert capsys.readouterr().out == f"settings for hidden_size {width}: {flags}--batch_size {rows}\n"
 
 
 def test_what_was_given_stays_and_is_not_told_again(capsys):
     given = ["--optimizer", "muon", "--learning_rate", "1e-5", "--batch_size", "7"]
     assert settings_of("sft_vlm", 512, *given) == ("muon", 1e-5, 2e-4, 7)
-    assert capsys.readouterr().out == "settings for a model 512 wide: --projector_learning_rate 0.0002\n"
+    assert capsys.readouterr().out == "settings for hidden_size 512: --projector_learning_rate 0.0002\n"
     assert settings_of("sft_vlm", 128, *given, "--projector_learning_rate", "1") == ("muon", 1e-5, 1, 7)
     assert capsys.readouterr().out == ""
 

@@ -301,10 +301,10 @@ def test_a_file_that_is_gone_is_not_waited_for(url, tmp_path, monkeypatch):
             ["--data_path", "file:///nowhere/x.parquet"],
             "--data_path file:///nowhere/x.parquet: no such file. Found: ",
         ),
-        (["--data_path", "URL", "ROWS"], "streamed rows hold their pictures and go alone"),
-        (["--images_path", "x"], "streamed rows hold their pictures and go alone"),
-        (["--data_weights", "2"], "streamed rows hold their pictures and go alone"),
-        (["--val_path", "URL"], "--val_path: held-out rows are read again and again, so they must be on the disk"),
+        (["--data_path", "URL", "ROWS"], "streamed rows contain their pictures and cannot be combined with"),
+        (["--images_path", "x"], "streamed rows contain their pictures and cannot be combined with"),
+        (["--data_weights", "2"], "streamed rows contain their pictures and cannot be combined with"),
+        (["--val_path", "URL"], "--val_path: held-out rows are read several times, so they must be on disk"),
         (["--data_path", "file://OTHER"], 'other.parquet: the columns are image, and "image" has no text column'),
         (["--data_path", "file://BROKEN"], "broken.parquet cannot be read: "),
         (
@@ -434,7 +434,7 @@ def test_inspect_data_reports_that_it_reads_one_shard_of_a_hub(
     assert f"--data_path '{far}'" in out.split("To train on it:")[1]
     assert "hf://datasets/owner/name/sft_" in (tmp_path / "out/inspect.html").read_text(encoding="utf-8")
     assert not list((tmp_path / "temporary").iterdir())
-    with pytest.raises(ValueError, match="streamed rows hold their pictures and go alone"):
+    with pytest.raises(ValueError, match="streamed rows contain their pictures and cannot be combined with"):
         inspect_data.main([far, "rows.jsonl", *flags])
     hub.status = 404
     with pytest.raises(OSError, match="(no such file|cannot be read: )"):
@@ -483,6 +483,6 @@ def test_parquet_of_any_shape_is_streamed(files, streamed, capsys):
     flags = [*streamed, "--data_path", f"file://{files}/captions.parquet", "--stream_rows", "6", "--epochs", "2"]
     assert main(flags).state.step == 8
     out = capsys.readouterr().out
-    assert "12 rows read as caption (text), pictures (image)" in out and "6 in an epoch, as of several" in out
-    with pytest.raises(ValueError, match="--captions_per_epoch all: of streamed rows"):
+    assert "12 rows read as caption (text), pictures (image)" in out and "6 rows per epoch: one caption of each" in out
+    with pytest.raises(ValueError, match="--captions_per_epoch all: .* streamed rows"):
         main([*flags, "--captions_per_epoch", "all"])

@@ -176,7 +176,7 @@ MISTAKES = [
     (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
     (["--val_interval", "5"], "--val_interval has no effect without --val_path"),
     (["--val_images_path", "a"], "--val_images_path has no effect without --val_path"),
-    (["--val_path", "v.jsonl", "--val_images_path", "a", "b"], "--val_images_path names 2, --val_path 1: give as many"),
+    (["--val_path", "v.jsonl", "--val_images_path", "a", "b"], "--val_images_path has 2 paths, --val_path has 1"),
     (["--cache_dtype", "int8"], "--cache_dtype has no effect without --cache_features"),
     (["--trainable", "projector", "--optimizer", "muon"], "--optimizer muon is for the blocks, which do not learn"),
     (["--trainable", "attention", "--embedding_learning_rate", "0.1"], "with --trainable attention the embeddings do"),

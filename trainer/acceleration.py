@@ -1,4 +1,4 @@
-"""What makes a step faster and computes the same."""
+"""Makes training steps faster without changing what they compute."""
 
 import torch
 
@@ -8,9 +8,9 @@ from model.model_minimind import MiniMindBlock
 
 
 def cast_frozen(model, dtype: torch.dtype):
-    """Matrices that do not learn, in the dtype to which autocast would cast them anew in each step: the same numbers.
+    """Casts the frozen matrices to `dtype` once. Autocast would cast them in every step, to the same numbers.
 
-    A quarter of the time of CLIP ViT-B/16 on a CPU with AMX. Returns the model, whose norms stay as they are.
+    This saves time where the arithmetic itself is fast, as on CPUs with AMX. Norms keep their dtype. Returns the model.
     """
     for module in model.modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and not module.weight.requires_grad:
@@ -19,12 +19,12 @@ def cast_frozen(model, dtype: torch.dtype):
 
 
 def better_in_blocks(device: torch.device, dtype: torch.dtype) -> bool:
-    """Is `attention_in_blocks` faster here? In bfloat16 on a CPU that computes in it."""
+    """Whether `attention_in_blocks` is faster here: in bfloat16 on a CPU with instructions for it."""
     return device.type == "cpu" and dtype == torch.bfloat16 and cpu_has("amx_bf16", "avx512_bf16")
 
 
 def choose_attention(model, device: torch.device, dtype: torch.dtype) -> None:
-    """`attention_in_blocks` where it is faster. Experts, whose rows have a mask, do without."""
+    """Uses `attention_in_blocks` where it is faster. It takes no mask, so models with experts train without it."""
     if better_in_blocks(device, dtype):
         for module in model.modules():
             if isinstance(module, Attention):
@@ -32,35 +32,35 @@ def choose_attention(model, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def compile_layers(model) -> None:
-    """torch.compile for the layers of decoder and encoder, each for itself and for rows of any length.
+    """Applies torch.compile to the layers of decoder and encoder one by one, for rows of any length.
 
-    All layers of a kind share what is compiled for the first, so it takes half a minute where the whole model takes
-    several.
+    All layers of a kind share the code compiled for the first one. This takes half a minute; compiling the whole model
+    takes several.
     """
     layers = [module for module in model.modules() if isinstance(module, MiniMindBlock)]
     encoder = getattr(model, "vision_encoder", None)
     for module in encoder.modules() if encoder else ():
-        if isinstance(module, torch.nn.ModuleList):  # of the encoder's blocks, whatever its family calls them
+        if isinstance(module, torch.nn.ModuleList):  # the encoder's blocks; each family has its own name for them
             layers += module
     for layer in layers:
         layer.compile(dynamic=True)
 
 
-@torch.compiler.disable  # what it makes of this for rows of any length is slower
+@torch.compiler.disable  # compiled for rows of any length, this function is slower
 def attention_in_blocks(q, k, v, mask=None, dropout: float = 0.0, is_causal: bool = True, blocks: int = 3):
-    """Causal attention in the open, for CPUs that multiply bfloat16 (AMX, AVX512-BF16), of which the backward pass of
-    PyTorch's own makes little use. q (B, H, T, d), k and v (B, K, T, d) → (B, H, T, d).
+    """Causal attention in plain operations, for CPUs that multiply bfloat16 (AMX, AVX512-BF16). The backward pass of
+    PyTorch's own attention hardly uses these instructions. q (B, H, T, d), k and v (B, K, T, d) → (B, H, T, d).
 
-    Each block of queries leaves out the keys after its last one. In bfloat16 scores are rounded before the softmax,
-    which `scaled_dot_product_attention` does not do.
+    Each block of queries skips the keys after its last position. In bfloat16 the scores are rounded before the softmax;
+    `scaled_dot_product_attention` does not round them.
     """
     B, H, T, d = q.shape
     K = k.shape[1]
     q, out = q * d**-0.5, []
     for i in range(blocks):
-        start, S = i * T // blocks, (i + 1) * T // blocks  # queries from start on, the last of which sees S keys
+        start, S = i * T // blocks, (i + 1) * T // blocks  # queries start to S - 1; the last one sees S keys
         t = S - start
-        # All heads that share a key are rows of one matrix.
+        # Query heads that share a key head become rows of one matrix.
         scores = q[:, :, start:S].reshape(B, K, H // K * t, d) @ k[:, :, :S].transpose(-2, -1)
         later = torch.full((t, S), float("-inf"), dtype=q.dtype, device=q.device).triu(1 + start)
         weights = torch.nn.functional.dropout((scores.view(B, K, H // K, t, S) + later).softmax(dim=-1), dropout)

@@ -1,5 +1,5 @@
-"""What a run says beside its progress: before, that it is too short; after, whether it diverged, what it took, one of
-its answers, and what to type next."""
+"""The messages of a run around its progress. Before the first step: that the run is too short. After the last one:
+whether it diverged, its time and memory, one of its answers, and the next command."""
 
 import contextlib
 import math
@@ -19,16 +19,16 @@ from dataset.rows import Row
 from dataset.values import BadRow
 from model.processing import IGNORE, IMAGE_TAG
 
-FEW, ENOUGH, PLENTY = 50, 250, 5000  # steps: what is too short to learn from, what suits 100 rows, what suits 10,000
-PASSES, SMALLEST = 20, 8  # epochs, and rows a batch, where there are few rows
-UNTAUGHT = 0.2  # nats by which untrained weights, whose logits are small but not 0, may be worse than guessing
+FEW, ENOUGH, PLENTY = 50, 250, 5000  # steps: too few to learn from; enough for 100 rows; enough for 10,000 rows
+PASSES, SMALLEST = 20, 8  # epochs, and rows per batch, for small data sets
+UNTAUGHT = 0.2  # nats: untrained weights may be this much worse than guessing, as their logits are small but not 0
 LEARNING_RATES = ("learning_rate", "projector_learning_rate", "embedding_learning_rate")
-LONGEST = 64  # tokens of the answer that is shown
+LONGEST = 64  # tokens of the example answer
 
 
 def sizes(rows: int, batch_size: int, ranks: int = 1) -> tuple[int, int]:
-    """(epochs, batch size) that suit so many rows: PASSES of them, but ENOUGH steps at least, and no more than PLENTY
-    if an epoch has fewer. batch_size: the largest that is wanted."""
+    """Returns (epochs, batch size) that suit a number of rows: PASSES epochs, but at least ENOUGH steps, and at most
+    PLENTY steps unless one epoch has more. batch_size: the upper limit."""
     while batch_size > SMALLEST and PASSES * rows < ENOUGH * batch_size * ranks:
         batch_size //= 2
     steps = math.ceil(rows / (batch_size * ranks))  # of an epoch
@@ -36,21 +36,21 @@ def sizes(rows: int, batch_size: int, ranks: int = 1) -> tuple[int, int]:
 
 
 def report_start(run) -> None:
-    """That the run is done already, or too short to teach much."""
+    """Prints a note if the run is already finished, or too short to learn much."""
     args, steps = run.args, run.total_steps
     if run.state.step >= steps:
-        say(f"this run is finished, {steps} of {steps} steps are done. To train on from its weights,")
-        say(f"instead of --from_resume: --from_weight {run.checkpoint.path} --epochs {args.epochs}")
+        say(f"this run is finished, {steps} of {steps} steps are done. To train further from its weights,")
+        say(f"replace --from_resume by --from_weight {run.checkpoint.path} --epochs {args.epochs}")
     elif steps < FEW:
         rows = run.loader.rows_per_epoch
         epochs, batch_size = sizes(rows, args.batch_size, world_size())
         single = " --accumulation_steps 1" * (args.accumulation_steps > 1)
-        say(f"only {steps} steps, too few to learn much: {rows:,} rows, {args.batch_size} a batch.")
-        say(f"What suits so many: --epochs {epochs} --batch_size {batch_size}{single}")
+        say(f"only {steps} steps, too few to learn much: {rows:,} rows, {args.batch_size} per batch.")
+        say(f"For this many rows try --epochs {epochs} --batch_size {batch_size}{single}")
 
 
 def report_end(run, tokenizer, seconds: float) -> None:
-    """After the last step. Called on all ranks."""
+    """Prints the summary after the last step. All ranks must call it. seconds: duration of the run."""
     memory = max(gather(peak_memory()))
     say(f"It took {duration(seconds)} and at most {describe_memory(memory, run.device, world_size())}")
     if not is_main():
@@ -61,7 +61,7 @@ def report_end(run, tokenizer, seconds: float) -> None:
         rates = {key: getattr(run.args, key, None) for key in LEARNING_RATES}
         lower = " ".join(f"--{key} {value / 5:.2g}" for key, value in rates.items() if value)
         say(f"It diverged: a loss of {loss:.2f} is worse than guessing, {guessing:.2f}. Start again from")
-        say(f"the weights of before with {lower}")
+        say(f"the previous weights with {lower}")
         return
     if run.val_loader is not None:
         show_answer(run, tokenizer)
@@ -69,51 +69,51 @@ def report_end(run, tokenizer, seconds: float) -> None:
     say(f"{what}\n$ {typed(command)}")
 
 
-# ---------------------------------------------------------------------------- what it took
+# ---------------------------------------------------------------------------- memory
 
 
 def peak_memory() -> int:
-    """Bytes of memory that this process had at most."""
+    """Returns the peak memory of this process in bytes."""
     now = psutil.Process().memory_info()
     if hasattr(now, "peak_wset"):  # Windows
         return now.peak_wset
-    import resource  # which Windows has not
+    import resource  # does not exist on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def describe_memory(memory: int, device: torch.device, ranks: int) -> str:
-    """memory: bytes of a process."""
+    """Describes the memory of the run for a sentence. memory: bytes per process."""
     text = f"{gigabytes(memory / 1e9)} of memory"
     if device.type == "cuda":
         text += f", on the GPU {gigabytes(torch.cuda.max_memory_reserved(device) / 1e9)}"
     return text + f", in each of {ranks} processes" * (ranks > 1)
 
 
-# ---------------------------------------------------------------------------- one answer
+# ---------------------------------------------------------------------------- an example answer
 
 
 def up_to_first_answer(row: Row) -> Row:
-    """A conversation up to its first answer."""
+    """Cuts a conversation after its first answer."""
     end = next(i for i, turn in enumerate(row.conversations) if turn["role"] == "assistant")
     return replace(row, conversations=row.conversations[: end + 1])
 
 
 def first_question(row: Row) -> str:
-    """The question before the first answer, without its tags."""
+    """Returns the question before the first answer, without its <image> tags."""
     return up_to_first_answer(row).conversations[-2]["content"].replace(IMAGE_TAG, "").strip()
 
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def answer(run, tokenizer, data: VLMDataset, row: int) -> str:
-    """The greedy answer to the first question of a row. Raises BadRow for a broken picture."""
+    """Returns the greedy answer to the first question of a row. Raises BadRow for a broken picture."""
     ids, labels, names, _ = encode_row(up_to_first_answer(data.row(row)), tokenizer, data.image_ids, data.max_length)
     prompt = torch.tensor([ids[: next(i for i, label in enumerate(labels) if label != IGNORE)]], device=run.device)
     if not names:
         inputs = {}
-    elif data.features:  # of all turns; this one's come first
+    elif data.features:  # of the pictures of all turns; those of the first question come first
         inputs = {"image_features": data.features.of_row(row)[: len(names)].to(run.device)}
     else:
         inputs = {"pixel_values": torch.stack([data.load_picture(row, name) for name in names]).to(run.device)}
@@ -132,7 +132,7 @@ def answer(run, tokenizer, data: VLMDataset, row: int) -> str:
 
 
 def show_answer(run, tokenizer) -> None:
-    """The model's answer to the first held-out row, beside the expected one."""
+    """Prints the model's answer to the first held-out row next to the expected one."""
 
     def show(title, text):
         text = " ".join(text.split())
@@ -142,30 +142,30 @@ def show_answer(run, tokenizer) -> None:
     data = run.val_loader.dataset
     with contextlib.suppress(BadRow):  # the validation has reported it
         given, row = answer(run, tokenizer, data, 0), data.row(0)
-        say(f"One answer, to {data.where(0)}:")
+        say(f"Example answer, {data.where(0)}:")
         show("question", first_question(row))
         show("expected", up_to_first_answer(row).conversations[-1]["content"])
         show("answer", given)
 
 
-# ---------------------------------------------------------------------------- what to type next
+# ---------------------------------------------------------------------------- the next command
 
 
 def next_step(run) -> tuple[str, list[str]]:
-    """(what it does, the command)."""
+    """Returns the next command and a line that introduces it: (line, command)."""
     weights = str(run.checkpoint.path)
     if not hasattr(run.args, "vision_model_path"):
         command = ["python", "train_pretrain_vlm.py", "--from_weight", weights, "--trainable", "all"]
         command += ["--data_path", "rows.jsonl", "--images_path", "pictures"]
-        return "Next it learns to see, from rows with pictures (stage 1):", command
+        return "Next, train on rows with pictures (stage 1):", command
     command = ["python", "eval_vlm.py", "--weights", weights, "--image"]
     data = run.val_loader.dataset if run.val_loader is not None else run.loader.data
     for number in range(min(len(data or []), 100)):
         source = data.sources[data.locate(number)[0]]
-        if isinstance(source.pictures, Folder):  # rather than a zip
+        if isinstance(source.pictures, Folder):  # not a zip, as the command names a file
             row = data.row(number)
             question = first_question(row)
             if len(row.images) == 1 and 0 < len(question) <= WIDTH and "\n" not in question:
                 picture = source.where_picture(row.images[0])
-                return "To ask it:", [*command, picture, "--prompt", question, "--greedy"]
-    return "To ask it:", [*command, "dataset/eval_images/scene_1.png", "--greedy"]
+                return "To ask the model:", [*command, picture, "--prompt", question, "--greedy"]
+    return "To ask the model:", [*command, "dataset/eval_images/scene_1.png", "--greedy"]

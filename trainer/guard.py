@@ -1,4 +1,4 @@
-"""What may go wrong in a training: a signal to stop, broken pictures, a loss that is not finite."""
+"""Handles what can go wrong during training: a signal to stop, broken pictures, a loss that is not finite."""
 
 import contextlib
 import math
@@ -8,17 +8,17 @@ import threading
 from common.distributed import gather, say
 from common.start import STOPS, leave, set_handler
 
-# What --on_bad_row skip puts up with while training: so many rows with broken pictures, or this share, if it is more.
+# How many rows with broken pictures --on_bad_row skip tolerates during training: this many, or this share if larger.
 MAX_BROKEN, MAX_BROKEN_SHARE = 10, 0.01
 
 
 class StopSignal:
-    """Notes what asks to stop, so that the step in hand can be finished. A second Ctrl-C stops at once; a terminal that
-    is closed may send its signal twice."""
+    """Records a request to stop, so that the current step can finish. A second Ctrl-C stops at once. A second SIGHUP
+    does not: a terminal that closes may send two."""
 
     def __enter__(self):
         self.requested, self.old = False, {}
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only there
             self.old = {number: set_handler(number, self.note) for number in STOPS}
         return self
 
@@ -26,7 +26,7 @@ class StopSignal:
         if self.requested and number != getattr(signal, "SIGHUP", None):
             leave(number, frame, "--from_resume")
         self.requested = True
-        with contextlib.suppress(RuntimeError, OSError):  # in the middle of a print(); or nobody reads any more
+        with contextlib.suppress(RuntimeError, OSError):  # it interrupted a print(), or the output is closed
             say("\nstopping after this step ...")
 
     def __exit__(self, *exception) -> None:
@@ -35,40 +35,40 @@ class StopSignal:
 
 
 def check_broken(run, batches: list[dict], rows: int, broken: int) -> None:
-    """Counts pictures that could not be read. Raises ValueError at the first, under `skip` when they are too many."""
+    """Counts rows with broken pictures. Raises ValueError at the first one; with `skip`, when there are too many."""
     if not broken:
         return
     messages = [message for batch in batches for message in batch["broken"]]
     messages = [message for of_rank in gather(messages) for message in of_rank]
     if run.args.on_bad_row == "error":
-        raise ValueError(f"{messages[0]}\nMend it, or leave such rows out with --on_bad_row skip")
+        raise ValueError(f"{messages[0]}\nFix it, or skip such rows with --on_bad_row skip")
     run.state.broken += broken
     for message in messages:
-        say(f"left out: {message}")
+        say(f"skipped: {message}")
     seen = run.state.rows + rows + run.state.broken
     if run.state.broken > max(MAX_BROKEN, MAX_BROKEN_SHARE * max(seen, run.loader.rows)):
         raise ValueError(
             f"{run.state.broken} of {seen} rows have broken pictures, more than {MAX_BROKEN} and "
-            f"{MAX_BROKEN_SHARE:.0%}: the folder itself\nseems damaged. The last one: {messages[-1]}"
+            f"{MAX_BROKEN_SHARE:.0%}: the folder\nseems to be damaged. Last broken picture: {messages[-1]}"
         )
 
 
 def check_finite(run, batches: list[dict], losses, aux_losses, loss, aux_loss, grad_norm) -> None:
-    """ValueError names the rows of a step whose loss or gradient is not finite. losses, aux_losses: of this rank's
-    batches; the other numbers are of all ranks.
+    """Raises ValueError, naming the rows, if the loss or the gradient of a step is not finite. losses, aux_losses: of
+    this rank's batches; the other numbers are over all ranks.
 
-    In fp16 a gradient may overflow: the scaler then skips the step and goes on with a smaller scale, above 1.
+    In fp16 a gradient may overflow. As long as its scale is above 1, the scaler skips such a step and lowers the scale.
     """
     finite = math.isfinite(loss + aux_loss)
     if finite and (math.isfinite(grad_norm) or run.scaler.get_scale() > 1):
         return
     culprits = [batch for batch, a, b in zip(batches, losses, aux_losses) if not math.isfinite(a + b)]
     if finite:
-        culprits = batches  # the gradient alone, and it is a sum over all
+        culprits = batches  # only the gradient is bad, and it is a sum over all of them
     places = [run.loader.data.where(row) for batch in culprits for row in batch["rows"]]
     places = [place for of_rank in gather(places) for place in of_rank]
     rows = ", ".join(places[:64]) + ", ..." * (len(places) > 64)
     raise ValueError(
-        f"step {run.state.step + 1}: loss {loss}, gradient norm {grad_norm}; not taken, the last checkpoint is good.\n"
-        f"Its rows: {rows}. Look at them, or try a lower --learning_rate or --dtype float32"
+        f"step {run.state.step + 1}: loss {loss}, gradient norm {grad_norm}. The step was not applied, and the last "
+        f"checkpoint is good.\nIts rows: {rows}. Check them, or try a lower --learning_rate or --dtype float32"
     )

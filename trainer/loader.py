@@ -1,4 +1,4 @@
-"""Where the batches of a run come from: a data set on the disk, or one that is streamed a shard at a time."""
+"""Supplies the batches of a run, from a data set on disk or from one that is streamed shard by shard."""
 
 import math
 import os
@@ -19,12 +19,12 @@ from dataset.shapes import ReadOptions
 from dataset.sources import Shard
 from dataset.streaming import Fetcher, Stream, is_streamed
 
-# A bar's own thread would be there when worker processes are forked: what it holds then, they wait for in vain.
+# tqdm's monitor thread must not exist when worker processes are forked: they would wait forever for locks it holds.
 tqdm.monitor_interval = 0
 
 
 def check_data(args, model, tokenizer, paths, images_path=None, weights=None) -> VLMDataset:
-    """A checked data set, of text only for a model without eyes."""
+    """Reads and checks rows; their text only if the model has no encoder. Raises ValueError for unusable rows."""
     with main_first():
         return VLMDataset(
             paths,
@@ -40,32 +40,37 @@ def check_data(args, model, tokenizer, paths, images_path=None, weights=None) ->
 
 
 def val_images(args) -> list[str] | None:
-    """The pictures of --val_path: --val_images_path, else --images_path where it fits, else None, beside the rows."""
+    """Returns --val_images_path, else --images_path if it has one path or as many as --val_path, else None: pictures
+    are then next to the rows. Raises ValueError if --val_images_path has any other number of paths."""
     fits = (1, len(args.val_path))
     if args.val_images_path and len(args.val_images_path) not in fits:
-        counts = f"names {len(args.val_images_path)}, --val_path {len(args.val_path)}"
-        raise ValueError(f"--val_images_path {counts}: give as many, in this order, or one for all")
+        counts = f"has {len(args.val_images_path)} paths, --val_path has {len(args.val_path)}"
+        raise ValueError(f"--val_images_path {counts}: give one for each, in the same order, or one for all")
     return args.val_images_path or (args.images_path if len(args.images_path or []) in fits else None)
 
 
 def load_data(args, model, tokenizer, paths, images_path=None, weights=None) -> VLMDataset | Stream:
-    """The rows of --data_path; prints how many, and what was left out, mended and shortened."""
+    """Loads the rows of --data_path; prints how many there are and how many were skipped, repaired or shortened.
+
+    Raises ValueError for flags that do not work with streamed rows.
+    """
     if any(map(is_streamed, paths)):
         if getattr(args, "cache_features", None):
-            raise ValueError("--cache_features: streamed rows (hf://...) do not stay; leave it out, or fetch the files")
+            why = "streamed rows (hf://...) are not kept on disk; leave the flag out, or download the files"
+            raise ValueError(f"--cache_features: {why}")
         if weights or images_path or not all(map(is_streamed, paths)):
-            rest = "rows on the disk, --images_path, --data_weights"
-            raise ValueError(f"--data_path: streamed rows hold their pictures and go alone; leave out {rest}")
+            rest = "rows on disk, --images_path or --data_weights"
+            raise ValueError(f"--data_path: streamed rows contain their pictures and cannot be combined with {rest}")
         if getattr(args, "captions_per_epoch", "one") == "all":
-            raise ValueError("--captions_per_epoch all: of streamed rows it is not known how many captions they have")
+            raise ValueError("--captions_per_epoch all: the captions of streamed rows cannot be counted in advance")
         say(f"looking at {', '.join(paths)} ...")
         stream = Stream(paths)
         say(f"  {stream.rows:,} rows in {len(stream.row_groups):,} row groups, streamed {args.stream_rows:,} at a time")
         most = max(row_group.end for row_group in stream.row_groups)
         if most > args.stream_rows:
-            say(f"  row groups of {most:,} rows are fetched whole: neighbours stay together, and memory must hold one")
+            say(f"  row groups of {most:,} rows are fetched whole: each must fit in memory, and its rows stay together")
         return stream
-    say(f"checking {', '.join(map(str, paths))} ...")  # minutes for a million rows, the first time
+    say(f"checking {', '.join(map(str, paths))} ...")  # the first time this takes minutes for a million rows
     data = check_data(args, model, tokenizer, paths, images_path, weights)
     say(f"  {len(data):,} rows, {int(data.lengths.mean())} tokens on average")
     report_data(data, args)
@@ -73,26 +78,26 @@ def load_data(args, model, tokenizer, paths, images_path=None, weights=None) -> 
 
 
 def report_data(data: VLMDataset, args) -> None:
-    """What was mended, shortened and left out, and what rows were taken for."""
+    """Prints how the rows were read, and how many were repaired, shortened or skipped."""
     for shape, count in data.shapes.items():
         say(f"  {count:,} rows read as {shape}")
     if data.not_read:
-        say(f"  columns that are not read: {', '.join(data.not_read)}")
+        say(f"  ignored columns: {', '.join(data.not_read)}")
     if getattr(args, "prompt", None) and not data.captioned:
-        say("  --prompt is not asked here: no row has a picture with captions alone")
+        say("  --prompt is not used here: no row is a picture with only captions")
     if data.groups is not None:
-        say(f"  {len(data.groups):,} in an epoch, as of several captions it takes one")
+        say(f"  {len(data.groups):,} rows per epoch: one caption of each picture")
     for kind, count in data.mended.items():
         say(f"  {count:,} rows {MENDED[kind]}")
     if data.shortened:
-        say(f"  {data.shortened:,} rows lose the end of their answers to --max_seq_len {args.max_seq_len}")
+        say(f"  {data.shortened:,} rows exceed --max_seq_len {args.max_seq_len} and lose the end of their answers")
     if data.bad:
         say(f"  {data.report()}")
 
 
 def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C and torchrun's SIGTERM go to the whole process group, which worker processes therefore leave; the main
-    process ends them when its step is done, and must not take them for broken before."""
+    """Runs first in each worker process. Ctrl-C and torchrun's SIGTERM go to the whole process group, so workers leave
+    it: the main process finishes its step, for which it needs them, and then ends them itself."""
     if hasattr(os, "setsid"):
         os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -111,13 +116,13 @@ def make_loader(data: VLMDataset, sampler: StepSampler, args, device, tokenizer)
 
 
 class StepLoader:
-    """The batches of a data set on the disk, for this rank.
+    """The batches of a data set on disk, for this rank.
 
     Attributes:
-        rows: how many rows the data set has.
-        rows_per_epoch: how many an epoch passes over, with --data_weights.
-        steps_per_epoch: optimizer steps.
-        data: the rows that batches are made of now.
+        rows: number of rows in the data set.
+        rows_per_epoch: number of rows per epoch, after --data_weights.
+        steps_per_epoch: optimizer steps per epoch.
+        data: the data set that the current batches come from.
     """
 
     def __init__(self, data: VLMDataset, args, accumulation: int, device, tokenizer):
@@ -140,16 +145,16 @@ class StepLoader:
         return self.sampler.batches_in_step(step)
 
     def batches(self, epoch: int, first_step: int) -> Iterator[dict]:
-        """Those of an epoch, from this step of it on."""
+        """Returns the batches of an epoch, starting at its step `first_step`."""
         self.sampler.set_epoch(epoch, first_step)
         return iter(self.loader)
 
 
 class StreamLoader:
-    """The same of a stream. A shard that lacks rows ends with steps that have fewer, or none."""
+    """Like `StepLoader`, for streamed rows. If a shard lost rows, its last steps have fewer rows, or none."""
 
     def __init__(self, stream: Stream, args, accumulation: int, device, tokenizer, check, name: str):
-        """check: Shard → VLMDataset; name: of the run's weights, as others may have the same out_dir."""
+        """check: Shard → VLMDataset; name: of the run's weights, since several runs may share an out_dir."""
         self.stream, self.rows, self.data = stream, stream.rows, None
         self.rows_per_epoch = stream.rows
         self.args, self.accumulation, self.check, self.name = args, accumulation, check, name
@@ -163,13 +168,13 @@ class StreamLoader:
 
     def batches(self, epoch: int, first_step: int) -> Iterator[dict]:
         plan = self.stream.plan(self.shard_steps * self.step_rows, self.args.seed, epoch)
-        # Machines may share out_dir, but each fetches for itself.
+        # Machines may share out_dir, but each one downloads for itself.
         fetcher = Fetcher(self.stream, plan, Path(self.args.out_dir) / "stream" / f"{socket.gethostname()}_{self.name}")
         for number in range(first_step // self.shard_steps, len(plan)):
             steps = math.ceil(sum(row_group.end - row_group.first for row_group in plan[number]) / self.step_rows)
             done = max(first_step - number * self.shard_steps, 0)
             left = (steps - done) * self.accumulation  # batches of this rank
-            self.data = None  # the shard before: Windows removes no file that is still mapped
+            self.data = None  # releases the previous shard: Windows cannot delete a file that is still mapped
             self.data, batches = self.shard(fetcher, number), ()
             if self.data:
                 sampler = StepSampler(
@@ -183,20 +188,20 @@ class StreamLoader:
                 )
                 sampler.set_epoch(epoch, done)
                 batches = iter(make_loader(self.data, sampler, self.args, self.device, self.tokenizer))
-            fetcher.ahead()  # workers are forked by now, and no thread was there to be forked with them
+            fetcher.ahead()  # starts a thread, which must not exist while workers are forked: they exist by now
             for batch in batches:
                 left -= 1
                 yield batch
-            batches = ()  # the workers of an iterator have the shard mapped too
+            batches = ()  # ends the workers, which keep the shard mapped too
             for _ in range(left):
                 yield collate([], self.tokenizer.pad_token_id)
         self.data = None
-        with main_first() as leads:  # a run that stops before leaves its shard for the one that goes on
+        with main_first() as leads:  # a run that stops earlier leaves its shard for the run that resumes it
             if leads:
                 fetcher.remove()
 
     def shard(self, fetcher: Fetcher, number: int) -> VLMDataset | None:
-        """Its rows, checked; None if all of them are bad and --on_bad_row skip."""
+        """Fetches and checks a shard. Returns None if all its rows are bad and --on_bad_row is skip."""
         with main_first() as leads:
             path = fetcher.get(number) if leads else fetcher.path(number)
             try:

@@ -1,4 +1,4 @@
-"""What learns, and how fast."""
+"""What learns and how fast: trainable weights, optimizers, learning rates and their schedule."""
 
 import math
 from collections import defaultdict
@@ -12,10 +12,10 @@ ATTENTION = (".q_proj.", ".k_proj.", ".v_proj.", ".o_proj.")
 
 
 def choose_trainable(model: MiniMindVLM, choice: str) -> None:
-    """Sets requires_grad: the projector always learns, the encoder never, and of the LLM what `choice` says.
+    """Sets requires_grad. The projector always learns, the encoder never; `choice` says which part of the LLM learns:
 
     "projector": nothing; "last_layer": the last block; "first_last_layer": the first and the last block; "attention":
-    q/k/v/o projections of all blocks; "all": all.
+    the q/k/v/o projections of all blocks; "all": everything.
     """
     first, last = "model.layers.0.", f"model.layers.{model.config.num_hidden_layers - 1}."
     learns = {
@@ -31,12 +31,13 @@ def choose_trainable(model: MiniMindVLM, choice: str) -> None:
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, except that the matrices of groups with "muon" move along their momentum made orthogonal.
+    """AdamW, except for groups with "muon": their matrices move along their orthogonalized momentum.
 
-    All directions of such a step are equally long, so that what few rows teach is not drowned by what all rows have in
-    common (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Steps are scaled to the size of AdamW's, so
-    that one learning rate serves both (Liu et al. 2025, https://arxiv.org/abs/2502.16982). As `torch.optim.Muon`, but
-    in fp32 on CPUs, most of which only emulate bfloat16, and with all matrices of a shape at once.
+    Such a step is equally long in all directions. What only a few rows teach is then not drowned out by what all rows
+    have in common (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Steps are scaled to the size of
+    AdamW's, so one learning rate suits both (Liu et al. 2025, https://arxiv.org/abs/2502.16982). Like
+    `torch.optim.Muon`, but in fp32 on CPUs, most of which only emulate bfloat16, and for all matrices of a shape at
+    once.
     """
 
     momentum = 0.95
@@ -59,11 +60,11 @@ class Muon(torch.optim.AdamW):
         return loss
 
     def step_together(self, weights: list, lr: float, weight_decay: float) -> None:
-        """weights: matrices of one shape."""
+        """Updates matrices of the same shape together."""
         ahead = []
         for weight in weights:
             state = self.state[weight]
-            if not state:  # the names of AdamW, which wants to find its "step" when a state is loaded
+            if not state:  # AdamW's names: it expects its "step" when a state is loaded
                 state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(weight))
             state["step"] += 1
             average = state["exp_avg"].lerp_(weight.grad, 1 - self.momentum)
@@ -74,9 +75,9 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalize(x, steps: int = 5):
-    """The nearest (half-)orthogonal matrices to x (N, R, C), roughly: singular values end up between 0.7 and 1.2.
+    """Approximates the nearest (semi-)orthogonal matrices to x (N, R, C): singular values end up between 0.7 and 1.2.
 
-    Newton-Schulz iterations of fifth order, whose coefficients are those of Muon.
+    Uses the fifth-order Newton-Schulz iteration with the coefficients of Muon. Returns float32 (N, R, C).
     """
     x = x.bfloat16() if x.is_cuda else x
     tall = x.shape[1] > x.shape[2]
@@ -96,10 +97,11 @@ def make_optimizer(
     embedding_learning_rate: float | None = None,
     muon: bool = False,
 ):
-    """AdamW over what learns: matrices decay, norms and biases do not, the projector has its own learning rate, and if
-    there is one for them, so have the embeddings.
+    """Builds AdamW for the weights that learn. Weight decay applies to matrices, not to norms and biases. The projector
+    has its own learning rate, and so have the embeddings if `embedding_learning_rate` is given.
 
-    muon: the matrices of the blocks get `Muon`. Each group keeps its peak in "peak"; `set_learning_rate` scales it.
+    muon: use `Muon` for the matrices of the blocks. Each group stores its peak rate in "peak"; `set_learning_rate`
+    scales it.
     """
     rates = {"projector": projector_learning_rate, "embeddings": embedding_learning_rate or learning_rate}
     groups = {}
@@ -112,32 +114,33 @@ def make_optimizer(
         group = {"part": part, "lr": peak, "peak": peak, "weight_decay": weight_decay if decays else 0.0}
         group["muon"] = muon and decays and part == "blocks"
         groups.setdefault((part, decays), {"params": [], **group})["params"].append(weight)
-    order = sorted(groups, key=lambda key: ("projector", "embeddings", "blocks").index(key[0]))  # that of checkpoints
-    # Every group has its own weight_decay; AdamW checks only the one it is given. Not fused with Muon: a fused AdamW
-    # leaves steps out by itself when fp16 overflows, and the matrices must not go on without it.
+    order = sorted(groups, key=lambda key: ("projector", "embeddings", "blocks").index(key[0]))  # as in checkpoints
+    # Every group has its own weight_decay; AdamW validates only the one passed here. With Muon it is not fused: a fused
+    # AdamW skips steps by itself when fp16 overflows, and the matrices must not move when it does.
     kind = Muon if muon else torch.optim.AdamW
     return kind([groups[key] for key in order], betas=(0.9, 0.95), weight_decay=weight_decay, fused=not muon)
 
 
-# Peak rates of the LLM and the projector: of a model 128 wide, for Muon and 16 rows a batch, as measured with the
-# quickstart (docs/results/quickstart.md), and of the 26M model, 512 wide, for AdamW and 32 rows.
+# Peak rates of (LLM, projector). First pair: hidden_size 128, Muon, 16 rows per batch, measured with the quickstart
+# (docs/results/quickstart.md). Second pair: the 26M model, hidden_size 512, AdamW, 32 rows per batch.
 RATES = {
     "llm": ((4e-3, None), (1e-3, None)),
-    "pretrain_vlm": ((2e-3, 4e-3), (4e-4, 1e-3)),  # the projector starts at random
+    "pretrain_vlm": ((2e-3, 4e-3), (4e-4, 1e-3)),  # the projector starts from random weights
     "sft_vlm": ((3e-3, 2e-3), (2e-4, 2e-4)),
 }
 SETTINGS = ("optimizer", "learning_rate", "projector_learning_rate", "batch_size")
 
 
 def fitting_batch(width: int) -> int:
-    """Rows per batch for a model of this width."""
+    """Returns the rows per batch that suit a model of this hidden_size."""
     return 16 if width < 512 else 32
 
 
 def follow_width(args, model, stage: str) -> None:
-    """Sets those of SETTINGS that were not given, as fits the model's width, and prints them. stage: a key of RATES.
+    """Sets the flags in SETTINGS that were not given to what suits the model's width, and prints them.
 
-    From 512 on they are those of the 26M model. Below, rates rise as 1 / width, at most to those measured at 128.
+    From width 512 on these are the values of the 26M model. Below, rates grow as 1 / width, up to those measured at
+    128. stage: a key of RATES.
     """
     width = model.config.hidden_size
     narrow = width < 512
@@ -146,7 +149,7 @@ def follow_width(args, model, stage: str) -> None:
     blocks_learn = any(weight.requires_grad for name, weight in model.named_parameters() if ".layers." in name)
     fitting = {"optimizer": "muon" if narrow and blocks_learn else "adamw"}
     if narrow and (args.optimizer or fitting["optimizer"]) == "adamw":
-        rate /= 3  # on the scenes AdamW's best was 1e-3 where Muon's is 3e-3 (docs/results/learning.md)
+        rate /= 3  # on drawn scenes the best rate was 1e-3 for AdamW, 3e-3 for Muon (docs/results/learning.md)
     fitting |= {"learning_rate": rate * share, "batch_size": fitting_batch(width)}
     if projector_rate:
         fitting["projector_learning_rate"] = projector_rate * share
@@ -157,11 +160,11 @@ def follow_width(args, model, stage: str) -> None:
             setattr(args, key, float(f"{value:.2g}") if isinstance(value, float) else value)
             chosen.append(f"--{key} {getattr(args, key)}")
     if chosen:
-        say(f"settings for a model {width} wide: {' '.join(chosen)}")
+        say(f"settings for hidden_size {width}: {' '.join(chosen)}")
 
 
 def optimizer_of(model, args):
-    """What the flags of a training script ask for. Raises ValueError where nothing that learns answers to a flag."""
+    """Builds the optimizer that the flags ask for. Raises ValueError for a flag about weights that do not learn."""
     learning = [name for name, weight in model.named_parameters() if weight.requires_grad]
     if args.embedding_learning_rate and not any("embed_tokens" in name for name in learning):
         raise ValueError(f"--embedding_learning_rate: with --trainable {args.trainable} the embeddings do not learn")
@@ -178,7 +181,8 @@ def optimizer_of(model, args):
 
 
 def schedule(step: int, total: int, warmup: int, shape: str = "cosine") -> float:
-    """Share of the peak learning rate at a step: linear warmup, then a "cosine" to a tenth or a "linear" fall to 0."""
+    """Returns the share of the peak learning rate at a step: linear warmup, then "cosine" decay to a tenth of the peak
+    or "linear" decay to 0."""
     warmup = min(warmup, total // 10)
     if step < warmup:
         return (step + 1) / warmup
@@ -189,7 +193,7 @@ def schedule(step: int, total: int, warmup: int, shape: str = "cosine") -> float
 
 
 def learning_rates(optimizer) -> dict[str, float]:
-    """{"projector", "embeddings", "blocks": their learning rates now}, of those that learn."""
+    """Returns the current learning rates of the parts that learn: {"projector", "embeddings", "blocks": rate}."""
     return {group["part"]: group["lr"] for group in optimizer.param_groups}
 
 

@@ -1,4 +1,4 @@
-"""What a run reports: a bar in the terminal, lines in a metrics file, a tracker if wanted, a picture of the loss."""
+"""Reports a run: a progress bar, a metrics file, a plot of the loss, and an experiment tracker if asked for."""
 
 import contextlib
 import json
@@ -16,20 +16,20 @@ from trainer.optimizer import learning_rates
 
 
 class Progress:
-    """Reports the steps of a run, on the first rank. The metrics file has a JSON object per line:
+    """Reports the steps of a run, on the first rank. The metrics file has one JSON object per line:
 
     {"step", "epoch", "loss", "aux_loss", "lr", "projector_lr", "grad_norm", "samples_per_s", "tokens_per_s",
-    "seconds"} for each log interval (loss: mean over it) and {"step", "val_loss"} for each validation. A language model
-    has no "projector_lr".
+    "seconds"} for each log interval (loss: mean over the interval) and {"step", "val_loss"} for each validation. For a
+    language model there is no "projector_lr".
     """
 
     def __init__(self, path, args, total_steps: int, first_step: int):
-        """path: of the metrics file. Lines of a run that is resumed are kept up to first_step."""
+        """path: of the metrics file. When a run is resumed, its lines up to first_step are kept."""
         self.path, self.args, self.total_steps = Path(path), args, total_steps
         self.recent, self.samples, self.tokens = [], 0, 0
         self.started = self.since = time.perf_counter()
         self.tracker = self.bar = None
-        self.last = deque(maxlen=min(max(total_steps // 10, 1), 100))  # losses at the end of the run
+        self.last = deque(maxlen=min(max(total_steps // 10, 1), 100))  # the most recent losses
         if not is_main():
             return
         kept = [line for line in read_metrics(self.path) if line["step"] <= first_step] if first_step else []
@@ -43,12 +43,12 @@ class Progress:
             unit="step",
             dynamic_ncols=interactive,
             ncols=None if interactive else 120,
-            mininterval=0.2 if interactive else 30,  # a log file gets a line now and then, not a thousand
+            mininterval=0.2 if interactive else 30,  # a log file gets a line every 30 s, not thousands
             bar_format="{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}",
         )
 
     def step(self, step, epoch, loss, aux_loss, grad_norm, optimizer, samples, tokens) -> None:
-        """After each step. samples and tokens: of the step, over all ranks; loss: per labelled token, None without."""
+        """Called after each step. samples, tokens: of the step, over all ranks; loss: per labelled token, or None."""
         if self.bar is None:
             return
         if loss is not None:
@@ -82,7 +82,7 @@ class Progress:
         self.write(line)
 
     def validation(self, step: int, loss: float, seconds: float) -> None:
-        """seconds: how long it took, which is not counted as training."""
+        """Called after each validation. seconds: its duration, which does not count as training time."""
         if self.bar is not None:
             self.bar.write(f"step {step}: validation loss {loss:.4f}", file=sys.stderr)
             self.write({"step": step, "val_loss": loss})
@@ -97,21 +97,24 @@ class Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-            with contextlib.suppress(OSError):  # of a full disk, say: what stopped the run must be what is reported
+            with contextlib.suppress(OSError):  # e.g. a full disk; it must not hide the error that stopped the run
                 draw(self.path)
         if self.tracker is not None:
             self.tracker.finish()
 
 
 def shorten(value):
-    """Six digits of a number; None for NaN and infinity, which JSON has not."""
+    """Rounds a number to six digits; returns None for NaN and infinity, which JSON cannot represent."""
     if not isinstance(value, float):
         return value
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def start_tracker(args, run: str):
-    """wandb, trackio or swanlab, which have the same calls, or None. Raises ValueError if it is not there or ready."""
+    """Starts wandb, trackio or swanlab, which share an interface; returns None if no tracker is asked for.
+
+    Raises ValueError if the package is not installed or cannot start.
+    """
     name = "wandb" if args.use_wandb else args.tracker
     if name == "none":
         return None
@@ -120,18 +123,18 @@ def start_tracker(args, run: str):
         tracker.init(project=args.wandb_project, name=run, config={key: str(x) for key, x in vars(args).items()})
     except ImportError:
         raise ValueError(f"--tracker {name}: not installed. Type: pip install {name}") from None
-    except Exception as error:  # wandb has a dozen kinds, for a missing login first of all
-        without = "" if name == "trackio" else f"\nWithout an account, on this disk alone: {name.upper()}_MODE=offline"
+    except Exception as error:  # wandb raises a dozen types, most often for a missing login
+        without = "" if name == "trackio" else f"\nTo log without an account, to disk only: {name.upper()}_MODE=offline"
         raise ValueError(f"--tracker {name}: {error}{without}") from None
     return tracker
 
 
 def draw(metrics) -> Path | None:
-    """The curves of a metrics file as a PNG beside it."""
+    """Plots the losses of a metrics file as a PNG next to it. Returns its path, or None if the file has no lines."""
     lines = read_metrics(metrics)
     if not lines:
         return None
-    from matplotlib.figure import Figure  # here: it takes half a second, and only the end of a run needs it
+    from matplotlib.figure import Figure  # imported here: it takes half a second, and only the end of a run needs it
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

@@ -1,6 +1,6 @@
-"""A run: all that its steps need, set up in the order in which it is needed, and closed whatever happens.
+"""A run: sets up everything that its steps need, and closes it whatever happens.
 
-`training` is what a script opens around its loop (loop.py).
+`training` is the context manager that a script opens around its loop (loop.py).
 """
 
 import argparse
@@ -40,11 +40,11 @@ from trainer.progress import Progress
 
 @dataclass
 class Run:
-    """What a step of the run needs."""
+    """Everything that a training step needs."""
 
     args: argparse.Namespace
     model: MiniMindVLM
-    forward: torch.nn.Module  # the model, perhaps wrapped for several ranks
+    forward: torch.nn.Module  # the model, wrapped if there are several ranks
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     loader: StepLoader | StreamLoader
@@ -56,7 +56,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     val_loss: float | None = None
-    between_steps: bool = True  # weights, optimizer and state are those of the same step
+    between_steps: bool = True  # weights, optimizer and state belong to the same step
     saved: int = -1  # the step of the last checkpoint
 
     @property
@@ -64,26 +64,26 @@ class Run:
         return self.state.total_steps
 
     def epochs_left(self) -> range:
-        """From the epoch that was interrupted, if any."""
+        """Returns the epochs to do, beginning with one that was interrupted."""
         return range(self.state.step // self.loader.steps_per_epoch, self.args.epochs)
 
     def steps_left(self, epoch: int) -> Iterator[tuple[list[dict], bool]]:
-        """(batches of this rank, is it the last step of the epoch?) for each step of an epoch that is not done yet."""
+        """Yields (batches of this rank, whether it is the epoch's last step) for each remaining step of an epoch."""
         steps = self.loader.steps_per_epoch
         first = self.state.step - epoch * steps
         batches = self.loader.batches(epoch, first)
         for step in range(first, steps):
             yield list(islice(batches, self.loader.batches_in_step(step))), step + 1 == steps
-        next(batches, None)  # none is left; a stream now removes what it had on the disk
+        next(batches, None)  # no batch is left; a stream now deletes its files
 
     @contextlib.contextmanager
     def context(self, batch: dict, last: bool) -> Iterator[None]:
-        """Around the forward and backward pass of a batch of a step, of which it may be the last."""
+        """Context for the forward and backward pass of one batch. last: it is the last batch of its step."""
         with contextlib.ExitStack() as stack:
-            # A smaller batch, the last of an epoch, would often be compiled for anew, which takes ten seconds.
+            # For a smaller batch, such as the last one of an epoch, layers would often be recompiled: ten seconds.
             if len(batch["rows"]) != self.args.batch_size:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            if not last and world_size() > 1:  # ranks add their gradients up once a step
+            if not last and world_size() > 1:  # ranks exchange gradients once per step
                 stack.enter_context(self.forward.no_sync())
             with autocast(self.device, self.dtype):
                 yield
@@ -94,27 +94,27 @@ class Run:
         self.between_steps = True
 
     def save(self) -> None:
-        if self.loader.data is not None:  # a stream's: the rows on the disk now stand for all
+        if self.loader.data is not None:  # for a stream, the rows on disk stand for all rows
             metadata, new = self.checkpoint.metadata, self.loader.data.summary
             metadata |= new | {"prompts": metadata["prompts"] | new["prompts"]}
         self.checkpoint.save(self.model, self.optimizer, self.scaler, self.state)
         self.saved = self.state.step
 
     def rescue(self, first_step: int) -> None:
-        """Saves what an error would lose: the steps done since the last checkpoint, where the weights are good."""
+        """After an error, saves the steps since the last checkpoint if the weights are good."""
         if self.between_steps and self.state.step > max(self.saved, first_step):
-            with contextlib.suppress(Exception):  # of a full disk, say, which may be the very error
+            with contextlib.suppress(Exception):  # e.g. a full disk, which may be the original error
                 self.save()
-                say(f"\nsaved at step {self.state.step} of {self.total_steps}. Once mended, type:")
+                say(f"\nsaved at step {self.state.step} of {self.total_steps}. When the error is fixed, resume with:")
                 say(f"  {command('--from_resume')}")
 
 
 @contextlib.contextmanager
 def training(args, stage: str, origin: Origin, model, tokenizer, optimizer, data, val_data, device):
-    """Sets a `Run` up, where --from_resume says so at the point where it stopped, and closes it.
+    """Sets up a `Run`, resumes it with --from_resume, and closes it at the end.
 
-    The model, of this `origin`, is on `device`, its trainable parameters are chosen and in the optimizer. No two runs
-    write the same files: ValueError names the process that does.
+    model: built from `origin`, on `device`, with its trainable parameters chosen and in the optimizer. Raises
+    ValueError if another process writes the same files, Stopped if the run was asked to stop.
     """
     path = Path(args.out_dir) / weights_name(stage, model.config)
     lock = only_one(path, "--out_dir") if is_main() else contextlib.nullcontext()
@@ -148,35 +148,36 @@ def training(args, stage: str, origin: Origin, model, tokenizer, optimizer, data
             report_stopped(f"stopped at step {state.step} of {state.total_steps}", "--from_resume")
             raise
         if state.step > first_step:
-            say(f"{checkpoint.path}: {state.step} steps done. Beside it: its JSON, metrics and loss curve")
+            say(f"{checkpoint.path}: {state.step} steps done. Next to it: its JSON, metrics and loss curve")
             report_end(run, tokenizer, time.perf_counter() - started)
 
 
-# ---------------------------------------------------------------------------- what is set up
+# ---------------------------------------------------------------------------- the parts of a run
 
 
 def choose_precision(args, model, device) -> torch.dtype:
-    """The dtype of --dtype; says where another one would be faster."""
+    """Returns the dtype for --dtype; prints a hint if another one would be faster."""
     large = device.type == "cpu" and model.config.hidden_size >= 256
     if args.dtype == "auto" and large and cpu_has("avx512_bf16", "amx_bf16"):
-        say("this CPU computes in bfloat16: with --dtype bfloat16 a step of this model takes about half the time")
+        say("this CPU supports bfloat16: with --dtype bfloat16 a step of this model takes about half the time")
     return pick_dtype(args.dtype, device)
 
 
 def open_checkpoint(path: Path, args, stage: str, origin: Origin, model, data) -> Checkpoint:
-    """The files that the run writes, and what their JSON says of it. path: of the weights that come out."""
+    """Returns the files that the run writes, with the content of their JSON. path: of the resulting weights."""
     resumable = args.from_resume and path.with_suffix(".resume.pt").is_file()
     if damaged := refuse_other_architecture(path, model.config, resumable):
         say(damaged)
     settings = {key: getattr(args, key) for key in SETTINGS if hasattr(args, key)}
     paths = list(map(str, args.data_path))
     metadata = make_sidecar(model, origin, stage=stage, data=paths, seed=args.seed, settings=settings)
-    metadata["prompts"] = origin.prompts  # until rows have better ones
+    metadata["prompts"] = origin.prompts  # until the rows provide better ones
     return Checkpoint(path, args, metadata, data.rows if isinstance(data, Stream) else len(data))
 
 
 def begin_or_resume(args, checkpoint: Checkpoint, model, optimizer, scaler) -> State:
-    """Step 0; or, with --from_resume, the step of the checkpoint, whose weights and optimizer are then loaded."""
+    """Returns the state to begin with: step 0, or with --from_resume that of the checkpoint, whose weights and
+    optimizer it loads. Raises ValueError if ranks find different checkpoints."""
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
     if args.from_resume or restarted:
         state = checkpoint.load(model, optimizer, scaler)
@@ -184,12 +185,12 @@ def begin_or_resume(args, checkpoint: Checkpoint, model, optimizer, scaler) -> S
         checkpoint.put_aside()
         state = State()
     if len({other.step for other in gather(state)}) > 1:
-        raise ValueError("--from_resume: the ranks find different checkpoints; --out_dir must be one that all see")
+        raise ValueError("--from_resume: ranks find different checkpoints; --out_dir must be a folder that all share")
     return state
 
 
 def open_loader(args, state: State, model, tokenizer, data: VLMDataset | Stream, device, name: str):
-    """The batches to train on. name: of the run's weights."""
+    """Returns the loader of the training batches. name: of the run's weights, without suffix."""
     accumulation = fit_accumulation(args, state)
     if isinstance(data, Stream):
         check = partial(check_data, args, model, tokenizer)
@@ -199,18 +200,18 @@ def open_loader(args, state: State, model, tokenizer, data: VLMDataset | Stream,
 
 def open_val_loader(args, val_data, data, device, tokenizer) -> DataLoader | None:
     if isinstance(val_data, Stream):
-        raise ValueError("--val_path: held-out rows are read again and again, so they must be on the disk")
+        raise ValueError("--val_path: held-out rows are read several times, so they must be on disk, not streamed")
     if val_data is None:
         return None
     sampler = StepSampler(val_data.lengths, args.batch_size, 1, 0, rank(), world_size(), shuffle=False)
     loader = make_loader(val_data, sampler, args, device, tokenizer)
     if isinstance(data, Stream):
-        iter(loader)  # forks its workers, before there is a thread that fetches
+        iter(loader)  # forks its workers before the thread that downloads exists
     return loader
 
 
 def prepare_model(args, model, device, dtype) -> torch.nn.Module:
-    """In training mode, as fast as it gets here; what is called for a forward pass."""
+    """Puts the model into training mode and makes it fast. Returns the module to call for a forward pass."""
     model.model.gradient_checkpointing = args.gradient_checkpointing
     choose_attention(model, device, dtype)
     if args.compile:
@@ -221,13 +222,16 @@ def prepare_model(args, model, device, dtype) -> torch.nn.Module:
 
 
 def fit_accumulation(args, state: State) -> int:
-    """accumulation_steps such that a resumed run makes the same steps on whatever number of ranks it has now."""
+    """Returns accumulation_steps such that a resumed run makes the same steps on its present number of ranks.
+
+    Raises ValueError if the ranks cannot share the batches of a step equally.
+    """
     batches = world_size() * args.accumulation_steps
     if state.batches_per_step and state.batches_per_step != batches:
         if state.batches_per_step % world_size():
             raise ValueError(
                 f"--from_resume: the run had {state.batches_per_step} batches of {args.batch_size} rows per step, "
-                f"which {world_size()} ranks cannot share equally.\nType a --nproc_per_node that divides them"
+                f"which {world_size()} ranks cannot share equally.\nUse a --nproc_per_node that divides this number"
             )
         batches = state.batches_per_step
         say(f"resumed with --accumulation_steps {batches // world_size()}, to keep {batches} batches per step")
