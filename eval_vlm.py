@@ -5,13 +5,13 @@
     python eval_vlm.py                                                  # every picture in dataset/eval_images/
     python eval_vlm.py --json --prompts_path questions.txt              # several questions, answers as JSON
     python eval_vlm.py --chat                                           # a conversation in the terminal
-    python eval_vlm.py --captions captions.jsonl --image_dir pictures   # a large folder; goes on where it was
+    python eval_vlm.py --captions captions.jsonl --image_dir pictures   # a large folder; resumes
     python eval_vlm.py --data_path val.jsonl --images_path pictures     # scores
 
-Weights are the newest sft_vlm_*.pth in out/ and the folders in it, unless --model_mode, --hidden_size, --use_moe or
---weights say otherwise; a Transformers folder, as the hubs have it, with --weights FOLDER. Without --prompt it asks
-what the JSON of the weights names, the commonest question of their training. Scores come as a table and as JSON, each
-also with the pictures shuffled between rows, which shows whether the model looks.
+By default it takes the newest sft_vlm_*.pth in out/ and its subfolders; --model_mode, --hidden_size, --use_moe and
+--weights choose others. --weights FOLDER loads a Transformers folder, the format of the hubs. Without --prompt it asks
+the most common question of the training, which the JSON of the weights names. Scores are printed as a table and written
+as JSON. Each score is computed again with the pictures shuffled between rows, which shows whether the model looks.
 """
 
 import sys
@@ -27,42 +27,44 @@ def parse_args(argv=None):
     parser = Parser(__file__, __doc__)
     add, mode = parser.start.add_argument, parser.start.add_mutually_exclusive_group().add_argument
     add("--image", nargs="+", metavar="FILE", help="pictures to ask about, all in one question; also http(s)://...")
-    add("--prompt", metavar="TEXT", help="default: one that the weights know; <image>: where a picture stands")
-    mode("--chat", action="store_true", help="talk in the terminal; /help says how")
-    rows = "score on these rows, JSONL or Parquet; answers are then greedy, as with --captions"
+    prompt = "default: the most common question of the training; <image> marks the place of a picture"
+    add("--prompt", metavar="TEXT", help=prompt)
+    mode("--chat", action="store_true", help="chat in the terminal; /help lists the commands")
+    rows = "score these rows, JSONL or Parquet; answers are then greedy, as with --captions"
     mode("--data_path", nargs="+", metavar="PATH", help=rows)
-    captions = "a line for each picture of --image_dir and folders below; what the file has already is not asked again"
+    captions = "write a line for each picture in --image_dir and its subfolders; skips pictures already in the file"
     mode("--captions", metavar="JSONL", help=captions)
-    add("--greedy", action="store_true", help="always the likeliest word")
+    add("--greedy", action="store_true", help="always take the most likely word")
     add("--weights", metavar="W", help="file or Transformers folder; default: the newest that fits")
 
     add = parser.group("what is asked, and what comes back").add_argument
     add("--image_dir", metavar="DIR", help="pictures to ask about without --image; default dataset/eval_images")
-    add("--prompts_path", metavar="FILE", help="questions, one a line, each asked for itself")
-    together = "2: --model_mode 2, all of --image_dir in one question"
+    add("--prompts_path", metavar="FILE", help="text file of questions, one per line; asks them one by one")
+    together = "2: --model_mode 2, with all pictures of --image_dir in one question"
     add("--use_multi", type=int, choices=[1, 2], default=1, help=together)
-    lines = "lines of JSON: picture (a list, where several), prompt, answer, seconds, tokens; or picture, error"
+    lines = "print lines of JSON: picture (a list if several), prompt, answer, seconds, tokens; or picture, error"
     add("--json", action="store_true", help=lines)
-    figure = "a figure of where on the picture the decoder looked for each word; several: FILE_2 and so on"
+    figure = "draw where on the picture the decoder looked for each word; further figures are FILE_2 and so on"
     add("--show_attention", metavar="FILE", help=figure)
 
     add = parser.group("how it answers").add_argument
-    add("--temperature", type=positive(float), default=0.65, help="below 1: likelier words, above: more surprising")
-    add("--top_p", type=fraction, default=0.85, help="draw from the likeliest words that make up this share")
-    add("--max_new_tokens", type=positive(int), default=512, help="longest answer, in tokens")
-    eight = "weights of 8 bits, on a CPU: about twice as fast, answers may differ a little"
+    add("--temperature", type=positive(float), default=0.65, help="below 1 favours likely words, above 1 unlikely ones")
+    add("--top_p", type=fraction, default=0.85, help="sample from the most likely words that make up this share")
+    add("--max_new_tokens", type=positive(int), default=512, help="maximum length of an answer, in tokens")
+    eight = "8-bit weights, on a CPU: about twice as fast; answers may differ slightly"
     add("--int8", action="store_true", help=eight)
 
     add = parser.group("scores").add_argument
-    add("--images_path", nargs="+", metavar="PATH", help="pictures of --data_path, folder or zip; default: beside it")
+    pictures = "folder or zip of the pictures of --data_path; default: next to the rows"
+    add("--images_path", nargs="+", metavar="PATH", help=pictures)
     add("--refs_path", nargs="+", default=[], metavar="JSON", help='further references, {"name.jpg": ["caption", ...]}')
     add_urls_argument(parser, "scores")
-    add("--no_loss", action="store_true", help="score answers alone, which takes a third less time")
-    add("--max_seq_len", type=positive(int), default=1536, help="tokens per row, placeholders included")
-    add("--on_bad_row", choices=["error", "skip"], default="error", help="what to do with rows that cannot be used")
-    add("--batch_size", type=positive(int), default=16, help="rows, or pictures of --captions, at a time")
-    add("--num_workers", type=not_negative, default=2, help="processes that decode pictures; 0: this process does")
-    add("--output", metavar="JSON", help="where the scores go; default: beside the weights")
+    add("--no_loss", action="store_true", help="score only the answers, which takes a third less time")
+    add("--max_seq_len", type=positive(int), default=1536, help="largest row in tokens, placeholders included")
+    add("--on_bad_row", choices=["error", "skip"], default="error", help="what to do with unusable rows")
+    add("--batch_size", type=positive(int), default=16, help="rows, or pictures with --captions, per batch")
+    add("--num_workers", type=not_negative, default=2, help="worker processes that decode pictures; 0: no workers")
+    add("--output", metavar="JSON", help="file for the scores; default: next to the weights")
 
     add_model_arguments(parser)
     add = parser.group("the model").add_argument
@@ -71,7 +73,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.use_multi == 2:
         args.model_mode = 2
-    alone = {  # what a mode has no use for
+    alone = {  # flags that do not go together
         "data_path": ["image", "image_dir", "prompts_path", "json", "show_attention"],
         "captions": ["image", "json", "show_attention"],
         "chat": ["prompt", "prompts_path", "image_dir", "json", "show_attention"],
@@ -81,18 +83,18 @@ def parse_args(argv=None):
     for flag, others in alone.items():
         for other in others:
             if getattr(args, flag) and getattr(args, other):
-                parser.error(f"--{flag} has no use for --{other}: give either")
+                parser.error(f"--{flag} cannot be combined with --{other}: give one of them")
     if args.use_multi == 2 and args.captions:
         parser.error("--captions asks about each picture alone: give --model_mode 2 instead of --use_multi 2")
     for flag in ("images_path", "refs_path", "no_loss", "output", "allow_urls"):
         if getattr(args, flag) and not args.data_path:
-            parser.error(f"--{flag} is for scores: give rows with --data_path, or leave it out")
+            parser.error(f"--{flag} is only for scores: give rows with --data_path, or leave it out")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    # Only now, so that --help and a mistyped flag need not wait for PyTorch.
+    # Imported here so that --help and errors in flags do not wait for PyTorch.
     from common.devices import pick_device, pick_dtype
     from inference.asking import ask_about_pictures
     from inference.models import load_model
@@ -122,5 +124,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    begin()  # Ctrl-C or a missing package is one sentence from here on
+    begin()  # from here on Ctrl-C or a missing package prints one line, not a traceback
     run_main(main)

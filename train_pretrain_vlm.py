@@ -1,17 +1,19 @@
-"""Stage 1, pretraining: learn to see. Pictures with captions teach the projector to speak the decoder's language.
+"""Stage 1, pretraining: learn to see. The projector learns to turn picture features into vectors that the decoder
+understands, from pictures with captions.
 
     python train_pretrain_vlm.py                                   # the 26M recipe, from out/llm_512.pth
     python train_pretrain_vlm.py --data_path rows.jsonl --images_path pictures
     torchrun --nproc_per_node 2 train_pretrain_vlm.py              # two GPUs
 
-What learns: the projector, which starts at random, and the decoder's last layer. The rest of the decoder stays as
-it is: the gradients of an untrained projector would only spoil it. Writes out/pretrain_vlm_{hidden}{_moe}.pth.
+What learns: the projector, which starts from random weights, and the decoder's last layer. The rest of the decoder is
+frozen, because gradients would only damage it while the projector is untrained. Writes
+out/pretrain_vlm_{hidden}{_moe}.pth.
 """
 
 from common.start import begin
 
 if __name__ == "__main__":
-    begin()  # Ctrl-C or a missing package is one sentence from here on
+    begin()  # from here on Ctrl-C or a missing package prints one line, not a traceback
 
 from common.cli import Parser, run_main
 from trainer.flags import add_training_arguments, parse_training
@@ -33,7 +35,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    # Only now, so that --help and a mistyped flag need not wait for PyTorch.
+    # Imported here so that --help and errors in flags do not wait for PyTorch.
     from common import distributed
     from common.devices import check_compiler, make_deterministic, pick_device
     from model.build import build_model
@@ -55,7 +57,7 @@ def main(argv=None):
     model, tokenizer, origin = build_model(args, weights, training=True)
     distributed.say(origin.note)
     choose_trainable(model, args.trainable)
-    follow_width(args, model, STAGE)  # optimizer, rates and batch, unless given
+    follow_width(args, model, STAGE)  # sets optimizer, learning rates and batch size, unless given
     model.to(device)
     optimizer = optimizer_of(model, args)
 
@@ -66,10 +68,10 @@ def main(argv=None):
         val_data = load_data(args, model, tokenizer, args.val_path, val_images(args))
     cache_features(args, model, origin.encoder_sha256, device, data, val_data)  # with --cache_features
 
-    # ---- train, from where the last run stopped if --from_resume
+    # ---- train; with --from_resume, from where the last run stopped
     with training(args, STAGE, origin, model, tokenizer, optimizer, data, val_data, device) as run:
         for epoch in run.epochs_left():
-            train_epoch(run, epoch)  # validates and saves on the way
+            train_epoch(run, epoch)  # also validates and saves
     return run
 
 

@@ -1,17 +1,17 @@
-"""Stage 2, SFT: learn to answer. Conversations about pictures teach the projector and the whole decoder.
+"""Stage 2, SFT: learn to answer. The projector and the whole decoder learn from conversations about pictures.
 
     python train_sft_vlm.py                                        # the 26M recipe, from out/pretrain_vlm_512.pth
     python train_sft_vlm.py --data_path rows.jsonl --images_path pictures
     torchrun --nproc_per_node 2 train_sft_vlm.py                   # two GPUs
 
-What learns: everything but the encoder. On a small card `--trainable attention` (projector and q/k/v/o projections)
-keeps a fifth of the optimizer state. Writes out/sft_vlm_{hidden}{_moe}.pth.
+What learns: everything except the encoder. For a GPU with little memory, `--trainable attention` trains only the
+projector and the q/k/v/o projections, with a fifth of the optimizer state. Writes out/sft_vlm_{hidden}{_moe}.pth.
 """
 
 from common.start import begin
 
 if __name__ == "__main__":
-    begin()  # Ctrl-C or a missing package is one sentence from here on
+    begin()  # from here on Ctrl-C or a missing package prints one line, not a traceback
 
 from common.cli import Parser, run_main
 from trainer.flags import add_training_arguments, parse_training
@@ -33,7 +33,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    # Only now, so that --help and a mistyped flag need not wait for PyTorch.
+    # Imported here so that --help and errors in flags do not wait for PyTorch.
     from common import distributed
     from common.devices import check_compiler, make_deterministic, pick_device
     from model.build import build_model
@@ -55,7 +55,7 @@ def main(argv=None):
     model, tokenizer, origin = build_model(args, weights, training=True)
     distributed.say(origin.note)
     choose_trainable(model, args.trainable)
-    follow_width(args, model, STAGE)  # optimizer, rates and batch, unless given
+    follow_width(args, model, STAGE)  # sets optimizer, learning rates and batch size, unless given
     model.to(device)
     optimizer = optimizer_of(model, args)
 
@@ -66,10 +66,10 @@ def main(argv=None):
         val_data = load_data(args, model, tokenizer, args.val_path, val_images(args))
     cache_features(args, model, origin.encoder_sha256, device, data, val_data)  # with --cache_features
 
-    # ---- train, from where the last run stopped if --from_resume
+    # ---- train; with --from_resume, from where the last run stopped
     with training(args, STAGE, origin, model, tokenizer, optimizer, data, val_data, device) as run:
         for epoch in run.epochs_left():
-            train_epoch(run, epoch)  # validates and saves on the way
+            train_epoch(run, epoch)  # also validates and saves
     return run
 
 

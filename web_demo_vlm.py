@@ -4,11 +4,11 @@
     python web_demo_vlm.py --load 1 --weights FOLDER      # an exported Transformers folder
     python web_demo_vlm.py --host 0.0.0.0 --auth ann:secret
 
-The page offers all weights of --out_dir and of the folders in it, those of the quickstart among them, and
-exported folders. Each .pth is asked with the tokenizer and the encoder that its JSON names.
+The page offers all weights and exported folders in --out_dir and its subfolders, including the quickstart's. Each .pth
+uses the tokenizer and the encoder that its JSON names.
 
-Nothing is kept between visitors but the loaded models: a conversation lives in its browser tab, its pictures in a
-folder that only this process reads and that goes with it.
+The server keeps nothing between visitors except the loaded models. A conversation lives in its browser tab, its
+pictures in a folder that is deleted when this process ends and that no other user can read.
 """
 
 import os
@@ -29,15 +29,20 @@ def parse_args(argv=None):
     parser = Parser(__file__, __doc__)
     add = parser.start.add_argument
     add("--weights", metavar="W", help="file or Transformers folder to start with; default: the newest that fits")
-    add("--host", default="127.0.0.1", metavar="NAME", help="address to listen on; 0.0.0.0: all of this machine's")
-    add("--port", type=positive(int), help="default: the first free one from 7860")
-    who = f"who may come in; default: {AUTH}, as a command line is seen by all on the machine, else everybody"
+    add(
+        "--host",
+        default="127.0.0.1",
+        metavar="NAME",
+        help="address to listen on; 0.0.0.0: every address of this machine",
+    )
+    add("--port", type=positive(int), help="default: the first free port from 7860")
+    who = f"logins; default: the variable {AUTH}, which other users cannot see, else no login"
     add("--auth", nargs="+", metavar="NAME:PASSWORD", help=who)
 
     add = parser.group("how it answers").add_argument
-    spread = "0: the likeliest word; to 2: more surprising; the page's start"
+    spread = "initial setting of the page; 0: the most likely word, up to 2: more varied"
     add("--temperature", type=float, default=0.65, help=spread)
-    likely = "the page starts with; share of the likeliest words to draw from"
+    likely = "initial setting of the page; sample from the most likely words that make up this share"
     add("--top_p", type=fraction, default=0.85, help=likely)
 
     add = parser.group("limits for visitors").add_argument
@@ -45,10 +50,10 @@ def parse_args(argv=None):
     add("--max_pixels", type=positive(float), default=50, metavar="MP", help="largest picture, in million pixels")
     add("--max_pictures", type=positive(int), default=4, help="pictures per question")
     add("--max_text", type=positive(int), default=2000, help="characters per question")
-    add("--max_new_tokens", type=positive(int), default=512, help="longest answer, in tokens")
-    add("--max_seq_len", type=positive(int), default=1536, help="tokens of conversation that the model reads")
-    add("--max_queue", type=positive(int), default=20, help="questions that wait for their turn")
-    add("--max_seconds", type=positive(float), default=120, metavar="SECONDS", help="time per answer")
+    add("--max_new_tokens", type=positive(int), default=512, help="maximum length of an answer, in tokens")
+    add("--max_seq_len", type=positive(int), default=1536, help="tokens of a conversation that the model reads")
+    add("--max_queue", type=positive(int), default=20, help="questions that may wait for their turn")
+    add("--max_seconds", type=positive(float), default=120, metavar="SECONDS", help="longest time per answer")
 
     add_model_arguments(parser)
     add = parser.group("the model").add_argument
@@ -83,19 +88,21 @@ def check_address(host: str, port: int | None) -> None:
 def main(argv=None):
     args = parse_args(argv)
     check_address(args.host, args.port)
-    # Only now, so that --help and a mistyped flag need not wait for PyTorch and Gradio.
+    # Imported here so that --help and errors in flags do not wait for PyTorch and Gradio.
     from inference.page import serve
 
-    unwind()  # so that the visitors' pictures go with the process
+    unwind()  # so that the visitors' pictures are deleted when the process ends
     with tempfile.TemporaryDirectory(prefix="minimind-v-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         with serve(args) as (page, address):
             if not is_local(args.host) and not args.auth:
-                print(f"warning: --host {args.host} lets in everybody who can reach it; --auth NAME:PASSWORD does not")
-            print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
+                print(
+                    f"warning: --host {args.host} lets anybody in who can reach it; --auth NAME:PASSWORD adds a login"
+                )
+            print(f"open {address} in a browser; press Ctrl-C to stop", flush=True)
             page.block_thread()
 
 
 if __name__ == "__main__":
-    begin()  # Ctrl-C or a missing package is one sentence from here on
+    begin()  # from here on Ctrl-C or a missing package prints one line, not a traceback
     run_main(main)

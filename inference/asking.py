@@ -1,4 +1,4 @@
-"""eval_vlm.py's questions about pictures: which are asked about which, and how answers are line."""
+"""The questions of eval_vlm.py: which prompts it asks about which pictures, and how it prints the answers."""
 
 import json
 import sys
@@ -16,7 +16,8 @@ from model.processing import IMAGE_TAG
 
 
 def prompts_to_ask(args, weights: Path) -> tuple[list[str], str]:
-    """What is asked about each picture, and the flag it came with."""
+    """Returns the prompts for each picture and the flag that names them. Raises FileNotFoundError or ValueError if
+    --prompts_path does not name a text file with questions."""
     if not args.prompts_path:
         several = args.use_multi == 2 or len(args.image or ()) > 1
         return [args.prompt or prompts_of(weights, several=several)[0]], "--prompt"
@@ -24,33 +25,33 @@ def prompts_to_ask(args, weights: Path) -> tuple[list[str], str]:
     try:
         lines = Path(args.prompts_path).read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
-        raise FileNotFoundError(f"{flag}: no such file. Expected a text file, one question a line") from None
+        raise FileNotFoundError(f"{flag}: no such file. Expected a text file, one question per line") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = "is not UTF-8" if isinstance(error, ValueError) else "cannot be read"
-        raise ValueError(f"{flag} {reason}: {error}. Expected a text file, one question a line") from None
+        raise ValueError(f"{flag} {reason}: {error}. Expected a text file, one question per line") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"{flag} holds no question. Expected one a line")
+        raise ValueError(f"{flag} contains no question. Expected one per line")
     return prompts, flag
 
 
 def pictures_to_ask(args) -> list[list]:
-    """The pictures of each question: files, or addresses."""
+    """Returns the pictures of each question: files or URLs. Raises FileNotFoundError if a folder has none."""
     if args.image:
         return [args.image]
     default = "dataset/eval_images_multi" if args.use_multi == 2 else "dataset/eval_images"
     folder = Path(args.image_dir or default)
     paths, others = pictures_in(folder, "*")
     if others:
-        print(f"{folder}: {others} files are no pictures and are left out", file=sys.stderr)
+        print(f"{folder}: skipped {others} files that are not pictures", file=sys.stderr)
     if not paths:
-        raise FileNotFoundError(f"no pictures in {folder}. Name one with --image, or another folder with --image_dir")
+        raise FileNotFoundError(f"no pictures in {folder}. Give one with --image, or another folder with --image_dir")
     return [paths] if args.use_multi == 2 else [[path] for path in paths]
 
 
 def ask_about_pictures(model, tokenizer, args, weights: Path) -> None:
-    """Every prompt about every picture of a folder, or about all pictures together; answers stream to the terminal, or
-    come as lines of JSON. A broken picture of a folder is told, and the others follow."""
+    """Asks every prompt about every picture of a folder, or about all pictures together. Prints answers as they are
+    generated, or as lines of JSON. Reports and skips broken pictures of a folder."""
     (prompts, flag), first = prompts_to_ask(args, weights), pictures_first(weights)
     figures = 0
     for paths in pictures_to_ask(args):
@@ -69,7 +70,7 @@ def ask_about_pictures(model, tokenizer, args, weights: Path) -> None:
             if not args.json:
                 streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
                 print(f"\n[{', '.join(Path(name).name for name in names)}] {text.replace(IMAGE_TAG, '').strip()}")
-            torch.manual_seed(args.seed)  # the answer about a picture does not depend on those before it
+            torch.manual_seed(args.seed)  # an answer must not depend on the pictures before it
             began = time.perf_counter()
             ids, start, pixels = generate(model, tokenizer, [{"role": "user", "content": text}], images, args, streamer)
             if args.json:
@@ -80,8 +81,8 @@ def ask_about_pictures(model, tokenizer, args, weights: Path) -> None:
                 from inference.attention import draw_attention
 
                 path = Path(args.show_attention)
-                path = path if path.suffix else path.with_suffix(".png")  # as matplotlib would, without a word
+                path = path if path.suffix else path.with_suffix(".png")  # as matplotlib would, silently
                 figures += 1
                 path = path if figures == 1 else path.with_stem(f"{path.stem}_{figures}")
                 draw_attention(path, model, tokenizer, ids, start, pixels, images, prompt)
-                print(f"written, where it looked for each word: {path}", file=sys.stderr if args.json else sys.stdout)
+                print(f"attention for each word: {path}", file=sys.stderr if args.json else sys.stdout)

@@ -1,10 +1,11 @@
-"""Where on the picture the decoder looked for each word of its answer, as a figure.
+"""Draws where on the picture the decoder looked for each word of its answer.
 
-A token of the answer is chosen at the position before it. There, in each layer and head, attention spreads 1 over all
-earlier positions, the P placeholders of a picture among them. Their mean over layers and heads is what is drawn.
+A token of the answer is chosen at the position before it. At that position, each head of each layer distributes a
+weight of 1 over the positions so far, including the P placeholders of a picture. The figure shows the mean over layers
+and heads.
 
-Shapes as in model_minimind.py and model_vlm.py, and A tokens of an answer; the last g·g of the P are patches (DINO has
-registers before them).
+Shapes as in model_minimind.py and model_vlm.py; A tokens of an answer. The last g·g of the P positions are patches
+(DINO has registers before them).
 """
 
 import math
@@ -17,18 +18,18 @@ import torch.nn.functional as F
 
 from model.processing import ImageProcessor
 
-# Where a word begins: at a Chinese character, after a space, and where Chinese goes over into letters.
+# A word begins at a Chinese character, after a space, and where letters follow Chinese.
 BEGIN = re.compile(r"[\u3400-\u9fff]|(?<!\S)\S|(?<=[\u3000-\u9fff\uff00-\uffef])[^\W\u3400-\u9fff]")
 CHINESE = re.compile(r"NotoSansCJK|SourceHanSans|wqy|msyh|simhei|PingFang|STHeiti|Hiragino|DroidSansFallback", re.I)
-EDGE = 224  # pixels of a panel, at least
+EDGE = 224  # smallest edge of a panel, in pixels
 COLUMNS = 6
 
 
 @torch.no_grad()
 def attention_to_pictures(model, ids, start: int, pixels):
-    """How much each token of the answer looked at each patch: float (A, N, P), mean over layers and heads.
+    """Returns the attention of each answer token to each patch: float (A, N, P), mean over layers and heads.
 
-    ids: int64 (1, T), question and answer; start: where in them the answer begins; pixels: uint8 (N, 3, H, W).
+    ids: int64 (1, T), question and answer; start: index where the answer begins; pixels: uint8 (N, 3, H, W).
     """
     out = model(ids, pixel_values=pixels, logits_to_keep=1, output_attentions=True)
     layers = [weights[0, :, start - 1 : -1].mean(dim=0) for weights in out.attentions]  # (A, T) each
@@ -37,13 +38,13 @@ def attention_to_pictures(model, ids, start: int, pixels):
 
 
 def words_of(tokenizer, answer: list[int]) -> list[tuple[str, list[int]]]:
-    """The words of an answer, each with the places of its tokens; Chinese by character, but as the tokens have it: one
-    token for two characters is one word."""
+    """Splits an answer into words, each with the indices of its tokens. In Chinese each character is a word; if one
+    token covers two characters, they are one word."""
     text = tokenizer.decode(answer, skip_special_tokens=True)
     starts = {match.start() for match in BEGIN.finditer(text)}
     words, waiting, begin = [], [], 0
     for i in range(len(answer)):
-        # A character may take several tokens, and stands there when the last of them is there.
+        # A character may take several tokens; it is complete with the last of them.
         end = len(tokenizer.decode(answer[: i + 1], skip_special_tokens=True).rstrip("\ufffd"))
         waiting.append(i)
         if end > begin:
@@ -55,7 +56,7 @@ def words_of(tokenizer, answer: list[int]) -> list[tuple[str, list[int]]]:
 
 
 def as_seen(image, processor):
-    """The part of a picture that the model sees, in enough pixels to look at: uint8 (H, W, 3)."""
+    """Returns the part of a picture that the model sees, enlarged for people to look at: uint8 (H, W, 3)."""
     scale = -(-EDGE // min(processor.crop_size))
     size = processor.size * scale if isinstance(processor.size, int) else tuple(edge * scale for edge in processor.size)
     larger = ImageProcessor(size, tuple(edge * scale for edge in processor.crop_size))
@@ -63,7 +64,7 @@ def as_seen(image, processor):
 
 
 def fonts(text: str) -> list[str]:
-    """The font of matplotlib, and one with Chinese characters if `text` has some; a word to stderr if there is none."""
+    """Returns matplotlib's font, and one with Chinese characters if `text` needs it. Prints advice if there is none."""
     from matplotlib import font_manager
 
     names = ["DejaVu Sans"]
@@ -74,13 +75,13 @@ def fonts(text: str) -> list[str]:
             font_manager.fontManager.addfont(paths[0])
             names.append(font_manager.get_font(paths[0]).family_name)
         else:
-            advice = "no font with Chinese characters here: install one (apt install fonts-noto-cjk), or write FILE.svg"
+            advice = "no font has Chinese characters: install one (apt install fonts-noto-cjk), or write FILE.svg"
             print(advice, file=sys.stderr)
     return names
 
 
 def spotlight(picture, heat):
-    """A picture uint8 (H, W, 3), in its colours where heat float (g, g) is 1, dark where it is 0: float (H, W, 3)."""
+    """Shows a picture uint8 (H, W, 3) in colour where heat float (g, g) is 1, dark where it is 0: float (H, W, 3)."""
     H, W, _ = picture.shape
     light = F.interpolate(heat[None, None], (H, W), mode="bilinear")[0, 0, ..., None]  # (H, W, 1); no overshoot
     colours = torch.from_numpy(picture).float() / 255
@@ -88,11 +89,11 @@ def spotlight(picture, heat):
 
 
 def draw_attention(path: Path, model, tokenizer, ids, start: int, pixels, images: list, prompt: str) -> None:
-    """Writes the figure: the pictures, and again for each word of the answer, lit where the decoder looked. All words
-    share one scale; beside each stands the share of its attention that went to pictures, the rest went to text.
+    """Writes the figure: the pictures, and a copy of them for each word of the answer, lit where the decoder looked.
+    All words share one scale. The percentage at a word is the share of its attention on pictures; the rest is on text.
 
-    ids, start, pixels: as `inference.generate.generate` returns them; images: the pictures. Raises ValueError if `path`
-    cannot be written, or has a suffix that matplotlib does not know.
+    ids, start, pixels: from `inference.generate.generate`; images: the pictures. Raises ValueError if `path` cannot be
+    written or has a suffix that matplotlib does not know.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -111,7 +112,7 @@ def draw_attention(path: Path, model, tokenizer, ids, start: int, pixels, images
         height = 2 * rows + 0.5  # inches
         figure = Figure(figsize=(1.7 * N * columns, height))
         figure.suptitle(prompt if len(prompt) < 80 else f"{prompt[:79]}…", y=1 - 0.1 / height, color="grey", wrap=True)
-        # By hand, as the layouts that matplotlib finds take it a minute for a hundred words.
+        # Laid out by hand: matplotlib's layout engines take a minute for a hundred words.
         figure.subplots_adjust(0.01, 0.1 / height, 0.99, 1 - 0.7 / height, wspace=0.05, hspace=0.25)
         grid = figure.subplots(rows, columns * N, squeeze=False).reshape(rows * columns, N)
         for axes in grid.flat:

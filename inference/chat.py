@@ -1,6 +1,6 @@
-"""A conversation for the web page: which models there are, what they read of a history, how an answer streams.
+"""A conversation on the web page: loads models, selects the part of the history they read, and streams answers.
 
-The model is asked by `inference.generate.ask`, in the tokens of its training. A `UserError` the visitor can mend.
+`inference.generate.ask` asks the model, with the same tokens as in training. A `UserError` is for the visitor to fix.
 """
 
 import argparse
@@ -26,9 +26,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 
 
 def load_for_page(weights: Path, args):
-    """Model on its device, ready to be asked, and tokenizer."""
+    """Returns the model, on its device and ready to answer, and its tokenizer."""
     flags = {"load": int(weights.is_dir()), "weights": str(weights)}
-    flags |= {"hidden_size": None, "use_moe": False}  # they chose the weights to start with, these may be others
+    flags |= {"hidden_size": None, "use_moe": False}  # they chose the first weights; these may be others
     model, tokenizer, _ = load_model(argparse.Namespace(**vars(args) | flags))
     device = pick_device(args.device)
     return pack(model.to(device), pick_dtype(args.dtype, device)), tokenizer
@@ -38,7 +38,7 @@ def load_for_page(weights: Path, args):
 
 
 class UserError(Exception):
-    """What the visitor can mend: a key of TEXT and what goes into its sentence."""
+    """An error that the visitor can fix: a key of TEXT and the values for its sentence."""
 
     def __init__(self, key: str, **values):
         super().__init__(key)
@@ -46,14 +46,14 @@ class UserError(Exception):
 
 
 def paths_of(files: list) -> list[str]:
-    """Of files as Gradio has them: paths, or {"path"} when a question is asked again."""
+    """Returns the paths of Gradio's files: each is a path, or {"path"} when a question is asked again."""
     return [file if isinstance(file, str) else file["path"] for file in files]
 
 
 def parts(content) -> tuple[str, list[str]]:
-    """Text and paths of pictures of a message, in each of the shapes that Gradio has for them.
+    """Returns the text and the picture paths of a message in any of Gradio's formats.
 
-    From the page {"type": "text", "text"} and {"type": "file", "file": {"path"}}, through the API str and {"path"}.
+    The page sends {"type": "text", "text"} and {"type": "file", "file": {"path"}}, the API sends str and {"path"}.
     """
     items = content if isinstance(content, (list, tuple)) else [content]
     items = [{"text": item} if isinstance(item, str) else item for item in items]
@@ -62,7 +62,7 @@ def parts(content) -> tuple[str, list[str]]:
 
 
 def turns_of(history: list[dict]) -> list[tuple[str, list[str], str]]:
-    """(question, paths of its pictures, answer) of each turn that was answered, in order."""
+    """Returns (question, paths of its pictures, answer) for each answered turn, in order."""
     turns, asked = [], None
     for message in history:
         mark = (message.get("metadata") or {}).get("id")
@@ -79,7 +79,7 @@ def turns_of(history: list[dict]) -> list[tuple[str, list[str], str]]:
 
 
 def open_picture(path: str, processor: ImageProcessor, max_pixels: float) -> Image.Image:
-    """A picture for `processor.resize`, wholly read. max_pixels: in millions."""
+    """Opens a picture and reads all of it, for `processor.resize`. max_pixels: in millions. Raises UserError."""
     name = Path(path).name
     try:
         with processor.open(path, max_pixels, FORMATS) as image:
@@ -89,7 +89,7 @@ def open_picture(path: str, processor: ImageProcessor, max_pixels: float) -> Ima
         raise
     except TooManyPixels:
         raise UserError("pixels", name=name, limit=max_pixels) from None
-    except Exception:  # Pillow's decoders raise whatever their format makes them stumble over
+    except Exception:  # Pillow's decoders raise many types
         raise UserError("broken", name=name) from None
 
 
@@ -103,7 +103,7 @@ def check_question(text: str, pictures: list, args) -> None:
 
 
 def chat_of(turns: list, first: bool) -> list[dict]:
-    """The turns as `encode_chat` takes them; the last one may wait for its answer. first: see `user_turn`."""
+    """Converts turns to the format of `encode_chat`; the last one may lack its answer. first: see `user_turn`."""
     chat = []
     for text, files, answer in turns:
         chat.append({"role": "user", "content": user_turn(text, len(files), first)})
@@ -112,16 +112,19 @@ def chat_of(turns: list, first: bool) -> list[dict]:
 
 
 def truncate(turns: list, tokenizer, image_ids: list[int], args, first: bool = False) -> list:
-    """The last turns that fit into --max_seq_len tokens, and hold at most four questions' worth of pictures."""
+    """Returns the last turns that fit into --max_seq_len tokens and have no more pictures than four questions may have.
+
+    Raises UserError if a question breaks a limit, or if not even the last turn fits.
+    """
 
     def tokens_in(turn):
         text, files, answer = turn
-        check_question(text, files, args)  # earlier ones too: a page that was tampered with sends any history
-        if len(answer) > 64 * args.max_new_tokens:  # characters, far more than so many tokens can be: likewise
+        check_question(text, files, args)  # earlier ones too: a manipulated page can send any history
+        if len(answer) > 64 * args.max_new_tokens:  # characters, far more than an answer can have: manipulated too
             return math.inf
         try:
             return sum(len(piece) for piece, _, _ in encode_chat(tokenizer, chat_of([turn], first), image_ids))
-        except ValueError:  # a run of placeholders, typed or answered
+        except ValueError:  # a run of placeholders, typed or generated
             if answer:
                 return math.inf
             raise UserError("run", sign=tokenizer.convert_ids_to_tokens(image_ids[0])) from None
@@ -138,7 +141,7 @@ def truncate(turns: list, tokenizer, image_ids: list[int], args, first: bool = F
 
 
 class Stop(StoppingCriteria):
-    """Ends an answer when told to or when its time is over, and counts its tokens."""
+    """Ends an answer on request or when its time is up, and counts its tokens."""
 
     def __init__(self, seconds: float):
         self.start, self.seconds, self.tokens = time.monotonic(), seconds, 0
@@ -154,14 +157,14 @@ class Stop(StoppingCriteria):
 
 
 def stream(model, tokenizer, chat: list[dict], pictures: list, args, stop: Stop):
-    """Yields the answer as it grows. Closing the generator ends the work on it."""
+    """Yields the text of the answer as it grows. Closing the generator stops the model."""
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failures = []
 
     def work():
         try:
             ask(model, tokenizer, chat, pictures, args, streamer, [stop])
-        except Exception as error:  # raised again below, in the thread of the visitor
+        except Exception as error:  # raised again below, in the visitor's thread
             failures.append(error)
             streamer.end()
 
@@ -171,7 +174,7 @@ def stream(model, tokenizer, chat: list[dict], pictures: list, args, stop: Stop)
     try:
         for piece in streamer:
             answer += piece
-            if streamer.text_queue.empty():  # the page may be slower than the model: it gets the latest
+            if streamer.text_queue.empty():  # the page may be slower than the model: skip to the latest text
                 yield without_thoughts(answer)
     finally:
         stop.stopped.set()

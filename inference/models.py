@@ -1,4 +1,4 @@
-"""Which model is asked: weights and exported folders are found, loaded, and say what they know."""
+"""Finds and loads the model to ask: weights or an exported folder, and what their JSON says about them."""
 
 import re
 from contextlib import suppress
@@ -9,7 +9,7 @@ from model.files import read_json
 from model.llava import unpacked
 from model.weights import SIDECAR, STAGES, read_sidecar
 
-PROMPTS = {  # what weights are asked whose JSON names no question
+PROMPTS = {  # for weights whose JSON names no questions
     "en": "Describe this picture.",
     "zh": "描述这张图片。",
     "en several": "Compare these pictures.",
@@ -18,11 +18,11 @@ PROMPTS = {  # what weights are asked whose JSON names no question
 
 
 def export_of(path: Path) -> str:
-    """What an exported folder is, "minimind-v" or "llava", also if Transformers saved it again; "" of all else."""
+    """Returns the kind of an exported folder, "minimind-v" or "llava", even if Transformers saved it again; else ""."""
     with suppress(OSError, ValueError):
         config = read_json(path / "config.json")
         kind = config.get("model_type")
-        # Other people's LLaVAs are no MiniMind, and a checkpoint of training without its tokenizer cannot be asked.
+        # Other LLaVAs are not MiniMind, and a training checkpoint without a tokenizer cannot be asked.
         ours = config.get("projector_hidden_act") == "linear" and (path / "tokenizer.json").is_file()
         if kind == "minimind-v" or kind == "llava" and ours:
             return kind
@@ -30,7 +30,7 @@ def export_of(path: Path) -> str:
 
 
 def list_models(out_dir) -> list[Path]:
-    """Weights that can be asked and exported folders, in `out_dir` and the folders in it, the newest first."""
+    """Returns the weights and exported folders that can be asked, in `out_dir` and its subfolders, newest first."""
     below = [path for pattern in ("*", "*/*") for path in Path(out_dir).glob(pattern)]
     name = re.compile(rf"({'|'.join(STAGES.values())})_\d+(_moe)?\.pth")
     paths = [path for path in below if name.fullmatch(path.name) or export_of(path)]
@@ -38,18 +38,18 @@ def list_models(out_dir) -> list[Path]:
 
 
 def find_models(args) -> list[Path]:
-    """Those that --weights, --load, --model_mode, --hidden_size and --use_moe leave, the first of which is to be taken:
-    the newest, as no flag is needed to ask what was just trained. Raises FileNotFoundError if there is none.
+    """Returns the models that fit --weights, --load, --model_mode, --hidden_size and --use_moe, newest first: a model
+    that was just trained needs no flag. Raises FileNotFoundError if there is none, ValueError for --weights none.
     """
     name, path = args.weights or STAGES[args.model_mode], Path(args.weights or "MiniMind2-V")
     if name == "none":
-        raise ValueError("--weights none: a model that has not learned knows nothing. Name a .pth file")
+        raise ValueError("--weights none: an untrained model cannot answer. Give a .pth file")
     if args.weights and name not in STAGES.values():
         if not path.exists():
             raise FileNotFoundError(f"--weights {path}: no such file or folder")
         if (path.is_dir() or args.load == 1) and not (path / "config.json").is_file():
             what = f"For the .pth files in it: --out_dir {path}" if path.is_dir() else "Leave --load 1 out"
-            raise FileNotFoundError(f"--weights {path} is no Transformers folder: no config.json there\n{what}")
+            raise FileNotFoundError(f"--weights {path} is not a Transformers folder: it has no config.json\n{what}")
         return [path]
     there = list_models(args.out_dir)
     if args.load == 1:
@@ -59,25 +59,25 @@ def find_models(args) -> list[Path]:
         width, moe = args.hidden_size or r"\d+", "_moe" if args.use_moe else "(_moe)?"
         wanted = f"{name}_{args.hidden_size or '*'}{'_moe' * args.use_moe}.pth"
         paths = [path for path in there if re.fullmatch(rf"{name}_{width}{moe}\.pth", path.name)]
-    where = f"no {wanted} in {Path(args.out_dir)} and the folders in it"
+    where = f"no {wanted} in {Path(args.out_dir)} or its subfolders"
     if not paths and there:
-        raise FileNotFoundError(f"{where}. Name another one, as in\n--weights {there[0]}")
+        raise FileNotFoundError(f"{where}. Choose another model, for example\n--weights {there[0]}")
     if not paths:
         commands = "python -m scripts.quickstart; or python -m scripts.download --what clip vlm"
-        raise FileNotFoundError(f"{where}. Make or fetch one:\n{commands}")
+        raise FileNotFoundError(f"{where}. Train or download one:\n{commands}")
     return paths
 
 
 def choose_model(args) -> Path:
-    """The first of `find_models`; says how to choose another one."""
+    """Returns the first of `find_models`; prints how to choose another one."""
     paths = find_models(args)
     if len(paths) > 1:
-        print(f"the newest of {len(paths)} that fit; to choose another: --weights {paths[1]}")
+        print(f"the newest of {len(paths)} models that fit; to choose another: --weights {paths[1]}")
     return paths[0]
 
 
 def load_model(args):
-    """Model in eval mode, its tokenizer, path of the weights."""
+    """Returns the model in eval mode, its tokenizer and the path of the weights."""
     path = choose_model(args)
     with unpacked(path) as source:
         model, tokenizer, origin = build_model(args, source)
@@ -86,14 +86,13 @@ def load_model(args):
 
 
 def known_of(weights: Path) -> dict:
-    """What the JSON of the weights tells, also where they are a folder, as `read_sidecar` has it."""
+    """Returns the JSON of weights, a file or an exported folder; see `read_sidecar`."""
     return read_sidecar(weights / SIDECAR if weights.is_dir() else weights)
 
 
 def prompts_of(weights: Path, language: str = "en", several: bool = False) -> list[str]:
-    """Questions that the weights know, in the other language if in this one there is none; the best one first.
-
-    several: about several pictures.
+    """Returns questions from the training of the weights, the best one first; if there are none in this language, those
+    in the other one. several: questions about several pictures.
     """
     known = known_of(weights)["prompts"]
     key, other = (each + " several" * several for each in (language, {"en": "zh", "zh": "en"}[language]))
@@ -101,10 +100,10 @@ def prompts_of(weights: Path, language: str = "en", several: bool = False) -> li
 
 
 def needs_picture(weights: Path) -> bool:
-    """Was it never trained without one? What their JSON does not tell is not claimed."""
+    """Whether the model was never trained without a picture; False if the JSON does not say."""
     return known_of(weights).get("rows_without_picture") == 0
 
 
 def pictures_first(weights: Path) -> bool:
-    """Did the pictures of its training stand before the questions, one to each?"""
+    """Whether the training rows had their single picture before the question."""
     return bool(known_of(weights).get("pictures_first"))

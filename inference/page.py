@@ -1,7 +1,7 @@
-"""The web page: what it says in English and Chinese, what stands on it, and what happens when something is asked.
+"""The web page: its texts in English and Chinese, its elements, and what happens when a visitor asks something.
 
-Nothing is kept between visitors but the loaded models: a conversation lives with its browser tab, its pictures in a
-folder that goes with the process.
+The server keeps nothing between visitors except the loaded models. A conversation lives in its browser tab, its
+pictures in a folder that is deleted when the process ends.
 """
 
 import argparse
@@ -24,66 +24,67 @@ from inference.models import find_models, list_models, needs_picture, pictures_f
 
 MOST_LOADED = 2  # models in memory
 SAMPLES = sorted(Path("dataset/eval_images").glob("*.png"))
-VISITORS = 500  # whose conversations Gradio remembers, 50 KB each; of its own accord 10,000
+VISITORS = 500  # conversations that Gradio keeps, 50 KB each; its default is 10,000
 
 TEXT = {
     "en": {
-        "hello": "**Show me a picture and ask about it.**\n\nUpload, paste or drop one, or pick from those below.",
+        "hello": "**Add a picture and ask about it.**\n\nUpload, paste or drop one, or pick a sample below.",
         "type": "Ask about a picture",
         "samples": "Sample pictures",
-        "questions": "Questions that the model knows",
+        "questions": "Questions from its training",
         "settings": "Settings",
         "weights": "Model",
         "temperature": "Temperature",
-        "temperature_info": "0: always the likeliest word; higher: more surprising",
+        "temperature_info": "0: always the most likely word; higher: more varied answers",
         "top_p": "Top-p",
-        "top_p_info": "Draw from the likeliest words that make up this share",
-        "length": "Longest answer, in tokens",
+        "top_p_info": "Sample from the most likely words that make up this share",
+        "length": "Maximum length of an answer, in tokens",
         "seen": "Pictures seen: {n}",
-        "unseen": "No picture was given, and this model was never trained without one",
-        "earlier": " ({n} of earlier turns)",
+        "unseen": "There is no picture, and this model was never trained without one",
+        "earlier": " ({n} from earlier turns)",
         "took": "{tokens} tokens in {seconds:.2f} s",
-        "late": "stopped after {seconds:g} s, the limit",
-        "forgotten": "too long to remember whole: the first {n} turns were left out",
+        "late": "stopped at the limit of {seconds:g} s",
+        "forgotten": "the conversation is too long: its first {n} turns were left out",
         "empty": "Type a question, or add a picture.",
-        "long": "The text has {n} characters, at most {limit} are read. Please shorten it.",
-        "many": "These are {n} pictures, at most {limit} can go with one question.",
-        "pixels": "{name} has more than {limit:g} million pixels. Please make it smaller.",
-        "broken": "{name} is not a picture that can be read. JPEG, PNG, WebP, GIF, BMP, TIFF and AVIF can.",
-        "tags": "The text says {tag} {n} times for {pictures} pictures. Write it once for each, or leave it out.",
-        "room": "The question is more than the {limit} tokens that the model reads. Use less text or fewer pictures.",
-        "run": "The text has so many {sign} in a row that the model would take them for a picture.",
+        "long": "The text has {n} characters; the limit is {limit}. Please shorten it.",
+        "many": "You added {n} pictures; the limit is {limit} per question.",
+        "pixels": "{name} has more than {limit:g} million pixels. Please use a smaller picture.",
+        "broken": "{name} cannot be read as a picture. Use JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF.",
+        "tags": "The text contains {tag} {n} times, but there are {pictures} pictures. "
+        "Write it once for each picture, or leave it out.",
+        "room": "The question is longer than the {limit} tokens that the model reads. Use less text or fewer pictures.",
+        "run": "The text has so many {sign} in a row that the model would read them as a picture.",
         "memory": "The machine ran out of memory. Try again with fewer pictures, or clear the conversation.",
-        "failed": "Something went wrong here, sorry. The log of the server says what.",
+        "failed": "Sorry, something went wrong. See the log of the server.",
     },
     "zh": {
-        "hello": "**给我看一张图片，然后提问。**\n\n可以上传、粘贴或拖入图片，也可以从下面选一张。",
-        "type": "就图片提问",
+        "hello": "**添加一张图片，然后提问。**\n\n可以上传、粘贴或拖入图片，也可以用下面的示例图片。",
+        "type": "输入关于图片的问题",
         "samples": "示例图片",
-        "questions": "模型熟悉的问题",
+        "questions": "训练时常见的问题",
         "settings": "设置",
         "weights": "模型",
         "temperature": "温度",
-        "temperature_info": "0：总是选最可能的词；越高越多变",
+        "temperature_info": "为 0 时总是选概率最高的词；越高，回答越多样",
         "top_p": "Top-p",
-        "top_p_info": "只从累计概率达到此值的最可能的词中抽取",
-        "length": "回答的最大长度（token）",
-        "seen": "看到的图片：{n}",
-        "unseen": "没有给图片，而这个模型只在有图片的数据上训练过",
-        "earlier": "（前面轮次的 {n} 张）",
-        "took": "{tokens} 个 token，{seconds:.2f} 秒",
+        "top_p_info": "从概率最高的词开始累加，只在累计概率达到该值的范围内采样",
+        "length": "回答的最大长度（token 数）",
+        "seen": "模型看到 {n} 张图片",
+        "unseen": "没有图片，而这个模型的训练数据都带图片",
+        "earlier": "（其中 {n} 张来自前几轮）",
+        "took": "{tokens} 个 token，用时 {seconds:.2f} 秒",
         "late": "达到 {seconds:g} 秒上限，已停止",
-        "forgotten": "对话太长，最早的 {n} 轮没有读入",
+        "forgotten": "对话过长，最早的 {n} 轮已略去",
         "empty": "请输入问题，或添加一张图片。",
-        "long": "文字有 {n} 个字符，最多 {limit} 个。请缩短。",
-        "many": "共有 {n} 张图片，每个问题最多 {limit} 张。",
-        "pixels": "{name} 超过 {limit:g} 百万像素。请缩小后再试。",
-        "broken": "{name} 不是可以读取的图片。支持 JPEG、PNG、WebP、GIF、BMP、TIFF 和 AVIF。",
-        "tags": "文字中有 {n} 个 {tag}，但有 {pictures} 张图片。请每张写一次，或都不写。",
-        "room": "问题超出模型能读的 {limit} 个 token。请减少文字或图片。",
-        "run": "文字中连续的 {sign} 太多，模型会把它们当作图片。",
+        "long": "文字共 {n} 个字符，上限为 {limit} 个，请缩短。",
+        "many": "共 {n} 张图片，每次提问最多 {limit} 张。",
+        "pixels": "{name} 超过 {limit:g} 百万像素，请缩小后再试。",
+        "broken": "无法读取图片 {name}。支持 JPEG、PNG、WebP、GIF、BMP、TIFF 和 AVIF。",
+        "tags": "文字中有 {n} 个 {tag}，图片却有 {pictures} 张。两者数量要一致，也可以都不写。",
+        "room": "问题过长，超过模型能处理的 {limit} 个 token。请减少文字或图片。",
+        "run": "文字中连续的 {sign} 太多，会被模型当作图片。",
         "memory": "内存不足。请减少图片，或清空对话后再试。",
-        "failed": "抱歉，这里出错了。原因见服务器日志。",
+        "failed": "抱歉，出错了。详情见服务器日志。",
     },
 }
 
@@ -110,10 +111,10 @@ CSS = """
 
 
 def show_as_text(chatbot: gr.Chatbot) -> None:
-    """Has text shown as it is, where Gradio would format the HTML in it, if sanitized.
+    """Makes the chatbot show text as it is. Gradio would render the HTML in it, although sanitized.
 
-    Only text and files come back from the browser: for a forged message with a component in it, Gradio would copy any
-    file of this machine to where it is served from.
+    Accepts only text and files from the browser: given a forged message with a component in it, Gradio would copy any
+    file of this machine into the folder that it serves.
     """
     show, read = chatbot.postprocess, chatbot.preprocess
 
@@ -139,7 +140,7 @@ def show_as_text(chatbot: gr.Chatbot) -> None:
 
 
 def reply(content, mark: str, **metadata) -> dict:
-    """What is no answer of the model: "seen", about one, or a "notice" instead of one."""
+    """Returns a message that is not an answer: "seen" is about an answer, a "notice" takes the place of one."""
     return {"role": "assistant", "content": content, "metadata": {"id": mark, **metadata}}
 
 
@@ -148,20 +149,20 @@ def language_of(request: gr.Request) -> str:
 
 
 def build_page(args, models: list[Path]) -> gr.Blocks:
-    # Gradio lets in one question at a time from the page, and one through the API. The lock makes that one in all: one
-    # at work on the models, which loads them and reads its pictures.
-    lock, loaded = threading.Lock(), {}  # {path: (model, tokenizer)}, the one used last at the end
+    # Gradio admits one question at a time from the page, and one through the API. With the lock only one of them at a
+    # time loads models, reads pictures and generates.
+    lock, loaded = threading.Lock(), {}  # {path: (model, tokenizer)}, the most recently used one last
 
     def get_model(path):
         pair = loaded.pop(path, None)
         if not pair:
-            while len(loaded) >= MOST_LOADED:  # let go before the next one takes as much
+            while len(loaded) >= MOST_LOADED:  # free the memory before the next model needs it
                 del loaded[next(iter(loaded))]
             pair = load_for_page(Path(path), args)
         loaded[path] = pair
         return pair
 
-    get_model(str(models[0]))  # a mistake is told before the page is there
+    get_model(str(models[0]))  # reports an error before there is a page
 
     def respond(message, history, weights, temperature, top_p, max_new_tokens, language, phrase):
         turns = [*turns_of(history), (message["text"].strip(), paths_of(message["files"]), "")]
@@ -195,7 +196,7 @@ def build_page(args, models: list[Path]) -> gr.Blocks:
         yield [*seen, text or reply("…", "seen")]
 
     def on_message(message, history, weights, temperature, top_p, max_new_tokens, request: gr.Request):
-        """Ask about pictures: text and files, the model's path, temperature (0: greedy), top-p, longest answer."""
+        """Ask about pictures: text and files, the model's path, temperature (0: greedy), top-p, maximum length."""
         language = language_of(request)
 
         def phrase(key, **values):
@@ -276,15 +277,15 @@ def build_page(args, models: list[Path]) -> gr.Blocks:
 
 @contextmanager
 def serve(args):
-    """The page and its address, while the context lasts."""
+    """Serves the page while the context lasts; yields the page and its address."""
     torch.manual_seed(args.seed)
     models = list(dict.fromkeys([find_models(args)[0], *list_models(args.out_dir)]))
     page = build_page(args, models)
-    # Gradio asks its own page once before it goes on: not through a proxy of the machine,
+    # Gradio requests its own page once before it continues. This must not go through the machine's proxy,
     direct = {args.host, "localhost", *os.environ.get("no_proxy", os.environ.get("NO_PROXY", "localhost")).split(",")}
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(sorted(direct))
     _, address, _ = page.launch(
-        _frontend=False,  # and not a second time with only 3 seconds to answer: a busy machine needs longer
+        _frontend=False,  # nor happen twice: the second request allows 3 seconds, too few on a busy machine
         prevent_thread_lock=True,
         server_name=args.host,
         server_port=args.port,

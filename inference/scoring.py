@@ -1,5 +1,5 @@
-"""How good are the answers, and does the model look at all? Every figure twice: with the pictures of the rows, and
-with the pictures shuffled between rows. A model that only knows what captions usually say loses nothing by that.
+"""Scores answers and tests whether the model looks: every metric is computed with the pictures of the rows, and again
+with pictures shuffled between rows. A model that only knows typical captions loses nothing by the shuffle.
 """
 
 import random
@@ -34,31 +34,31 @@ from model.weights import bare_name
 from trainer.loader import ignore_interrupt
 from trainer.loop import validate
 
-CAPTION = 5  # references of as many words (characters in Chinese), on average, are captions: BLEU and CIDEr
+CAPTION = 5  # if references average this many words (characters in Chinese), they are captions: BLEU and CIDEr apply
 
 
 # ---------------------------------------------------------------------------- text
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words without punctuation; Chinese by character."""
+    """Splits text into lower-case words without punctuation; Chinese into characters."""
     return re.findall(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+(?:'\w+)?", text.lower())
 
 
 def exact_match(answer: str, references: list[str]) -> bool:
-    """The same words in the same order as one of the references; case and punctuation do not count."""
+    """Whether the answer has the same words in the same order as a reference, ignoring case and punctuation."""
     return any(words(answer) == words(reference) for reference in references)
 
 
 def bleu(answers: list[str], references: list[list[str]], zh: bool) -> float:
-    """sacreBLEU of a corpus, 0 to 100."""
+    """Returns the sacreBLEU score of a corpus, 0 to 100."""
     most = max(map(len, references))
     streams = [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
     return sacrebleu.corpus_bleu(answers, streams, lowercase=True, tokenize="zh" if zh else "13a").score
 
 
 def cider(answers: list[str], references: list[list[str]]) -> float:
-    """CIDEr-D of a corpus (Vedantam et al. 2015), on `words`; weights of n-grams from these references."""
+    """Returns CIDEr-D of a corpus (Vedantam et al. 2015) on `words`; these references give the n-gram weights."""
     given = {i: [" ".join(words(reference)) for reference in texts] for i, texts in enumerate(references)}
     score, _ = Cider().compute_score(given, {i: [" ".join(words(answer))] for i, answer in enumerate(answers)})
     return float(score)
@@ -69,16 +69,16 @@ def cider(answers: list[str], references: list[list[str]]) -> float:
 
 @dataclass
 class Question:
-    """An answer to give: all turns before it as they stand in the data."""
+    """An answer to generate. Its prompt contains all earlier turns as they are in the data."""
 
     row: int
-    prompt: list[int]  # input_ids up to where the answer begins
-    pictures: int  # how many the prompt shows
+    prompt: list[int]  # input_ids up to the start of the answer
+    pictures: int  # number of pictures in the prompt
     images: list[str]  # their names
     text: str  # the last user turn
     references: list[str]
     tokens: int  # of the answer in the data
-    kind: str  # what its row says of it (one for all turns, or a list), as the drawn scenes do: "colour"; else ""
+    kind: str  # "kind" of its row, one for all turns or a list, as drawn scenes have it: "colour"; "" without one
 
     @property
     def language(self) -> str:
@@ -86,8 +86,8 @@ class Question:
 
 
 def questions_of(data: VLMDataset, captions: dict[str, list[str]]) -> list[Question]:
-    """A question for each assistant turn. captions: more references, by name of the picture, any language. Of several
-    captions that a row has for its picture, the first is asked for, and the others are references, too."""
+    """Makes a question for each assistant turn. captions: {name of a picture: further references in any language}. If a
+    picture has several captions, it is asked about once, and all of them are references."""
     questions = []
     firsts = range(len(data)) if data.groups is None else data.groups.tolist()
     for row, end in zip(firsts, [*firsts[1:], len(data)]):
@@ -119,14 +119,14 @@ def questions_of(data: VLMDataset, captions: dict[str, list[str]]) -> list[Quest
 
 
 class ShuffledPictures(VLMDataset):
-    """The same rows with the pictures of others; as many as before.
+    """The same rows with the pictures of other rows, as many per row as before.
 
-    Pictures are exchanged, not rows: two rows about one picture both get the same other one, from the same file. Only a
-    row that is alone in its number of pictures keeps its own.
+    Pictures are exchanged, not rows: two rows about one picture get the same new picture, from the same file. A row
+    keeps its own pictures only if no other row has the same number. Raises ValueError if nothing can be exchanged.
     """
 
     def __init__(self, data: VLMDataset, seed: int):
-        vars(self).update(vars(data))  # rows that are checked already
+        vars(self).update(vars(data))  # the rows are checked already
         names = {}
         for row in range(len(data)):
             images = data.row(row).images
@@ -138,17 +138,17 @@ class ShuffledPictures(VLMDataset):
             self.other |= {key: names[other] for key, other in zip(alike, alike[1:] + alike[:1]) if key != other}
         if not self.other:
             raise ValueError(
-                "--data_path has no two different pictures to exchange, to see whether the model looks.\n"
-                "Add a row with another picture, or ask about one with --image"
+                "--data_path has no two different pictures to exchange, which would test whether the model looks.\n"
+                "Add a row with another picture, or ask about a picture with --image"
             )
 
     def pictures_key(self, row: int, images: list[str]) -> tuple:
-        """The source of a row and what its pictures are, given their names."""
+        """Returns a key for the pictures of a row: its source and the identity of each picture."""
         source = self.locate(row)[0]
         return source, *map(self.sources[source].identity, images)
 
     def row(self, row: int) -> Row:
-        """A row as it stands in its file, but for the names of its pictures."""
+        """Returns a row as it is in its file, except for the names of its pictures."""
         example = super().row(row)
         return replace(example, images=self.other.get(self.pictures_key(row, example.images), example.images))
 
@@ -157,7 +157,7 @@ class ShuffledPictures(VLMDataset):
 
 
 class Prompts(Dataset):
-    """Questions as examples: prompts without answers, with the pictures that `rows` gives them."""
+    """Questions as examples for `collate_prompts`: prompts without answers, with their pictures from `rows`."""
 
     def __init__(self, questions: list[Question], rows: VLMDataset):
         self.questions, self.rows = questions, rows
@@ -166,7 +166,7 @@ class Prompts(Dataset):
         return len(self.questions)
 
     def images(self, i: int) -> list[str]:
-        """The names of the pictures."""
+        """Returns the names of the pictures of question i."""
         question = self.questions[i]
         return self.rows.row(question.row).images[: question.pictures]
 
@@ -180,7 +180,7 @@ class Prompts(Dataset):
 
 
 def load_by_length(data: Dataset, lengths, collate_fn, tokenizer, args) -> DataLoader:
-    """Rows in batches of like length, the shortest first."""
+    """Returns a loader of batches whose rows have similar lengths, shortest first."""
     return DataLoader(
         data,
         batch_sampler=StepSampler(lengths, args.batch_size, shuffle=False),
@@ -191,9 +191,10 @@ def load_by_length(data: Dataset, lengths, collate_fn, tokenizer, args) -> DataL
 
 
 def answer_all(model, tokenizer, prompts: Prompts, args, device, dtype, title: str) -> list[str]:
-    """Greedy answers to all questions, in batches of like length."""
+    """Returns greedy answers to all questions, "" for broken pictures. Raises ValueError for the first broken picture
+    unless --on_bad_row is skip."""
     questions = prompts.questions
-    # First by how long the answer should be, roughly, since a batch goes on until its longest one ends.
+    # Sorted first by the rough length of the expected answer: a batch runs until its longest answer ends.
     lengths = [10**6 * question.tokens.bit_length() + len(question.prompt) for question in questions]
     loader = load_by_length(prompts, lengths, collate_prompts, tokenizer, args)
     answers = [""] * len(questions)
@@ -201,7 +202,7 @@ def answer_all(model, tokenizer, prompts: Prompts, args, device, dtype, title: s
         for texts, broken in answer_batches(model, tokenizer, loader, args, device, dtype):
             if broken and args.on_bad_row == "error":
                 why = next(iter(broken.values()))
-                raise ValueError(f"{why}\nMend it, or count it as not answered with --on_bad_row skip")
+                raise ValueError(f"{why}\nFix it, or count it as unanswered with --on_bad_row skip")
             for number, text in texts.items():
                 answers[number] = text
             bar.update(len(texts) + len(broken))
@@ -209,7 +210,7 @@ def answer_all(model, tokenizer, prompts: Prompts, args, device, dtype, title: s
 
 
 def compute_metrics(questions: list[Question], answers: list[str]) -> dict:
-    """Exact match (0 to 1), and for captions BLEU (0 to 100) and CIDEr, of one language."""
+    """Returns exact match (0 to 1), and for captions also BLEU (0 to 100) and CIDEr, of answers in one language."""
     references = [question.references for question in questions]
     scores = {"exact_match": sum(map(exact_match, answers, references)) / len(answers)}
     if sum(len(words(texts[0])) for texts in references) / len(references) >= CAPTION:
@@ -219,8 +220,8 @@ def compute_metrics(questions: list[Question], answers: list[str]) -> dict:
 
 
 def by_kind(answers: list[dict]) -> dict:
-    """{kind: {"en": {"questions": 40, "true": 0.9, "shuffled": 0.2}, "zh": ...}}, shares of exact matches; kinds of
-    question in the order of the alphabet, empty if the rows name none. answers: of `score`."""
+    """Returns {kind: {"en": {"questions": 40, "true": 0.9, "shuffled": 0.2}, "zh": ...}}: shares of exact matches,
+    kinds in alphabetical order; empty if the rows name no kinds. answers: from `score`."""
     groups = {}
     for answer in answers:
         if answer["kind"]:
@@ -237,10 +238,10 @@ def by_kind(answers: list[dict]) -> dict:
 
 
 def score(model, tokenizer, data: VLMDataset, captions, args, device, dtype) -> dict:
-    """{"true": {"en": {...}, "zh": {...}}, "shuffled": ..., "by_kind": ..., "answers": [...]}; see `by_kind`, and
-    `compute_metrics`, to which "loss" comes (nats; not with args.no_loss).
+    """Returns {"true": {"en": {...}, "zh": {...}}, "shuffled": ..., "by_kind": ..., "answers": [...]}.
 
-    captions: {name of a picture: further references}.
+    "true" and "shuffled" contain the metrics of `compute_metrics` and, unless args.no_loss, "loss" (nats); "by_kind" is
+    from `by_kind`. captions: {name of a picture: further references}.
     """
     questions = questions_of(data, captions)
     by_language = {}
@@ -278,7 +279,7 @@ def score(model, tokenizer, data: VLMDataset, captions, args, device, dtype) -> 
 
 
 def scores_table(result: dict) -> str:
-    """What `score` returns, for a terminal."""
+    """Formats what `score` returns for a terminal."""
     titles = {"exact_match": "exact match", "bleu": "BLEU", "cider": "CIDEr", "loss": "loss per answer token"}
     lines = [f"{'':34}{'true pictures':>15}{'shuffled':>12}"]
     for key, metrics in result["true"].items():
@@ -293,7 +294,7 @@ def scores_table(result: dict) -> str:
 
 
 def kinds_table(kinds: dict) -> list[str]:
-    """Exact match by kind of question, a column for each language, first with the true pictures, then shuffled."""
+    """Formats exact match by kind of question, one column per language: first with true pictures, then shuffled."""
     languages = sorted({key for cells in kinds.values() for key in cells})
     lines = [f"{'exact match':14}{'questions':>10}" + "".join(f"{key:>9}" for key in languages)]
     lines[0] += "".join(f"{'shuffled ' + key:>14}" for key in languages)
@@ -307,7 +308,7 @@ def kinds_table(kinds: dict) -> list[str]:
 
 
 def count_parameters(model) -> dict[str, int]:
-    """{"llm", "projector", "encoder"}."""
+    """Returns the number of parameters of "llm", "projector" and "encoder"."""
     parts = {"projector": model.vision_proj, "encoder": model.vision_encoder}
     counts = {name: size(part) for name, part in parts.items()}
     return {"llm": size(model) - sum(counts.values())} | counts
@@ -320,6 +321,10 @@ def size(part) -> int:
 
 
 def score_rows(model, tokenizer, args, weights: Path, device) -> dict:
+    """Scores the rows of --data_path. Prints a table, writes scores and answers to --output, and returns them.
+
+    Raises ValueError for rows or flags that do not fit.
+    """
     captions = read_references(args.refs_path)
     data = VLMDataset(
         args.data_path,
@@ -335,11 +340,11 @@ def score_rows(model, tokenizer, args, weights: Path, device) -> dict:
         print(data.report())
     names = data.pictures()[1] if captions else []
     if captions and not {*captions} & {*names, *(Path(name).name for name in names)}:
-        raise ValueError("--refs_path names none of the pictures of --data_path: it is by name, as in the rows")
+        raise ValueError("--refs_path names none of the pictures of --data_path: expected their names as in the rows")
     if args.prompt and not data.captioned:
-        raise ValueError("--prompt is asked about pictures with captions, and no row has these: leave it out")
+        raise ValueError("--prompt is for pictures with captions, and no row has captions: leave it out")
     output = Path(args.output or weights.with_name(f"{bare_name(weights)}.scores.json"))
-    # Now, rather than after an hour of answers, is the time to learn that it cannot be written. Earlier scores stay.
+    # Write the file now: if that fails, fail before an hour of answers. Earlier scores are kept.
     write_json(output, read_json(output) if output.is_file() else {})
     result = score(model, tokenizer, data, captions, args, device, pick_dtype(args.dtype, device))
     run = {
@@ -351,5 +356,5 @@ def score_rows(model, tokenizer, args, weights: Path, device) -> dict:
     result = run | result
     print(scores_table(result))
     write_json(output, result)
-    print(f"written, with every answer: {output}")
+    print(f"scores and all answers: {output}")
     return result

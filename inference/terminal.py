@@ -1,4 +1,4 @@
-"""A conversation in the terminal: questions and pictures in, answers as they come."""
+"""A conversation in the terminal: reads questions and pictures, prints answers as they are generated."""
 
 import re
 import shlex
@@ -16,15 +16,15 @@ from inference.models import needs_picture, pictures_first
 from inference.pictures import open_image
 
 HELP = """\
-/image FILE  shows a picture with the next question, also http(s)://...; several one after another
-/clear       forgets conversation and pictures
-/help        this
-Ctrl-C stops an answer, Ctrl-D leaves."""
+/image FILE  attach a picture, also http(s)://..., to the next question; repeat for several
+/clear       start a new conversation, without pictures
+/help        show this help
+Ctrl-C stops an answer, Ctrl-D exits."""
 COMMANDS = ("/image ", "/clear", "/help")
 
 
-class Listened(TextStreamer):
-    """Prints an answer as it comes and keeps what was said, for the case that it is interrupted."""
+class RecordingStreamer(TextStreamer):
+    """Prints an answer as it is generated, and keeps its text in case it is interrupted."""
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -36,7 +36,7 @@ class Listened(TextStreamer):
 
 
 def complete(text: str, state: int) -> str | None:
-    """Tab: the commands and files that begin with `text`, one for each `state`, then None."""
+    """Tab completion: returns the command or file number `state` that begins with `text`; None after the last one."""
     folder, begin = text[: text.rfind("/") + 1], text[text.rfind("/") + 1 :]
     matches = [command for command in COMMANDS if command.startswith(text)]
     with suppress(OSError, RuntimeError):  # no such folder, no such user
@@ -47,7 +47,7 @@ def complete(text: str, state: int) -> str | None:
 
 @contextmanager
 def line_editing(history: Path):
-    """Arrow keys, Tab, and in `history` the questions of earlier days, where somebody types and there is readline."""
+    """Provides arrow keys, Tab and the questions in `history`, if input comes from a terminal and readline exists."""
     try:
         import readline
     except ImportError:  # on Windows the terminal itself edits lines
@@ -59,17 +59,17 @@ def line_editing(history: Path):
     readline.set_completer_delims(" ")
     readline.parse_and_bind("tab: complete")
     readline.set_history_length(1000)
-    with suppress(OSError):  # the first day
+    with suppress(OSError):  # there is no history yet
         readline.read_history_file(history)
     try:
         yield
     finally:
-        with suppress(OSError):  # a folder that cannot be written
+        with suppress(OSError):  # the folder is not writable
             readline.write_history_file(history)
 
 
 def chat(model, tokenizer, args, weights: Path) -> None:
-    """Talks until the input ends. A mistake is told, and the conversation goes on."""
+    """Runs the conversation until the input ends. Prints errors of the user and continues."""
     torch.manual_seed(args.seed)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends an answer, not the program
     blind, first = needs_picture(weights), pictures_first(weights)
@@ -83,55 +83,58 @@ def chat(model, tokenizer, args, weights: Path) -> None:
                 command, _, rest = line.partition(" ")
                 if command == "/image":
                     waiting.append(open_image(dropped(rest), model.processor, "/image"))
-                    print(f"picture {len(waiting)} of the next question")
+                    print(f"picture {len(waiting)} attached to the next question")
                 elif command == "/clear":
                     turns, shown, waiting = [], [], []
-                    print("forgotten")
+                    print("conversation cleared")
                 elif command == "/help":
                     print(HELP)
                 elif re.fullmatch(r"/\w+", command):
-                    print(f"{command} is no command\n{HELP}")
+                    print(f"{command} is not a command\n{HELP}")
                 elif line:
                     text = user_turn(line, len(waiting), first, "the question")
                     if blind and not (shown or waiting):
-                        print("(no picture was given, and this model was never trained without one)")
+                        print("(there is no picture, and this model was never trained without one)")
                     asked = [*turns, {"role": "user", "content": text}]
                     said = print_answer(model, tokenizer, asked, [*shown, *waiting], args)
-                    if said:  # else it was stopped at once, and the pictures wait for another question
+                    if said:  # else it was stopped at once, and the pictures stay attached to the next question
                         turns = [*asked, {"role": "assistant", "content": said}]
                         shown, waiting = [*shown, *waiting], []
             except EOFError:
                 print()
                 return
             except KeyboardInterrupt:
-                print("\nCtrl-D leaves")
+                print("\nPress Ctrl-D to exit")
             except Exception as error:
                 if not is_user_error(error):
                     raise
                 print(error)
-                if turns and not line.startswith("/"):  # it may be the conversation that does not fit
-                    print("/clear forgets what was said before")
+                if turns and not line.startswith("/"):  # perhaps the conversation has become too long
+                    print("/clear starts a new conversation")
 
 
 def dropped(name: str) -> str:
-    """The name of a file as typed, or as a terminal writes one that is dropped on it: 'a b.jpg' or a\\ b.jpg."""
+    """Returns the file name as typed, or as terminals write a file dropped on them: 'a b.jpg' or a\\ b.jpg.
+
+    Raises ValueError if there is none.
+    """
     name = name.strip()
     if sys.platform == "win32":
         name = name.strip('"')
     else:
-        with suppress(ValueError):  # a quote without its partner: one of the name
+        with suppress(ValueError):  # an unmatched quote is part of the name
             words = shlex.split(name)
-            name = words[0] if len(words) == 1 else name  # several: typed, with a space in it
+            name = words[0] if len(words) == 1 else name  # several words: a typed name with spaces
     if not name:
-        raise ValueError("/image: which one? As in /image photo.jpg")
-    with suppress(RuntimeError):  # a ~ that is no user's, as in ~$letter.png
+        raise ValueError("/image needs a file, for example /image photo.jpg")
+    with suppress(RuntimeError):  # ~ does not name a user, as in ~$letter.png
         return str(Path(name).expanduser()) if name.startswith("~") else name
     return name
 
 
 def print_answer(model, tokenizer, turns: list[dict], images: list, args) -> str:
-    """Streams the answer; Ctrl-C stops it, and what was said stands."""
-    streamer = Listened(tokenizer)
+    """Prints the answer as it is generated and returns it; after Ctrl-C, the part that was generated."""
+    streamer = RecordingStreamer(tokenizer)
     try:
         generate(model, tokenizer, turns, images, args, streamer)
     except KeyboardInterrupt:

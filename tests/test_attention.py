@@ -90,7 +90,7 @@ def test_a_figure_has_the_words_of_the_answer_for_each_question(trained, world, 
     ask = [*trained, "--prompts_path", str(questions), "--greedy", "--max_new_tokens", "30"]
     blue = str(world / "pictures/blue.png")
     eval_vlm.main([*ask, "--image", blue, "--show_attention", str(tmp_path / "looked.svg")])
-    assert "written, where it looked for each word" in capsys.readouterr().out
+    assert "attention for each word: " in capsys.readouterr().out
 
     def texts(path):
         return re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text(encoding="utf-8"))

@@ -135,5 +135,5 @@ def test_every_format_that_pillow_opens_is_a_picture_and_the_rest_is_counted(cap
     assert {line["image"]: "answer" in line for line in lines} == {
         "a.jfif": True, "b.avif": True, "c.ppm": True, "d.tga": True, "E.JPG": True, "phone.heic": False,
     }  # fmt: skip
-    assert "a photo in HEIC, which Pillow does not read: convert it to JPEG" in str(lines)
+    assert "Pillow cannot read HEIC photos: convert it to JPEG" in str(lines)
     assert f"{folder}: 2 files are no pictures and were left out" in capsys.readouterr().out

@@ -167,17 +167,17 @@ def test_the_public_folder_comes_before_other_exports(several, monkeypatch, tmp_
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "no sft_vlm_*.pth in empty and the folders in it. Make or fetch one:\n"),
+        ([], "no sft_vlm_*.pth in empty or its subfolders. Train or download one:\n"),
         (
             ["--out_dir", "out", "--hidden_size", "64", "--use_moe"],
-            "no sft_vlm_64_moe.pth in out and the folders in it",
+            "no sft_vlm_64_moe.pth in out or its subfolders",
         ),
-        (["--out_dir", "out", "--use_multi", "2"], "no sft_vlm_multi_*.pth in out and the folders in it. Name another"),
-        (["--load", "1"], "no Transformers folder in empty and the folders in it"),
-        (["--weights", "none"], "--weights none: a model that has not learned"),
+        (["--out_dir", "out", "--use_multi", "2"], "no sft_vlm_multi_*.pth in out or its subfolders. Choose another"),
+        (["--load", "1"], "no Transformers folder in empty or its subfolders"),
+        (["--weights", "none"], "--weights none: an untrained model cannot answer"),
         (["--weights", "typo"], "--weights typo: no such file or folder"),
-        (["--weights", "out/quickstart"], "no config.json there\nFor the .pth files in it: --out_dir out/quickstart"),
-        (["--load", "1", "--weights", "out/sft_vlm_512.pth"], "no config.json there\nLeave --load 1 out"),
+        (["--weights", "out/quickstart"], "it has no config.json\nFor the .pth files in it: --out_dir out/quickstart"),
+        (["--load", "1", "--weights", "out/sft_vlm_512.pth"], "it has no config.json\nLeave --load 1 out"),
     ],
 )
 def test_who_finds_no_weights_is_told_in_two_lines_what_to_type(several, monkeypatch, tmp_path, flags, message):
@@ -198,7 +198,8 @@ def test_eval_says_which_weights_it_took_and_how_to_choose_others(trained, world
     ask = ["--image", str(world / "pictures/red.png"), "--greedy", "--out_dir", str(tmp_path)]
     eval_vlm.main([*trained, *ask])
     printed = capsys.readouterr().out
-    assert f"the newest of 2 that fit; to choose another: --weights {tmp_path / 'older/sft_vlm_64.pth'}" in printed
+    other = tmp_path / "older/sft_vlm_64.pth"
+    assert f"the newest of 2 models that fit; to choose another: --weights {other}" in printed
     assert f"tensors from {tmp_path / 'newer/sft_vlm_64.pth'}" in printed
     eval_vlm.main([*trained, *ask, "--weights", str(tmp_path / "older/sft_vlm_64.pth")])
     printed = capsys.readouterr().out
@@ -312,9 +313,9 @@ def test_a_file_name_that_is_not_unicode_is_escaped_in_what_is_printed(trained, 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no such file. Expected a text file, one question a line"),
+        (None, "no such file. Expected a text file, one question per line"),
         ("folder", "cannot be read: .* Expected a text file"),
-        (b"\n \n", "holds no question"),
+        (b"\n \n", "contains no question"),
         (b"\xff\xfe", "is not UTF-8"),
         (b"<image> <image>?", r"questions.txt has 2 <image>, but there are 1 pictures"),
     ],
@@ -374,7 +375,7 @@ def test_a_picture_may_have_an_address(trained, server, capsys):
     ("name", "message"),
     [
         ("none.png", "the server answers 404 Not Found"),
-        ("page", "it is in no format that Pillow knows"),
+        ("page", "Pillow does not know its format"),
         ("moved", "No connection adapters were found for 'file:"),
         ("silent", "the server is silent for"),
         ("green.png?cut", "the server cannot be reached, or broke off"),
@@ -399,7 +400,7 @@ def test_a_picture_may_not_be_too_large_too_slow_or_from_elsewhere(server, world
     monkeypatch.setattr(pictures, "LARGEST", 50)
     with pytest.raises(ValueError, match="it is larger than"):
         pictures.open_image(red, ImageProcessor())
-    with pytest.raises(ValueError, match="an address begins with http:// or https://"):
+    with pytest.raises(ValueError, match="a URL must begin with http:// or https://"):
         pictures.open_image("file:///etc/hostname", ImageProcessor())
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -417,13 +418,13 @@ def test_a_text_file_is_no_picture(trained, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--image a.jpg --data_path rows.jsonl", "--data_path has no use for --image: give either"),
-        ("--data_path rows.jsonl --image_dir pictures", "--data_path has no use for --image_dir: give either"),
-        ("--image a.jpg --image_dir pictures", "--image has no use for --image_dir: give either"),
-        ("--json --output answers.jsonl", "--output is for scores: give rows with --data_path, or leave it out"),
-        ("--images_path pictures", "--images_path is for scores"),
-        ("--chat --no_loss", "--no_loss is for scores"),
-        ("--captions a.jsonl --refs_path a.json", "--refs_path is for scores"),
+        ("--image a.jpg --data_path rows.jsonl", "--data_path cannot be combined with --image: give one"),
+        ("--data_path rows.jsonl --image_dir pictures", "--data_path cannot be combined with --image_dir: give one"),
+        ("--image a.jpg --image_dir pictures", "--image cannot be combined with --image_dir: give one"),
+        ("--json --output answers.jsonl", "--output is only for scores: give rows with --data_path, or leave it out"),
+        ("--images_path pictures", "--images_path is only for scores"),
+        ("--chat --no_loss", "--no_loss is only for scores"),
+        ("--captions a.jsonl --refs_path a.json", "--refs_path is only for scores"),
         ("--captions a.jsonl --use_multi 2", "--captions asks about each picture alone: give --model_mode 2"),
         ("--top_p 1.1", "--top_p: must be above 0 and at most 1, got 1.1"),
         ("--num_workers -1", "--num_workers: must not be below 0, got -1"),

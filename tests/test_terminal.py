@@ -57,8 +57,8 @@ def test_a_conversation_keeps_its_pictures_until_it_is_cleared(talk, turns, worl
         *(f"/image {pictures / 'red.png'}", "这是什么颜色？", "确定吗？", "/clear", ""),
         *(f"/image '{pictures / 'red.png'}'", f"/image {pictures / 'blue.png'}", "Which colours are these?"),
     )
-    assert "这是红色。\n\n> 是的。\n" in out and "forgotten" in out
-    assert "picture 2 of the next question" in out
+    assert "这是红色。\n\n> 是的。\n" in out and "conversation cleared" in out
+    assert "picture 2 attached to the next question" in out
     assert turns == [
         (["这是什么颜色？\n<image>"], 1),
         (["这是什么颜色？\n<image>", "这是红色。", "确定吗？"], 1),
@@ -69,7 +69,7 @@ def test_a_conversation_keeps_its_pictures_until_it_is_cleared(talk, turns, worl
 
 def test_who_gives_no_picture_to_a_model_that_always_had_one_is_told(talk, trained, world, tmp_path):
     folder = shutil.copytree(Path(trained[trained.index("--out_dir") + 1]), tmp_path / "out")
-    path, line = folder / "sft_vlm_64.json", "(no picture was given, and this model was never trained without one)\n"
+    path, line = folder / "sft_vlm_64.json", "(there is no picture, and this model was never trained without one)\n"
     about = json.loads(path.read_text(encoding="utf-8"))
     talking = ["--out_dir", str(folder)]
     ask = ("What colour is this?", "Sure?", f"/image {world / 'pictures/red.png'}", "Which?", "And?", "/clear", "What?")
@@ -92,12 +92,12 @@ def test_a_mistake_is_told_and_the_conversation_goes_on(talk, turns, world, tmp_
     )
     for told in (
         *("/image nowhere.jpg: no such file", "/image ~nobody.jpg: no such file"),
-        *("note.jpg is not a picture that can be read", "an address begins with http:// or https://"),
-        *("/image: which one?", "/foo is no command", "/clear"),
-        *("the question has 2 <image>", "16 or more '@' in a row", "is not Unicode", "Ctrl-D leaves"),
+        *("note.jpg is not a picture that can be read", "a URL must begin with http:// or https://"),
+        *("/image needs a file", "/foo is not a command", "/clear"),
+        *("the question has 2 <image>", "16 or more '@' in a row", "is not Unicode", "Press Ctrl-D to exit"),
     ):
         assert told in out
-    assert "/clear forgets what was said before" not in out
+    assert "/clear starts a new conversation" not in out
     assert "It is green." in out and turns[-1] == (["What colour is this?\n<image>"], 1)
 
 
@@ -117,7 +117,7 @@ def test_a_conversation_that_cannot_go_on_says_how_to_clear_it(talk, monkeypatch
 
     monkeypatch.setattr(terminal, "generate", long)
     out = talk("one", "two", "/image nowhere.jpg", "/clear", "three")
-    assert out.count("too many tokens\n/clear forgets what was said before") == out.count("forgets") == 1
+    assert out.count("too many tokens\n/clear starts a new conversation") == out.count("starts a new") == 1
     assert out.count("Yes.") == 2
 
 

@@ -146,7 +146,7 @@ def test_earlier_turns_and_their_pictures_stay_part_of_the_conversation(visitor,
     assert second == expected(chat, [red, blue, red])
     chat += [turn("assistant", second), turn("user", "Sure?")]
     assert third == expected(chat, [red, blue, red]) and refused.startswith("⚠️")
-    assert "Pictures seen: 3 (3 of earlier turns)" in visitor.title
+    assert "Pictures seen: 3 (3 from earlier turns)" in visitor.title
 
 
 def test_history_reads_the_same_in_both_of_gradios_shapes():
@@ -227,7 +227,7 @@ def test_who_gives_no_picture_to_a_model_that_always_had_one_is_told(address, ou
             visitor.ask("What?", world / "pictures/red.png")
             assert visitor.title.startswith("Pictures seen: 1 ·")
             visitor.ask("And?")
-            assert visitor.title.startswith("Pictures seen: 1 (1 of earlier turns)")
+            assert visitor.title.startswith("Pictures seen: 1 (1 from earlier turns)")
 
 
 def test_what_no_longer_fits_is_left_out_and_said(out, world):
@@ -235,7 +235,7 @@ def test_what_no_longer_fits_is_left_out_and_said(out, world):
         visitor = Visitor(address)
         for _ in range(3):
             visitor.ask("What?", world / "pictures/red.png", length=20)
-        assert "1 of earlier turns" in visitor.title
+        assert "1 from earlier turns" in visitor.title
         assert "more than the 150 tokens" in visitor.ask("x y z " * 60)
 
 
@@ -271,7 +271,7 @@ def test_weights_and_exports_are_found_in_out_and_one_folder_below(out, tmp_path
     assert find_models(flags(out, "--weights", str(out / "below/sft_vlm_64.pth")))[0] == out / "below/sft_vlm_64.pth"
     with pytest.raises(FileNotFoundError, match=r"no sft_vlm_multi_\*\.pth .*\n--weights .*export"):
         find_models(flags(out, "--use_multi", "2"))
-    with pytest.raises(FileNotFoundError, match="Make or fetch one:\npython -m scripts.quickstart"):
+    with pytest.raises(FileNotFoundError, match="Train or download one:\npython -m scripts.quickstart"):
         find_models(flags(tmp_path))
 
 
@@ -334,12 +334,12 @@ def test_the_page_and_the_api_together_ask_one_question_at_a_time_and_keep_two_m
     ("text", "pictures", "sentence"),
     [
         ("", [], "Type a question"),
-        ("x" * 81, [], "The text has 81 characters, at most 80"),
-        ("What?", ["red", "red", "red"], "3 pictures, at most 2"),
+        ("x" * 81, [], "The text has 81 characters; the limit is 80"),
+        ("What?", ["red", "red", "red"], "3 pictures; the limit is 2"),
         ("What?", ["large"], "large.png has more than 1 million pixels"),
         ("What?", ["bomb"], "bomb.png has more than 1 million pixels"),
-        ("What?", ["broken"], "broken.png is not a picture"),
-        ("<image> <image>?", ["red"], "says <image> 2 times for 1 pictures"),
+        ("What?", ["broken"], "broken.png cannot be read as a picture"),
+        ("<image> <image>?", ["red"], "contains <image> 2 times, but there are 1 pictures"),
         ("@" * 20, [], "so many @ in a row"),
     ],
 )
@@ -515,7 +515,7 @@ def test_an_open_door_is_warned_of(out, monkeypatch, capsys):
     for more, warned in (([], True), (["--auth", "ann:x"], False)):
         monkeypatch.setenv("GRADIO_TEMP_DIR", "")
         web_demo_vlm.main(["--host", "0.0.0.0", *more])
-        assert ("warning: --host 0.0.0.0 lets in everybody" in capsys.readouterr().out) == warned
+        assert ("warning: --host 0.0.0.0 lets anybody in" in capsys.readouterr().out) == warned
 
 
 @pytest.mark.parametrize("bad", [["--auth", "ann"], ["--temperature", "2.5"], ["--top_p", "1.1"], ["--port", "0"]])
@@ -626,7 +626,7 @@ def test_the_page_streams_stops_retries_undoes_and_clears(address, stops, world,
         second = wait_for_answer(page, 2)
         same = expected([*chat, turn("assistant", same), turn("user", "And?")], [red])
         assert "".join(second.split()) == "".join(same.split())
-        assert page.get_by_text("Pictures seen: 1 (1 of earlier turns)").is_visible()
+        assert page.get_by_text("Pictures seen: 1 (1 from earlier turns)").is_visible()
         screenshot(page, "chat_laptop_en_light")
 
         page.locator("button[title=Undo]").click()
@@ -685,7 +685,7 @@ def test_closing_the_page_ends_generation(address, stops):
 @needs_chromium
 def test_on_a_phone_in_chinese_and_dark_samples_are_picked_and_nothing_sticks_out(address):
     with browser_at(address, **PHONE) as page:
-        page.get_by_text("给我看一张图片，然后提问。").wait_for()
+        page.get_by_text("添加一张图片，然后提问。").wait_for()
         page.locator("#questions button").first.click()
         wait_until(lambda: page.locator("textarea").input_value() == "描述这张图片。")
         for number in (1, 2):
@@ -697,7 +697,7 @@ def test_on_a_phone_in_chinese_and_dark_samples_are_picked_and_nothing_sticks_ou
         page.get_by_text("设置").click()
         type_and_send(page, "")
         wait_for_answer(page, 1)
-        assert page.get_by_text("看到的图片：2 · 30 个 token").is_visible()
+        assert page.get_by_text("模型看到 2 张图片 · 30 个 token").is_visible()
         type_and_send(page, "x" * 81)
         assert wait_for_answer(page, 2) == "⚠️ " + TEXT["zh"]["long"].format(n=81, limit=80)
         screenshot(page, "chat_phone_zh_dark")
