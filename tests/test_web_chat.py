@@ -169,12 +169,12 @@ def test_questions_are_answered_and_the_worker_hears_what_it_should(written):
         assert heard.items() >= {"temperature": 0.5, "top_p": 0.95, "max_new_tokens": 64}.items()
         assert ask(page, "What?") == "a yellow circle on a blue background"
         assert page.get_by_text("7 tokens · 100 tokens/s").is_visible()
-        assert page.get_by_text("50 ms to the first · 110 ms in all").last.is_visible()
+        assert page.get_by_text("first token after 50 ms · 110 ms in total").last.is_visible()
         assert page.locator("#answered").text_content() == "a yellow circle on a blue background"
         ask(page, "Long")
         for sentence in (
-            "too long to remember whole: the first 2 turns were left out",
-            "对话太长，最早的 2 轮没有读入",
+            "the conversation is too long: its first 2 turns were left out",
+            "对话过长，最早的 2 轮已略去",
         ):
             assert page.get_by_text(sentence).is_visible()
             page.locator("#language").click()
@@ -218,7 +218,7 @@ def test_stop_retry_and_clear_with_mouse_and_keyboard(written):
             end()
             answer(page, 1)
             assert page.get_by_text("stopped", exact=True).count() == 1 and len(said()) < 2000 * 7
-            assert page.get_by_text("No picture was given, and this model").is_visible()
+            assert page.get_by_text("There is no picture, and this model").is_visible()
             if number == 1:
                 page.locator(".retry").click()
                 wait_until(lambda: "stopped" not in page.locator(".about").inner_text())
@@ -226,7 +226,7 @@ def test_stop_retry_and_clear_with_mouse_and_keyboard(written):
         page.locator("#send").click()
         wait_until(lambda: page.locator(".answer").last.inner_text())
         page.locator("#clear").click()  # in the middle of an answer
-        page.get_by_text("Show me a picture and ask about it.").wait_for()
+        page.get_by_text("Add a picture and ask about it.").wait_for()
         assert page.locator(".turn").count() == 0
         assert len(json.loads(ask(page, "Repeat"))["turns"]) == 1
         page.locator("#language").focus()
@@ -253,7 +253,7 @@ def test_mistakes_are_sentences_and_the_next_question_is_answered(written):
         wait_until(lambda: page.locator("#waiting canvas").count() == 5)
         page.locator("#text").fill("What?")
         page.keyboard.press("Enter")
-        assert "These are 5 pictures, at most 4" in told.inner_text()
+        assert "You added 5 pictures; the limit is 4" in told.inner_text()
         page.locator("#language").click()
         assert told.inner_text() == "共有 5 张图片，每个问题最多 4 张。"
         page.locator("#language").click()
@@ -265,7 +265,7 @@ def test_mistakes_are_sentences_and_the_next_question_is_answered(written):
         sentences = {
             "Array buffer allocation failed": "ran out of memory",
             "The question is longer than the model can read: 900 tokens of 511.": "longer than the model reads",
-            "The text has places for 2, and there are 1 pictures.": "Write <image> once for each picture",
+            "The text has places for 2, but there are 1 pictures.": "Write <image> once for each picture",
             "file:///weights.bin cannot be fetched (no network).": "from a web server only",
             "http://localhost/weights.bin cannot be fetched (404).": "from the network",
             "a mistake of ours": "sorry. a mistake of ours",
@@ -318,7 +318,7 @@ DROP = """async ([data, type]) => {
 
 def test_on_a_phone_in_chinese_and_dark(written, tmp_path):
     with opened(written, **PHONE) as page:
-        page.get_by_text("给我看一张图片，然后提问。").wait_for()
+        page.get_by_text("添加一张图片，然后提问。").wait_for()
         assert page.locator("html").get_attribute("lang") == "zh-CN"
         assert page.locator("#camera").get_attribute("capture") == "environment" and page.locator("#photo").is_visible()
         screenshot(page, "empty_phone_zh_dark", tmp_path)

@@ -198,11 +198,11 @@ def test_without_simd_the_model_is_plain_and_what_it_cannot_read_is_a_sentence(p
         return [model.weights.kernel ?? "none", wrong, words.map((each) => sentence(new RangeError(each))), told];""",
         str(folder / "chat.html"),
     )
-    full = "This device has too little free memory. Close other pages, or take fewer and smaller pictures."
+    full = "This device has too little free memory. Close other pages, or use fewer or smaller pictures."
     wrong = [
-        "The model has no token 300. Its tokenizer is another one.",
+        "The model has no token 300. Its tokenizer is a different one.",
         "513 tokens are more than the model reads: 512. Start a new chat.",
-        "The text has places for 1, and there are 0 pictures.",
+        "The text has places for 1, but there are 0 pictures.",
         300,  # logits
     ]
     assert said == ["none", wrong, [full] * 4, [full] * 2]
@@ -379,7 +379,7 @@ def test_pictures_that_the_worker_keeps_need_not_come_again(page, pictures):
     assert [each.get("kept") for each in said] == [[0], [0], [0, 1], [1, 0], [1, 0], None]
     assert said[0]["text"] == said[1]["text"] and said[1]["lengths"][0] == 1  # all of it is in the cache
     assert said[3]["text"] == said[4]["text"] != said[2]["text"] and said[4]["lengths"][0] == 1
-    assert said[5]["message"] == "A picture is not kept any more. Ask again."
+    assert said[5]["message"] == "A picture is no longer available. Ask again."
 
 
 def test_of_a_long_chat_the_first_turns_are_left_out(page, pictures):
@@ -415,12 +415,12 @@ def test_an_answer_can_be_stopped_and_what_goes_wrong_is_a_sentence(page, pictur
     said = run(WORKER, {"page": str(folder / "chat.html"), "messages": messages, "stop": True})
     assert (said[0]["type"], said[0]["why"]) == ("done", "stopped") and said[0]["tokens"] < 10
     assert [each.get("message", each["type"]) for each in said[1:]] == [
-        "The text has places for 2, and there are 1 pictures.",
-        "The text has 16 or more @ in a row, as a picture has. Shorten the run.",
-        "The text holds half a character. Type it again.",
+        "The text has places for 2, but there are 1 pictures.",
+        "The text has 16 or more @ in a row, like a picture. Shorten the run.",
+        "The text contains half a character. Type it again.",
         "The question is longer than the model can read: 1818 tokens of 511.",
         "The answer has no word at token 999.",
-        "A picture cannot be read any more, or is too large. Add it again, or a smaller one.",
+        "A picture can no longer be read, or is too large. Add it again, or add a smaller one.",
         "done",
     ]
 
@@ -449,9 +449,9 @@ def test_weights_come_in_pieces_and_tell_how_far_they_are(tmp_path):
     assert bytes(said[0][0]) == bytes(range(200)) + b"c" * 90
     assert said[0][1] == sorted(said[0][1]) and said[0][1][-1] == 1
     assert [each for each, _ in said[1:]] == [
-        f"{address}/b came in part only. Load the page again.",
-        f"{address}/a is longer than it was. Load the page again.",
-        f"{address}/gone cannot be fetched (404). Load the page again.",
+        f"{address}/b came in part only. Reload the page.",
+        f"{address}/a is longer than expected. Reload the page.",
+        f"{address}/gone cannot be fetched (404). Reload the page.",
     ]
 
 

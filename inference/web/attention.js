@@ -1,9 +1,9 @@
 "use strict";
-// Where the decoder looked when it chose a word: the pictures, bright where it did, as in inference/attention.py.
+// Shows where the decoder looked when it chose a word: it lights the pictures there, like inference/attention.py.
 
-const EDGE = 224; // pixels of a picture that shows where the decoder looked
+const EDGE = 224; // pixels of such a picture
 
-/** The part of a picture that the model sees, as ImageProcessor crops it: [left, top, width, height]. */
+/** Returns the part of a picture that the model sees, as ImageProcessor crops it: [left, top, width, height]. */
 function seenPart({width, height}) {
   const {size, crop_size: crop} = config.processor, scale = Math.min(width, height) / size;
   if (Array.isArray(size)) return [0, 0, width, height]; // squashed as a whole
@@ -11,11 +11,11 @@ function seenPart({width, height}) {
   return [(width - w) / 2, (height - h) / 2, w, h];
 }
 
-/** A picture in its colours where heat (side, side) is 1, dark where it is 0. */
+/** Draws a picture in colour where heat (side, side) is 1, dark where it is 0. */
 function spotlight({view}, heat, side) {
   const canvas = drawn(view, EDGE, EDGE, seenPart(view)), context = canvas.getContext("2d");
   const image = context.getImageData(0, 0, EDGE, EDGE), {data} = image;
-  const places = Array.from({length: EDGE}, (_, x) => { // of patches, between which light is mixed
+  const places = Array.from({length: EDGE}, (_, x) => { // the patches to interpolate between
     const at = Math.min(Math.max(((x + 0.5) * side) / EDGE - 0.5, 0), side - 1), low = Math.floor(at);
     return [low, Math.min(low + 1, side - 1), at - low];
   });
@@ -29,7 +29,7 @@ function spotlight({view}, heat, side) {
   return canvas;
 }
 
-/** What the worker says about a word of the last answer: maps (side, side), one for each picture. */
+/** Shows the worker's maps (side, side) for a word of the last answer, one for each picture. */
 function showLook(turn, {word, side, maps}) {
   const n = turn.words.findIndex(({begin}) => begin === word.begin);
   const all = maps.flatMap((map) => [...map]), most = Math.max(...all), share = all.reduce((a, b) => a + b);
@@ -46,7 +46,7 @@ function showLook(turn, {word, side, maps}) {
   turn.figure.scrollIntoView({block: "nearest"});
 }
 
-/** Asks for it. step: the button to the word before or after that is to have the focus again. */
+/** Asks the worker about word n. step: the button, previous or next word, that gets the focus again. */
 function look(turn, n, step) {
   if (turn !== turns.at(-1) || answering || !turn.read.length) return;
   turn.step = step;

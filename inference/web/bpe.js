@@ -1,12 +1,12 @@
 "use strict";
-// Text ↔ tokens: byte-level BPE (Sennrich et al. 2016), as `tokenizers` does it with model/*/tokenizer.json.
+// Text ↔ tokens: byte-level BPE (Sennrich et al. 2016), like the library `tokenizers` with model/*/tokenizer.json.
 
-// What is never merged across: contractions, words, numbers, signs, each with the space before it, and other blanks.
+// No token spans two pieces: contractions, words, numbers, punctuation, each with a space before it, other whitespace.
 const [SPACE, WORDS] = ["\\p{White_Space}", " ?\\p{L}+| ?\\p{N}+"];
 const PIECES = new RegExp(
   `'s|'t|'re|'ve|'m|'ll|'d|${WORDS}| ?[^${SPACE}\\p{L}\\p{N}]+|${SPACE}+(?!\\P{White_Space})|${SPACE}+`, "gu");
 
-// A vocabulary is text, so each of the 256 bytes has a visible character: its own where it has one, else one above 255.
+// A vocabulary is text, so each of the 256 bytes has a visible character: its own if it is visible, else one above 255.
 const CHARACTER = [];
 for (let byte = 0, next = 256; byte < 256; byte++) {
   const visible = (byte > 32 && byte < 127) || (byte > 160 && byte !== 173);
@@ -15,7 +15,7 @@ for (let byte = 0, next = 256; byte < 256; byte++) {
 const BYTE = new Map(CHARACTER.map((character, byte) => [character, byte]));
 
 class Tokenizer {
-  /** json: what tokenizer.json holds. */
+  /** json: the content of tokenizer.json. */
   constructor(json) {
     this.added = json.added_tokens;
     this.ids = new Map(Object.entries(json.model.vocab));
@@ -24,21 +24,21 @@ class Tokenizer {
     for (const [token, id] of this.ids) this.tokens[id] = token;
     this.special = new Set(this.added.filter((token) => token.special).map((token) => token.id));
     this.ranks = new Map(json.model.merges.map((pair, rank) => [Array.isArray(pair) ? pair.join(" ") : pair, rank]));
-    this.known = new Map(); // pieces that were seen → their ids
+    this.known = new Map(); // pieces that occurred → their ids
   }
 
-  /** The ids of a text. specials: <|im_end|> is the token, and not, as in what people type, ten characters. */
+  /** Returns the ids of a text. specials: <|im_end|> is the token, not ten characters as in the text of users. */
   encode(text, specials = false) {
-    if (/\p{Surrogate}/u.test(text)) throw new Error("The text holds half a character. Type it again.");
+    if (/\p{Surrogate}/u.test(text)) throw new Error("The text contains half a character. Type it again.");
     const whole = this.added.filter((token) => specials || !token.special).map((token) => token.content);
-    whole.sort((a, b) => b.length - a.length); // the longest of those that begin at the same place
+    whole.sort((a, b) => b.length - a.length); // at the same place the longest one wins
     const split = new RegExp(`(${whole.map((token) => token.replace(/[$()*+.?[\\\]^{|}]/g, "\\$&")).join("|")})`, "u");
     const parts = whole.length ? text.split(split) : [text]; // text, token, text, token, ..., text
     const idsOf = (part) => (part.match(PIECES) ?? []).flatMap((piece) => this.merge(piece));
     return parts.flatMap((part, i) => (i % 2 ? [this.ids.get(part)] : idsOf(part)));
   }
 
-  /** A piece → ids: of all neighbours the pair that was learned first becomes one token, until none is known. */
+  /** A piece → ids: merges the pair of neighbours that was learned first, until no pair is in the vocabulary. */
   merge(piece) {
     if (this.known.has(piece)) return this.known.get(piece);
     let parts = Array.from(new TextEncoder().encode(piece), (byte) => CHARACTER[byte]);
@@ -56,7 +56,7 @@ class Tokenizer {
     return ids;
   }
 
-  /** The text of tokens, without special ones. */
+  /** Returns the text of tokens, without special ones. */
   decode(ids) {
     const decoder = new Decoder(this);
     return decoder.add(ids) + decoder.end();
@@ -64,26 +64,26 @@ class Tokenizer {
 }
 
 class Decoder {
-  /** Text from tokens as they come: a character that takes several of them is there when the last of them is. */
+  /** Turns tokens into text as they come: a character that takes several tokens is complete with the last of them. */
   constructor(tokenizer) {
     this.tokenizer = tokenizer;
     this.bytes = new TextDecoder("utf-8", {ignoreBOM: true});
   }
 
-  /** The text that these ids add. */
+  /** Returns the text that these ids add. */
   add(ids) {
     const bytes = [];
     for (const id of ids) {
       const token = this.tokenizer.tokens[id];
-      if (token === undefined) throw new Error(`The tokenizer has no token ${id}. It is not that of the model.`);
+      if (token === undefined) throw new Error(`The tokenizer has no token ${id}. It belongs to another model.`);
       if (this.tokenizer.special.has(id)) continue;
-      const own = Array.from(token, (character) => BYTE.get(character)); // none of a token that was added as it is
-      bytes.push(...(own.includes(undefined) ? new TextEncoder().encode(token) : own));
+      const mapped = Array.from(token, (character) => BYTE.get(character)); // undefined in tokens added as plain text
+      bytes.push(...(mapped.includes(undefined) ? new TextEncoder().encode(token) : mapped));
     }
     return this.bytes.decode(new Uint8Array(bytes), {stream: true});
   }
 
-  /** What is left: the beginning of a character that never ended, as a question mark. */
+  /** Returns what is left: a character that was never completed, as a question mark. */
   end() {
     return this.bytes.decode();
   }

@@ -1,13 +1,13 @@
 "use strict";
 // A conversation with the model in worker.js: questions go there, answers come back word by word.
 
-const MOST_PICTURES = 4; // in a question, as in web_demo_vlm.py
+const MOST_PICTURES = 4; // per question, as in web_demo_vlm.py
 const log = by("log"), box = by("text"), hello = by("hello"), onTouch = matchMedia("(pointer: coarse)").matches;
 
 // ---------------------------------------------------------------------------- conversation
 
-let turns = [], answering = null, ready = false; // the turn that is answered now
-let afterwards = null; // what is to be done once it is
+let turns = [], answering = null, ready = false; // answering: the turn that is being answered
+let afterwards = null; // what to do after the answer
 
 function newTurn(text, files) {
   const pictures = files.map(shown), turn = {text, files, read: [], words: [], answer: ""};
@@ -24,8 +24,8 @@ function newTurn(text, files) {
   return turn;
 }
 
-/** The conversation as the model reads it, and its pictures; turns without an answer are left out. The tags stand
- * where `user_turn` of inference/generate.py puts them. */
+/** Returns the conversation as the model reads it, and its pictures. turns: answered ones, and the one to answer. Puts
+ * tags where `user_turn` of inference/generate.py puts them. */
 function chatOf(turns) {
   const messages = turns.flatMap(({text, files: {length}, answer}) => {
     const tags = Array(length).fill("<image>").join("\n"), first = config.chat.pictures_first || length > 1;
@@ -37,7 +37,7 @@ function chatOf(turns) {
 
 function send() {
   if (!ready || answering) return;
-  if ((andSend = coming > 0)) return; // a large picture takes a second
+  if ((andSend = coming > 0)) return; // a large picture takes a second to add
   const text = box.value.trim(), files = waiting, n = files.length, tags = text.split("<image>").length - 1;
   const refused = n > MOST_PICTURES ? "many" : tags && tags !== n ? "tags" : text || n ? "" : "empty";
   tell(by("told"), refused, {n, limit: MOST_PICTURES});
@@ -62,7 +62,7 @@ function ask(turn) {
   worker.postMessage({type: "ask", turns: messages, pictures, temperature, top_p, max_new_tokens});
 }
 
-/** Shows that a turn is being answered, or that none is any more. */
+/** Marks a turn as being answered; null: none is. */
 function work(turn) {
   answering?.view.classList.remove("busy");
   turn?.view.classList.add("busy");
@@ -71,7 +71,7 @@ function work(turn) {
   by("send").hidden = Boolean(turn);
   by("stop").hidden = !turn;
   if (turn) return;
-  if (!onTouch && document.activeElement === document.body) box.focus(); // its button has gone
+  if (!onTouch && document.activeElement === document.body) box.focus(); // the button that had the focus is hidden
   const next = afterwards;
   afterwards = null;
   next?.();
@@ -92,7 +92,7 @@ function clear() {
   showWaiting();
 }
 
-/** The line below an answer: phrases, and what goes into them. */
+/** Fills the line below an answer: phrases and their values. */
 function showAbout(turn, phrases, values) {
   const className = turn.failed ? "notice" : "", canLook = turn.words.length > 0 && turn.read.length > 0;
   const lines = phrases.map((say) => make("span", {say, values, className}));
@@ -113,14 +113,14 @@ function showWords(turn) {
   turn.said.replaceChildren(...parts, turn.answer.slice(place));
 }
 
-/** Does something that makes the conversation longer; who stands at its end stays there. */
+/** Calls `what`, which makes the conversation longer; a view of its end keeps showing the end. */
 function growing(what) {
   const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
   what();
   if (atEnd) log.scrollTop = log.scrollHeight;
 }
 
-const heard = { // from the worker
+const heard = { // what to do on messages from the worker
   progress: ({share}) => progress(share),
   ready() {
     ready = true;
@@ -133,13 +133,13 @@ const heard = { // from the worker
     const turn = Object.assign(answering, {answer: text, words}), first = firstSeconds ?? seconds;
     kept = ids;
     if (forgotten) turn.read = turn.read.filter(({id}) => ids.includes(id));
-    const [n, time] = tokens > 1 ? [tokens - 1, seconds - first] : [tokens, seconds]; // the first is slow
+    const [n, time] = tokens > 1 ? [tokens - 1, seconds - first] : [tokens, seconds]; // the first token is slow
     const inMs = (seconds) => Math.round(1000 * seconds), rate = Math.round(n / Math.max(time, 1e-3));
     const figures = {tokens, rate, first: inMs(first), ms: inMs(seconds), forgotten};
     const unseen = config.needs_picture && !turn.read.length && "unseen";
     const notes = [{stopped: "stopped", length: "cut"}[why], forgotten && "forgotten", unseen];
     growing(() => (showWords(turn), showAbout(turn, ["took", "times", ...notes.filter(Boolean)], figures)));
-    by("answered").textContent = text; // read out once it is whole
+    by("answered").textContent = text; // read aloud once it is complete
     work(null);
   },
   attention: (message) => answering || (turns.length && showLook(turns.at(-1), message)),
@@ -155,11 +155,11 @@ const heard = { // from the worker
   },
 };
 
-// ---------------------------------------------------------------------------- what people do
+// ---------------------------------------------------------------------------- input
 
 function write(text) {
   box.value = text;
-  if (!onTouch) box.focus(); // there a keyboard would come up and hide half of the page
+  if (!onTouch) box.focus(); // on a touch screen the keyboard would hide half of the page
 }
 
 by("ask").onsubmit = (event) => (event.preventDefault(), send());
@@ -167,14 +167,14 @@ by("stop").onclick = stop;
 by("clear").onclick = () => (clear(), write(""));
 by("language").onclick = () => ((language = language === "en" ? "zh" : "en"), translate());
 by("adjust").onclick = () => by("adjust").setAttribute("aria-expanded", !by("settings").toggleAttribute("hidden"));
-by("photo").hidden = !onTouch; // elsewhere it would only choose a file, too
+by("photo").hidden = !onTouch; // without a touch screen it would only choose a file
 if (onTouch) hello.lastChild.dataset.say = "how_touch";
 for (const [button, input] of [["choose", "files"], ["photo", "camera"]]) {
   by(button).onclick = () => by(input).click();
   by(input).onchange = ({target}) => add([...target.files]).then(() => (target.value = ""));
 }
 document.onkeydown = (event) => {
-  if (event.isComposing || event.keyCode === 229) return; // Chinese is being typed: the keys choose characters
+  if (event.isComposing || event.keyCode === 229) return; // an input method is active: the keys choose characters
   if (event.key === "Escape") stop();
   if (event.key === "Enter" && event.target === box && !event.shiftKey) event.preventDefault(), send();
 };
@@ -187,24 +187,24 @@ for (const type of ["dragover", "dragleave", "drop"]) {
   });
 }
 
-// ---------------------------------------------------------------------------- the model comes
+// ---------------------------------------------------------------------------- loading the model
 
-let config = {}, worker = null, samples = []; // buttons of sample pictures
+let config = {}, worker = null, samples = []; // samples: buttons of sample pictures
 const inlined = (id) => by(id).textContent, progress = (share) => (document.querySelector("progress").value = share);
 const bytesOf = (base64) => Uint8Array.fromBase64?.(base64) ?? Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
 
-/** The weights in this page go to the worker part by part, and out of the page: as text they take more memory. */
+/** Moves the weights of this page to the worker part by part: as text in the page they would take more memory. */
 async function handOver() {
   for (let script; (script = document.querySelector(".weights")); script.remove()) {
     const bytes = bytesOf(script.textContent);
     worker.postMessage({type: "part", bytes}, [bytes.buffer]);
-    await new Promise((resolve) => setTimeout(resolve)); // shows how far it is
+    await new Promise((resolve) => setTimeout(resolve)); // lets the page show the progress
   }
 }
 
 async function start() {
   config = JSON.parse(inlined("config"));
-  by("temperature").value = 0.65; // these as in web_demo_vlm.py
+  by("temperature").value = 0.65; // defaults as in web_demo_vlm.py
   by("top_p").value = 0.85;
   by("length").value = 512;
   for (const input of document.querySelectorAll("#settings input")) {

@@ -1,5 +1,5 @@
 "use strict";
-// The whole model for a browser: model/model_vlm.py and model/model_minimind.py in plain JavaScript, for answers only.
+// The whole model for a browser: model/model_vlm.py and model/model_minimind.py in plain JavaScript, inference only.
 //
 //     pixels ── encoder ── P patch features ── projector ── P vectors of width D ─┐
 //                                                                                 ▼ in place of placeholders
@@ -17,7 +17,7 @@ class MiniMindV {
 
   // -------------------------------------------------------------------------- pictures
 
-  /** pixels uint8 (3, height, width), as `resize` gives them → what the encoder makes of the patches, (patches, V). */
+  /** The encoder: pixels uint8 (3, height, width) from `resize` → features of the patches (patches, V). */
   see(pixels) {
     const {encoder, processor, decoder} = this.config, w = this.weights;
     const {patch_size: p, hidden_size: V, num_attention_heads: H, layer_norm_eps: eps} = encoder;
@@ -25,7 +25,7 @@ class MiniMindV {
     for (let top = 0; top + p <= height; top += p) {
       for (let left = 0; left + p <= width; left += p) patches.push([top, left]);
     }
-    const x = new Float32Array(patches.length * 3 * p * p); // a row of numbers of mean 0 and spread 1 for each patch
+    const x = new Float32Array(patches.length * 3 * p * p); // a row of normalized pixels for each patch
     let n = 0;
     for (const [top, left] of patches) {
       for (let c = 0; c < 3; c++) {
@@ -37,7 +37,7 @@ class MiniMindV {
       }
     }
     const norm = (h, name) => layerNorm(h, w.vector(`${name}.weight`), w.vector(`${name}.bias`), eps);
-    const scaled = (y, name) => { // as DINOv2 does
+    const scaled = (y, name) => { // LayerScale, which DINOv2 has
       const scale = w.has(name) ? w.vector(name) : [];
       return scale.length ? y.map((number, i) => number * scale[i % V]) : y;
     };
@@ -53,15 +53,15 @@ class MiniMindV {
       add(h, scaled(w.linear(`${layer}.fc2`, inner), `${layer}.layer_scale2`));
     }
     if (w.has("encoder.norm.weight")) h = norm(h, "encoder.norm");
-    return h.slice(h.length - decoder.P * decoder.spatial_merge_size ** 2 * V); // a class token is not shown
+    return h.slice(h.length - decoder.P * decoder.spatial_merge_size ** 2 * V); // without a class token
   }
 
-  /** features (patches, V) → (P, D): as wide as words. */
+  /** The projector: features (patches, V) → (P, D), as wide as the embeddings of tokens. */
   project(features) {
     const w = this.weights, {spatial_merge_size: S, ve_hidden_size: V} = this.config.decoder;
     if (S > 1) {
       const side = Math.sqrt(features.length / V), patches = features, blocks = side / S;
-      features = new Float32Array(patches.length); // (P, S²·V): the patches of a block one after the other
+      features = new Float32Array(patches.length); // (P, S²·V): the patches of a block in one row
       for (let i = 0; i < side * side; i++) {
         const [block, inside] = [Math.floor(i / S ** 2), i % S ** 2];
         const y = Math.floor(block / blocks) * S + Math.floor(inside / S), x = (block % blocks) * S + (inside % S);
@@ -74,7 +74,7 @@ class MiniMindV {
     return w.linear("vision_proj.mlp.3", inner);
   }
 
-  /** Where in ids pictures begin: in a run of L placeholders the first L // P · P belong to some. */
+  /** Returns where in ids pictures begin. In a run of L placeholders the first floor(L / P) · P belong to pictures. */
   findPictures(ids) {
     const {placeholder, P} = this.config.decoder, begins = [];
     for (let t = 0, run = 0; t < ids.length; t++) {
@@ -87,26 +87,26 @@ class MiniMindV {
 
   // -------------------------------------------------------------------------- the decoder
 
-  /** Keys and values of the tokens so far, `ids`. To go back to n tokens: `cache.ids.length = n`. */
+  /** A cache for the keys and values of the tokens so far, `ids`. To go back to n tokens: `cache.ids.length = n`. */
   newCache() {
     const empty = () => ({k: new Float32Array(0), v: new Float32Array(0)}); // (S, K·d), and room for more
     return {ids: [], layers: Array.from({length: this.config.decoder.num_hidden_layers}, empty)};
   }
 
-  /** The next T ids → logits of what follows them (vocab_size). features: `see` of each picture that begins in them.
-   * seen: a list that gets, from each layer, what the last token looks at (S). */
+  /** The next T ids → logits of the token after them (vocab_size). features: from `see`, of each picture that begins in
+   * them. seen: a list, to which each layer appends the attention of the last token (S). */
   forward(ids, features, cache, seen = null) {
     const {decoder} = this.config, w = this.weights, D = decoder.hidden_size, T = ids.length, past = cache.ids.length;
     const limit = decoder.max_position_embeddings, unknown = ids.find((id) => !(id >= 0 && id < decoder.vocab_size));
-    if (unknown !== undefined) throw new Error(`The model has no token ${unknown}. Its tokenizer is another one.`);
+    if (unknown !== undefined) throw new Error(`The model has no token ${unknown}. Its tokenizer is a different one.`);
     if (past + T > limit) throw new Error(`${past + T} tokens are more than the model reads: ${limit}. Start a new chat.`);
     const h = new Float32Array(T * D);
     ids.forEach((id, t) => h.set(w.read("model.embed_tokens.weight", id, 1), t * D));
     const begins = this.findPictures(ids);
     if (begins.length !== features.length) {
-      throw new Error(`The text has places for ${begins.length}, and there are ${features.length} pictures.`);
+      throw new Error(`The text has places for ${begins.length}, but there are ${features.length} pictures.`);
     }
-    begins.forEach((t, i) => h.set(this.project(features[i]), t * D)); // to the decoder P ordinary tokens
+    begins.forEach((t, i) => h.set(this.project(features[i]), t * D)); // for the decoder these are P ordinary tokens
     const norm = (x, name) => rmsNorm(x, w.vector(`${name}.weight`), decoder.rms_norm_eps);
     for (let i = 0; i < decoder.num_hidden_layers; i++) {
       const layer = `model.layers.${i}`;
@@ -118,7 +118,7 @@ class MiniMindV {
     return w.linear("model.embed_tokens", norm(h.subarray((T - 1) * D), "model.norm")); // the head is the same matrix
   }
 
-  /** x (T, D) → (T, D); the layer's cache gets the keys and values. */
+  /** x (T, D) → (T, D); appends keys and values to the layer's cache. */
   attention(name, x, cache, past, seen) {
     const {num_attention_heads: H, num_key_value_heads: K, head_dim: d, rms_norm_eps: eps} = this.config.decoder;
     const w = this.weights;
@@ -141,11 +141,11 @@ class MiniMindV {
     return w.linear(`${name}.o_proj`, w.attend(q, cache.k, cache.v, {H, K, d, T, S, causal: true, seen: looked}));
   }
 
-  /** RoPE: entries i and i + d/2 of each head of x (T, heads·d) turn by position · theta^(-2i/d), in place. */
+  /** RoPE: rotates entries i and i + d/2 of each head of x (T, heads·d) by position · theta^(-2i/d), in place. */
   rotate(x, heads, d, past) {
     const theta = this.config.decoder.rope_theta;
     for (let i = 0; i < d / 2; i++) {
-      const frequency = Math.fround(1 / Math.fround(theta ** Math.fround((2 * i) / d))); // as precise as PyTorch's
+      const frequency = Math.fround(1 / Math.fround(theta ** Math.fround((2 * i) / d))); // as precise as PyTorch
       for (let t = 0; t * heads * d < x.length; t++) {
         const angle = Math.fround((past + t) * frequency), cos = Math.cos(angle), sin = Math.sin(angle);
         for (let head = 0; head < heads; head++) {
@@ -165,12 +165,12 @@ class MiniMindV {
     return this.weights.linear(`${name}.down_proj`, up);
   }
 
-  /** Each token by the k of E feed-forwards that the gate chooses, and by the shared ones: (T, D) → (T, D). */
+  /** Sends each token through the k of E feed-forwards that the gate chooses, and the shared ones: (T, D) → (T, D). */
   experts(name, x) {
     const {n_routed_experts: E, num_experts_per_tok: k, n_shared_experts: shared, normed} = this.config.decoder;
     const D = this.config.decoder.hidden_size;
     const scores = this.weights.linear(`${name}.gate`, x), y = new Float32Array(x.length); // (T, E)
-    const turns = Array.from({length: E}, () => []); // of each expert: [token, how much it counts]
+    const turns = Array.from({length: E}, () => []); // of each expert: [token, its weight]
     for (let t = 0; t * D < x.length; t++) {
       const row = softmax(scores.subarray(t * E, (t + 1) * E));
       const chosen = Array.from(row.keys()).sort((a, b) => row[b] - row[a]).slice(0, k);
@@ -179,9 +179,9 @@ class MiniMindV {
     }
     turns.forEach((tokens, expert) => {
       if (!tokens.length) return;
-      const own = new Float32Array(tokens.length * D);
-      tokens.forEach(([t], i) => own.set(x.subarray(t * D, (t + 1) * D), i * D));
-      const out = this.feedForward(`${name}.experts.${expert}`, own);
+      const rows = new Float32Array(tokens.length * D);
+      tokens.forEach(([t], i) => rows.set(x.subarray(t * D, (t + 1) * D), i * D));
+      const out = this.feedForward(`${name}.experts.${expert}`, rows);
       tokens.forEach(([t, weight], i) => {
         for (let j = 0; j < D; j++) y[t * D + j] += weight * out[i * D + j];
       });
@@ -192,16 +192,16 @@ class MiniMindV {
 
   // -------------------------------------------------------------------------- a chat
 
-  /** A question of the page, with a place for each of its pictures, as `user_turn` in inference/generate.py. */
+  /** A question of the page with a tag for each of its pictures, like `user_turn` in inference/generate.py. */
   userTurn(text, pictures) {
     const {tag, pictures_first: first} = this.config.chat, tags = text.split(tag).length - 1;
-    if (tags && tags !== pictures) throw new Error(`The text has ${tags} ${tag}, and there are ${pictures} pictures.`);
+    if (tags && tags !== pictures) throw new Error(`The text has ${tags} ${tag}, but there are ${pictures} pictures.`);
     if (tags || !pictures) return text;
     return first || pictures > 1 ? `${tag}\n`.repeat(pictures) + text : `${text}\n${tag}`;
   }
 
-  /** [{role, content}], "<image>" in user turns → {ids, pictures}, as `encode_chat` in model/processing.py: what people
-   * typed is plain text, and a conversation that ends with the user ends ready to answer. */
+  /** [{role, content}] with "<image>" in user turns → {ids, pictures}, as `encode_chat` in model/processing.py: special
+   * tokens in user text are plain text; after a last turn of the user the ids end where the answer begins. */
   encodeChat(turns, tokenizer) {
     const {placeholder, P} = this.config.decoder, {tag, system, no_thought: noThought} = this.config.chat;
     const [start, end] = [tokenizer.ids.get("<|im_start|>"), tokenizer.ids.get("<|im_end|>")];
@@ -213,13 +213,13 @@ class MiniMindV {
       let parts = role === "user" ? content.split(tag) : [content];
       pictures += parts.length - 1;
       if (typed && parts.join(run).split(run).length !== parts.length) {
-        throw new Error(`The text has ${P} or more ${sign} in a row, as a picture has. Shorten the run.`);
+        throw new Error(`The text has ${P} or more ${sign} in a row, like a picture. Shorten the run.`);
       }
       if (role === "assistant") {
         ids.push(...text(noThought ? afterThoughts(content) : content), end, ...text("\n"));
         continue;
       }
-      if (typed) parts = [parts.join(run)]; // else <|image_pad|>, which is put in as ids
+      if (typed) parts = [parts.join(run)]; // else <|image_pad|>, inserted as ids
       const pieces = parts.map((part, i) => (i ? [...image, ...text(part)] : text(`${role}\n${part}`)));
       ids.push(start, ...pieces.flat(), end, ...text("\n"));
       if (role === "user") ids.push(start, ...text("assistant\n"));
@@ -228,18 +228,18 @@ class MiniMindV {
     return {ids, pictures};
   }
 
-  /** Yields the tokens of an answer, one by one, up to <|im_end|> or max_new_tokens. */
+  /** Yields the tokens of an answer one by one, until <|im_end|> or max_new_tokens. */
   *generate(ids, features, cache, {max_new_tokens, random = Math.random, ...sampling}) {
     let logits = this.forward(ids, features, cache);
     for (let n = 1; ; n++) {
       const token = this.sample(logits, sampling, random);
       yield token;
       if (n >= max_new_tokens || token === this.config.decoder.eos_token_id) return;
-      logits = this.forward([token], [], cache); // pictures and all before are in the cache
+      logits = this.forward([token], [], cache); // everything before is in the cache
     }
   }
 
-  /** Draws a token: the likeliest at temperature 0, else one of the likeliest that together have the share top_p. */
+  /** Samples a token: the most likely at temperature 0, else one of the most likely that make up the share top_p. */
   sample(logits, {temperature = 0, top_p = 1, top_k = 0}, random) {
     if (!temperature) return logits.indexOf(logits.reduce((a, b) => Math.max(a, b)));
     const shares = softmax(logits.map((logit) => logit / temperature));
@@ -251,14 +251,14 @@ class MiniMindV {
   }
 }
 
-/** An answer of MiniMind-3 as it learned it: with its thought before, mostly an empty one. */
+/** Returns an answer in the format that MiniMind-3 was trained on: after a thought, which is usually empty. */
 function afterThoughts(content) {
   const cut = content.lastIndexOf("</think>"), said = cut < 0 ? content : content.slice(cut + 8);
   const thought = content.slice(0, Math.max(cut, 0)).split("</think>")[0].split("<think>").at(-1);
   return `<think>\n${thought.replace(/^\n+|\n+$/g, "")}\n</think>\n\n${said.replace(/^\n+/, "")}`;
 }
 
-/** What an answer says, without what MiniMind-3 may write in <think> before. */
+/** Returns an answer without the <think> block that MiniMind-3 may write first. */
 function withoutThoughts(text) {
   return text.replace(/<think>[^]*?(<\/think>|$)/g, "").trim();
 }

@@ -1,5 +1,5 @@
 "use strict";
-// What a model is made of: weights and products with them, norms, activations, attention; engine.js makes one of them.
+// The parts of a model: weights and products with them, norms, activations, attention. engine.js puts them together.
 //
 // Shapes: T tokens of this call, S tokens seen so far, D width, I inputs and O outputs of a layer, H query heads,
 // K key/value heads, d width of a head. A matrix (T, D) is a Float32Array of T·D numbers, row by row.
@@ -9,21 +9,21 @@
 const BYTES = {I8: 1, F16: 2, F32: 4};
 const product = (numbers) => numbers.reduce((a, b) => a * b, 1);
 
-/** {buffer} for a file of so many bytes: the memory of the kernel, so that weights are there once and as small as they
- * are. kernel: Uint8Array of matmul.wasm, not used by browsers from before SIMD, or null. */
+/** Returns {buffer} for a file of so many bytes: the memory of the kernel, so that weights exist once, in their stored
+ * precision. kernel: Uint8Array of matmul.wasm, or null; browsers without SIMD do not use it. */
 function memoryFor(bytes, kernel) {
   const fits = kernel && globalThis.WebAssembly?.validate(kernel);
   return fits ? new WebAssembly.Memory({initial: Math.ceil(bytes / 65536)}) : {buffer: new ArrayBuffer(bytes)};
 }
 
 class Weights {
-  /** memory: from `memoryFor`, with a safetensors file in it: fp16, or int8 beside "NAME.scale", a float a row. */
+  /** memory: from `memoryFor`, with a safetensors file in it: fp16, or int8 with "NAME.scale", one float per row. */
   constructor(memory, kernel) {
     const file = memory.buffer, length = Number(new DataView(file).getBigUint64(0, true));
     this.tensors = JSON.parse(new TextDecoder().decode(new Uint8Array(file, 8, length))); // name → dtype, shape, where
     for (const tensor of Object.values(this.tensors)) tensor.at = 8 + length + tensor.data_offsets[0];
     [this.memory, this.floats] = [memory, new Map()];
-    this.size = file.byteLength; // behind the weights is room for x, y and what is widened
+    this.size = file.byteLength; // the space after the weights is for x, y and widened rows
     if (!memory.grow) return;
     this.kernel = new WebAssembly.Instance(new WebAssembly.Module(kernel), {js: {memory}}).exports;
   }
@@ -32,14 +32,14 @@ class Weights {
     return name in this.tensors;
   }
 
-  /** Some rows of a tensor, else all, as Float32Array. */
+  /** Returns some rows of a tensor, by default all, as Float32Array. */
   read(name, row = 0, rows = this.tensors[name].shape[0]) {
     const {dtype, shape, at} = this.tensors[name];
     const I = product(shape.slice(1)), from = at + row * I * BYTES[dtype];
     const bytes = this.memory.buffer.slice(from, from + rows * I * BYTES[dtype]);
     if (dtype === "F32") return new Float32Array(bytes);
     if (dtype === "F16") {
-      // Sign, exponent and fraction go where float32 has them, times 2^112, as its exponents begin there.
+      // Sign, exponent and fraction move to where float32 has them; 2^112 is the difference of the exponent biases.
       const bits = Uint32Array.from(new Int16Array(bytes), (half) => (half << 13) & 0x8fffe000);
       return new Float32Array(bits.buffer).map((number) => number * 2 ** 112);
     }
@@ -47,7 +47,7 @@ class Weights {
     return Float32Array.from(new Int8Array(bytes), (number, i) => number * scales[Math.floor(i / I)]);
   }
 
-  /** All of a tensor, which is kept: vectors, and without the kernel all weights. */
+  /** Returns a whole tensor and keeps it: used for vectors, and without the kernel for all weights. */
   vector(name) {
     if (!this.floats.has(name)) this.floats.set(name, this.read(name));
     return this.floats.get(name);
@@ -62,7 +62,7 @@ class Weights {
     return this.has(`${name}.bias`) ? add(y, this.vector(`${name}.bias`)) : y;
   }
 
-  /** The product, in the open. */
+  /** The product in plain JavaScript. */
   slow(name, x, T, I, O) {
     const y = new Float32Array(T * O), w = this.vector(name);
     for (let t = 0; t < T; t++) {
@@ -71,7 +71,7 @@ class Weights {
     return y;
   }
 
-  /** The same by the kernel. */
+  /** The same with the kernel. */
   fast(name, x, T, I, O) {
     const {at, dtype} = this.tensors[name], bytes = BYTES[dtype], scales = this.tensors[`${name}.scale`]?.at ?? 0;
     const [input, wide, y] = this.room(T * I, 4 * I, T * O);
@@ -80,7 +80,7 @@ class Weights {
     return new Float32Array(this.memory.buffer, y, T * O).slice();
   }
 
-  /** Addresses behind the weights for arrays of so many floats. */
+  /** Returns addresses after the weights for arrays of so many floats; grows the memory if needed. */
   room(...lengths) {
     let end = this.size;
     const addresses = lengths.map((length) => (end += 16 * Math.ceil(length / 4)) - 16 * Math.ceil(length / 4));
@@ -89,10 +89,10 @@ class Weights {
     return addresses;
   }
 
-  /** What `attend` does, by the kernel. */
+  /** The same as the function `attend`, with the kernel. */
   attend(q, k, v, {H, K, d, T, S, causal, seen}) {
     if (!this.kernel || S < 4 || d % 8) return attend(q, k, v, {H, K, d, T, S, causal, seen});
-    const rows = 32; // of queries at a time: with all of them the scores of a long text would take too much memory
+    const rows = 32; // of queries at a time: the scores of all queries of a long text would take too much memory
     const [query, key, value, y, out] = this.room(T * H * d, S * K * d, S * K * d, rows * S, T * H * d);
     const {buffer} = this.memory, scores = new Float32Array(buffer, y, rows * S);
     for (const [at, x, n] of [[query, q, T * H * d], [key, k, S * K * d], [value, v, S * K * d]]) {
@@ -114,9 +114,9 @@ class Weights {
   }
 }
 
-// ---------------------------------------------------------------------------- what has no matrix
+// ---------------------------------------------------------------------------- functions without weights
 
-/** The sum of n products of a from i on and b from j on; four sums, as each has to wait for itself. */
+/** Dot product of n numbers of a from i and of b from j. Uses four sums, since an addition waits for the one before. */
 function dot(a, i, b, j, n) {
   let [s0, s1, s2, s3] = [0, 0, 0, 0];
   const end = i + n - (n % 4);
@@ -130,7 +130,7 @@ function dot(a, i, b, j, n) {
   return s0 + s1 + s2 + s3;
 }
 
-/** x (T, D) + y, (T, D) too or the same (D) for all, in place. */
+/** Adds y, which is (T, D) or one row (D) for all, to x (T, D) in place. */
 function add(x, y) {
   for (let i = 0; i < x.length; i++) x[i] += y[i % y.length];
   return x;
@@ -148,7 +148,7 @@ function rmsNorm(x, weight, eps) {
   return y;
 }
 
-/** The same with the mean taken out before, and a bias. */
+/** The same after subtracting the mean, and with a bias. */
 function layerNorm(x, weight, bias, eps) {
   const D = weight.length, centred = new Float32Array(x.length);
   for (let t = 0; t < x.length; t += D) {
@@ -159,7 +159,7 @@ function layerNorm(x, weight, bias, eps) {
   return add(rmsNorm(centred, weight, eps), bias);
 }
 
-/** Any numbers, times `scale`, become positive ones of sum 1, in place. */
+/** Turns numbers, times `scale`, into positive ones with sum 1, in place. */
 function softmax(x, scale = 1) {
   let largest = -Infinity, sum = 0;
   for (let i = 0; i < x.length; i++) largest = Math.max(largest, x[i] * scale);
@@ -168,7 +168,7 @@ function softmax(x, scale = 1) {
   return x;
 }
 
-/** The integral of the normal distribution, by which gelu is defined (Abramowitz & Stegun 7.1.26, to 1e-7). */
+/** The cumulative normal distribution, which defines gelu (Abramowitz & Stegun 7.1.26, to 1e-7). */
 function normal(x) {
   const t = 1 / (1 + (0.3275911 * Math.abs(x)) / Math.SQRT2);
   const sum = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))));
@@ -184,12 +184,12 @@ const ACTIVATIONS = {
   gelu_pytorch_tanh: (x) => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3))),
 };
 
-/** softmax(q·kᵀ/√d)·v for each head: q (T, H·d), k and v (S, K·d) → (T, H·d). Without `causal` all see all. seen: (S),
- * gets what the last of the T looks at, mean over heads. */
+/** softmax(q·kᵀ/√d)·v for each head: q (T, H·d), k and v (S, K·d) → (T, H·d). Without `causal` all see all. seen:
+ * (S), receives the attention of the last of the T tokens, mean over heads. */
 function attend(q, k, v, {H, K, d, T, S, causal, seen}) {
   const out = new Float32Array(T * H * d), weights = new Float32Array(S);
   for (let head = 0; head < H; head++) {
-    const at = Math.floor((head * K) / H) * d; // H heads of queries share K heads of keys and values
+    const at = Math.floor((head * K) / H) * d; // H query heads share K key/value heads
     for (let t = 0; t < T; t++) {
       const n = causal ? S - T + t + 1 : S, query = (t * H + head) * d; // no token sees a later one
       const row = weights.subarray(0, n);

@@ -1,5 +1,5 @@
-;; The products of the model, four numbers at a time: what `Weights.slow` and `attend` in layers.js say in the open.
-;; Assembled into matmul.wasm by wat2wasm of wabt.
+;; The products of the model, four numbers at a time: the same as `Weights.slow` and `attend` in layers.js.
+;; wat2wasm of wabt assembles this file into matmul.wasm.
 ;;
 ;; Addresses and steps from row to row are in bytes; x_rows, w_rows and v_rows are such steps. T tokens, S tokens seen,
 ;; I inputs, O outputs, d width of a head.
@@ -21,8 +21,8 @@
       (local.set $to (i32.add (local.get $to) (i32.const 64)))
       (br_if $next (i32.lt_u (local.tee $from (i32.add (local.get $from) (i32.const 16))) (local.get $end)))))
 
-  ;; the same of fp16, 4 at a time: sign, exponent and fraction go where float32 has them, times 2^112, as its exponents
-  ;; begin there
+  ;; the same for fp16, 4 at a time: sign, exponent and fraction move to where float32 has them; 2^112 is the difference
+  ;; of the exponent biases
   (func $widen16 (param $from i32) (param $to i32) (param $n i32)
     (local $end i32)
     (local.set $end (i32.add (local.get $from) (i32.shl (local.get $n) (i32.const 1))))

@@ -1,12 +1,12 @@
 "use strict";
-// From files to thumbnails that wait for a question.
+// Turns files into thumbnails that wait for the next question.
 
-let waiting = [], added = 0; // pictures that go with the next question; how many there have been
-let coming = 0, andSend = false; // additions under way; whether their question has been sent already
-let kept = []; // ids of those that the worker still has
+let waiting = [], added = 0; // pictures of the next question; number of pictures so far
+let coming = 0, andSend = false; // additions in progress; whether to send the question after them
+let kept = []; // ids of the pictures that the worker still has
 
-/** A canvas of this size with what stands at `from`, (left, top, width, height) of a picture, in it. In the memory of
- * the processor: that of a graphics card may give other bits back, and takes longer. */
+/** Returns a canvas of this size with the part `from` (left, top, width, height) of a picture. In CPU memory: a GPU may
+ * return other bits, and takes longer. */
 function drawn(picture, width, height, from = [0, 0, picture.width, picture.height]) {
   const canvas = make("canvas", {width, height});
   const context = canvas.getContext("2d", {willReadFrequently: true});
@@ -15,11 +15,11 @@ function drawn(picture, width, height, from = [0, 0, picture.width, picture.heig
   return canvas;
 }
 
-/** A picture of a file, in at most so many pixels, to look at. */
+/** Draws the picture of a file in at most so many pixels, for display. */
 async function drawnFile(blob, most) {
   const bitmap = await createImageBitmap(blob), scale = Math.min(1, Math.sqrt(most / bitmap.width / bitmap.height));
   const canvas = drawn(bitmap, ...[bitmap.width, bitmap.height].map((edge) => Math.max(1, Math.floor(edge * scale))));
-  bitmap.close(); // its memory goes now, not some time
+  bitmap.close(); // frees its memory now
   return canvas;
 }
 

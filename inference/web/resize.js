@@ -1,14 +1,14 @@
 "use strict";
-// A picture → what the encoder sees, to the bit as `ImageProcessor.resize` (model/processing.py) with PyTorch makes it.
+// Resizes a picture for the encoder, bit for bit like `ImageProcessor.resize` (model/processing.py) with PyTorch.
 
-/** Filters (Keys 1981): how much a pixel counts at a distance x of the new one, and up to which distance any does. */
+/** Filters (Keys 1981): the weight of a pixel at distance x from the new one, and the largest distance that counts. */
 const FILTERS = {
   2: [(x) => Math.max(1 - x, 0), 1], // bilinear
   3: [(x) => (x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0), 2], // bicubic
 };
 
-/** For each of `to` pixels out of `from`: where in them it begins, and the weights from there, as integers; and the
- * number of their binary places. Smaller pictures are means over more pixels: the filter is stretched. */
+/** For each of `to` pixels made of `from`: the first pixel that counts, and the weights from there on as integers; and
+ * the number of their binary places. When a picture shrinks, the filter is stretched to average over more pixels. */
 function filterOf(from, to, resample) {
   const [weigh, reach] = FILTERS[resample];
   const scale = from / to, stretch = Math.max(scale, 1), support = reach * stretch;
@@ -21,21 +21,21 @@ function filterOf(from, to, resample) {
     rows.push(row.map((weight) => weight / sum));
   }
   const largest = rows.reduce((most, row) => Math.max(most, ...row), 0);
-  let places = 0; // as many as 16 bits have room for
+  let places = 0; // as many as fit into 16 bits
   while (places < 22 && Math.trunc(0.5 + largest * 2 ** (places + 1)) < 2 ** 15) places++;
   const rounded = (weight) => Math.trunc(weight * 2 ** places + Math.sign(weight) * 0.5);
   return {begins, weights: rows.map((row) => Int32Array.from(row, rounded)), places};
 }
 
-/** The i-th new pixel of a line of uint8 that begins at `at`, `step` apart, for an array that clamps. */
+/** Returns the i-th new pixel of a line of uint8 from `at` on, in steps of `step`, for an array that clamps. */
 function pixelOf({begins, weights, places}, i, line, at, step) {
   const row = weights[i];
-  let sum = 1 << (places - 1); // rounds
+  let sum = 1 << (places - 1); // rounds to the nearest
   for (let j = 0, k = at + begins[i] * step; j < row.length; j++, k += step) sum += row[j] * line[k];
   return sum >> places;
 }
 
-/** A line of pixels (width, 4) → the same with what is transparent on white. */
+/** Puts the transparent parts of a line of pixels (width, 4) on white. */
 function onWhite(line) {
   let opaque = 255;
   for (let i = 3; i < line.length; i += 4) opaque &= line[i];
@@ -46,12 +46,12 @@ function onWhite(line) {
   });
 }
 
-/** A picture → Uint8ClampedArray (3, rows, columns). lineOf: y → line (width, 4), which is asked from top to bottom.
+/** A picture → Uint8ClampedArray (3, rows, columns). lineOf: y → line (width, 4), called from top to bottom.
  * settings: of ImageProcessor; size: the shortest edge, or [H, W] to squash to; crop_size: [rows, columns]. */
 function resize(lineOf, width, height, {size, crop_size: [rows, columns], resample}) {
   let left = 0, top = 0, [H, W] = Array.isArray(size) ? size : [size, size];
   if (!Array.isArray(size)) {
-    const short = Math.min(width, height); // a line of a picture: the crop leaves only its middle
+    const short = Math.min(width, height); // of a very long picture the crop leaves only the middle
     [left, top] = [width, height].map((edge) => Math.floor(Math.max(edge - 100 * short, 0) / 2));
     [width, height] = [width - 2 * left, height - 2 * top];
     const long = Math.floor((size * Math.max(width, height)) / Math.min(width, height));
@@ -79,19 +79,19 @@ function resize(lineOf, width, height, {size, crop_size: [rows, columns], resamp
   return pixels;
 }
 
-// ---------------------------------------------------------------------------- where its lines come from
+// ---------------------------------------------------------------------------- the lines of a picture
 
 const linesIn = (rgba, width) => (y) => rgba.subarray(4 * width * y, 4 * width * (y + 1));
 
-/** A picture of a file, upright, with colours and alpha as they are there: Pillow does not manage colours either. */
+/** Decodes a file upright, with its stored colours and alpha: Pillow does no colour management either. */
 async function decode(blob) {
   const asStored = {imageOrientation: "from-image", colorSpaceConversion: "none", premultiplyAlpha: "none"};
-  return createImageBitmap(blob, asStored).catch(() => createImageBitmap(blob)); // of old, they knew no "from-image"
+  return createImageBitmap(blob, asStored).catch(() => createImageBitmap(blob)); // older browsers lack "from-image"
 }
 
-/** The lines of one, a few at a time: all of twelve megapixels would take 48 MB more. */
+/** Returns the lines of a bitmap, read a few at a time: all of twelve megapixels would take 48 MB more. */
 function linesOf(bitmap) {
-  const {width} = bitmap, rows = 64; // in the memory of the processor: that of a graphics card may give other bits back
+  const {width} = bitmap, rows = 64; // in CPU memory: a GPU may return other bits
   const context = new OffscreenCanvas(width, rows).getContext("2d", {willReadFrequently: true});
   let first = -rows, lines = null;
   return (y) => {

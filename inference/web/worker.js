@@ -1,23 +1,23 @@
 "use strict";
-// The model at work, beside the page, which stays awake: what it is asked comes as messages, and answers stream back.
+// Runs the model in a worker, so that the page stays responsive. Questions come as messages, answers stream back.
 //
 //     load {config, tokenizer, kernel, urls: [{url, bytes}]} → progress {share} ..., ready {seconds}
-//     part {bytes: Uint8Array} ... → the same: the weights after `load`, where there are no urls
+//     part {bytes: Uint8Array} ... → the same: the weights, sent after `load` if it has no urls
 //     ask {turns, pictures, temperature, top_p, max_new_tokens} → text {text} ..., done {text, words, why, tokens, ...}
 //     look {token} → attention {token, word, side, maps}: where the decoder looked when it chose this word
-//     stop, clear → nothing; whatever goes wrong → error {message}, a sentence
+//     stop, clear → no reply; any error → error {message}, a sentence
 //
-// turns: [{role, content, pictures}] with how many pictures each has; or they stand in content as <image>. pictures:
-// those of the whole chat, {id, blob} or {id, rgba, width, height}, or {id} of one that was among `kept`, which comes
-// with done. words: [{text, begin, end, tokens}], the places of their tokens. why: end, length or stopped. forgotten:
-// how many of the first questions were left out, as the chat is too long.
+// turns: [{role, content, pictures}]; pictures is their number, 0 if content has <image> tags. pictures: those of the
+// whole chat, {id, blob} or {id, rgba, width, height}, or {id} alone if the last `done` listed it in `kept`. words:
+// [{text, begin, end, tokens}], with the indices of their tokens. why: end, length or stopped. forgotten: how many of
+// the first questions were left out because the chat is too long.
 
 let model = null, tokenizer = null, cache = null;
-let coming = null; // the model before it is whole: {config, kernel, memory, at, began}
+let coming = null; // the model while it loads: {config, kernel, memory, at, began}
 let seen = []; // pictures of the chat: {id, pixels, features}
-let answer = {start: 0, ids: []}; // the last one, and where in the cache it begins
+let answer = {start: 0, ids: []}; // the last answer, and where in the cache it begins
 let stopped = false, work = Promise.resolve();
-const MOST_TOKENS = 1536; // of a chat, as --max_seq_len of web_demo_vlm.py: more takes seconds to read
+const MOST_TOKENS = 1536; // of a chat, like --max_seq_len of web_demo_vlm.py: reading more takes seconds
 
 const post = (type, facts) => postMessage({type, ...facts});
 const HANDLERS = {load, part, ask, look, clear};
@@ -36,7 +36,7 @@ async function handle(data) {
   }
 }
 
-/** Until the messages that wait are read. */
+/** Waits until pending messages are handled. */
 const pause = () => new Promise((resolve) => {
   const {port1, port2} = new MessageChannel();
   port1.onmessage = () => resolve(port1.close());
@@ -44,12 +44,12 @@ const pause = () => new Promise((resolve) => {
 });
 
 function sentence(error) {
-  const full = /memory|allocat|array.*length|call stack/i.test(error.message); // each browser has its own words
+  const full = /memory|allocat|array.*length|call stack/i.test(error.message); // each browser words it differently
   if (!full) return error.message;
-  return "This device has too little free memory. Close other pages, or take fewer and smaller pictures.";
+  return "This device has too little free memory. Close other pages, or use fewer or smaller pictures.";
 }
 
-// ---------------------------------------------------------------------------- the model comes
+// ---------------------------------------------------------------------------- loading the model
 
 async function load({config, tokenizer: json, kernel = null, urls}) {
   tokenizer = new Tokenizer(json);
@@ -57,13 +57,13 @@ async function load({config, tokenizer: json, kernel = null, urls}) {
   if (urls) await fetchAll(urls);
 }
 
-/** Goes to its place at once: a second copy of the weights would be what a phone has no memory for. */
+/** Copies a part of the weights to its place at once: a phone has no memory for a second copy of them. */
 function part({bytes}) {
-  if (!coming) return; // there was no room for them, which was said
+  if (!coming) return; // there was no memory for them, which was reported
   const {config, kernel, memory, began} = coming;
   new Uint8Array(memory.buffer).set(bytes, coming.at);
   coming.at += bytes.length;
-  if (!config.files) bytes.buffer.transfer?.(0); // is free now, not when the browser looks for garbage
+  if (!config.files) bytes.buffer.transfer?.(0); // freed now, not at the next garbage collection
   post("progress", {share: coming.at / config.bytes});
   if (coming.at < config.bytes) return;
   model = new MiniMindV(config, new Weights(memory, kernel));
@@ -71,20 +71,20 @@ function part({bytes}) {
   post("ready", {seconds: (performance.now() - began) / 1000});
 }
 
-/** The files of weights, one after the other. They come by way of those that the browser keeps for the next time, as
- * what is on its way there takes no memory here. */
+/** Fetches the files of the weights one after the other, by way of the browser's cache for the next visit: a download
+ * into the cache takes no memory here. */
 async function fetchAll(urls) {
-  const kept = await globalThis.caches?.open("minimind-v").catch(() => null); // none without https
+  const kept = await globalThis.caches?.open("minimind-v").catch(() => null); // not without https
   for (const {url, bytes: length} of urls) {
-    if (kept && !(await kept.match(url))) await kept.add(url).catch(() => {}); // or the disk is full
+    if (kept && !(await kept.match(url))) await kept.add(url).catch(() => {}); // e.g. a full disk
     const known = await kept?.match(url);
     const response = known ?? (await fetch(url).catch(() => ({ok: false, status: "no network"})));
-    if (!response.ok) throw new Error(`${url} cannot be fetched (${response.status}). Load the page again.`);
+    if (!response.ok) throw new Error(`${url} cannot be fetched (${response.status}). Reload the page.`);
     const bytes = new Uint8Array(await response.arrayBuffer().catch(() => new ArrayBuffer(0)));
     if (bytes.length !== length) {
       await kept?.delete(url);
-      const what = bytes.length > length ? "is longer than it was" : "came in part only";
-      throw new Error(`${url} ${what}. Load the page again.`);
+      const what = bytes.length > length ? "is longer than expected" : "came in part only";
+      throw new Error(`${url} ${what}. Reload the page.`);
     }
     part({bytes});
   }
@@ -98,16 +98,16 @@ function clear() {
 
 const equal = (a, b) => a.length === b.length && a.every((value, i) => value === b[i]);
 
-/** What the encoder sees of a picture. */
+/** Returns the pixels of a picture that the encoder sees. */
 async function read({blob, rgba, width, height}) {
   const {processor} = model.config;
   if (rgba) return resize(linesIn(rgba, width), width, height, processor);
-  if (!blob) throw new Error("A picture is not kept any more. Ask again.");
+  if (!blob) throw new Error("A picture is no longer available. Ask again.");
   const bitmap = await decode(blob).catch(() => {
-    throw new Error("A picture cannot be read any more, or is too large. Add it again, or a smaller one.");
+    throw new Error("A picture can no longer be read, or is too large. Add it again, or add a smaller one.");
   });
   const pixels = resize(linesOf(bitmap), bitmap.width, bitmap.height, processor);
-  bitmap.close(); // its memory goes now, not some time
+  bitmap.close(); // frees its memory now
   return pixels;
 }
 
@@ -117,12 +117,12 @@ async function ask({turns, pictures, temperature, top_p, max_new_tokens}) {
   turns = turns.map(({role, content, pictures: n = 0}) => ({role, content: n ? model.userTurn(content, n) : content}));
   let {ids, pictures: places} = model.encodeChat(turns, tokenizer), forgotten = 0;
   if (places !== pictures.length) {
-    throw new Error(`The text has places for ${places}, and there are ${pictures.length} pictures.`);
+    throw new Error(`The text has places for ${places}, but there are ${pictures.length} pictures.`);
   }
   const most = model.config.decoder.max_position_embeddings;
-  const limit = Math.min(MOST_TOKENS, Math.max(most - max_new_tokens, most / 2)); // the answer needs room, too
+  const limit = Math.min(MOST_TOKENS, Math.max(most - max_new_tokens, most / 2)); // the answer needs room too
   const second = () => turns.findIndex(({role}, i) => i > 0 && role === "user");
-  for (; ids.length > limit && second() > 0; forgotten++) { // as `truncate` in inference/chat.py
+  for (; ids.length > limit && second() > 0; forgotten++) { // like `truncate` in inference/chat.py
     turns = turns.slice(second());
     ({ids, pictures: places} = model.encodeChat(turns, tokenizer));
     pictures = pictures.slice(pictures.length - places);
@@ -139,11 +139,11 @@ async function ask({turns, pictures, temperature, top_p, max_new_tokens}) {
     const none = {text: "", words: [], tokens: 0, firstSeconds: null, kept: seen.map((picture) => picture.id)};
     if (stopped) return post("done", {...none, why: "stopped", forgotten, seconds: took()});
   }
-  // What is as in the turn before is in the cache already; the last token is asked again, as its logits are wanted.
+  // What the last turn has in common is in the cache already. The last token is computed again for its logits.
   let same = 0;
   while (same < ids.length - 1 && ids[same] === cache.ids[same]) same++;
   const begins = model.findPictures(ids), {P} = model.config.decoder;
-  const half = (begin) => begin < same && same < begin + P; // no picture is in it in part
+  const half = (begin) => begin < same && same < begin + P; // the cache must not end inside a picture
   const other = begins.findIndex((begin, i) => shown[i].features !== seen[i]?.features || half(begin));
   if (other >= 0) same = Math.min(same, begins[other]);
   cache.ids.length = same;
@@ -173,18 +173,18 @@ async function ask({turns, pictures, temperature, top_p, max_new_tokens}) {
   post("done", {text: withoutThoughts(text), words: answer.words, why, ...facts});
 }
 
-// ---------------------------------------------------------------------------- where it looked
+// ---------------------------------------------------------------------------- attention
 
-// Where a word begins: at a Chinese character, after a space, and where Chinese goes over into letters.
+// A word begins at a Chinese character, after a space, and where letters follow Chinese.
 const BEGIN = /[\u3400-\u9fff]|(?<!\S)\S|(?<=[\u3000-\u9fff\uff00-\uffef])(?![\u3400-\u9fff])[\p{L}\p{N}_]/gu;
 
-/** The words of the last answer: where in what is shown, and the places of their tokens. */
+/** Returns the words of the last answer: their positions in the text that is shown, and the indices of their tokens. */
 function wordsOf(text) {
   const starts = Array.from(text.matchAll(BEGIN), (match) => match.index);
   const decoder = new Decoder(tokenizer), words = [];
   let waiting = [], begin = 0;
   answer.ids.forEach((id, i) => {
-    const end = begin + decoder.add([id]).length; // a character is there when the last of its tokens is
+    const end = begin + decoder.add([id]).length; // a character is complete with its last token
     waiting.push(i);
     if (end === begin) return;
     const begins = starts.some((start) => begin <= start && start < end);
@@ -193,15 +193,15 @@ function wordsOf(text) {
     words.at(-1).tokens.push(...waiting);
     [waiting, begin] = [[], end];
   });
-  const before = text.indexOf(withoutThoughts(text)); // blanks and thoughts, which are not shown
+  const before = text.indexOf(withoutThoughts(text)); // length of blanks and thoughts, which are not shown
   return words.map(({begin, end, tokens}) => {
     const word = text.slice(begin, end), left = word.length - word.trimStart().length;
     return {text: word.trim(), begin: begin + left - before, end: begin + word.trimEnd().length - before, tokens};
   }).filter((word) => word.text && word.begin >= 0);
 }
 
-/** token: a place in the last answer. For each picture a map (side, side), mean over layers, heads and the tokens of
- * the word; they are computed again, as what the decoder looks at is not kept. */
+/** Posts where the decoder looked for the word at index `token` of the last answer: for each picture a map (side,
+ * side), mean over layers, heads and the tokens of the word. Computes it again, because attention is not stored. */
 function look({token}) {
   const word = answer.words?.find(({tokens}) => tokens.includes(token));
   if (!word) throw new Error(`The answer has no word at token ${token}.`);
