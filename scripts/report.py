@@ -1,19 +1,19 @@
-"""What a run of the quickstart tells: report.json, a table for the terminal, and a page for the browser.
+"""The report of a quickstart: report.json, a table for the terminal, and a page for the browser.
 
-    python -m scripts.report --out_dir out/quickstart      # writes report.html and report_zh.html anew
+    python -m scripts.report --out_dir out/quickstart      # writes report.html and report_zh.html again
 
-The page is one file for each language: pictures, curves and style are in it, nothing is fetched and no script runs. Its
-examples are drawn by chance, the same on every call, and not for being right; those that are wrong come again by
-themselves. Its sentences are in scripts/quickstart/report_words.py, its looks in scripts/templates/report.html.
+The page is one file per language: it contains its pictures, curves and styles, loads nothing and runs no script. Its
+examples are picked at random, right or wrong, the same ones on every call; wrong answers have a section of their own.
+Its texts are in scripts/quickstart/report_words.py, its layout in scripts/templates/report.html.
 """
 
-if __spec__ is None:  # started by its path, from where Python finds no other folder
+if __spec__ is None:  # started by its path: Python would not find the other folders
     raise SystemExit("type -m scripts.report instead of scripts/report.py")
 
 from common.start import begin
 
 if __name__ == "__main__":
-    begin()  # Ctrl-C or a missing package is one sentence from here on
+    begin()  # from here on Ctrl-C or a missing package prints one line, not a traceback
 
 import io
 import platform
@@ -45,19 +45,19 @@ SWAPPED = 6  # questions shown with another picture, at most
 
 
 def read_scores(folder: Path) -> dict[str, dict]:
-    """{split: what eval_vlm.py wrote of it}: val.json first, then the others that are there."""
+    """Returns {split: the scores that eval_vlm.py wrote}: val.json first, then the others that exist."""
     scores = {path.stem: read_json(path) for path in folder.glob("val*.json")}
     known = [split for split in WORDS["en"]["splits"] if split in scores]
     return {split: scores[split] for split in [*known, *sorted(scores.keys() - known)]}
 
 
 def share(answers: list[dict], key: str) -> float | None:
-    """How many are "right" (or "right_shuffled"), 0 to 1; None if there are no answers."""
+    """Returns the share of answers that are "right" (or "right_shuffled"), 0 to 1; None if there are no answers."""
     return round(sum(answer[key] for answer in answers) / len(answers), 4) if answers else None
 
 
 def shares(answers: list[dict], key: str) -> dict:
-    """{"en", "zh", "all", "by_kind": {kind: share}} of the answers of a scores file."""
+    """Returns {"en", "zh", "all", "by_kind": {kind: share}} for the answers of a scores file."""
     by_language = {lang: [answer for answer in answers if answer["language"] == lang] for lang in LANGUAGES}
     kinds = sorted({answer["kind"] for answer in answers})
     return {
@@ -88,7 +88,7 @@ def machine() -> dict:
 
 
 def run_summary(records: list[dict], scores: dict, next_commands: list) -> dict:
-    """What any recipe reports of its run: seconds, GB. scores: what eval_vlm.py wrote."""
+    """Returns the part of report.json that all recipes share, in seconds and GB. scores: from eval_vlm.py."""
     return {
         "wall_s": None,
         "peak_gb": max(record["peak_gb"] for record in records),
@@ -110,7 +110,7 @@ def run_summary(records: list[dict], scores: dict, next_commands: list) -> dict:
 
 
 def summary(folder: Path, records: list[dict], next_commands: list) -> dict:
-    """What stands in report.json but for "wall_s": shares from 0 to 1. folder: of a finished run."""
+    """Returns the content of report.json except "wall_s": shares from 0 to 1. folder: of a finished run."""
     scores = read_scores(folder)
     answers = {split: result["answers"] for split, result in scores.items()}
     return {
@@ -122,7 +122,7 @@ def summary(folder: Path, records: list[dict], next_commands: list) -> dict:
 
 
 def first_prompts(weights: Path) -> dict[str, str]:
-    """{"en": a question that the weights know, "zh": ...}, of their JSON."""
+    """Returns {"en": a question from the training of the weights, "zh": ...}, from their JSON."""
     path = weights.with_suffix(".json")
     known = read_json(path).get("prompts", {}) if path.is_file() else {}
     usual = {"en": "What is in the picture?", "zh": "图片里有什么？"}
@@ -130,7 +130,7 @@ def first_prompts(weights: Path) -> dict[str, str]:
 
 
 def file_size(path: Path) -> str:
-    """In MB, or "" where there is none."""
+    """Returns the size of a file in MB, or "" if there is none."""
     return f"{path.stat().st_size / 1e6:.1f} MB" if path.is_file() else ""
 
 
@@ -139,7 +139,7 @@ def percent(value: float | None) -> str:
 
 
 def cells(folder: Path) -> dict:
-    """{kind: {split: {language: (share, share with shuffled pictures)}}}, and "all" for all kinds, at the end."""
+    """Returns {kind: {split: {language: (share, share with shuffled pictures)}}}; the last kind is "all"."""
     answers = {split: scores["answers"] for split, scores in read_scores(folder).items()}
     kinds = sorted({answer["kind"] for given in answers.values() for answer in given})
     shares_of = {}
@@ -154,7 +154,7 @@ def cells(folder: Path) -> dict:
 
 
 def table(folder: Path) -> str:
-    """Exact match by kind and language on all splits, beside shuffled pictures; three fit a terminal of 80 columns."""
+    """Formats exact match by kind and language, next to that with shuffled pictures; three splits fit 80 columns."""
     rows, titles = cells(folder), WORDS["en"]["splits"]
     splits = list(rows["all"])
     lines = [
@@ -176,7 +176,7 @@ def table(folder: Path) -> str:
 
 
 def choose(answers: list[dict], per_group: int, seed: str, groups=("kind", "language")) -> list[dict]:
-    """So many answers by chance of each kind and language, in this order; always the same ones."""
+    """Picks so many answers of each kind and language at random, in this order; the same ones on every call."""
     by_group = {}
     for answer in answers:
         by_group.setdefault(tuple(answer[key] for key in groups), []).append(answer)
@@ -185,7 +185,7 @@ def choose(answers: list[dict], per_group: int, seed: str, groups=("kind", "lang
 
 
 def some(answers: list[dict], count: int, seed: str) -> list[dict]:
-    """So many answers by chance, from as many kinds as possible."""
+    """Picks so many answers at random, from as many kinds as possible."""
     rng = random.Random(seed)
     by_kind = {}
     for answer in rng.sample(answers, len(answers)):
@@ -199,12 +199,12 @@ def plain(question: str) -> str:
 
 
 def examples(folder: Path, count: int = 5) -> str:
-    """A few questions and answers of all splits for a terminal."""
+    """Formats a few questions and answers of all splits for a terminal."""
     lines, scores = [], read_scores(folder)
     for i, (split, result) in enumerate(scores.items()):
         many = (count - len(lines)) // (len(scores) - i)
         for answer in some(result["answers"], many, split):
-            verdict = "right" if answer["right"] else f"wrong, it is: {answer['references'][0]}"
+            verdict = "right" if answer["right"] else f"wrong, expected: {answer['references'][0]}"
             asked = textwrap.fill(f"[{', '.join(answer['images'])}] {plain(answer['question'])}", WIDTH)
             answered = textwrap.fill(f"{answer['answer']}  ({verdict})", WIDTH - 2)
             lines.append(f"{asked}\n{textwrap.indent(answered, '  ')}")
@@ -213,15 +213,16 @@ def examples(folder: Path, count: int = 5) -> str:
 
 # ---------------------------------------------------------------------------- curves
 
-COLOURS = {"accent": "#0000ff", "second": "#ffa500", "line": "#c0c0c0", "soft": "#808080"}  # the page's: matplotlib's
+COLOURS = {"accent": "#0000ff", "second": "#ffa500", "line": "#c0c0c0", "soft": "#808080"}  # of the page: of matplotlib
 
 
 def curve(lines: list[dict], label: str) -> Markup:
-    """The losses of a metrics file as inline SVG in the colours of the page, light or dark. label: what it shows."""
-    import matplotlib  # here: it takes half a second, and only the page needs it
+    """Draws the losses of a metrics file as inline SVG in the colours of the page, light or dark. label: for readers
+    who cannot see it."""
+    import matplotlib  # imported here: it takes half a second, and only the page needs it
     from matplotlib.figure import Figure
 
-    # Text in the fonts of the page, the same names of parts on every call, every step a point.
+    # Text uses the fonts of the page, ids are the same on every call, and every step is a point.
     settings = {"svg.fonttype": "none", "svg.hashsalt": "report", "path.simplify": False}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(7.2, 3.6), layout="constrained", facecolor="none")
@@ -243,7 +244,7 @@ def curve(lines: list[dict], label: str) -> Markup:
 
 
 def curves(folder: Path, suffix: str, words: dict) -> list[tuple[str, str, Markup]]:
-    """(title, last losses, SVG) of each stage that has any. suffix: of its files' names; words: of a language."""
+    """Returns (title, last losses, SVG) of each stage with losses. suffix: of its files; words: texts of a language."""
     drawn = []
     for stage, title in words["stages"].items():
         lines = read_metrics(folder / f"{stage}{suffix}.metrics.jsonl")
@@ -258,7 +259,7 @@ def curves(folder: Path, suffix: str, words: dict) -> list[tuple[str, str, Marku
 
 
 def run_values(folder: Path, report: dict, words: dict, language: str) -> dict:
-    """What the page of any recipe shows of its run, for the template."""
+    """Returns the values for the template that the pages of all recipes share."""
     weights, parameters = Path(report["weights"]), report["parameters"]
     whole, memory = duration(report["wall_s"]), gigabytes(report["peak_gb"])
     other = next(each for each in LANGUAGES if each != language)
@@ -298,7 +299,7 @@ def run_values(folder: Path, report: dict, words: dict, language: str) -> dict:
 
 
 def page(folder: Path, language: str = "en") -> str:
-    """The whole page, of the files of a finished run: report.json, val.json and the other splits, metrics, pictures."""
+    """Renders the page from the files of a finished run: report.json, val.json and other splits, metrics, pictures."""
     report = read_json(folder / "report.json")
     answers = {split: scores["answers"] for split, scores in read_scores(folder).items()}
     wrong = {split: [answer for answer in given if not answer["right"]] for split, given in answers.items()}
@@ -323,7 +324,7 @@ def page(folder: Path, language: str = "en") -> str:
 
 
 def write_pages(folder: Path) -> list[Path]:
-    """The page in each language, as files beside report.json."""
+    """Writes the page in each language next to report.json, and returns the paths."""
     for language, name in PAGES.items():
         write_text(folder / name, page(folder, language))
     return [folder / name for name in PAGES.values()]
@@ -336,9 +337,9 @@ def main(argv=None):
     )
     folder = parser.parse_args(argv).out_dir
     if not (folder / "report.json").is_file():
-        raise SystemExit(f"error: --out_dir {folder}: no report.json there. To make one: python -m scripts.quickstart")
-    if "questions" not in read_json(folder / "report.json"):  # one about photos, which scripts.from_photos writes anew
-        raise SystemExit(f"error: --out_dir {folder} is not of a quickstart: start what made it again, and it is done")
+        raise SystemExit(f"error: --out_dir {folder} has no report.json. To create one: python -m scripts.quickstart")
+    if "questions" not in read_json(folder / "report.json"):  # one about photos; scripts.from_photos writes it again
+        raise SystemExit(f"error: --out_dir {folder} is not from a quickstart: run the command that created it again")
     written = write_pages(folder)
     print(table(folder))
     print(f"\nwritten: {' and '.join(map(str, written))}")

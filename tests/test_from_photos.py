@@ -109,12 +109,12 @@ def test_a_second_start_runs_nothing_and_other_flags_are_refused(finished, photo
     assert again["steps"] == first["steps"] and "What to try next" in printed
     assert re.search(r"English, CIDEr +\d\.\d{3} +\d\.\d{3}\n", printed)
     assert max(map(len, printed.splitlines())) <= 80 + len(str(folder))
-    with pytest.raises(SystemExit, match="holds a run with other settings. Its step 'photos' was"):
+    with pytest.raises(SystemExit, match="contains a run with other settings. Its step 'photos' was"):
         from_photos.main([*flags_of(photos, folder), "--prompt", "What?"])
 
 
 def test_the_report_of_a_quickstart_is_not_written_over_it(finished):
-    with pytest.raises(SystemExit, match="is not of a quickstart: start what made it again"):
+    with pytest.raises(SystemExit, match="is not from a quickstart: run the command that created it"):
         quickstart_report.main(["--out_dir", str(finished[0])])
 
 

@@ -93,7 +93,7 @@ def test_a_step_that_fails_is_named_with_its_command_and_a_second_start_tries_it
     mended, log = tmp_path / "mended", tmp_path / "log"
     code = f"import pathlib, sys; sys.exit(0 if pathlib.Path({str(mended)!r}).exists() else 7)"
     two = [python("one", note(log, "1")), python("two", code)]
-    message = r"step 2, 'two', ended with status 7\. .*\n\$ python -c .*\nWhen it is mended, go on with\n\$ type this"
+    message = r"step 2, 'two', ended with status 7\. .*\n\$ python -c .*\nWhen .* fixed, resume with\n\$ type this"
     with pytest.raises(ValueError, match=message):
         run_steps(two, tmp_path, "type this")
     assert [record["status"] for record in read_records(tmp_path)] == ["done", "failed"]
@@ -103,7 +103,7 @@ def test_a_step_that_fails_is_named_with_its_command_and_a_second_start_tries_it
 
 
 def test_a_step_that_is_killed_says_so(tmp_path):
-    with pytest.raises(ValueError, match="'one', was killed by SIGKILL, perhaps for want of memory"):
+    with pytest.raises(ValueError, match="'one', was killed by SIGKILL, perhaps because memory ran out"):
         run_steps([python("one", "import os; os.kill(os.getpid(), 9)")], tmp_path, "again")
 
 
@@ -128,7 +128,7 @@ def test_other_settings_are_refused_and_restart_begins_anew(tmp_path):
     open_folder(folder, restart=False)
     run_steps([python("one", note(log, "1"))], folder, "again")
     other = [python("one", note(log, "other"))]
-    with pytest.raises(ValueError, match=r"other settings. Its step 'one' was\n\$ python(.*\n)+.*or .* --restart"):
+    with pytest.raises(ValueError, match=r"other settings. Its step 'one' was\n\$ python(.*\n)+.*delete .* --restart"):
         run_steps(other, folder, "again")
     open_folder(folder, restart=True)
     run_steps(other, folder, "again")
@@ -138,7 +138,7 @@ def test_other_settings_are_refused_and_restart_begins_anew(tmp_path):
 def test_files_of_somebody_else_are_never_removed(tmp_path):
     (tmp_path / "thesis.txt").touch()
     for restart in (False, True):
-        with pytest.raises(ValueError, match="--out_dir .* holds other files"):
+        with pytest.raises(ValueError, match="--out_dir .* contains files that are not from a run"):
             open_folder(tmp_path, restart)
     with pytest.raises(ValueError, match="--work_dir .*thesis.txt is a file"):
         open_folder(tmp_path / "thesis.txt", False, flag="--work_dir")
@@ -391,7 +391,7 @@ def test_a_folder_that_is_no_bundle_is_refused(bundle, tmp_path):
     (other / "llm_64.pth").rename(other / "llm.pth")
     with pytest.raises(SystemExit, match=r"0 llm_{hidden}\.pth, expected 1(.|\n)*quickstart --from_zero"):
         quickstart.main(["--out_dir", str(tmp_path / "out"), "--bundle", str(other)])
-    with pytest.raises(SystemExit, match=r"no tokenizer\.json there(.|\n)*--from_zero"):
+    with pytest.raises(SystemExit, match=r"has no tokenizer\.json(.|\n)*--from_zero"):
         quickstart.main(["--out_dir", str(tmp_path / "out"), "--bundle", str(tmp_path)])
     assert not (tmp_path / "out").exists()
 

@@ -144,7 +144,7 @@ def test_a_third_split_is_in_the_table_the_examples_the_figures_and_the_page(wit
     assert result["questions"] == {"val": 7, "val_wording": 4, "val_new": 1}
     for language, caption, tile in (
         ("en", "val_wording: new wordings", "right in new wordings"),
-        ("zh", "val_wording: 新的问法", "新问法答对"),
+        ("zh", "val_wording: 新的问法", "新问法正确率"),
     ):
         text = Page(report.page(with_wordings, language)).text
         assert caption in text and text[text.index(tile) - 1] == "25%" and "怎么问？" in text
@@ -214,12 +214,12 @@ def test_the_chinese_page_speaks_chinese_but_for_names_and_commands(folder):
     page = Page(report.page(folder, "zh"))
     for text in ("它真的在看图吗？", "颜色", "比较", "同一个问题，换一张图片", "语言模型", "就一张图片提问"):
         assert text in page.text
-    for text in ("Does it look?", "colour", "wrong", "in all", "training", "ask about a picture"):
+    for text in ("Does it look?", "colour", "wrong", "total", "training", "ask about a picture"):
         assert text not in page.text
-    assert "8 个回答中有 3 个答错，其中一些：" in page.text
+    assert "8 个回答中有 3 个答错，下面是其中一部分：" in page.text
     labels = [found["aria-label"] for found in page.find("svg")]
     assert labels == [
-        f"{stage}：损失随步数的变化，最后训练 2.000, 验证 2.125" for stage in ("阶段一：学会看", "阶段二：学会回答")
+        f"{stage}：损失随步数的变化，最后训练 2.000, 验证 2.125" for stage in ("阶段一：学习看图", "阶段二：学习回答")
     ]
     assert all(image["alt"].startswith("绘制的场景 ") for image in page.find("img"))
 
@@ -276,7 +276,7 @@ def test_both_curves_are_drawn_with_training_and_validation(folder):
     page = Page(report.page(folder))
     labels = [found["aria-label"] for found in page.find("svg")]
     assert labels == [
-        f"Stage {stage}: loss against step, at the end training 2.000, validation 2.125"
+        f"Stage {stage}: loss by step, at the end training 2.000, validation 2.125"
         for stage in ("1: learn to see", "2: learn to answer")
     ]
     drawn = [path for path in page.find("path") if "stroke: var(--accent)" in path["style"]]
@@ -323,5 +323,5 @@ def test_the_page_can_be_made_anew_from_the_files(folder, tmp_path, capsys):
     for language, name in (("en", "report.html"), ("zh", "report_zh.html")):
         assert (folder / name).read_text(encoding="utf-8") == report.page(folder, language)
     assert "colour" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no report.json there. To make one: python -m scripts.quickstart"):
+    with pytest.raises(SystemExit, match="has no report.json. To create one: python -m scripts.quickstart"):
         report.main(["--out_dir", str(tmp_path / "nowhere")])

@@ -1,25 +1,25 @@
-"""From nothing to a model that describes photos like yours: any data set of pictures with captions, on a laptop.
+"""Train a model from scratch that describes photos like yours: any data set of pictures with captions, on a laptop.
 
     python -m scripts.from_photos --data_path captions.csv --images_path photos
     python -m scripts.from_photos --data_path rows.parquet --device auto
     python -m scripts.from_photos --help
 
-Nothing is downloaded and nothing is pretrained: it trains a tokenizer, a picture encoder, a decoder and what connects
-them, and scores the result on photos that none of these has seen. Every command is shown before it runs. Stop with
-Ctrl-C; run the same command again to resume. In out/photos/ you find, at the end,
+Nothing is downloaded and nothing is pretrained: it trains a tokenizer, a picture encoder, a decoder and the projector
+between them, and scores the result on photos that none of these has seen. Every command is shown before it runs. Stop
+with Ctrl-C; run the same command again to resume. At the end, out/photos/ holds
 
     report.html, report_zh.html    scores, curves, twenty photos; report.json
     sft_vlm_192.pth                the model
     steps.json                     each command with its time and memory
 """
 
-if __spec__ is None or __spec__.name == "__main__":  # started by its path, from where Python finds no other folder
+if __spec__ is None or __spec__.name == "__main__":  # started by its path: Python would not find the other folders
     raise SystemExit("type -m scripts.from_photos instead of scripts/from_photos")
 
 from common.start import begin
 
 if __name__ == "__main__":
-    begin()  # Ctrl-C or a missing package is one sentence from here on
+    begin()  # from here on Ctrl-C or a missing package prints one line, not a traceback
 
 import time
 from pathlib import Path
@@ -44,27 +44,27 @@ from scripts.quickstart.steps import (
 )
 
 HIDDEN_SIZE = 192  # of encoder and decoder
-SEEN = 360_000  # pictures that the encoder is to see, the same ones again and again where there are fewer
-EPOCHS = 100  # of the encoder at most: after that it has learned them by heart
+SEEN = 360_000  # pictures that the encoder sees in training; if there are fewer, it sees them repeatedly
+EPOCHS = 100  # at most for the encoder: after that it has memorized them
 
 
 def split_step(out: Path, args) -> Step:
-    """The first command, which says how many pictures there are."""
+    """Returns the first step, whose result says how many pictures there are."""
     command = ["python", "-m", "dataset.split", "--data_path", *args.data_path, "--out_dir", out / "data"]
     for flag in ("images_path", "val_path", "refs_path", "prompt", "allow_urls"):
         value = getattr(args, flag)
         if value:
             command += [f"--{flag}", *([] if value is True else value if isinstance(value, list) else [value])]
-    return Step("photos", "make them small, and hold some of them out", command, makes=out / "data")
+    return Step("photos", "shrink the photos, and hold some of them out", command, makes=out / "data")
 
 
 def encoder_size(pictures: int) -> tuple[int, int]:
-    """(epochs, pictures in a batch) for the encoder. A batch is large, but there are 20 of them in an epoch."""
+    """Returns (epochs, pictures per batch) for the encoder: large batches, but about 20 or more of them per epoch."""
     return max(1, min(EPOCHS, SEEN // pictures)), min(max(pictures // 20, 16), 128, pictures)
 
 
 def recipe(out: Path, pictures: int, device: str = "cpu", dtype: str = "auto") -> list[Step]:
-    """The other commands. pictures: how many there are to train on; dtype: in which the encoder computes."""
+    """Returns the other steps. pictures: how many there are to train on; dtype: precision of the encoder's training."""
     data, tokenizer, clip = out / "data", out / "tokenizer", out / "clip"
     epochs, batch = encoder_size(pictures)
     rows = ["--data_path", data / "train.jsonl", "--val_path", data / "val.jsonl"]
@@ -77,7 +77,7 @@ def recipe(out: Path, pictures: int, device: str = "cpu", dtype: str = "auto") -
     caching = ["--cache_features", out / "features", "--batch_size", 16 // PROCESSES]
     # fmt: off
     return [
-        Step("tokenizer", "learn which letters make a token", [
+        Step("tokenizer", "learn which letters form a token", [
             "python", "-m", "scripts.train_tokenizer", "--data_path", data / "train.jsonl", "--out_dir", tokenizer,
         ], makes=tokenizer),
         Step("encoder", "learn to see: which caption belongs to which photo?", [
@@ -87,17 +87,17 @@ def recipe(out: Path, pictures: int, device: str = "cpu", dtype: str = "auto") -
             "--muon_learning_rate", 5e-3, "--weight_decay", 0.5, "--mask_ratio", 0.5, "--min_scale", 0.5, "--flip",
             "--device", device, "--dtype", dtype,
         ], makes=clip),
-        Step("decoder", "learn to talk: all captions, without the photos", [
+        Step("decoder", "learn to talk, from all captions without the photos", [
             *train, "-m", "scripts.train_llm", *model, *training, "--num_hidden_layers", 4,
             "--batch_size", 32 // PROCESSES,
         ], resumable=True),
-        Step("stage 1", "the projector learns to put photos into the decoder's words", [
+        Step("stage 1", "the projector learns to translate photos for the decoder", [
             *train, "train_pretrain_vlm.py", *seeing, *images, *training, *caching, "--trainable", "all",
         ], resumable=True),
         Step("stage 2", "the whole model learns to answer", [
             *train, "train_sft_vlm.py", *seeing, *images, *training, *caching,
         ], resumable=True),
-        Step("scores", "describe the held-out photos; then with photos that do not belong to the captions", [
+        Step("scores", "describe the held-out photos; then again with shuffled photos", [
             "python", "eval_vlm.py", *seeing, *images, "--data_path", data / "val.jsonl",
             "--refs_path", data / "val_refs.json", "--max_new_tokens", 40, "--batch_size", 64, "--num_workers", 0,
             "--device", device, "--output", out / "val.json",
@@ -107,7 +107,7 @@ def recipe(out: Path, pictures: int, device: str = "cpu", dtype: str = "auto") -
 
 
 def next_commands(weights: Path) -> list[tuple[str, list[str]]]:
-    """Things to try: (what for, command)."""
+    """Returns commands to try next: (purpose, command)."""
     return [
         ("ask about a photo", ["python", "eval_vlm.py", "--weights", str(weights), "--image", "photo.jpg", "--greedy"]),
         ("talk about photos in the browser", ["python", "web_demo_vlm.py", "--weights", str(weights)]),
@@ -118,16 +118,16 @@ def parse_args(argv):
     parser = Parser(__file__, __doc__)
     add_captions_arguments(parser)
     add = parser.start.add_argument
-    add("--out_dir", type=Path, default=Path("out/photos"), help="all files go there")
+    add("--out_dir", type=Path, default=Path("out/photos"), help="folder for all files")
     add_device_argument(parser)
-    precision = "of the encoder's training; bfloat16: less time on a CPU with AMX"
+    precision = "precision of the encoder's training; bfloat16 takes less time on a CPU with AMX"
     add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help=precision)
-    add("--restart", action="store_true", help="remove OUT_DIR with all that is in it and begin anew")
+    add("--restart", action="store_true", help="delete OUT_DIR and everything in it, and start over")
     return parser.parse_args(argv)
 
 
 def from_photos(args, again: str) -> dict:
-    """Runs what is not done yet, writes and shows the report, and returns it."""
+    """Runs the steps that are not done yet, writes and prints the report, and returns it."""
     started, device, out = time.perf_counter(), resolve(args.device), args.out_dir
     first = split_step(out, args)
     with only_one(out, "--out_dir"):
@@ -141,7 +141,7 @@ def from_photos(args, again: str) -> dict:
     result = report.summary(out, records, next_commands(weights))
     english, chinese = finish(result, out, earlier + time.perf_counter() - started, report.write_pages)
     print("\n" + report.table(result))
-    print(f"\n{duration(result['wall_s'])} in all, {gigabytes(result['peak_gb'])} of memory at most")
+    print(f"\n{duration(result['wall_s'])} in total, at most {gigabytes(result['peak_gb'])} of memory")
     print(f"the report, with photos and curves: {english}\n中文报告（含照片和曲线）：{chinese}")
     print_next(result)
     return result

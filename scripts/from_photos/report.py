@@ -1,6 +1,6 @@
-"""What a run of `scripts.from_photos` tells: report.json, a table for the terminal, and a page for the browser.
+"""The report of `scripts.from_photos`: report.json, a table for the terminal, and a page for the browser.
 
-As that of the quickstart (scripts/report.py), with scores of captions in place of right answers.
+It is like that of the quickstart (scripts/report.py), with scores of captions in place of right answers.
 """
 
 import json
@@ -14,18 +14,18 @@ from scripts.report import PAGES, run_summary, run_values
 from scripts.templates import render
 
 METRICS = {"cider": "{:.3f}", "bleu": "{:.1f}", "loss": "{:.3f}"}
-SHOWN = 20  # photos with their captions, drawn by chance
+SHOWN = 20  # photos on the page, picked at random
 
 
 def count_photos(folder: Path) -> dict[str, int]:
-    """{"train", "val": photos, "captions": to train on}."""
+    """Counts {"train": photos, "val": photos, "captions": those to train on}. folder: of a run that has its data."""
     lines = {split: (folder / f"data/{split}.jsonl").read_text("utf-8").splitlines() for split in ("train", "val")}
     photos = {split: len({json.loads(line)["image"] for line in each}) for split, each in lines.items()}
     return photos | {"captions": len(lines["train"])}
 
 
 def summary(folder: Path, records: list[dict], next_commands: list) -> dict:
-    """What stands in report.json but for "wall_s". folder: of a finished run."""
+    """Returns the content of report.json except "wall_s". folder: of a finished run."""
     scores = read_json(folder / "val.json")
     return {
         **run_summary(records, scores, next_commands),
@@ -35,7 +35,7 @@ def summary(folder: Path, records: list[dict], next_commands: list) -> dict:
 
 
 def score_rows(result: dict, words: dict) -> list[list[str]]:
-    """A row for each language and metric: [name, with true photos, with shuffled ones]."""
+    """Returns a row for each language and metric: [name, with true photos, with shuffled ones]."""
     return [
         [
             f"{words['languages'][language]}, {words['metrics'][metric]}",
@@ -48,14 +48,14 @@ def score_rows(result: dict, words: dict) -> list[list[str]]:
 
 
 def table(result: dict) -> str:
-    """The scores, for a terminal."""
+    """Formats the scores for a terminal."""
     words = WORDS["en"]
     rows = [[words["score"], words["true"], words["shuffled"]], *score_rows(result, words)]
     return "\n".join(f"{name:34}{true:>15}{shuffled:>12}" for name, true, shuffled in rows)
 
 
 def draw(answers: list[dict]) -> list[list[dict]]:
-    """Photos by chance, the same ones on every call: of each its answers, one for each language."""
+    """Picks photos at random, the same ones on every call. Returns the answers of each, one per language."""
     by_photo = {}
     for answer in answers:
         by_photo.setdefault(answer["images"][0], []).append(answer)
@@ -64,7 +64,7 @@ def draw(answers: list[dict]) -> list[list[dict]]:
 
 
 def page(folder: Path, language: str) -> str:
-    """The whole page, of the files of a finished run: report.json, val.json, metrics, photos."""
+    """Renders the whole page from the files of a finished run: report.json, val.json, metrics, photos."""
     result, words = read_json(folder / "report.json"), WORDS[language]
     return render(
         "photos.html",
@@ -75,7 +75,7 @@ def page(folder: Path, language: str) -> str:
 
 
 def write_pages(folder: Path) -> list[Path]:
-    """The page in each language, as files beside report.json."""
+    """Writes the page in each language next to report.json, and returns the paths."""
     for language, name in PAGES.items():
         write_text(folder / name, page(folder, language))
     return [folder / name for name in PAGES.values()]

@@ -1,13 +1,13 @@
-"""From nothing to a model that looks at pictures and talks about them in English and Chinese, in minutes, on a laptop.
+"""Train a small model that answers questions about pictures in English and Chinese, in minutes, on a laptop.
 
     python -m scripts.quickstart                                   # no GPU, no download
     python -m scripts.quickstart --from_zero --out_dir out/zero    # also train tokenizer, encoder and LLM first
-    python -m scripts.quickstart --device auto                     # on the GPU, if there is one
+    python -m scripts.quickstart --device auto                     # on a GPU, if there is one
     python -m scripts.quickstart --help
 
-It draws scenes (dataset/scenes.py), teaches the language model of the bundle to see (train_pretrain_vlm.py,
-train_sft_vlm.py), and scores it (eval_vlm.py). Every command is shown before it runs, so that you can do the same with
-your own pictures. Ctrl-C and a second start go on where it was. In out/quickstart/ you find, at the end,
+It draws scenes (dataset/scenes.py), trains the language model of the bundle on them (train_pretrain_vlm.py,
+train_sft_vlm.py), and scores the result (eval_vlm.py). Every command is shown before it runs, so that you can do the
+same with your own pictures. Stop with Ctrl-C; run the same command again to resume. At the end, out/quickstart/ holds
 
     report.html, report_zh.html    what it can and cannot do; report.json
     chat.html                      the model as a page, to ask it in a browser
@@ -15,13 +15,13 @@ your own pictures. Ctrl-C and a second start go on where it was. In out/quicksta
     steps.json                     each command with its time and memory
 """
 
-if __spec__ is None or __spec__.name == "__main__":  # started by its path, from where Python finds no other folder
+if __spec__ is None or __spec__.name == "__main__":  # started by its path: Python would not find the other folders
     raise SystemExit("type -m scripts.quickstart instead of scripts/quickstart")
 
 from common.start import begin
 
 if __name__ == "__main__":
-    begin()  # Ctrl-C or a missing package is one sentence from here on
+    begin()  # from here on Ctrl-C or a missing package prints one line, not a traceback
 
 import re
 import time
@@ -47,7 +47,7 @@ from scripts.quickstart.steps import (
 
 
 def recipe(out: Path, llm: Path, model: list, device: str = "cpu") -> list[Step]:
-    """The commands. llm: the weights to start from; model: the flags that name the model."""
+    """Returns the commands. llm: the weights to start from; model: the flags that name the model."""
     captions, data = out / "captions", out / "data"
 
     def rows(folder):
@@ -69,7 +69,7 @@ def recipe(out: Path, llm: Path, model: list, device: str = "cpu") -> list[Step]
             "python", "-m", "dataset.scenes", "--out_dir", data, "--scenes", 10000, "--val_scenes", 75,
             "--image_size", 72,
         ], makes=data),
-        Step("stage 1", "the projector learns to put pictures into the language model's words", [
+        Step("stage 1", "the projector learns to translate pictures for the language model", [
             *train, "train_pretrain_vlm.py", *model, *rows(captions), "--from_weight", llm, *training,
             "--learning_rate", 2e-3, "--projector_learning_rate", 4e-3,
         ], resumable=True),
@@ -77,7 +77,7 @@ def recipe(out: Path, llm: Path, model: list, device: str = "cpu") -> list[Step]
             *train, "train_sft_vlm.py", *model, *rows(data), *training,
             "--learning_rate", 3e-3, "--projector_learning_rate", 2e-3, "--weight_decay", 0.5,
         ], resumable=True),
-        Step("score val", "questions about other scenes; then with pictures that do not belong to them", [
+        Step("score val", "questions about other scenes; then again with shuffled pictures", [
             "python", "eval_vlm.py", *model, "--data_path", data / "val.jsonl", *scoring,
             "--output", out / "val.json",
         ]),
@@ -97,11 +97,11 @@ def recipe(out: Path, llm: Path, model: list, device: str = "cpu") -> list[Step]
 
 
 def find_llm(bundle: Path) -> tuple[Path, int]:
-    """The language model of a bundle and its hidden_size, which its name tells."""
+    """Returns the language model of a bundle, and its hidden_size from the file name. Raises FileNotFoundError."""
     again = "python -m scripts.quickstart --from_zero"
     missing = [name for name in ("tokenizer.json", "clip/config.json") if not (bundle / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"--bundle {bundle}: no {missing[0]} there. To make all from nothing:\n$ {again}")
+        raise FileNotFoundError(f"--bundle {bundle} has no {missing[0]}. To train all of it from scratch:\n$ {again}")
     matches = [(path, re.fullmatch(r"llm_(\d+)\.pth", path.name)) for path in sorted(bundle.glob("llm_*.pth"))]
     models = [(path, int(match[1])) for path, match in matches if match]
     if len(models) != 1:
@@ -111,23 +111,23 @@ def find_llm(bundle: Path) -> tuple[Path, int]:
 
 
 def next_commands(out: Path, weights: Path, args) -> list[tuple[str, list[str]]]:
-    """Things to try: (what for, command)."""
+    """Returns commands to try next: (purpose, command)."""
     picture = out / "data/images/val_00000.jpg"
     ask = ["python", "eval_vlm.py", "--weights", weights, "--image", picture]
     ask += ["--prompt", report.first_prompts(weights)["en"], "--greedy"]
     look = ["python", "-m", "scripts.inspect_data", "rows.jsonl", "--images_path", "pictures", "--from_weight", weights]
     public = ["python", "-m", "scripts.download", "--what", "clip", "vlm"]
     if not args.from_zero:
-        more = "train tokenizer, encoder and language model too, from nothing", ["--from_zero", "--out_dir", "out/zero"]
+        more = "train tokenizer, encoder and language model from scratch too", ["--from_zero", "--out_dir", "out/zero"]
     elif not args.use_moe:
         more = "the same with a mixture of experts", ["--from_zero", "--use_moe", "--out_dir", "out/zero_moe"]
     else:
         more = "the same without experts", ["--from_zero", "--out_dir", "out/zero"]
     commands = [
         ("ask about a picture", ask),
-        ("look at your own rows and pictures: it ends with the command to train on them", look),
+        ("inspect your own rows and pictures; the last line is the command to train on them", look),
         (more[0], ["python", "-m", "scripts.quickstart", *more[1]]),
-        ("this model can learn shapes and their words; photos need the 26M weights", public),
+        ("this model only learns shapes and words for them; photos need the 26M weights", public),
     ]
     return [(what, [str(part) for part in command]) for what, command in commands]
 
@@ -135,21 +135,21 @@ def next_commands(out: Path, weights: Path, args) -> list[tuple[str, list[str]]]
 def parse_args(argv):
     parser = Parser(__file__, __doc__)
     add = parser.start.add_argument
-    add("--out_dir", type=Path, default=Path("out/quickstart"), help="all files go there")
-    add("--bundle", type=Path, metavar="DIR", help="tokenizer, encoder and LLM; default: model/tiny")
-    add("--from_zero", action="store_true", help="train these three first, in OUT_DIR/tiny; an hour in all")
-    add("--use_moe", **SWITCH, help="make the language model a mixture of experts, which start as copies")
+    add("--out_dir", type=Path, default=Path("out/quickstart"), help="folder for all files")
+    add("--bundle", type=Path, metavar="DIR", help="folder of tokenizer, encoder and LLM; default: model/tiny")
+    add("--from_zero", action="store_true", help="train these three first, in OUT_DIR/tiny; takes an hour in total")
+    add("--use_moe", **SWITCH, help="turn the language model into a mixture of experts, which start as copies")
     add_device_argument(parser)
-    add("--restart", action="store_true", help="remove OUT_DIR with all that is in it and begin anew")
+    add("--restart", action="store_true", help="delete OUT_DIR and everything in it, and start over")
     args = parser.parse_args(argv)
     if args.from_zero and args.bundle:
-        parser.error("--bundle: --from_zero trains one of its own; leave one of the two out")
+        parser.error("--bundle: --from_zero trains its own bundle; leave out one of the two")
     args.bundle = args.bundle or Path("model/tiny")
     return args
 
 
 def quickstart(args, again: str) -> dict:
-    """Runs what is not done yet, writes and shows the report, and returns it."""
+    """Runs the steps that are not done yet, writes and prints the report, and returns it."""
     started = time.perf_counter()
     device, out, moe = resolve(args.device), args.out_dir, "_moe" if args.use_moe else ""
     steps, bundle = [], args.bundle
@@ -171,9 +171,9 @@ def quickstart(args, again: str) -> dict:
     english, chinese = finish(result, out, earlier + time.perf_counter() - started, report.write_pages)
     print("\n" + report.table(out))
     print("\n" + report.examples(out))
-    print(f"\n{duration(result['wall_s'])} in all, {gigabytes(result['peak_gb'])} of memory at most")
+    print(f"\n{duration(result['wall_s'])} in total, at most {gigabytes(result['peak_gb'])} of memory")
     print(f"the report, with pictures and curves: {english}\n中文报告（含图片和曲线）：{chinese}")
-    print(f"the model in one page, to ask it about your pictures: {out / PAGE}")
+    print(f"the model as a page, for questions about your own pictures: {out / PAGE}")
     print_next(result)
     return result
 

@@ -1,15 +1,15 @@
-"""What the report of a quickstart says, in English and Chinese; used by scripts/report.py."""
+"""The texts of the quickstart's report in English and Chinese, for scripts/report.py."""
 
-PAGE = "chat.html"  # the model itself, beside the report
+PAGE = "chat.html"  # the model as a page, next to the report
 
 WORDS = {
     "en": {
         "other": "中文",
         "title": "MiniMind-V quickstart",
-        "intro": "A vision-language model of {size:.1f} million parameters, taught to see on this computer in {time}. "
-        "Here is what it can do, and what it cannot.",
-        "ask": "Ask it yourself: {page}, one file of {size} with the model in it. It answers in any browser, without a "
-        "network; send it to a friend.",
+        "intro": "A vision-language model of {size:.1f} million parameters, trained on this computer in {time}. "
+        "This report shows what it can do and what it cannot.",
+        "ask": "Try it yourself: {page} is one file of {size} that contains the model. It answers in any browser, "
+        "offline; you can send it to a friend.",
         "splits": {"val": "new scenes", "val_wording": "new wordings", "val_new": "new combinations"},
         "languages": {"en": "English", "zh": "Chinese"},
         "kinds": {},
@@ -20,12 +20,12 @@ WORDS = {
             "val_new": "right about new combinations",
         },
         "right shuffled": "right with shuffled pictures",
-        "whole": "in all, with {memory} of memory at most",
-        "memory": "memory at most",
+        "whole": "in total, with at most {memory} of memory",
+        "memory": "peak memory",
         "look": "Does it look?",
-        "look about": "An answer is right when it is exactly the expected one. With shuffled pictures the same model "
-        "gets the same questions about somebody else's picture: what it then gets right is guessing. New combinations "
-        "of colour, shape and place, and new wordings of questions, never occurred in training.",
+        "look about": "An answer is right only if it is exactly the expected one. With shuffled pictures the model "
+        "gets the same questions about pictures of other rows: answers that are still right are guesses. New "
+        "combinations of colour, shape and place, and new wordings of questions, never occurred in training.",
         "true": "true pictures",
         "shuffled": "shuffled",
         "kind": "kind",
@@ -36,9 +36,9 @@ WORDS = {
         "validation": "validation",
         "stages": {"pretrain_vlm": "Stage 1: learn to see", "sft_vlm": "Stage 2: learn to answer"},
         "step": "step",
-        "curve": "{title}: loss against step, at the end {last}",
+        "curve": "{title}: loss by step, at the end {last}",
         "gallery": "Questions and answers",
-        "gallery about": "Drawn by chance from each kind and language, not for being right.",
+        "gallery about": "Picked at random from each kind and language, right or wrong.",
         "wrong": "What it gets wrong",
         "some wrong": "{n:,} of {total:,} answers are wrong; some of them:",
         "none wrong": "{n:,} of {total:,} answers are wrong.",
@@ -47,8 +47,8 @@ WORDS = {
         "expected": "expected:",
         "scene": "drawn scene {name}",
         "swap": "The same question, another picture",
-        "swap about": "Drawn by chance. A model that looks answers otherwise when the picture is another; whether that "
-        "answer is right about the other picture is not judged here.",
+        "swap about": "Picked at random. A model that looks gives another answer when the picture changes. Whether "
+        "that answer is right for the other picture is not judged here.",
         "own picture": "its own picture",
         "other picture": "another picture",
         "sizes": "Sizes and times",
@@ -57,20 +57,21 @@ WORDS = {
         "time": "time",
         "commands": "the commands",
         "parameters of": "Parameters; {name} takes {size}",
-        "gone": "nothing: it is not there",
+        "gone": "nothing: the file is missing",
         "part": "part",
         "parameters": "parameters",
         "parts": {"llm": "language model", "projector": "projector", "encoder": "picture encoder"},
-        "in all": "in all",
+        "in all": "total",
         "next": "What to try next",
         "tries": {},
-        "footer": "Made by <code>python -m scripts.quickstart</code>. This page is one file and loads nothing.",
+        "footer": "Created by <code>python -m scripts.quickstart</code>. This page is one file and loads nothing else.",
     },
     "zh": {
         "other": "English",
         "title": "MiniMind-V 快速上手",
-        "intro": "参数量 {size:.1f}M 的视觉语言模型，用 {time} 在这台电脑上学会了看图。下面是它会的和不会的。",
-        "ask": "亲自问问它：打开 {page}。整个模型都在这一个文件里（{size}），"
+        "intro": "这是一个参数量 {size:.1f}M 的视觉语言模型，在这台电脑上训练用时 {time}。"
+        "下面列出它能做到的和做不到的。",
+        "ask": "想试一试，请打开 {page}。整个模型都在这一个文件里（{size}），"
         "用任何浏览器打开就能对话，无需联网，也可以直接发给朋友。",
         "splits": {"val": "新的场景", "val_wording": "新的问法", "val_new": "新的组合"},
         "languages": {"en": "英文", "zh": "中文"},
@@ -89,13 +90,13 @@ WORDS = {
             "blind": "没有图片",
             "all": "全部",
         },
-        "right": {"en": "英文答对", "zh": "中文答对", "val_wording": "新问法答对", "val_new": "新组合答对"},
-        "right shuffled": "图片打乱后答对",
-        "whole": "全程用时，内存最多 {memory}",
-        "memory": "最多占用内存",
+        "right": {"en": "英文正确率", "zh": "中文正确率", "val_wording": "新问法正确率", "val_new": "新组合正确率"},
+        "right shuffled": "图片打乱后的正确率",
+        "whole": "总用时，内存峰值 {memory}",
+        "memory": "内存峰值",
         "look": "它真的在看图吗？",
-        "look about": "回答与标准答案完全一致才算对。“打乱”是指用同样的问题问别的图片：这时还能答对的，都是猜的。"
-        "训练中从未出现过的，有颜色、形状和位置的新组合，也有问题的新问法。",
+        "look about": "回答与标准答案完全一致才算对。“打乱”是指问题不变，图片换成别的样本的：这时还能答对，只是猜中。"
+        "“新的组合”是训练中没有出现过的颜色、形状、位置搭配，“新的问法”是训练中没有出现过的提问方式。",
         "true": "真实图片",
         "shuffled": "打乱",
         "kind": "类型",
@@ -104,20 +105,20 @@ WORDS = {
         "loss": "每个答案 token 的损失（nat）：",
         "training": "训练",
         "validation": "验证",
-        "stages": {"pretrain_vlm": "阶段一：学会看", "sft_vlm": "阶段二：学会回答"},
+        "stages": {"pretrain_vlm": "阶段一：学习看图", "sft_vlm": "阶段二：学习回答"},
         "step": "步",
         "curve": "{title}：损失随步数的变化，最后{last}",
         "gallery": "问与答",
         "gallery about": "每种类型、每种语言随机抽取，不挑对错。",
-        "wrong": "答错的",
-        "some wrong": "{total:,} 个回答中有 {n:,} 个答错，其中一些：",
+        "wrong": "答错的例子",
+        "some wrong": "{total:,} 个回答中有 {n:,} 个答错，下面是其中一部分：",
         "none wrong": "{total:,} 个回答中有 {n:,} 个答错。",
         "verdicts": {"right": "对", "wrong": "错"},
         "nothing": "（没有回答）",
         "expected": "应为：",
         "scene": "绘制的场景 {name}",
         "swap": "同一个问题，换一张图片",
-        "swap about": "随机抽取。真的看图的模型，换了图片就会换回答；换图后的回答是否符合那张图片，这里不作评判。",
+        "swap about": "随机抽取。模型如果真的看图，图片一换，回答也会变。换图之后答得对不对，这里不作评判。",
         "own picture": "原来的图片",
         "other picture": "另一张图片",
         "sizes": "规模与用时",
@@ -126,7 +127,7 @@ WORDS = {
         "time": "用时",
         "commands": "所用命令",
         "parameters of": "参数量；{name} 大小为 {size}",
-        "gone": "零：文件不在了",
+        "gone": "零（文件不存在）",
         "part": "部分",
         "parameters": "参数量",
         "parts": {"llm": "语言模型", "projector": "投影层", "encoder": "图像编码器"},
@@ -134,13 +135,13 @@ WORDS = {
         "next": "接下来可以试试",
         "tries": {
             "ask about a picture": "就一张图片提问",
-            "look at your own rows and pictures: it ends with the command to train on them": "查看自己的数据和图片，"
-            "最后会给出用它们训练的命令",
-            "train tokenizer, encoder and language model too, from nothing": "分词器、编码器、语言模型也从零训练",
-            "the same with a mixture of experts": "同样的过程，换成混合专家模型",
-            "the same without experts": "同样的过程，不用专家",
-            "this model can learn shapes and their words; photos need the 26M weights": "这个模型只能学会图形和描述"
-            "它们的词；要看照片，需要 26M 的权重",
+            "inspect your own rows and pictures; the last line is the command to train on them": "检查自己的数据和"
+            "图片，最后一行就是训练命令",
+            "train tokenizer, encoder and language model from scratch too": "分词器、编码器、语言模型也从零训练",
+            "the same with a mixture of experts": "流程相同，换成混合专家模型",
+            "the same without experts": "流程相同，不用混合专家",
+            "this model only learns shapes and words for them; photos need the 26M weights": "这个模型只学图形"
+            "和描述图形的词；照片要用 26M 的权重",
         },
         "footer": "由 <code>python -m scripts.quickstart</code> 生成。这个网页是单个文件，不加载任何外部内容。",
     },

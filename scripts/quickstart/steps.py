@@ -1,8 +1,8 @@
-"""Recipes as a list of commands, one after the other: what quickstart, make_bundle and from_photos share.
+"""Recipes: lists of commands that run one after the other, as in quickstart, make_bundle and from_photos.
 
-Every command is shown as a user would type it and then run as a process of its own, so there is nothing in a recipe
-that could not be done by hand. What is done stands in folder/steps.json, with the time and memory it took: a second
-start skips it. No torch here: importing it would take seconds, and memory beside that of the steps.
+Every command is shown as a user would type it, and runs as a process of its own. Everything in a recipe can be done by
+hand. folder/steps.json records the steps that are done, with their time and memory; a second start skips them. This
+module does not import torch, which would take seconds, and memory next to that of the steps.
 """
 
 import json
@@ -25,18 +25,18 @@ from common.files import write_json
 from common.machine import physical_cores
 from common.start import BROKEN_PIPE, STEP, STOPS, set_handler
 
-PROCESSES = 2  # that train together on a CPU, each with its own batch of a step
-MAX_THREADS = 8  # of each: a large machine should not spend its time on dividing the work of a small model
-LOOKING = 0.05  # of the time goes at most to looks at the memory, each of which can take a tenth of a second
+PROCESSES = 2  # they train together on a CPU, each with its own batch of a step
+MAX_THREADS = 8  # per process: with more, dividing the work of a small model takes longer than doing it
+LOOKING = 0.05  # largest share of the time for measuring memory, which can take a tenth of a second each time
 
 
 @dataclass
 class Step:
     name: str  # "stage 1"
-    description: str  # a line for the user
-    command: list  # as it would be typed, beginning with "python" or "torchrun"
-    resumable: bool = False  # does it know --from_resume?
-    makes: Path | None = None  # if not resumable: a file or folder that must be gone before it can begin again
+    description: str  # one line for the user
+    command: list  # as a user would type it, beginning with "python" or "torchrun"
+    resumable: bool = False  # whether it has --from_resume
+    makes: Path | None = None  # if not resumable: a file or folder to delete before the step starts again
 
     def __post_init__(self):
         self.command = [str(part) for part in self.command]
@@ -46,9 +46,10 @@ class Step:
 
 
 def read_records(folder: Path) -> list[dict]:
-    """steps.json: {"name", "command", "status", "seconds", "peak_gb"} for each step that was begun, in order.
+    """Reads steps.json: {"name", "command", "status", "seconds", "peak_gb"} for each step that was started, in order.
 
-    status: "begun" (it runs, or was interrupted), "done" or "failed". seconds: of all attempts; peak_gb: of the worst.
+    status: "begun" (running or interrupted), "done" or "failed". seconds: sum over all attempts; peak_gb: maximum.
+    Raises ValueError if the file is not JSON.
     """
     path = folder / "steps.json"
     if not path.is_file():
@@ -56,19 +57,19 @@ def read_records(folder: Path) -> list[dict]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): remove it to begin anew") from None
+        raise ValueError(f"{path} is not valid JSON ({error}): remove it to start over") from None
 
 
 def open_folder(folder: Path, restart: bool, flag: str = "--out_dir") -> None:
-    """Makes the folder of a run, or finds one of an earlier start, which `restart` removes. flag: what names it.
+    """Creates the folder of a run, or accepts that of an earlier start, which `restart` empties. flag: for errors.
 
-    Raises ValueError if there are files of somebody else in it.
+    Raises ValueError if the folder contains files that are not from a run.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{flag} {folder} is a file: choose another")
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / "steps.json").is_file():
-            raise ValueError(f"{flag} {folder} holds other files, which would get mixed up: choose another folder")
+            raise ValueError(f"{flag} {folder} contains files that are not from a run: choose another folder")
         if restart:
             shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,15 +79,15 @@ def open_folder(folder: Path, restart: bool, flag: str = "--out_dir") -> None:
 
 
 def add_device_argument(parser) -> None:
-    usage = "cpu, with which all figures were measured; cuda, mps, auto: one process on that device"
+    usage = "cpu: the figures in the docs were measured on it; cuda, mps, auto: one process on that device"
     parser.start.add_argument("--device", choices=["cpu", "cuda", "mps", "auto"], default="cpu", help=usage)
 
 
 def resolve(device: str) -> str:
-    """cpu, cuda or mps. Raises ValueError if it is not there."""
+    """Returns cpu, cuda or mps. Raises ValueError if the device is not available."""
     if device == "cpu":
         return device
-    from common.devices import pick_device  # only now, as it imports PyTorch
+    from common.devices import pick_device  # imported here, as it imports PyTorch
 
     kind = pick_device(device).type
     print(f"--device {device}: everything is computed on {kind}")
@@ -94,9 +95,10 @@ def resolve(device: str) -> str:
 
 
 def launcher(device: str) -> tuple[list, list]:
-    """How the command of a training begins and ends, so that it makes the same steps on every machine.
+    """Returns how the command of a training begins and ends, such that it makes the same steps on every machine.
 
-    Two processes share a CPU, whatever the number of its cores; on another device one takes the batches of both.
+    Two processes share a CPU, whatever the number of its cores; on another device one process handles the batches of
+    both.
     """
     if device == "cpu":
         return ["torchrun", "--nproc_per_node", PROCESSES], ["--device", device]
@@ -104,7 +106,7 @@ def launcher(device: str) -> tuple[list, list]:
 
 
 def variables(command: list[str]) -> dict[str, str]:
-    """Environment variables that a command needs here; those that are set already stay as they are."""
+    """Returns the environment variables that a command needs on this machine; those already set keep their values."""
     if command[0] != "torchrun":
         return {}
     needed = {"OMP_NUM_THREADS": str(max(min(physical_cores() // PROCESSES, MAX_THREADS), 1))}
@@ -114,7 +116,7 @@ def variables(command: list[str]) -> dict[str, str]:
 
 
 def memory(process: psutil.Process) -> int:
-    """Bytes that a process and all below it take: PSS on Linux, where pages that they share count once, else RSS."""
+    """Returns the bytes that a process and its descendants use: PSS on Linux, where shared pages count once, or RSS."""
     total = 0
     for each in [process, *process.children(recursive=True)]:
         try:
@@ -126,13 +128,13 @@ def memory(process: psutil.Process) -> int:
 
 
 def run(command: list[str]) -> tuple[int, bool, float, float]:
-    """Runs a command. Returns its exit status, whether it was to stop meanwhile, its seconds, its peak in GB.
+    """Runs a command. Returns its exit status, whether it was asked to stop, its seconds, and its peak memory in GB.
 
-    Ctrl-C, and the end of a terminal, reach the command too, which is given the time to finish and save.
+    Ctrl-C and a closing terminal reach the command too; it gets the time to finish its step and save.
     """
     started, peak, interrupted = time.perf_counter(), 0, False
     python = [sys.executable, *(["-m", "scripts.torchrun"] if command[0] == "torchrun" else [])]
-    environment = os.environ | variables(command) | {STEP: "1"}  # how to go on is for us to say
+    environment = os.environ | variables(command) | {STEP: "1"}  # this process says how to resume
     process = subprocess.Popen([*python, *command[1:]], env=environment)
     ended = threading.Event()
 
@@ -144,13 +146,13 @@ def run(command: list[str]) -> tuple[int, bool, float, float]:
                 before = time.perf_counter()
                 peak = max(peak, memory(watched))
                 ended.wait(max(0.25, (time.perf_counter() - before) / LOOKING))
-        except psutil.Error:  # it has ended before us
+        except psutil.Error:  # the process has ended
             pass
 
     def stop(number, frame):
         nonlocal interrupted
         interrupted = True
-        if number == signal.SIGTERM:  # `kill` reaches this process alone, so it is passed on
+        if number == signal.SIGTERM:  # `kill` reaches only this process, so pass it on
             process.terminate()
 
     before = {number: set_handler(number, stop) for number in STOPS}
@@ -170,20 +172,20 @@ def run(command: list[str]) -> tuple[int, bool, float, float]:
 
 
 def check_same(steps: list[Step], records: list[dict], folder: Path) -> None:
-    """ValueError if the folder holds steps with other settings, whose results would get mixed up with these."""
+    """Raises ValueError if the folder contains steps with other settings, whose results must not mix with these."""
     for step, record in zip(steps, records):
         if (record["name"], record["command"]) != (step.name, step.command):
             raise ValueError(
-                f"{folder} holds a run with other settings. Its step {record['name']!r} was\n"
-                f"$ {typed(record['command'])}\nand {step.name!r} would now be\n$ {typed(step.command)}\n"
-                "Keep it and choose another folder, or remove it and begin anew with --restart"
+                f"{folder} contains a run with other settings. Its step {record['name']!r} was\n"
+                f"$ {typed(record['command'])}\nbut {step.name!r} is now\n$ {typed(step.command)}\n"
+                "Choose another folder to keep that run, or delete it and start over with --restart"
             )
 
 
 def run_steps(steps: list[Step], folder: Path, again: str) -> list[dict]:
-    """Runs what is not done yet; returns the records of all steps, see `read_records`.
+    """Runs the steps that are not done yet; returns the records of all steps, see `read_records`.
 
-    again: the command that goes on after an interruption. Raises SystemExit(130) after Ctrl-C, ValueError when a step
+    again: the command that resumes after an interruption. Raises SystemExit(130) after Ctrl-C, ValueError if a step
     fails or an earlier start had other settings.
     """
     records = read_records(folder)
@@ -205,7 +207,7 @@ def run_steps(steps: list[Step], folder: Path, again: str) -> list[dict]:
         record["status"] = "begun"
         write_json(folder / "steps.json", records)
 
-        # One thread each is what torchrun takes anyway: not worth a word.
+        # One thread per process is torchrun's default and need not be shown.
         needed = [f"{name}={value}" for name, value in variables(command).items() if value != "1"]
         print(f"\n{title}{step.description}\n$ {typed([*needed, *command])}", flush=True)
         status, interrupted, seconds, peak_gb = run(command)
@@ -219,10 +221,10 @@ def run_steps(steps: list[Step], folder: Path, again: str) -> list[dict]:
             raise SystemExit(130)
         if status:
             how = f"ended with status {status}" if status > 0 else f"was killed by {signal.Signals(-status).name}"
-            hint = ", perhaps for want of memory" if status == -9 else ""
+            hint = ", perhaps because memory ran out" if status == -9 else ""
             raise ValueError(
-                f"step {number + 1}, {step.name!r}, {how}{hint}. What it said stands above; its command is\n"
-                f"$ {typed(command)}\nWhen it is mended, go on with\n$ {again}"
+                f"step {number + 1}, {step.name!r}, {how}{hint}. Its output is above; its command is\n"
+                f"$ {typed(command)}\nWhen the cause is fixed, resume with\n$ {again}"
             )
         print(f"{step.name}: {duration(seconds)}, {gigabytes(peak_gb)} at most", flush=True)
     return records
@@ -232,7 +234,7 @@ def run_steps(steps: list[Step], folder: Path, again: str) -> list[dict]:
 
 
 def finish(result: dict, folder: Path, seconds: float, write_pages) -> list[Path]:
-    """Writes report.json with the time of the whole run, and the pages made of it, whose paths it returns."""
+    """Writes report.json with the time of the whole run, and its pages; returns the paths of the pages."""
     result["wall_s"] = round(seconds, 1)
     write_json(folder / "report.json", result)
     return write_pages(folder)
@@ -245,7 +247,7 @@ def print_next(result: dict) -> None:
 
 
 def run_recipe(run, args, module: str, argv) -> dict:
-    """run(args, the command that goes on after an interruption); an error it raises ends in a sentence."""
+    """Calls run(args, the command that resumes after an interruption); ends with a message if it raises an error."""
     flags = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--restart"]
     try:
         return run(args, shlex.join(["python", "-m", module, *flags]))

@@ -1,4 +1,4 @@
-"""Pages for the browser: a template and its values become one file that loads nothing. Values are escaped."""
+"""Renders pages for the browser from templates: each page is one file that loads nothing. Values are escaped."""
 
 import base64
 from pathlib import Path
@@ -8,17 +8,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=True,
-    undefined=StrictUndefined,  # a misspelt name is an error, not a gap in the page
+    undefined=StrictUndefined,  # a misspelt name raises an error
     trim_blocks=True,
     lstrip_blocks=True,
 )
 
 
 def render(template: str, **values) -> str:
-    """The page that a template of this folder makes of these values."""
+    """Renders a template of this folder with these values."""
     return TEMPLATES.get_template(template).render(values)
 
 
 def data_url(picture: bytes, kind: str) -> str:
-    """A picture as text that stands in the page itself. kind: "png" or "jpeg"."""
+    """Returns a URL that contains the picture itself. picture: the bytes of its file; kind: "png" or "jpeg"."""
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
