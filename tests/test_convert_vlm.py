@@ -368,7 +368,7 @@ def test_an_export_that_answers_otherwise_is_not_kept(save, convert, monkeypatch
     weights = save()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(
-        ValueError, match=r"does not answer as the weights do, and is not kept: .*logits differ by up to"
+        ValueError, match=r"does not answer as the weights do, and was deleted: .*logits differ by up to"
     ):
         convert("llava", weights, apart=True)
     assert sorted(tmp_path.rglob("*")) == before
@@ -404,9 +404,9 @@ def test_experts_that_llava_does_not_have_are_refused(save, convert):
 def test_mistakes_are_told_with_what_to_do(save, convert, tmp_path, flags, capsys):
     weights = save()
     made = convert("llava", weights)
-    with pytest.raises(ValueError, match=r"--output .* is there already: remove it, or name another"):
+    with pytest.raises(ValueError, match=r"--output .* exists already: remove it, or name another"):
         convert("llava", weights)
-    with pytest.raises(ValueError, match="--weights none: a model that has not learned"):
+    with pytest.raises(ValueError, match="--weights none: an untrained model cannot answer"):
         convert_vlm.main(["--to", "llava", "--weights", "none"])
     with pytest.raises(FileNotFoundError, match=r"no sft_vlm_\*.pth in .*\npython -m scripts.quickstart"):
         convert_vlm.main(["--to", "llava", "--out_dir", str(tmp_path / "empty")])
@@ -434,7 +434,7 @@ def test_mistakes_are_told_with_what_to_do(save, convert, tmp_path, flags, capsy
     model, _, _ = build_model(args, None)
     text = MiniMindForCausalLM(model.config)
     save_weights(tmp_path / "llm_64.pth", text, {})
-    with pytest.raises(ValueError, match="llm_64.pth is a language model that has not seen a picture"):
+    with pytest.raises(ValueError, match="llm_64.pth is a language model without training on pictures"):
         convert("llava", tmp_path / "llm_64.pth")
 
 
@@ -545,7 +545,7 @@ def test_a_hub_that_fails_without_a_word_is_told(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", silent)
     with pytest.raises(ValueError, match="--push me/mine: TimeoutError. Log in with"):
         convert_vlm.push("me/mine")
-    with pytest.raises(ValueError, match="The folder is there: hf upload me/mine out/made"):
+    with pytest.raises(ValueError, match="The folder is ready to upload: hf upload me/mine out/made"):
         convert_vlm.push("me/mine", Path("out/made"))
 
 

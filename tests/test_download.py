@@ -248,7 +248,7 @@ def test_all_files_are_where_the_scripts_look_and_a_second_run_fetches_nothing(h
     hubs.requests.clear()
     get(source)
     assert all("/tree/" in url or "/repo/" in url for _, _, _, url in hubs.requests)
-    assert "0 B to fetch" in capsys.readouterr().out and sum(sent) < hubs.sent
+    assert "0 B to download" in capsys.readouterr().out and sum(sent) < hubs.sent
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -331,13 +331,13 @@ def test_all_of_the_later_generation_goes_beside_the_older_and_a_second_run_fetc
     capsys.readouterr()
     get(source, *flags)
     assert all("/tree/" in url or "/repo/" in url for _, _, _, url in hubs.requests)
-    assert "0 B to fetch" in capsys.readouterr().out
+    assert "0 B to download" in capsys.readouterr().out
 
 
 def test_the_command_line_fetches_it(hubs, tmp_path):
     command = [sys.executable, "-m", "scripts.download", *LATER, "--what", "encoder", "data", "--root", str(tmp_path)]
     told = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(2)]
-    assert "13 KB to fetch" in told[0] and "0 B to fetch" in told[1]
+    assert "13 KB to download" in told[0] and "0 B to download" in told[1]
     assert "Next:\npython -m scripts.download --what llm --generation 3v" in told[1]
 
 
@@ -409,8 +409,8 @@ def test_without_experts_on_the_hub_it_says_how_to_make_them(hubs, get, capsys):
     [
         ([*LATER, "--size", "104m"], "leave --size and --encoder out"),
         ([*LATER, "--encoder", "dinov2"], "leave --size and --encoder out"),
-        (["--what", "clip", "vlm", "--encoder", "dinov2"], "trained ones have theirs"),
-        (["--what", "llm", "--encoder", "dinov2"], "give it with --what encoder"),
+        (["--what", "clip", "vlm", "--encoder", "dinov2"], "trained models have theirs"),
+        (["--what", "llm", "--encoder", "dinov2"], "Use it with --what encoder"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(flags, said, capsys):
@@ -456,7 +456,7 @@ def test_terms_to_accept_are_named_with_their_page(hubs, get, source, page, caps
     told = refused(capsys, get, source, "--what", "clip", "--encoder", "dinov3")
     assert f"on {page}facebook/dinov3-vitb16-pretrain-lvd1689m, and export" in told
     fault(hubs, "/tree/|/repo/", 404, times=100)
-    assert "The other hub may: --source" in refused(capsys, get, source, "--what", "clip", "--encoder", "vit")
+    assert "Or try the other hub: --source" in refused(capsys, get, source, "--what", "clip", "--encoder", "vit")
 
 
 # ---------------------------------------------------------------------------- what goes wrong on the way
@@ -501,7 +501,7 @@ def test_a_damaged_file_is_fetched_once_more(hubs, get, source, name, capsys):
     fault(hubs, name, "corrupt")
     get(source, "--what", "clip")
     assert (get.root / CLIP / name).read_bytes() == content(name, 900)
-    assert f"{name} came damaged" in capsys.readouterr().out
+    assert f"{name} arrived damaged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -509,7 +509,7 @@ def test_a_damaged_file_is_fetched_once_more(hubs, get, source, name, capsys):
 def test_a_file_that_stays_damaged_is_refused_and_not_kept(hubs, get, source, kind, capsys):
     fault(hubs, "model.safetensors", kind, times=100)
     told = refused(capsys, get, source, "--what", "clip")
-    assert "came twice other than" in told and "model.safetensors" in told
+    assert "differs twice from" in told and "model.safetensors" in told
     assert not [name for name in get.root.rglob("*") if "safetensors" in name.name or name.name == ".download"]
 
 
@@ -563,14 +563,14 @@ def test_too_many_requests_are_waited_for_a_few_times(hubs, get, source, where, 
     shutil.rmtree(get.root)
     fault(hubs, where, 429, times=1000)
     told = refused(capsys, get, source, "--what", "llm")
-    assert "HTTP 429" in told and "Wait some minutes" in told
+    assert "HTTP 429" in told and "Wait a few minutes" in told
     assert hubs.faults[1].times < 998
 
 
 def test_without_room_nothing_is_begun(hubs, get, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=30_000))
     told = refused(capsys, get, "hf", "--what", "llm")
-    assert "31 KB are to be fetched" in told and "30 KB left" in told and "--root" in told
+    assert "31 KB are to be downloaded" in told and "30 KB left" in told and "--root" in told
     assert not get.root.exists() and not asked_for(hubs, ".pth")
 
 
@@ -582,7 +582,7 @@ def test_on_a_disk_that_fills_up_what_is_there_stays(hubs, get, source, capsys):
         told = refused(capsys, get, source, "--what", "llm")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert "takes no more" in told and os.strerror(errno.EFBIG) in told and "goes on" in told
+    assert "cannot write more" in told and os.strerror(errno.EFBIG) in told and "to resume" in told
     assert not (get.root / "out/llm_512.pth").exists()
     hubs.requests.clear()
     get(source, "--what", "llm")
@@ -598,7 +598,7 @@ def test_without_network_both_hubs_are_named_and_what_is_there_suffices(hubs, ge
     monkeypatch.setenv("HF_ENDPOINT", nowhere[0])
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", nowhere[1])
     assert get("auto", "--what", "llm")
-    assert "all of it is here already" in capsys.readouterr().out
+    assert "All files are here already" in capsys.readouterr().out
     told = refused(capsys, get, "auto")
     assert all(url in told for url in nowhere) and "HTTPS_PROXY" in told and "HF_ENDPOINT=" in told
     assert "--source modelscope" in refused(capsys, get, "hf")
@@ -632,7 +632,7 @@ def test_when_the_network_goes_away_the_other_hub_is_offered(hubs, get, capsys, 
 
     monkeypatch.setattr(HuggingFace, "fetch", gone)
     told = refused(capsys, get, "hf", "--what", "llm")
-    assert "the cable" in told and "goes on where it was" in told and "--source modelscope" in told
+    assert "the cable" in told and "again to resume" in told and "--source modelscope" in told
 
 
 # ---------------------------------------------------------------------------- what is already there

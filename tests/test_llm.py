@@ -109,7 +109,7 @@ def test_a_language_model_alone_becomes_one_too(convert, flags, tokenizer_folder
     save_weights(weights, lively(model), make_sidecar(model, origin, stage="llm"))
     made = convert("llm", weights)
     assert same_words(weights, convert("pth", made) / weights.name)
-    with pytest.raises(ValueError, match="is a language model that has not seen a picture: train it first"):
+    with pytest.raises(ValueError, match="is a language model without training on pictures: train it first"):
         convert("transformers", made, *flags[flags.index("--vision_model_path") :][:2])
 
 

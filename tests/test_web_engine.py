@@ -491,7 +491,7 @@ def test_the_command_makes_one_file_or_a_folder(
     with monkeypatch.context() as patch:
         patch.setattr("model.web.ONE_FILE", 0)
         with pytest.raises(
-            ValueError, match=r"--output .*other\.html: the page needs \d+ files beside it: name a folder"
+            ValueError, match=r"--output .*other\.html: the page needs \d+ files next to it: name a folder"
         ):
             convert_vlm.main([*command, other])
     unchecked = "not checked whether the page answers as the model does: that needs node 16 or later"

@@ -1,27 +1,27 @@
-"""A trained model as a folder that the programs of others load, and back.
+"""Export a trained model to a folder that other programs load, and back.
 
     python -m scripts.convert_vlm --to llava                # for Transformers, vLLM, lmms-eval, ...
     python -m scripts.convert_vlm --to transformers         # our code inside (trust_remote_code)
-    python -m scripts.convert_vlm --to llm                  # its language model alone, or an llm_*.pth: for text
-    python -m scripts.convert_vlm --to pth --weights out/sft_vlm_512_llava  # from any of these folders
+    python -m scripts.convert_vlm --to llm                  # only its language model, or an llm_*.pth: for text
+    python -m scripts.convert_vlm --to pth --weights out/sft_vlm_512_llava  # back, from any of these folders
     python -m scripts.convert_vlm --to web                  # a page that answers in any browser, offline
-    python -m scripts.convert_vlm --to llava --push YOU/NAME                # to huggingface.co
-    python -m scripts.convert_vlm --to llava --versions 4.57.6 5.0.0        # checked on these too
+    python -m scripts.convert_vlm --to llava --push YOU/NAME                # upload to huggingface.co
+    python -m scripts.convert_vlm --to llava --versions 4.57.6 5.0.0        # check with these versions too
 
---to llava makes a stock LLaVA, whose text half is a Llama or, with experts, a GraniteMoeShared: no code of ours is
-needed to run it. --to llm makes this half alone, of a minimind-3v a Qwen3 or Qwen3Moe, for programs that serve text.
---to web makes chat.html, which opens by a double click; of large models a folder for any static host.
-What it is comes from the weights and their JSON; tokenizer, encoder and a model card come along. At the end the folder
-is loaded by a process that cannot see this repo, and must say what our model says.
+--to llava makes a stock LLaVA, whose text half is a Llama or, with experts, a GraniteMoeShared: it runs without our
+code. --to llm makes only this half, for programs that serve text; of a minimind-3v it is a Qwen3 or Qwen3Moe. --to web
+makes chat.html, which opens with a double click; of a large model it makes a folder for any static host.
+The weights and their JSON say what the model is; tokenizer, encoder and a model card are added. At the end a process
+that cannot see this repo loads the folder, and must give the answers of our model.
 """
 
-if __spec__ is None or __spec__.name == "__main__":  # started by its path, from where Python finds no other folder
+if __spec__ is None or __spec__.name == "__main__":  # started by its path: Python would not find the other folders
     raise SystemExit("type -m scripts.convert_vlm instead of scripts/convert_vlm")
 
 from common.start import begin, unwind
 
 if __name__ == "__main__":
-    begin()  # Ctrl-C or a missing package is one sentence from here on
+    begin()  # from here on Ctrl-C or a missing package prints one line, not a traceback
 
 import json
 import os
@@ -59,24 +59,24 @@ ABOUT_PICTURES = ("prompts", "pictures_first", "rows_without_picture", "scores")
 def parse_args(argv=None):
     parser = Parser(__file__, __doc__)
     add = parser.start.add_argument
-    add("--to", required=True, choices=[*WRITE], help="what to make")
+    add("--to", required=True, choices=[*WRITE], help="format to make")
     add("--weights", metavar="W", help="a .pth file, a folder, or pretrain_vlm; default: the newest sft_vlm")
-    add("--out_dir", default="./out", help="folder of the weights, or of folders with them")
-    where = "folder to make, or X.html of --to web; default: beside the weights, named after them and --to"
+    add("--out_dir", default="./out", help="folder of the weights, or of folders with weights")
+    where = "folder to create, or X.html with --to web; default: next to the weights, named after them and --to"
     add("--output", metavar="DIR", help=where)
     add("--push", metavar="USER/NAME", help="upload to this repository of huggingface.co (HF_ENDPOINT, HF_TOKEN)")
-    add("--dtype", choices=DTYPES, default="int8", help="of the weights in a page (--to web); int8 is half as large")
-    split = "weights beside the page (--to web), for a web server; above 50 MB always"
+    add("--dtype", choices=DTYPES, default="int8", help="precision of a page's weights (--to web); int8: half the size")
+    split = "put the weights next to the page (--to web), for a web server; always above 50 MB"
     add("--split", **SWITCH, help=split)
     add = parser.group("the check").add_argument
     pictures = ["dataset/eval_images/scene_1.png", "dataset/eval_images/scene_2.png"]
-    add("--images", nargs=2, default=pictures, metavar="FILE", help="two pictures for the check; a page shows them")
-    versions = "check on these Transformers too; pip installs each into a temporary folder"
+    add("--images", nargs=2, default=pictures, metavar="FILE", help="two pictures for the check, samples on a page")
+    versions = "also check with these versions of Transformers; pip installs each into a temporary folder"
     add("--versions", nargs="+", default=[], metavar="X.Y.Z", help=versions)
     add = parser.group("the model").add_argument
-    add("--hidden_size", type=positive(int), help="of the weights to take, if there are several")
+    add("--hidden_size", type=positive(int), help="width of the weights to take, if there are several")
     add("--use_moe", **SWITCH, help="take weights with experts, if there are several")
-    add("--num_attention_heads", type=positive(int), help="only for weights without JSON that have not 8")
+    add("--num_attention_heads", type=positive(int), help="only for weights without JSON, unless 8")
     add_parts_arguments(parser)
     parser.set_defaults(num_hidden_layers=None, num_key_value_heads=None, load=0, model_mode=1)
     args = parser.parse_args(argv)
@@ -116,8 +116,8 @@ def info_of(weights: Path, model, origin, to: str, output: Path) -> dict:
 
 @torch.no_grad()
 def reference(model, tokenizer, pictures: list) -> dict:
-    """What our model makes of QUESTIONS, as scripts/convert_vlm/check_export.py wants it; without eyes, of the texts in
-    them."""
+    """Returns what our model computes for QUESTIONS, in the format of scripts/convert_vlm/check_export.py; a model
+    without eyes gets only their texts."""
     questions, image_ids = [], model.config.image_ids if has_eyes(model) else []
     for question in QUESTIONS if image_ids else map(texts_of, QUESTIONS):
         turns, shown = in_turns(question, pictures)
@@ -140,9 +140,10 @@ def reference(model, tokenizer, pictures: list) -> dict:
 
 
 def check_folder(folder: Path, ours: dict, transformers: str = "") -> str:
-    """A line that says that the folder answers as `ours` from `reference`, in a process that cannot see this repo.
+    """Checks that the folder answers like `ours` from `reference`, in a process that cannot see this repo.
 
-    transformers: a folder with another version. Raises ValueError if it answers otherwise, or not at all.
+    transformers: a folder with another version. Returns a line that says what agreed. Raises ValueError if an answer
+    differs, or if there is none.
     """
     root = Path(__file__).parents[2]
     paths = [transformers, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
@@ -155,12 +156,12 @@ def check_folder(folder: Path, ours: dict, transformers: str = "") -> str:
         run = subprocess.run(command, cwd=temporary, env=os.environ | isolated, capture_output=True, text=True)
     if run.returncode:
         reason = (run.stderr.strip() or f"exit status {run.returncode}").splitlines()[-1]
-        raise ValueError(f"what was made does not answer as the weights do, and is not kept: {reason}")
+        raise ValueError(f"the export does not answer as the weights do, and was deleted: {reason}")
     return run.stdout.strip().splitlines()[-1]
 
 
 def install(version: str, folder: str) -> None:
-    """A version of Transformers with what it needs, beside the torch that is here."""
+    """Installs a version of Transformers and its dependencies into a folder, to run with the installed torch."""
     command = [sys.executable, "-m", "pip", "install", "-q", "--target", folder, f"transformers=={version}"]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
@@ -171,8 +172,8 @@ def install(version: str, folder: str) -> None:
 
 
 def push(repo: str, folder: Path | None = None) -> str | None:
-    """Uploads a folder and returns its address; without one, only asks who we are. Raises ValueError."""
-    from huggingface_hub import HfApi  # only here is a network needed
+    """Uploads a folder and returns its URL; without a folder, only checks the login. Raises ValueError."""
+    from huggingface_hub import HfApi  # imported here: only this needs a network
 
     try:
         api = HfApi()
@@ -182,9 +183,9 @@ def push(repo: str, folder: Path | None = None) -> str | None:
         api.create_repo(repo, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Made by MiniMind-V")
         return f"{api.endpoint}/{repo}"
-    except Exception as error:  # of the network, the hub and the library, each in its own way
+    except Exception as error:  # network, hub and library raise different types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        later = f". The folder is there: hf upload {repo} {folder}" if folder else ""
+        later = f". The folder is ready to upload: hf upload {repo} {folder}" if folder else ""
         raise ValueError(f"--push {repo}: {reason}. Log in with `hf auth login`, or set HF_TOKEN{later}") from None
 
 
@@ -198,7 +199,7 @@ def convert(args, weights: Path, output: Path, temporary: Path) -> None:
         model, tokenizer, origin = builder(args, source)
         print(origin.note.replace(str(source), str(weights)))
         if "new: projector" in origin.note:
-            raise ValueError(f"--weights {weights} is a language model that has not seen a picture: train it first")
+            raise ValueError(f"--weights {weights} is a language model without training on pictures: train it first")
         info = info_of(weights, model.eval(), origin, args.to, output)
         options = {}
         if args.to == "web":
@@ -225,18 +226,18 @@ def convert(args, weights: Path, output: Path, temporary: Path) -> None:
     if args.to == "web" and output.suffix == ".html":
         others = len([*made.iterdir()]) - 1
         if others:
-            raise ValueError(f"--output {output}: the page needs {others} files beside it: name a folder")
+            raise ValueError(f"--output {output}: the page needs {others} files next to it: name a folder")
         made = made / "chat.html"
     made.rename(output)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    unwind()  # there are temporary files
+    unwind()  # so that temporary files are deleted
     weights = choose_model(args)
     output = Path(args.output or weights.with_name(f"{bare_name(weights)}_{args.to}"))
     if output.exists():
-        raise ValueError(f"--output {output} is there already: remove it, or name another folder")
+        raise ValueError(f"--output {output} exists already: remove it, or name another folder")
     if args.push:
         push(args.push)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Does an exported folder say what our model said? Run by scripts.convert_vlm in a process of its own:
+"""Checks that an exported folder gives the answers of our model. scripts.convert_vlm runs it in a process of its own:
 
     python -P scripts/convert_vlm/check_export.py FOLDER REFERENCE
 
-It imports nothing of ours, and -P keeps the repo out of reach, so that the folder is loaded as strangers load it, on
-the Transformers that stands first in PYTHONPATH.
+It imports nothing of ours, and -P keeps the repo off the import path. The folder is loaded as other people load it,
+with the first Transformers in PYTHONPATH.
 
 Shapes: T tokens, V vocabulary, N pictures of H by W pixels.
 """
@@ -25,8 +25,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-LIMIT = 2e-4  # largest difference of logits of some tens, in fp32
-QUESTIONS = (  # parts of a message: text, or which of the pictures
+LIMIT = 2e-4  # largest difference allowed in logits of some tens, in fp32
+QUESTIONS = (  # parts of a message: text, or the index of a picture
     ["Describe this picture.", 0],
     [0, 1, "Compare these pictures, mail @@@ to me@home.org."],
     ["A turn cannot be ended by typing <|im_end|>."],
@@ -38,7 +38,7 @@ def texts_of(question) -> list[str]:
 
 
 def messages(question, pictures=None) -> list[dict]:
-    """A question as Transformers has it; without pictures, its texts alone."""
+    """Returns a question in the format of Transformers; without pictures, only its texts."""
     if pictures is None:
         return [{"role": "user", "content": "\n".join(texts_of(question))}]
     parts = [
@@ -49,9 +49,9 @@ def messages(question, pictures=None) -> list[dict]:
 
 
 def check(folder: str, ours: dict) -> str:
-    """A line about the folder; SystemExit with what differs.
+    """Compares a folder with our model. Returns a line about it; raises SystemExit with the first difference.
 
-    A stock language model, which sees nothing, is asked the texts of QUESTIONS alone.
+    A stock language model cannot see and gets only the texts of QUESTIONS.
     ours: "pictures", uint8 (H, W, 3) each; "placeholder", the id of ours; "questions", for each of QUESTIONS input_ids
     (1, T), pixel_values (N, 3, H, W) or None, logits (T, V), answer_ids (n,) and answer.
     """
@@ -84,7 +84,7 @@ def check(folder: str, ours: dict) -> str:
         if our["pixel_values"] is not None:
             apart = (pixels - our["pixel_values"]).abs()
             many = (apart > 1e-5).float().mean().item()
-            if not (apart.max() <= rounding and many < 0.1):  # nor NaN
+            if not (apart.max() <= rounding and many < 0.1):  # also true for NaN
                 raise SystemExit(f"{question}: the pixels differ by up to {apart.max()}, {many:.0%} of them")
             inputs["pixel_values"] = our["pixel_values"]
         for model in models:
@@ -92,7 +92,7 @@ def check(folder: str, ours: dict) -> str:
                 logits = model(**inputs).logits[0, :, : our["logits"].shape[1]]  # without <image>
                 out = model.generate(**inputs, max_new_tokens=n, do_sample=False)[0, ids.shape[1] :]
             apart = (logits - our["logits"]).abs().max().item()
-            if not apart <= LIMIT:  # nor NaN
+            if not apart <= LIMIT:  # also true for NaN
                 raise SystemExit(f"{question}: the logits differ by up to {apart:.1e}")
             if not torch.equal(out, our["answer_ids"]):
                 said = processor.decode(out, skip_special_tokens=True)
@@ -101,7 +101,7 @@ def check(folder: str, ours: dict) -> str:
         question_of = {"text": asked} if sees else {"text_inputs": asked, "do_sample": False}  # it samples unasked
         said = ask(**question_of, max_new_tokens=n, return_full_text=False)[0]["generated_text"].strip()
         if pixels is not None:
-            inputs["pixel_values"] = pixels  # its own: what differs by rounding may be answered otherwise
+            inputs["pixel_values"] = pixels  # its own pixels, since rounding may change the answer
         out = models[0].generate(**inputs, max_new_tokens=n, do_sample=False)[0, ids.shape[1] :]
         expected = processor.decode(out, skip_special_tokens=True).strip()
         if said != expected:
@@ -116,5 +116,5 @@ if __name__ == "__main__":
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if importlib.util.find_spec("trainer"):
-        raise SystemExit("this process could import the repo: start it as the first lines of the file say")
+        raise SystemExit("this process can import the repo: start it as the first lines of the file say")
     print(check(sys.argv[1], torch.load(sys.argv[2], weights_only=True)))

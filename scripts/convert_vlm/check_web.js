@@ -1,11 +1,11 @@
 "use strict";
-// What a page made by `--to web` answers, without a browser: node check_web.js FOLDER QUESTIONS [--plain]
-// Or what it takes: node check_web.js FOLDER --speed [--plain]
+// Asks a page made by `--to web` without a browser: node check_web.js FOLDER QUESTIONS [--plain]
+// Or measures its speed: node check_web.js FOLDER --speed [--plain]
 //
-// QUESTIONS: JSON, [{turns, pictures: [{rgba: base64, width, height}], max_new_tokens}]. Written as JSON: for each ids,
-// pixels and features of the pictures, logits after the prompt (base64 of bytes and floats), answer ids, text. --plain:
-// without the kernel. --speed: six times a picture of 640 x 480, its prompt and 64 tokens; written are CPU seconds,
-// which other programs do not lengthen, of the first time and the median of the others, and memory.
+// QUESTIONS: JSON, [{turns, pictures: [{rgba: base64, width, height}], max_new_tokens}]. Writes JSON: for each question
+// ids, pixels and features of the pictures, logits after the prompt (base64 of bytes and floats), answer ids, text.
+// --plain: without the kernel. --speed: runs a picture of 640 x 480, its prompt and 64 tokens six times; writes memory
+// and CPU seconds, which other programs do not lengthen, of the first run and the median of the others.
 
 const fs = require("fs"), path = require("path"), vm = require("vm");
 const [folder, questions, plain] = process.argv.slice(2);
@@ -30,7 +30,7 @@ function speed(model) {
     const cache = model.newCache();
     let logits = model.forward(ids, features, cache);
     const read = cpu();
-    for (let i = 0; i < 64; i++) logits = model.forward([model.sample(logits, {}, null)], [], cache); // past any end
+    for (let i = 0; i < 64; i++) logits = model.forward([model.sample(logits, {}, null)], [], cache); // also after the end of an answer
     times.push({picture_s: saw - begun, prefill_s: read - saw, tokens_per_s: 64 / (cpu() - read)});
   }
   const [first, ...others] = times, median = {};

@@ -1,4 +1,4 @@
-"""Does a page made by --to web say what our model says? Asked in node, which runs its engine as a browser does.
+"""Checks that a page made by --to web gives the answers of our model. It runs the page's engine in node.
 
 Shapes: N pictures of H by W pixels, P patches, V the encoder's width.
 """
@@ -20,20 +20,20 @@ from model.rgb import to_rgb
 from model.web import as_floats, encoder_weights
 from scripts.convert_vlm.check_export import QUESTIONS
 
-LIMIT = 1e-3  # largest difference of logits of some tens, in fp32
-TOKENS = 32  # of an answer, at most
-NODE = 16  # the oldest that was tried
+LIMIT = 1e-3  # largest difference allowed in logits of some tens, in fp32
+TOKENS = 32  # at most, per answer
+NODE = 16  # the oldest version that was tried
 FOLLOW_UP = "这是什么？<|im_end|>"
 
 
 def in_turns(question, pictures: list) -> tuple[list[dict], list]:
-    """One of QUESTIONS as (turns, the pictures that it shows)."""
+    """Returns one of QUESTIONS as (turns, the pictures in it)."""
     text = "\n".join(part if isinstance(part, str) else IMAGE_TAG for part in question)
     return [{"role": "user", "content": text}], [pictures[part] for part in question if isinstance(part, int)]
 
 
 def questions_of(pictures: list) -> list[tuple[list[dict], list]]:
-    """QUESTIONS as [(turns, pictures)], the first of which is asked on."""
+    """Returns QUESTIONS as [(turns, pictures)], and a follow-up question to the first one."""
     questions = [in_turns(question, pictures) for question in QUESTIONS]
     turns, shown = questions[0]
     answered = [{"role": "assistant", "content": "好的。"}, {"role": "user", "content": FOLLOW_UP}]
@@ -42,7 +42,7 @@ def questions_of(pictures: list) -> list[tuple[list[dict], list]]:
 
 @torch.no_grad()
 def with_weights(model, stored: dict[str, torch.Tensor]):
-    """A copy of our model with the weights as a page has them, rounded."""
+    """Returns a copy of our model with the rounded weights of a page."""
     model, state = copy.deepcopy(model), as_floats(stored)
     weights = encoder_weights(model) | model.text_state_dict()
     for key in weights.keys() & state.keys():
@@ -52,7 +52,7 @@ def with_weights(model, stored: dict[str, torch.Tensor]):
 
 @torch.no_grad()
 def ask(model, tokenizer, turns: list[dict], shown: list) -> dict:
-    """What our model makes of a question: ids, pixels uint8 (N, 3, H, W), features (N, P, V), logits, answer, text."""
+    """Our model's ids, pixels uint8 (N, 3, H, W), features (N, P, V), logits, answer and text for a question."""
     ids = [token for piece, _, _ in encode_chat(tokenizer, turns, model.config.image_ids) for token in piece]
     pixels = torch.stack([model.processor.resize(picture) for picture in shown]) if shown else None
     inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)), "pixel_values": pixels}
@@ -76,7 +76,10 @@ def has_node() -> bool:
 
 
 def ask_page(folder: Path, questions: list[tuple[list[dict], list]], plain: bool = False) -> dict:
-    """The same from the page in a folder: {"loaded": seconds, "answers": [...]}. plain: without the kernel."""
+    """Returns the same from the page in a folder: {"loaded": seconds, "answers": [...]}. plain: without the kernel.
+
+    Raises ValueError if the page does not run.
+    """
 
     def packed(picture):
         rgba = np.asarray(to_rgb(picture).convert("RGBA"))
@@ -94,14 +97,14 @@ def ask_page(folder: Path, questions: list[tuple[list[dict], list]], plain: bool
         run = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if run.returncode:
         reason = [line for line in run.stderr.splitlines() if "Error" in line] or [f"exit status {run.returncode}"]
-        raise ValueError(f"the page cannot answer in node, and is not kept: {reason[0]}")
+        raise ValueError(f"the page does not run in node, and was deleted: {reason[0]}")
     return json.loads(run.stdout)
 
 
 def check_page(folder: Path, model, tokenizer, stored, questions: list[tuple[list[dict], list]], plain=False) -> str:
-    """A line that says that the page in `folder` answers as the model does with the weights `stored` in it.
+    """Checks that the page in `folder` answers as the model does with the weights `stored` in it.
 
-    Raises ValueError if it does not. Without node: a line that says that it was not asked.
+    Returns a line that says what agreed, or that there is no node to check with. Raises ValueError if answers differ.
     """
     if not has_node():
         return f"not checked whether the page answers as the model does: that needs node {NODE} or later (nodejs.org)"
@@ -119,7 +122,7 @@ def check_page(folder: Path, model, tokenizer, stored, questions: list[tuple[lis
         for text, tensor in zip(*floats):
             numbers = np.frombuffer(base64.b64decode(text), np.float32)
             apart = float(np.abs(numbers - tensor.numpy().ravel()).max())
-            if not apart <= LIMIT:  # nor NaN
+            if not apart <= LIMIT:  # also true for NaN
                 raise ValueError(f"{what} {'logits' if tensor.ndim == 1 else 'features'} differ by up to {apart:.1e}")
             largest, peak = max(largest, apart), max(peak, float(tensor.abs().max()))
         if theirs["answer"] != our["answer"] or theirs["text"] != our["text"]:

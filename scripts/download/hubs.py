@@ -1,4 +1,4 @@
-"""The two hubs: what they list, and how a file of theirs comes, from where an earlier attempt stopped."""
+"""The two hubs: lists their files and downloads them, resuming where an earlier attempt stopped."""
 
 import logging
 import os
@@ -9,7 +9,7 @@ PROBE_SECONDS = 5
 
 
 class Failed(Exception):
-    """Its text is for the user: what went wrong, and what to do next."""
+    """The text is for the user: what went wrong, and what to do next."""
 
 
 class Unreachable(Failed):
@@ -17,7 +17,7 @@ class Unreachable(Failed):
 
 
 class Damaged(Exception):
-    """What a hub sent is not what it lists."""
+    """A hub sent something else than it lists."""
 
 
 def size_of(path: Path) -> int:
@@ -33,21 +33,22 @@ class RemoteFile:
     checksum: str  # "sha256:..." or "git:...", the sha1 of a git blob; "" where a hub lists none
 
     def staging(self, target: Path) -> Path:
-        """The folder where it is put together, beside its target: on the same disk, and the next run finds it."""
+        """Returns the folder where the file is assembled: next to its target, on the same disk, where the next run
+        finds it."""
         return target.parent / ".download" / (self.checksum[-16:] or str(self.size))
 
     def whole(self, target: Path) -> Path:
         return self.staging(target) / self.path
 
     def partial(self, target: Path) -> Path:
-        return Path(f"{self.whole(target)}.incomplete")  # as ModelScope's library calls it
+        return Path(f"{self.whole(target)}.incomplete")  # the name that ModelScope's library uses
 
 
 class HuggingFace:
     source, other = "hf", "modelscope"
-    owners = {}  # who has another name here than on Hugging Face
+    owners = {}  # those with another name than on Hugging Face
     pages = {"model": "huggingface.co", "dataset": "huggingface.co/datasets"}
-    attempts = 4  # in a row that bring nothing
+    attempts = 4  # in a row without progress
     token = "HF_TOKEN (huggingface.co/settings/tokens)"
 
     def __init__(self):
@@ -64,20 +65,20 @@ class HuggingFace:
         ]
 
     def fetch(self, file: RemoteFile, target: Path) -> None:
-        """Not by hf_hub_download, for which every run starts from nothing."""
+        """Downloads a file. Does not use hf_hub_download, which starts over in every run. Raises Damaged."""
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
         from tqdm import tqdm
 
         partial, have = file.partial(target), size_of(file.partial(target))
         url = hf_hub_url(file.repo, file.path, repo_type=file.kind, endpoint=self.endpoint)
-        headers = {"Accept-Encoding": "identity"}  # packed, Range would count other bytes
+        headers = {"Accept-Encoding": "identity"}  # with compression, Range would count other bytes
         headers = build_hf_headers(headers=headers | ({"Range": f"bytes={have}-"} if have else {}))
-        once = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "retry_on_exceptions": ()}  # `bring` tries again
+        once = {"timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT, "retry_on_exceptions": ()}  # `bring` retries
         if have < file.size:
             with partial.open("ab") as out, http_stream_backoff("GET", url, headers=headers, **once) as response:
                 hf_raise_for_status(response)
-                if response.status_code == 200:  # from the first byte, whatever was asked for
+                if response.status_code == 200:  # the server ignored Range and starts at the first byte
                     out.truncate(0)
                 begun = out.seek(0, os.SEEK_END)
                 with tqdm(total=file.size, initial=begun, unit="B", unit_scale=True, desc=file.path) as bar:
@@ -93,16 +94,16 @@ class ModelScope:
     source, other = "modelscope", "hf"
     owners = {"jingyaogong": "gongjy", "openai": "openai-mirror"}
     pages = {"model": "modelscope.cn/models", "dataset": "modelscope.cn/datasets"}
-    attempts = 1  # its library makes several itself
+    attempts = 1  # its library retries by itself
     token = "MODELSCOPE_API_TOKEN (modelscope.cn/my/myaccesstoken)"
 
     def __init__(self):
         self.endpoint = (os.environ.get("MODELSCOPE_ENDPOINT") or "https://www.modelscope.cn").rstrip("/")
 
     def api(self):
-        from modelscope_hub import HubApi, HubConfig  # what `modelscope` is built on: importing that imports torch
+        from modelscope_hub import HubApi, HubConfig  # not `modelscope`, which imports torch
 
-        logging.getLogger("modelscope_hub").setLevel(logging.WARNING)  # not every page of a listing
+        logging.getLogger("modelscope_hub").setLevel(logging.WARNING)  # no line for every page of a listing
         return HubApi(HubConfig(endpoint=self.endpoint))
 
     def list(self, repo: str, kind: str) -> list[RemoteFile]:
@@ -116,7 +117,7 @@ class ModelScope:
         from modelscope_hub.errors import FileIntegrityError
 
         folder = file.staging(target)
-        places = {"local_dir": folder, "cache_dir": folder}  # the latter gets its lock, else in the home folder
+        places = {"local_dir": folder, "cache_dir": folder}  # cache_dir gets its lock, else the home folder does
         try:
             self.api().download_file(file.repo, file.kind, file.path, **places, file_size=file.size)
         except FileIntegrityError as error:
@@ -127,7 +128,7 @@ Hub = HuggingFace | ModelScope
 
 
 def choose_hub(source: str) -> Hub:
-    """The hub of --source; for auto the first that answers. Raises Unreachable."""
+    """Returns the hub of --source; for auto the first one that answers. Raises Unreachable."""
     import requests
 
     silent = []
@@ -138,7 +139,7 @@ def choose_hub(source: str) -> Hub:
             return hub
         except requests.RequestException as error:
             silent.append(f"{hub.endpoint} ({type(error).__name__})")
-    other = f", or take the other hub: --source {hubs[0].other}" if len(hubs) == 1 else ""
+    other = f", or use the other hub: --source {hubs[0].other}" if len(hubs) == 1 else ""
     raise Unreachable(
         f"no answer from {' nor '.join(silent)}. Is there a network?\nBehind a proxy: export HTTPS_PROXY=http://host:port"
         f"\nA mirror of Hugging Face: export HF_ENDPOINT=https://hf-mirror.com{other}"
@@ -146,28 +147,28 @@ def choose_hub(source: str) -> Hub:
 
 
 def status_of(error: Exception) -> int | None:
-    """The HTTP status in an exception of either library, if any."""
+    """Returns the HTTP status in an exception of either library, if any."""
     return getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status_code", None)
 
 
 def failure(error: Exception, hub: Hub, what: str, kind: str) -> Failed:
-    """The exception to raise for one of either library, or of the HTTP client below it.
+    """Returns the exception to raise for one of either library, or of the HTTP client below it.
 
     what: a repository of this kind, "owner/name", or a file in it.
     """
-    status, other = status_of(error), f"The other hub may: --source {hub.other}"
+    status, other = status_of(error), f"Or try the other hub: --source {hub.other}"
     if not status:
         cause = error.__cause__ or error
         reason = (str(cause) or type(cause).__name__).splitlines()[0]
-        again = "The same command goes on where it was"
+        again = "Run the same command again to resume"
         return Unreachable(f"the connection to {hub.endpoint} failed at {what}: {reason}. {again}. {other}")
     page = f"{hub.pages[kind]}/{'/'.join(what.split('/')[:2])}"
-    login = f"Accept the terms if there are any, on {page}, and export {hub.token.replace(' ', '=... ', 1)}"
-    wait = "Wait some minutes, then type the same command: it goes on where it was"
+    login = f"Accept the terms, if any, on {page}, and export {hub.token.replace(' ', '=... ', 1)}"
+    wait = "Wait a few minutes, then run the same command again to resume"
     reasons = {
-        401: f"wants a login for {what}, or does not have it. {login}. {other}",
+        401: f"requires a login for {what}, or does not have it. {login}. {other}",
         404: f"has no {what}. {other}",
-        429: f"wants fewer requests, also for {what}. {wait}. More are allowed with {hub.token}",
+        429: f"refused {what}: too many requests. {wait}. The limit is higher with {hub.token}",
     }
     reason = reasons.get(401 if status == 403 else status, f"failed at {what}. {other}")
     return Failed(f"{hub.endpoint} {reason} (HTTP {status})")

@@ -1,4 +1,4 @@
-"""What there is to fetch: which files of which repositories, and where each belongs."""
+"""What can be downloaded: which files of which repositories, and where each belongs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,22 +11,22 @@ from scripts.download.hubs import Failed, Hub, RemoteFile, Unreachable, failure
 
 @dataclass(frozen=True)
 class Public:
-    """A public model, and the repositories of its parts, under their names on Hugging Face."""
+    """A public model and the repositories of its parts, named as on Hugging Face."""
 
     hidden: int
     weights: str
-    texts: tuple[str, ...]  # which hold its tokenizer: the first that has it is taken
+    texts: tuple[str, ...]  # repositories with its tokenizer; the first that has it is used
     encoder: str
     generation: Generation
 
     @property
     def words(self) -> PurePosixPath:
-        """Where its tokenizer belongs."""
+        """The folder of its tokenizer."""
         return PurePosixPath(self.generation.tokenizer)
 
     @property
     def eyes(self) -> PurePosixPath:
-        """Where its encoder belongs."""
+        """The folder of its encoder."""
         return PurePosixPath(self.generation.vision_model)
 
 
@@ -45,7 +45,7 @@ ENCODERS = {  # --encoder: public ones of base size
     "dinov3": "facebook/dinov3-vitb16-pretrain-lvd1689m",
     "vit": "google/vit-base-patch16-224",
 }
-TOKENIZERS = {  # sha256 of what belongs at a place
+TOKENIZERS = {  # sha256 of the tokenizer that belongs at a place
     f"{MODELS['26m'].words}/tokenizer.json": PUBLIC_TOKENIZER,
     f"{MODELS['3v'].words}/tokenizer.json": LATER_TOKENIZER,
 }
@@ -57,7 +57,7 @@ def in_words(files: list[RemoteFile]) -> str:
 
 
 class Repository:
-    """The files of one repository, to be picked by name, in whatever folder of it they are."""
+    """The files of one repository, to be picked by name, whatever folder they are in."""
 
     def __init__(self, hub: Hub, name: str, kind: str = "model"):
         owner, _, name = name.partition("/")
@@ -69,21 +69,22 @@ class Repository:
         self.files = [file for file in files if ".." not in PurePosixPath(file.path).parts and file.path[0] != "/"]
 
     def find(self, *patterns: str) -> RemoteFile | None:
-        """The file that fits the first pattern that any file fits. Raises Failed if several do."""
+        """Returns the file that matches the first pattern with a match, or None. Raises Failed if several match."""
         for pattern in patterns:
             matches = [file for file in self.files if fnmatch(PurePosixPath(file.path).name, pattern)]
             depth = min((file.path.count("/") for file in matches), default=0)
             matches = [file for file in matches if file.path.count("/") == depth]
             if len(matches) > 1:
-                raise Failed(f"{self.name} has several files {pattern}: {in_words(matches)}. Take one by hand")
+                raise Failed(f"{self.name} has several files {pattern}: {in_words(matches)}. Download one by hand")
             if matches:
                 return matches[0]
         return None
 
     def pick(self, *patterns: str) -> RemoteFile:
+        """Like `find`, but raises Failed if no file matches."""
         if file := self.find(*patterns):
             return file
-        raise Failed(f"{self.name} has no {' or '.join(patterns)}. It holds {in_words(self.files)}")
+        raise Failed(f"{self.name} has no {' or '.join(patterns)}. It contains {in_words(self.files)}")
 
 
 def weights_suffix(args) -> str:
@@ -91,13 +92,13 @@ def weights_suffix(args) -> str:
 
 
 def encoder_folder(args) -> PurePosixPath:
-    """Of --encoder, under its repository's name beside that of the model; else that of the model."""
+    """Returns the folder of the encoder: the model's, or with --encoder one next to it, named after its repository."""
     usual = MODELS[args.model].eyes
     return usual.with_name(PurePosixPath(ENCODERS[args.encoder]).name) if args.encoder else usual
 
 
 def loosely(name: str) -> str:
-    """The pattern of a name with more before it, and with other signs between its words."""
+    """Returns a pattern that also matches with a prefix, and with other characters between the words of a name."""
     return "*" + name.replace("_", "?")
 
 
@@ -127,7 +128,7 @@ def llm(hub: Hub, args) -> dict[str, RemoteFile]:
     repo = Repository(hub, MODELS[args.model].weights)
     if args.model == "3v" and args.use_moe and not repo.find(name, loosely(name)):
         raise Failed(
-            f"{repo.name} has no {name}. Training makes experts of the dense one: leave --use_moe out here, then\n"
+            f"{repo.name} has no {name}. Training makes experts of the dense weights: leave --use_moe out here, then\n"
             "python train_pretrain_vlm.py --use_moe --from_weight out/llm_768.pth"
         )
     return {f"out/{name}": repo.pick(name, name[1:], loosely(name))} | tokenizer(hub, args)
@@ -136,23 +137,23 @@ def llm(hub: Hub, args) -> dict[str, RemoteFile]:
 def vlm(hub: Hub, args) -> dict[str, RemoteFile]:
     names = [f"{stage}_{weights_suffix(args)}.pth" for stage in ("pretrain_vlm", "sft_vlm")]
     repo = Repository(hub, MODELS[args.model].weights)
-    repo.pick(*names, *map(loosely, names))  # one at least
-    found = {f"out/{name}": repo.find(name, loosely(name)) for name in names}
-    return {place: file for place, file in found.items() if file} | tokenizer(hub, args)
+    repo.pick(*names, *map(loosely, names))  # raises Failed if there is neither
+    weights = {f"out/{name}": repo.find(name, loosely(name)) for name in names}
+    return {place: file for place, file in weights.items() if file} | tokenizer(hub, args)
 
 
 def data(hub: Hub, args) -> dict[str, RemoteFile]:
     repo = Repository(hub, "jingyaogong/minimind-v_dataset", "dataset")
-    jsonl, parquet = {}, {}  # place: what it may be called
+    jsonl, parquet = {}, {}  # place: possible file names
     for stage in ("pretrain", "sft"):
         jsonl[f"dataset/{stage}_data.jsonl"] = f"{stage}_data.jsonl", f"{stage}_vlm_data.jsonl"
         jsonl[f"dataset/{stage}_images.zip"] = (f"{stage}_images.zip",)
         parquet[f"dataset/{stage}_data.parquet"] = f"{stage}_i2t.parquet", f"{stage}*.parquet"
     chosen = args.data_format
-    if chosen == "auto":  # as JSONL the rows of the older generation take less room
+    if chosen == "auto":  # the rows of the older generation are smaller as JSONL
         older = args.model != "3v" and all(repo.find(*names) for names in jsonl.values())
         chosen = "jsonl" if older else "parquet"
-        print(f"{repo.name}: taking {chosen}")
+        print(f"{repo.name}: using {chosen}")
     return {place: repo.pick(*names) for place, names in (jsonl if chosen == "jsonl" else parquet).items()}
 
 
