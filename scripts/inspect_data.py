@@ -1,23 +1,24 @@
-"""Look at a data set before training on it: figures for the terminal, and a page for the browser with pictures,
-conversations and exactly which tokens carry loss. It ends with the command that trains on it.
+"""Inspect a data set before training on it: figures in the terminal, and a page for the browser with pictures,
+conversations and the tokens that carry loss. The last line is the command that trains on it.
 
     python -m scripts.inspect_data rows.jsonl --images_path pictures
     python -m scripts.inspect_data 'data/*.parquet' --samples 40
-    python -m scripts.inspect_data "hf://datasets/owner/name/sft_*.parquet"     # a shard of it
+    python -m scripts.inspect_data "hf://datasets/owner/name/sft_*.parquet"     # one shard
     python -m scripts.inspect_data llava.json --to rows.parquet     # for other programs
 
-Rows are read, checked, mended and shortened by the code that training uses, which finds them checked afterwards.
-Pictures are looked for in all rows, but opened in the samples only. The page is one file that loads nothing.
+The code of training reads, checks, repairs and shortens the rows; a training on them need not check them again. The
+pictures of all rows are searched for, but only those of the samples are opened. The page is one file that loads nothing
+else.
 """
 
-if __spec__ is None:  # started by its path, from where Python finds no other folder
+if __spec__ is None:  # started by its path: Python would not find the other folders
     raise SystemExit("type -m scripts.inspect_data instead of scripts/inspect_data.py")
 
 from common.start import begin, unwind
 from dataset.flags import add_prompt_argument, add_urls_argument
 
 if __name__ == "__main__":
-    begin()  # Ctrl-C or a missing package is one sentence from here on
+    begin()  # from here on Ctrl-C or a missing package prints one line, not a traceback
 
 import io
 import re
@@ -57,16 +58,16 @@ from trainer.optimizer import fitting_batch
 
 LANGUAGES = ["other", "English", "Chinese", "mixed"]  # by script: neither, Latin letters, Han characters, both
 LATIN, HAN = re.compile("[A-Za-z]"), re.compile("[\u3400-\u9fff]")
-MOST = 5  # pictures or answers of a row; rows with more share a bar
-BINS = 10  # bars of lengths
-MANY = 50_000  # rows that take more than a moment
+MOST = 5  # pictures or answers per row; rows with more share a bar
+BINS = 10  # bars in the chart of lengths
+MANY = 50_000  # rows from which a progress bar is shown
 
 # ---------------------------------------------------------------------------- figures
 
 
 def survey(data: VLMDataset) -> np.ndarray:
-    """uint8 (usable rows, 3): which of LANGUAGES the answers are in, pictures, answers, all as they stand in the files.
-    One pass, which holds 100 rows at a time."""
+    """Returns uint8 (usable rows, 3): index in LANGUAGES of the answers, number of pictures, number of answers, as in
+    the files. One pass over the rows, with 100 of them in memory at a time."""
     rows = (row for *_, row in chain.from_iterable(data.sources))
     total, usable = data.starts[-1], np.zeros(data.starts[-1], bool)
     usable[data.rows] = True
@@ -81,7 +82,7 @@ def survey(data: VLMDataset) -> np.ndarray:
 
 
 def length_bins(lengths: np.ndarray) -> list[tuple[str, int]]:
-    """(range, rows) in at most BINS ranges of a round width; the last one is open if a few rows are far longer."""
+    """Returns (range, rows) for at most BINS ranges of a round width; the last is open if a few rows are far longer."""
     low, high = int(lengths.min()), np.percentile(lengths, 99)
     widths = (factor * 10**power for power in range(9) for factor in (1, 2, 5))
     width = next(width for width in widths if (high - low) / width < BINS - 2)
@@ -93,7 +94,7 @@ def length_bins(lengths: np.ndarray) -> list[tuple[str, int]]:
 
 
 def charts(data: VLMDataset, traits: np.ndarray) -> dict[str, list[tuple[str, int]]]:
-    """{title: [(label, rows), ...]}"""
+    """Returns {title: [(label, rows), ...]}."""
 
     def bars(values, labels):
         return [(label, rows) for label, rows in zip(labels, np.bincount(values).tolist()) if rows]
@@ -109,9 +110,9 @@ def charts(data: VLMDataset, traits: np.ndarray) -> dict[str, list[tuple[str, in
 
 
 def facts(data: VLMDataset) -> list[tuple[str, str]]:
-    """(value, what it is) of the usable rows."""
+    """Returns (value, what it is) for the usable rows."""
     loss = data.answer_tokens - data.lost_tokens
-    lost = f"of answer tokens lost to that ({data.lost_tokens:,} of {data.answer_tokens:,})"
+    lost = f"of answer tokens cut off ({data.lost_tokens:,} of {data.answer_tokens:,})"
     return [
         (f"{len(data):,}", "usable rows"),
         (f"{sum(map(len, data.bad.values())):,}", "bad rows"),
@@ -122,20 +123,20 @@ def facts(data: VLMDataset) -> list[tuple[str, str]]:
         (f"{np.percentile(data.lengths, 95):,.0f}", "tokens, 95th percentile"),
         (f"{data.lengths.max():,}", "tokens in the longest row"),
         (f"{loss / data.lengths.sum():.1%}", f"of tokens carry loss ({loss:,} of {data.lengths.sum():,})"),
-        (f"{data.shortened:,}", f"rows shortened to {data.max_length:,} tokens, which is --max_seq_len"),
+        (f"{data.shortened:,}", f"rows shortened to {data.max_length:,} tokens (--max_seq_len)"),
         (f"{data.lost_tokens / data.answer_tokens:.1%}", lost),
     ]
 
 
 def files(data: VLMDataset) -> list[tuple[str, int, int]]:
-    """(path, rows, usable rows)"""
+    """Returns (path, rows, usable rows) of each file."""
     usable = np.diff(np.searchsorted(data.rows, data.starts)).tolist()
     names = [str(source if isinstance(source, Shard) else source.path) for source in data.sources]
     return list(zip(names, np.diff(data.starts).tolist(), usable))
 
 
 def wrap(text: str) -> str:
-    """In lines that fit a terminal, each indented as the one it continues; paths stay whole."""
+    """Wraps text to the width of a terminal, each line indented like the one it continues; does not break paths."""
     lines = []
     for line in text.splitlines():
         indent = " " * (len(line) - len(line.lstrip()))
@@ -145,6 +146,7 @@ def wrap(text: str) -> str:
 
 
 def terminal(data: VLMDataset, figures: dict) -> str:
+    """Formats all figures for a terminal."""
     lines = [f"{'rows':>12}{'usable':>12}  file"]
     for path, rows, usable in files(data):
         lines.append(f"{rows:>12,}{usable:>12,}  {path if len(path) <= 54 else '...' + path[-51:]}")
@@ -155,7 +157,7 @@ def terminal(data: VLMDataset, figures: dict) -> str:
         total, most = sum(rows for _, rows in counts), max(rows for _, rows in counts)
         lines += ["", title]
         for label, rows in counts:
-            bar = "#" * -(-36 * rows // most)  # any row at all makes one
+            bar = "#" * -(-36 * rows // most)  # at least one for any row
             lines.append(f"  {label:18}{rows:>11,}{rows / total:>8.1%}  {bar}".rstrip())
     return "\n".join(lines)
 
@@ -164,7 +166,7 @@ def terminal(data: VLMDataset, figures: dict) -> str:
 
 
 def open_all(data: VLMDataset) -> tuple[int, list[str]]:
-    """Opens every picture, on all cores: (how many, what is wrong with those that cannot be read, with file:line)."""
+    """Opens every picture, on all cores. Returns their number, and file:line and reason for those that are broken."""
     pictures = Pictures([data])
     pictures.decode = True
     how = {"num_workers": usable_cores(), "worker_init_fn": ignore_interrupt} if len(pictures) > 500 else {}
@@ -178,13 +180,13 @@ def open_all(data: VLMDataset) -> tuple[int, list[str]]:
 
 
 def verdicts(batch: list[tuple]) -> list[tuple[int, str]]:
-    """Without the pixels, which need not go from one process to another."""
+    """Drops the pixels, which need not be sent to the main process."""
     return [(i, why) for i, _, _, why in batch]
 
 
 def choose(data: VLMDataset, traits: np.ndarray, samples: int, seed: int) -> list[int]:
-    """The shortest row, the longest, and others by chance, in turn from each language and number of pictures; sorted by
-    length."""
+    """Picks the shortest row, the longest, and others at random, in turn from each language and number of pictures;
+    sorted by length."""
     order = np.random.default_rng(seed).permutation(len(data))
     groups = (traits[:, 0] * (MOST + 2) + np.minimum(traits[:, 1], MOST + 1))[order]
     by_group = [order[groups == group][:samples] for group in np.unique(groups)]
@@ -194,8 +196,8 @@ def choose(data: VLMDataset, traits: np.ndarray, samples: int, seed: int) -> lis
 
 
 def tokens(ids: list[int], labels: list[int], tokenizer, image_ids: list[int]) -> list[dict]:
-    """The tokens of a row as boxes: {"text", "loss": whether it carries loss, "chip": whether it is no plain text,
-    "count": of tokens}. Those that only together make a character share a box, and so do the placeholders of a
+    """Returns the tokens of a row as boxes: {"text", "loss": whether it carries loss, "chip": whether it is not plain
+    text, "count": number of tokens}. Tokens that form one character share a box, and so do the placeholders of a
     picture."""
     special, decode = tokenizer.added_tokens_decoder, tokenizer.backend_tokenizer.decode
     boxes, at = [], 0
@@ -217,15 +219,15 @@ def tokens(ids: list[int], labels: list[int], tokenizer, image_ids: list[int]) -
 
 
 def as_png(pixels) -> str:
-    """A picture, uint8 (3, H, W), as the model sees it; for the page."""
+    """Returns the URL of a picture uint8 (3, H, W), as the model sees it, for the page."""
     file = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
     return data_url(file.getvalue(), "png")
 
 
 def sample(data: VLMDataset, row: int, example: dict, language: str) -> dict:
-    """What a card shows of a row: {"tags", "broken": why its picture cannot be read} or {"tags", "pictures", "boxes",
-    "han"}. example: data[row]."""
+    """Returns what a card shows of a row: {"tags", "broken": why its picture cannot be read} or {"tags", "pictures",
+    "boxes", "han"}. example: data[row]."""
     tags = [data.where(row), language]
     if "broken" in example:
         return {"tags": tags, "broken": example["broken"]}
@@ -264,20 +266,20 @@ def page(data: VLMDataset, figures: dict, samples: list[dict], notes: list[str],
 def parse_args(argv=None):
     parser = Parser(__file__, __doc__)
     add = parser.start.add_argument
-    rows = "rows as training takes them: JSON, JSONL, Parquet, Arrow, CSV, tar; files, patterns, hf://..."
+    rows = "rows as for training: JSON, JSONL, Parquet, Arrow, CSV or tar; files, glob patterns or hf://..."
     add("data_path", nargs="+", metavar="PATH", help=rows)
-    add("--images_path", nargs="+", metavar="PATH", help="folder or zip of pictures, one for all or one each")
-    add("--stream_rows", type=positive(int), default=1000, help="how many of hf://... are fetched and looked at")
-    add("--html", default="out/inspect.html", metavar="FILE", help="the page")
-    add("--samples", type=positive(int), default=12, help="rows on the page")
-    written = "write the usable rows as they were read, pictures too, for other programs: rows.parquet or rows.jsonl"
+    add("--images_path", nargs="+", metavar="PATH", help="folder or zip of the pictures, one for all or one each")
+    add("--stream_rows", type=positive(int), default=1000, help="number of rows of hf://... to fetch and inspect")
+    add("--html", default="out/inspect.html", metavar="FILE", help="file for the page")
+    add("--samples", type=positive(int), default=12, help="number of rows on the page")
+    written = "write the usable rows as they were read, with pictures, for other programs: rows.parquet or rows.jsonl"
     add("--to", metavar="FILE", help=written)
-    add("--open_all", action="store_true", help="open every picture, on all cores: does training meet a broken one?")
+    add("--open_all", action="store_true", help="open every picture, on all cores, to find broken ones")
     add = parser.group("as training will read them").add_argument
-    add("--max_seq_len", type=positive(int), default=1536, help="tokens per row, placeholders included")
-    newest = "weights to train from, or none; default: the newest in out/ and the folders in it"
+    add("--max_seq_len", type=positive(int), default=1536, help="largest row in tokens, placeholders included")
+    newest = "weights to train from, or none; default: the newest in out/ and its subfolders"
     add("--from_weight", metavar="FILE", help=newest)
-    add("--seed", type=not_negative, default=0, help="which samples")
+    add("--seed", type=not_negative, default=0, help="seed that picks the samples")
     add_prompt_argument(parser)
     add_urls_argument(parser)
     add_parts_arguments(parser)
@@ -285,22 +287,24 @@ def parse_args(argv=None):
     if args.to and Path(args.to).suffix not in (".parquet", ".jsonl"):
         parser.error(f"--to {args.to}: expected a name that ends in .parquet or .jsonl")
     if args.to and Path(args.to).exists():
-        parser.error(f"--to {args.to}: there is a file of this name; choose another, or remove it")
+        parser.error(f"--to {args.to} exists already; choose another name, or remove the file")
     return args
 
 
 def choose_weights(args) -> Path | None:
-    """--from_weight or the newest. None if there is none, or if its tokenizer and encoder are not those asked for."""
+    """Returns --from_weight or the newest weights; None if there are none, or if flags name a tokenizer or encoder."""
     if args.from_weight:
         return find_weights(args.from_weight, "./out", None, False)
     if args.tokenizer_path or args.vision_model_path:
         return None
-    return next((path for path in list_models("./out") if export_of(path) != "llava"), None)  # none trains from one
+    return next(
+        (path for path in list_models("./out") if export_of(path) != "llava"), None
+    )  # training cannot start from one
 
 
 def next_command(args, weights: Path | None, rows: int, skip: bool) -> list[str]:
-    """The training that reads what was looked at, in epochs and batches that fit the number of rows. skip: bad rows
-    would stop it."""
+    """Returns the command that trains on these rows, with epochs and batches that suit their number. skip: whether bad
+    rows would stop it."""
     command = ["python", "train_sft_vlm.py", "--from_weight", str(weights or "none"), "--data_path", *args.data_path]
     if args.images_path:
         command += ["--images_path", *args.images_path]
@@ -309,7 +313,7 @@ def next_command(args, weights: Path | None, rows: int, skip: bool) -> list[str]
     for flag in ("tokenizer_path", "vision_model_path"):
         if getattr(args, flag):
             command += [f"--{flag}", getattr(args, flag)]
-    if args.max_seq_len != parse_args(["PATH"]).max_seq_len:  # which is that of training
+    if args.max_seq_len != parse_args(["PATH"]).max_seq_len:  # the default of training
         command += ["--max_seq_len", str(args.max_seq_len)]
     width = read_sidecar(weights)["config"].get("hidden_size") if weights else None
     epochs, batch_size = sizes(rows, fitting_batch(width or 512))
@@ -322,7 +326,7 @@ def main(argv=None):
     if args.to or not any(map(is_streamed, args.data_path)):  # --to needs all rows
         return look(args, args.data_path)
     stream = load_data(args, None, None, args.data_path, args.images_path)
-    unwind()  # there is a temporary file
+    unwind()  # so that the temporary file is deleted
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         shard = stream.plan(args.stream_rows, args.seed, epoch=0)[0]
         stream.fetch(shard, Path(folder) / "rows.arrow")
@@ -330,8 +334,8 @@ def main(argv=None):
 
 
 def look(args, rows: list[str] | Shard, total: int | None = None) -> None:
-    """Prints and writes what there is to see. rows: of `VLMDataset`; total: how many the whole stream has."""
-    notes = ["Pictures were looked for in all rows, but opened in the samples only."]
+    """Prints the figures and writes the page. rows: for `VLMDataset`; total: number of rows in the whole stream."""
+    notes = ["The pictures of all rows were searched for; only those of the samples were opened."]
     weights = choose_weights(args)
     sidecar = read_sidecar(weights) if weights else {}
     generation = generation_at(weights) if weights else MINIMIND_2
@@ -343,7 +347,7 @@ def look(args, rows: list[str] | Shard, total: int | None = None) -> None:
         processor = ImageProcessor.from_pretrained(eyes)
     else:
         config, processor = VLMConfig(), ImageProcessor()
-        notes.append(f"No encoder in {eyes}: 196 tokens per picture are assumed, the public CLIP's.")
+        notes.append(f"No encoder in {eyes}: assuming 196 tokens per picture, as with the public CLIP.")
     tokenizer = load_tokenizer(words, config.image_special_token)
     print(wrap(f"checking {', '.join(args.data_path)} ..."), flush=True)
     data = VLMDataset(
@@ -371,20 +375,18 @@ def look(args, rows: list[str] | Shard, total: int | None = None) -> None:
         if broken:
             notes.append(f"{len(broken)} of {len(chosen)} samples have a picture that cannot be read: {broken[0]}")
     if data.not_read:
-        notes.append(f"Columns that are not read: {', '.join(data.not_read)}.")
+        notes.append(f"Ignored columns: {', '.join(data.not_read)}.")
     if args.prompt and not data.captioned:
-        notes.append("--prompt is not asked here: no row has a picture with captions alone.")
+        notes.append("--prompt is not used here: no row is a picture with only captions.")
     if data.groups is not None:
-        notes.append(f"An epoch has {len(data.groups):,} rows: of several captions of a picture it takes one.")
+        notes.append(f"An epoch has {len(data.groups):,} rows: one caption of each picture.")
     if args.to:
         notes.append(write_rows(data, Path(args.to)))
     if total:
-        notes.append(
-            f"It was a shard of {data.starts[-1]:,} rows, of row groups drawn by --seed, of {total:,} streamed."
-        )
+        notes.append(f"These are {data.starts[-1]:,} of {total:,} streamed rows, from row groups picked by --seed.")
     if not weights and args.from_weight != "none":
         small, public = "python -m scripts.quickstart", "python -m scripts.download --what clip vlm"
-        notes.append(f"No weights to start from: make small ones ({small}) or fetch the public ones ({public}).")
+        notes.append(f"No weights to start from: train small ones ({small}) or download the public ones ({public}).")
     command = next_command(
         args, weights, total or (len(data) if data.groups is None else len(data.groups)), skip=bool(data.bad or broken)
     )

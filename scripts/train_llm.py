@@ -5,19 +5,19 @@
         --tokenizer_path out/tokenizer --hidden_size 256 --num_hidden_layers 4
     python -m scripts.train_llm --help
 
-Comes between the tokenizer and stage 1, which takes the result as --from_weight llm. Rows are the same conversations,
-one JSON per line; answers are learned. Rows with pictures serve as well: the pictures are left out. A model that can
-answer questions about a scene in words has little left to learn when the words become a picture. Writes
-out/llm_{hidden}{_moe}.pth; the figure at the end is the perplexity per token of the answers in --val_path.
+This step comes between the tokenizer and stage 1, which starts from the result with --from_weight llm. Rows are the
+same conversations, one JSON per line; the model learns the answers. Rows with pictures work too; the pictures are
+ignored. A model that can answer questions about a scene in words has little left to learn when a picture replaces the
+words. Writes out/llm_{hidden}{_moe}.pth. The figure at the end is the perplexity per answer token in --val_path.
 """
 
-if __spec__ is None:  # started by its path, from where Python finds no other folder
+if __spec__ is None:  # started by its path: Python would not find the other folders
     raise SystemExit("type -m scripts.train_llm instead of scripts/train_llm.py")
 
 from common.start import begin
 
 if __name__ == "__main__":
-    begin()  # Ctrl-C or a missing package is one sentence from here on
+    begin()  # from here on Ctrl-C or a missing package prints one line, not a traceback
 
 import math
 from pathlib import Path
@@ -40,7 +40,7 @@ def parse_args(argv=None):
 
 
 def check_paths(args) -> None:
-    """FileNotFoundError that says how to come by data, before anything is loaded."""
+    """Raises FileNotFoundError that says how to get data, before anything is loaded."""
     from dataset.remote import is_remote
     from dataset.sources import row_files
 
@@ -55,7 +55,7 @@ def check_paths(args) -> None:
 
 def main(argv=None):
     args = parse_args(argv)
-    # Only now, so that --help and a mistyped flag need not wait for PyTorch.
+    # Imported here so that --help and errors in flags do not wait for PyTorch.
     from common import distributed
     from common.devices import check_compiler, make_deterministic, pick_device
     from model.build import build_model
@@ -76,7 +76,7 @@ def main(argv=None):
     weights = find_weights(args.from_weight, args.out_dir, args.hidden_size, args.use_moe)
     model, tokenizer, origin = build_model(args, weights, sees=False, training=True)
     distributed.say(f"{origin.note}: {sum(weight.numel() for weight in model.parameters()) / 1e6:.1f}M parameters")
-    follow_width(args, model, STAGE)  # optimizer, rate and batch, unless given
+    follow_width(args, model, STAGE)  # sets optimizer, learning rate and batch size, unless given
     model.to(device)
     optimizer = optimizer_of(model, args)
 
@@ -84,10 +84,10 @@ def main(argv=None):
     data = load_data(args, model, tokenizer, args.data_path, weights=args.data_weights)
     val_data = load_data(args, model, tokenizer, args.val_path) if args.val_path else None
 
-    # ---- train, from where the last run stopped if --from_resume
+    # ---- train; with --from_resume, from where the last run stopped
     with training(args, STAGE, origin, model, tokenizer, optimizer, data, val_data, device) as run:
         for epoch in run.epochs_left():
-            train_epoch(run, epoch)  # validates and saves on the way
+            train_epoch(run, epoch)  # also validates and saves
     if run.val_loss is not None:
         distributed.say(f"perplexity {math.exp(run.val_loss):.3f} per answer token of {', '.join(args.val_path)}")
     return run

@@ -121,11 +121,11 @@ def test_what_max_seq_len_costs_is_said_in_rows_and_tokens(look, mixed):
     out, page = look(*mixed)
     longest, shortest = (int(figure(out, f"tokens in the {which} row")) for which in ("longest", "shortest"))
     assert figure(out, "rows shortened to 1,536 tokens") == "0" and " shortened:" not in page
-    answers = int(re.search(r"lost to that \(0 of (\d+)\)", out)[1])
+    answers = int(re.search(r"tokens cut off \(0 of (\d+)\)", out)[1])
 
     out, page = look(*mixed, "--max_seq_len", str(longest - 51))  # 50 and the line break behind
     assert figure(out, "rows shortened") == "1" and figure(out, "tokens in the shortest row") == str(shortest)
-    assert figure(out, "of answer tokens lost") == f"{50 / answers:.1%}" and f"(50 of {answers})" in out
+    assert figure(out, "of answer tokens cut off") == f"{50 / answers:.1%}" and f"(50 of {answers})" in out
     assert " shortened: 50 answer tokens lost" in page
     assert LONG["conversations"][1]["content"].startswith(marked(cards(page)["rows.jsonl:6"]))  # without <|im_end|>
 
@@ -138,7 +138,7 @@ def test_lines_fit_80_columns_and_end_with_what_to_type_next(look, mixed):
     assert command.startswith(f"python train_sft_vlm.py --from_weight none {expected}")
     sizes = "--epochs 250 --batch_size 8 --out_dir out/mine"  # for 7 rows
     assert command.endswith(f" --max_seq_len 640 {sizes} --on_bad_row skip")
-    assert "No weights to start from: make small ones (python -m scripts.quickstart)" in " ".join(out.split())
+    assert "No weights to start from: train small ones (python -m scripts.quickstart)" in " ".join(out.split())
 
 
 def printed(out: str) -> list[str]:
@@ -271,7 +271,8 @@ def test_a_sample_with_a_broken_picture_is_named(look, tmp_path):
     write_rows(tmp_path / "rows.jsonl", [row("<image>", "b", image=f"{name}.png") for name in ("broken", "red")])
     out, page = look("rows.jsonl")
     said = "1 of 2 samples have a picture that cannot be read: rows.jsonl:1: images/broken.png cannot be read"
-    assert "opened in the samples only" in out and said in " ".join(out.split()) and said in page
+    told = " ".join(out.split())
+    assert "those of the samples were opened" in told and said in told and said in page
     assert (
         '<div class="answer wrong">rows.jsonl:1: images/broken.png cannot be read' in page and page.count("<img") == 1
     )
@@ -326,7 +327,7 @@ def test_without_a_usable_row_the_table_of_bad_rows_is_the_message(look, tmp_pat
 
 def test_without_an_encoder_196_tokens_per_picture_are_assumed_and_that_is_said(look, mixed):
     out, page = look(*mixed, "--vision_model_path", "nowhere")
-    assert "No encoder in nowhere: 196 tokens per picture are assumed" in out and "No encoder in nowhere" in page
+    assert "No encoder in nowhere: assuming 196 tokens per picture" in out and "No encoder in nowhere" in page
     assert "@×196" in page and int(figure(out, "tokens in the longest row")) > 2 * 196
 
 

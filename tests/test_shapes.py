@@ -803,4 +803,4 @@ def test_other_output_formats_are_refused(tmp_path, capsys):
     path = write_rows(tmp_path / "rows.jsonl", llava())
     with pytest.raises(SystemExit):
         inspect_data.main([str(path), "--to", str(path)])
-    assert "there is a file of this name" in capsys.readouterr().err and path.stat().st_size > 0
+    assert "exists already; choose another" in capsys.readouterr().err and path.stat().st_size > 0

@@ -430,7 +430,7 @@ def test_inspect_data_reports_that_it_reads_one_shard_of_a_hub(
     out = " ".join(capsys.readouterr().out.split())
     assert "41 rows in 8 row groups" in out and "10 10 a shard of the stream" in out and "10 usable rows" in out
     assert "All 10 pictures were opened, 0 of them cannot be read" in out
-    assert "It was a shard of 10 rows, of row groups drawn by --seed, of 41 streamed." in out
+    assert "These are 10 of 41 streamed rows, from row groups picked by --seed." in out
     assert f"--data_path '{far}'" in out.split("To train on it:")[1]
     assert "hf://datasets/owner/name/sft_" in (tmp_path / "out/inspect.html").read_text(encoding="utf-8")
     assert not list((tmp_path / "temporary").iterdir())

@@ -429,10 +429,10 @@ def test_max_minutes_stops_and_saves(world, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--image_size", "30"], "--image_size 30 is no multiple of --patch_size 16"),
+        (["--image_size", "30"], "--image_size 30 is not a multiple of --patch_size 16"),
         (["--hidden_size", "200"], "--hidden_size 200 .* multiple of 64"),
         (["--batch_size", "1"], "--batch_size 1"),
-        (["--batch_size", "9"], "--batch_size 9: there are 8 pictures"),
+        (["--batch_size", "9"], "--batch_size 9: there are only 8 pictures"),
         (["--mask_ratio", "1"], "--mask_ratio 1"),
         (["--min_scale", "0"], "--min_scale 0"),
         (["--max_text_len", "1"], "--max_text_len 1"),
@@ -489,7 +489,7 @@ def test_rows_without_exactly_one_picture_are_counted_and_left_out(tmp_path, cap
     write_rows(tmp_path / "rows.jsonl", [("a.png", "one"), ("a.png, b.png", "two"), ("", "none"), ("a.png", "three")])
     captions, places = read_captions([tmp_path / "rows.jsonl"], tmp_path, "--data_path")
     assert captions == {str(tmp_path / "a.png"): ["one", "three"]} and [name for _, name in places] == ["a.png"]
-    assert "2 rows without exactly one picture and an answer left out" in capsys.readouterr().out
+    assert "skipped 2 rows without exactly one picture and an answer" in capsys.readouterr().out
     lines = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
     lines = [line | {"image": image} for line, image in zip(lines, (["a.png"], None, [], ["a.png", "b.png"]))]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -536,12 +536,12 @@ def test_without_images_path_the_pictures_lie_beside_the_rows_or_it_is_asked_for
     del given[at : at + 2]
     train_clip.main(given)
     write_rows(tmp_path / "rows.jsonl", [("red_left.png", "red")])
-    with pytest.raises(ValueError, match="--images_path: needed, as no pictures lie beside .*rows.jsonl"):
+    with pytest.raises(ValueError, match="--images_path is needed: there are no pictures next to .*rows.jsonl"):
         train_clip.main([*given, "--data_path", str(tmp_path / "rows.jsonl"), "--out_dir", str(tmp_path / "new")])
 
 
 def test_an_encoder_that_weights_may_depend_on_is_not_overwritten(trained, world):
-    with pytest.raises(ValueError, match="--out_dir .* holds an encoder already"):
+    with pytest.raises(ValueError, match="--out_dir .* contains an encoder already"):
         train_clip.main(flags(world, trained[0]))
 
 
@@ -573,6 +573,6 @@ def test_a_loss_that_is_no_number_stops_the_training_within_ten_steps(world, tmp
         return (loss * torch.nan if len(steps) > 2 * 12 else loss), found
 
     monkeypatch.setattr(train_clip, "contrastive_loss", diverged)
-    with pytest.raises(ValueError, match="step 20: the loss is nan. Type a smaller --learning_rate"):
+    with pytest.raises(ValueError, match="step 20: the loss is nan. Use a smaller --learning_rate"):
         train_clip.main(flags(world, tmp_path / "clip", "--epochs", "100", "--val_interval", "50"))
     assert not (tmp_path / "clip").exists()

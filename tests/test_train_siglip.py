@@ -151,6 +151,6 @@ def test_the_folders_load_on_the_other_transformers(trained, seeing):
 
 
 def test_a_shared_space_of_another_width_is_refused(world, tmp_path):  # noqa: F811
-    message = "--projection_dim 32: a SigLIP shares the space of its picture encoder: type --projection_dim 64"
+    message = "--projection_dim 32: for SigLIP it is the width of the picture encoder: use --projection_dim 64"
     with pytest.raises(ValueError, match=message):
         train_clip.main(siglip(world, tmp_path / "siglip", "--projection_dim", "32"))

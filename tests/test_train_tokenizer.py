@@ -141,7 +141,7 @@ def test_parquet_gives_the_same_bytes_as_jsonl_and_rows_that_training_does_not_t
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
     main(["--data_path", str(tmp_path / "*.parquet"), "--out_dir", str(tmp_path / "new"), "--vocab_size", "340"])
     assert (tmp_path / "new/tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
-    assert capsys.readouterr().out.startswith("1 rows left out, which training does not take either\n")
+    assert capsys.readouterr().out.startswith("skipped 1 rows that training cannot use either\n")
 
 
 def test_it_says_how_well_it_compresses_both_languages(data, tmp_path, capsys):
@@ -169,7 +169,7 @@ def test_too_little_text_gives_the_tokens_it_has_and_says_how_many(data, tmp_pat
 
 @pytest.mark.parametrize("size", ["258", "0", "-1"])
 def test_a_vocabulary_smaller_than_the_bytes_is_refused(data, tmp_path, size):
-    with pytest.raises(ValueError, match=f"--vocab_size {size}: 259 at least"):
+    with pytest.raises(ValueError, match=f"--vocab_size {size}: must be at least 259"):
         main(["--data_path", str(data), "--out_dir", str(tmp_path), "--vocab_size", size])
 
 
@@ -204,7 +204,7 @@ def test_a_line_that_is_no_row_is_named_with_its_number(tmp_path, line):
 
 def test_a_tokenizer_that_weights_may_depend_on_is_not_overwritten(data, folder):
     before = (folder / "tokenizer.json").read_bytes()
-    with pytest.raises(ValueError, match="--out_dir .* holds a tokenizer already"):
+    with pytest.raises(ValueError, match="--out_dir .* contains a tokenizer already"):
         main(["--data_path", str(data), "--out_dir", str(folder), "--vocab_size", "300"])
     assert (folder / "tokenizer.json").read_bytes() == before
 

@@ -248,7 +248,7 @@ def test_more_ranks_than_a_machine_has_devices_for_are_refused_by_each(
 
 def test_the_encoder_refuses_several_ranks(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="--nproc_per_node: the encoder trains in one process. Type python instead"):
+    with pytest.raises(ValueError, match="--nproc_per_node: the encoder trains in one process. Use python instead"):
         train_clip.main(["--data_path", "a", "--images_path", "b", "--tokenizer_path", "c", "--out_dir", "d"])
 
 

@@ -1,4 +1,4 @@
-"""What minimind_rows.yaml takes from a row. lmms-eval imports this file by its path: it needs nothing of ours."""
+"""The functions of minimind_rows.yaml. lmms-eval imports this file by its path, so it must not import our code."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ IMAGES = Path("out/quickstart/data/images")
 
 
 def with_picture(rows):
-    return rows.filter(lambda row: bool(row["image"]))  # lmms-eval's llava_hf asks nothing without one
+    return rows.filter(lambda row: bool(row["image"]))  # lmms-eval's llava_hf cannot ask without one
 
 
 def pictures(row: dict) -> list[Image.Image]:

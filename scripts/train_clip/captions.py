@@ -1,4 +1,4 @@
-"""What `scripts.train_clip` learns from: captions with their pictures, read once."""
+"""The data of `scripts.train_clip`: captions with their pictures, read once."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -14,18 +14,19 @@ from dataset.sources import Source, read_rows
 from dataset.values import BadRow
 from model.processing import ImageProcessor
 
-# Transformers pools a caption at its first `eos_token_id`, but at the *largest* id if that is 2, a courtesy to an old
-# mistake. Our <|im_end|> is 2, so captions end in <|endoftext|> instead, which also pads: the text tower is causal, so
-# that the first one has seen the whole caption and none of the padding.
+# Transformers pools a caption at its first `eos_token_id`, but at the *largest* id if that is 2, for compatibility with
+# an old bug. Our <|im_end|> is 2, so captions end in <|endoftext|> instead. It also pads: the text tower is causal, so
+# the first one has seen the whole caption and none of the padding.
 END_OF_CAPTION = 0
 
 
 def read_captions(
     paths, images_path, flag: str, options: ReadOptions = DEFAULT
 ) -> tuple[dict[str, list[str]], list[tuple[Source, str]]]:
-    """Rows → {picture: its captions}, and where each picture is found: its source and its name there.
+    """Reads rows. Returns {picture: its captions}, and for each picture its source and its name there.
 
-    Captions are what the assistant says, of rows with exactly one picture. Rows that show the same share an entry.
+    A caption is what the assistant says in a row with exactly one picture. Rows with the same picture share an entry.
+    Raises ValueError if there are no captions or no pictures.
     """
     captions, places, skipped = {}, {}, 0
     for source, row in read_rows(paths, images_path, flag, options):
@@ -36,27 +37,28 @@ def read_captions(
             continue
         (name,) = row.images
         if source.pictures is None and not inline_place(name) and not is_url(name):
-            raise ValueError(f"--images_path: needed, as no pictures lie beside {source.path}")
+            raise ValueError(f"--images_path is needed: there are no pictures next to {source.path}")
         picture = source.identity(name)
         captions.setdefault(picture, []).append(caption)
         places.setdefault(picture, (source, name))
     if not captions:
         raise ValueError(f"{flag}: none of the {skipped} rows has one picture and an answer")
     total = sum(map(len, captions.values()))
-    print(f"{flag}: {total:,} captions; {skipped:,} rows without exactly one picture and an answer left out")
+    print(f"{flag}: {total:,} captions; skipped {skipped:,} rows without exactly one picture and an answer")
     return captions, list(places.values())
 
 
 class CaptionPictures:
-    """Pictures by number as uint8 (B, 3, S, S), decoded once if all of them fit into `cache_gb`, else every time."""
+    """Pictures by number as uint8 (B, 3, S, S), decoded once if all of them fit into `cache_gb`, else on every use."""
 
     def __init__(self, places: list, processor: ImageProcessor, cache_gb: float):
-        """places: of each picture what it lies in, as of `dataset.sources`, and its name there."""
+        """places: for each picture its source, see `dataset.sources`, and its name there. Raises ValueError or
+        FileNotFoundError if pictures are missing."""
         self.places, self.processor, self.cache = places, processor, None
         missing = [(source, name) for source, name in places if not source.has(name)]
         if missing:
             source, name = missing[0]
-            gone = f"{len(missing)} of {len(places)} pictures are not there, first {name}"
+            gone = f"{len(missing)} of {len(places)} pictures are missing, first {name}"
             if is_url(name):
                 raise ValueError(f"{gone}: --allow_urls fetches pictures from the web")
             raise FileNotFoundError(f"--images_path {source.pictures_path}: {gone}")
@@ -66,7 +68,7 @@ class CaptionPictures:
         print(f"{len(places):,} pictures, {gigabytes:.2f} GB as uint8: {kept}")
         if fits:
             cache = torch.empty(len(places), 3, *processor.crop_size, dtype=torch.uint8)
-            with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+            with ThreadPoolExecutor() as pool:  # Pillow releases Python's lock while it decodes
                 for place, picture in zip(cache, pool.map(self.decode, range(len(places)))):
                     place.copy_(picture)
             self.cache = cache
@@ -94,7 +96,7 @@ class CaptionPictures:
 
 
 def encode_captions(tokenizer, captions: list[str], max_text_len: int) -> torch.Tensor:
-    """int64 (len(captions), T): tokens, cut to make room for the end, the end, and padding with the end."""
+    """Returns int64 (len(captions), T): tokens, cut to leave room for the end token, which also pads."""
     encoded = tokenizer(captions, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     ids = torch.full((len(captions), max_text_len), END_OF_CAPTION)
     for row, tokens in zip(ids, encoded):
@@ -104,8 +106,8 @@ def encode_captions(tokenizer, captions: list[str], max_text_len: int) -> torch.
 
 
 def load_split(args, paths, flag, tokenizer, processor):
-    """→ pictures, and captions: the different texts (M, T), and which of them each picture has (N, n), both int64,
-    filled up with M.
+    """Returns the pictures and their captions: the distinct texts int64 (M, T), and the numbers of the texts of each
+    picture int64 (N, n), padded with M.
     """
     captions, places = read_captions(paths, args.images_path, flag, ReadOptions(allow_urls=args.allow_urls))
     pictures = CaptionPictures(places, processor, args.cache_gb)
@@ -116,20 +118,20 @@ def load_split(args, paths, flag, tokenizer, processor):
 
 
 def draw_captions(theirs: torch.Tensor, total: int, each: int) -> torch.Tensor:
-    """Up to `each` captions of each picture by chance, none of a picture twice: int64 (M,), picture after picture.
+    """Picks up to `each` captions of each picture at random, none of a picture twice: int64 (M,), picture by picture.
 
-    theirs: int64 (B, n), the numbers of all captions of these pictures, filled up with `total`.
+    theirs: int64 (B, n), the numbers of all captions of these pictures, padded with `total`.
     """
-    chance = (theirs < total).float().clamp(min=1e-30)  # what fills up comes last, and is left out then
+    chance = (theirs < total).float().clamp(min=1e-30)  # padding comes last, and is dropped below
     drawn = theirs.gather(1, chance.multinomial(min(each, theirs.shape[1]))).flatten()
     return drawn[drawn < total]
 
 
 def augment(pixels: torch.Tensor, min_scale: float, flip: bool) -> torch.Tensor:
-    """Another random window of each picture, stretched to full size: float (B, 3, S, S) → the same shape.
+    """Crops a random window of each picture and stretches it to full size: float (B, 3, S, S) → the same shape.
 
-    A window has min_scale to 1 of the area and sides from 3:4 to 4:3, as in Inception; brightness and contrast vary a
-    little. All pictures at once, on the device they are on.
+    A window has min_scale to 1 of the area and an aspect ratio from 3:4 to 4:3, as in Inception; brightness and
+    contrast vary a little. Handles all pictures at once, on their device.
     """
     B, device = len(pixels), pixels.device
     area = torch.empty(B, device=device).uniform_(min_scale, 1)

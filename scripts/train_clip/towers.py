@@ -1,9 +1,9 @@
-"""The two kinds of encoder that `scripts.train_clip` trains: what they are made of, and how they see, read and learn.
+"""The two kinds of encoder that `scripts.train_clip` trains: their parts, and how they see, read and learn.
 
-    clip      a class token among the patches sees; captions are read forwards, up to their end; one matrix for each
-              leads into the shared space; each caption has to be told from those of the other pictures
-    siglip    patches alone, to which its head attends; captions are read both ways, and their last place is pooled,
-              padding or not; of each caption and each picture it is asked whether they belong together
+    clip      has a class token among the patches; reads captions forwards, up to their end; projects both into the
+              shared space with one matrix each; contrasts each caption with those of the other pictures
+    siglip    has only patches, and a head that attends to them; reads captions in both directions and pools their last
+              position, padding or not; classifies for each caption and each picture whether they belong together
 
 CLIP: Radford et al. 2021, https://arxiv.org/abs/2103.00020; SigLIP: Zhai et al. 2023, https://arxiv.org/abs/2303.15343
 
@@ -26,7 +26,7 @@ def heads(width: int) -> int:
 
 
 def build_config(args, vocab_size: int) -> dict:
-    """What becomes config.json: both towers, in the classic form that every version of Transformers reads."""
+    """Returns the content of config.json: both towers, in the classic form that every version of Transformers reads."""
     if args.kind == "siglip":
         name, top, both = "SiglipModel", {}, {"hidden_act": "gelu_pytorch_tanh"}
         reads = {"vocab_size": vocab_size, "projection_size": args.projection_dim}
@@ -55,23 +55,23 @@ def build_model(config: dict):
     if config["model_type"] == "clip":
         return CLIPModel(CLIPConfig(**config))
     model = SiglipModel(SiglipConfig(**config))
-    with torch.no_grad():  # nearly all pairs are wrong ones: a start at "no" spares the first steps to learn that
+    with torch.no_grad():  # nearly all pairs are wrong: a start at "no" saves the steps that would learn this
         model.logit_scale.fill_(math.log(10))
         model.logit_bias.fill_(-10)
     return model
 
 
 def build_processor(kind: str, edge: int) -> ImageProcessor:
-    """edge: of the pictures, pixels."""
+    """edge: of the pictures, in pixels."""
     family = FAMILIES[kind]
     return ImageProcessor((edge, edge) if family.squash else edge, (edge, edge), **family.pixels)
 
 
 def folder_configs(config: dict, processor: ImageProcessor, vision_only: bool) -> dict[str, dict]:
-    """What stands in {name}.json of the encoder's folder, in the words of the kind's own classes of Transformers."""
+    """Returns {name: content of name.json} of the encoder's folder, as Transformers' classes of this kind write it."""
     pixels = processor.to_dict()
     if config["model_type"] == "siglip":
-        pixels = {key: value for key, value in pixels.items() if "crop" not in key}  # it squashes
+        pixels = {key: value for key, value in pixels.items() if "crop" not in key}  # it squashes pictures
         pixels["image_processor_type"] = "SiglipImageProcessor"
     if vision_only and config["model_type"] == "siglip":
         config = {"architectures": ["SiglipVisionModel"]} | config["vision_config"]
@@ -81,22 +81,22 @@ def folder_configs(config: dict, processor: ImageProcessor, vision_only: bool) -
 
 
 def encode_pictures(model, pixels, patch_pool: str = "mean", mask_ratio: float = 0.0):
-    """float (B, 3, S, S) → unit vectors of the picture (B, 1, E): of the class token, or of what SigLIP's head finds in
-    all patches; and of the patches' mean, or with "max" of each patch: (B, 1 or P, E).
+    """float (B, 3, S, S) → unit vectors of the picture (B, 1, E), from the class token or from SigLIP's head over all
+    patches; and of the mean of the patches, or with "max" of each patch: (B, 1 or P, E).
 
-    mask_ratio of the patches, others for each picture, are left out altogether: as much less to compute, and harder to
-    learn by heart (FLIP, Li et al. 2023, https://arxiv.org/abs/2212.00794).
+    A share mask_ratio of the patches, different ones for each picture, is dropped: there is less to compute, and
+    pictures are harder to memorize (FLIP, Li et al. 2023, https://arxiv.org/abs/2212.00794).
     """
     vision, siglip = model.vision_model, model.config.model_type == "siglip"
     first = 0 if siglip else 1  # patch, after the class token
-    h = vision.embeddings(pixels)  # (B, first + P, V), positions added already
+    h = vision.embeddings(pixels)  # (B, first + P, V), with positions
     if mask_ratio:
         B, P, V = h.shape[0], h.shape[1] - first, h.shape[2]
         kept = torch.rand(B, P, device=h.device).argsort(dim=1)[:, : round(P * (1 - mask_ratio))] + first
         h = torch.cat([h[:, :first], h.gather(1, kept[..., None].expand(-1, -1, V))], dim=1)
     h = vision.encoder(inputs_embeds=h if siglip else vision.pre_layrnorm(h)).last_hidden_state
     patches = h[:, first:] if patch_pool == "max" else h[:, first:].mean(dim=1, keepdim=True)
-    if siglip:  # a patch's own vector is what the head makes of it when there is no other to attend to
+    if siglip:  # the vector of a patch is the output of the head when it can attend to this patch only
         each = vision.head(vision.post_layernorm(patches).flatten(0, 1)[:, None])
         whole = vision.head(vision.post_layernorm(h))
         h = torch.cat([whole[:, None], each.unflatten(0, patches.shape[:2])], dim=1)
@@ -108,20 +108,21 @@ def encode_pictures(model, pixels, patch_pool: str = "mean", mask_ratio: float =
 
 def encode_texts(model, ids):
     """int64 (B, T) → unit vectors (B, E)."""
-    if model.config.model_type == "siglip":  # which reads the padding too, always as much of it as in training
+    if model.config.model_type == "siglip":  # it also reads the padding, always as much as in training
         return F.normalize(model.text_model(input_ids=ids).pooler_output.float(), dim=-1)
-    ids = ids[:, : int((ids != END_OF_CAPTION).sum(dim=1).max()) + 1]  # no more padding than the longest needs
+    ids = ids[:, : int((ids != END_OF_CAPTION).sum(dim=1).max()) + 1]  # no padding beyond the longest caption
     return F.normalize(model.text_projection(model.text_model(input_ids=ids).pooler_output).float(), dim=-1)
 
 
 def contrastive_loss(pictures, texts, right, scale, bias=None):
-    """Loss of unit vectors (B, P, E) and (M, E); also how often a picture finds a caption of its own among all.
+    """Returns the loss of unit vectors (B, P, E) and (M, E), and how often a picture's best caption is right.
 
-    A picture fits a caption as well as the best of its P vectors does. right: bool (B, M), which captions are right for
-    which pictures: those drawn for it, and others that happen to be among its own, which are not told apart.
+    A picture scores with a caption as its best vector of P does. right: bool (B, M), which captions are right for which
+    pictures: those picked for a picture, and others that happen to be captions of it too.
 
-    Without a bias CLIP's, InfoNCE both ways. With one SigLIP's: sigmoid(logit + bias) is the probability that picture
-    and caption belong together, for each of the B × M pairs by itself; the sum over all of them, divided by B.
+    Without a bias it is CLIP's loss, InfoNCE in both directions. With a bias it is SigLIP's: sigmoid(logit + bias) is
+    the probability that picture and caption belong together, separately for each of the B × M pairs; the loss is the
+    sum over all pairs, divided by B.
     """
     logits = scale * (pictures @ texts.T).amax(dim=1)  # (B, M)
     if bias is None:
