@@ -110,7 +110,7 @@ def variables(command: list[str]) -> dict[str, str]:
     if command[0] != "torchrun":
         return {}
     needed = {"OMP_NUM_THREADS": str(max(min(physical_cores() // PROCESSES, MAX_THREADS), 1))}
-    if os.name == "nt":  # PyTorch for Windows is built without libuv, which torchrun wants by default
+    if os.name == "nt":  # PyTorch for Windows is built without libuv, which torchrun uses by default
         needed["USE_LIBUV"] = "0"
     return {name: os.environ.get(name, value) for name, value in needed.items()}
 
