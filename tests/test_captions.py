@@ -119,7 +119,7 @@ def test_mistakes_name_the_flag(trained, tmp_path, capsys):
     for flags in (["--chat"], ["--image", "a.jpg"], ["--json"]):
         with pytest.raises(SystemExit):
             eval_vlm.parse_args(["--captions", "a.jsonl", *flags])
-        assert "not allowed" in (error := capsys.readouterr().err) or "give either" in error
+        assert "not allowed" in (error := capsys.readouterr().err) or "give one of them" in error
 
 
 def test_every_format_that_pillow_opens_is_a_picture_and_the_rest_is_counted(caption, tmp_path, capsys):

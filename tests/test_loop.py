@@ -213,7 +213,7 @@ def test_only_the_batch_whose_loss_is_not_finite_is_named(flags, world, monkeypa
         return out
 
     monkeypatch.setattr(MiniMindVLM, "forward", poisoned)
-    with pytest.raises(ValueError, match=r"Its rows: \S*rows.jsonl:14\. Look at them"):
+    with pytest.raises(ValueError, match=r"Its rows: \S*rows.jsonl:14\. Check them"):
         main([*flags, "--batch_size", "1", "--accumulation_steps", "4"])
     assert spoilt
 

@@ -427,7 +427,7 @@ def test_two_runs_of_a_recipe_at_once_take_two_ports(tmp_path):
 def test_from_zero_with_a_bundle_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         quickstart.main(["--out_dir", str(tmp_path / "out"), "--from_zero", "--bundle", "model/tiny"])
-    assert "error: --bundle: --from_zero trains one of its own" in capsys.readouterr().err
+    assert "error: --bundle: --from_zero trains its own bundle" in capsys.readouterr().err
 
 
 def test_from_zero_trains_what_it_then_starts_from(tmp_path, monkeypatch):

@@ -389,7 +389,7 @@ def test_an_answer_ends_when_its_time_is_over(out, world):
     with serve(flags(out, "--max_seconds", "0.5")) as (_, address):
         visitor = Visitor(address)
         assert visitor.ask("What?", world / "pictures/red.png", length=3000)
-        assert "stopped after 0.5 s, the limit" in visitor.title
+        assert "stopped at the limit of 0.5 s" in visitor.title
         assert "⚠️" not in visitor.ask("And?", length=5)
 
 
