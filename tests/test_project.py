@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.test_commands import commands_in, parse, readme_text  # noqa: F401 (a fixture)
-from tests.test_flags import parsers  # noqa: F401 (a fixture)
+from tests.test_commands import FLAG, TORCHRUN, commands_in, readme_text
+from tests.test_flags import SCRIPTS, parsers  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parent.parent
 FORMS = ROOT / ".github/ISSUE_TEMPLATE"
@@ -45,10 +45,14 @@ def test_the_citation_names_the_project():
 
 
 @pytest.mark.parametrize("page", ["CHANGELOG.md", "CONTRIBUTING.md", "CONTRIBUTING_zh.md"])
-def test_commands_and_files_in_a_page_exist(parse, page):  # noqa: F811
-    for script, flags in commands_in(readme_text(page)):
-        parse(script, flags)
-    for name in re.findall(r"`((?:tests|docs|model|scripts|trainer|dataset)/[\w./]+)`", readme_text(page)):
+def test_scripts_flags_and_files_in_a_page_exist(parsers, page):  # noqa: F811
+    text = readme_text(page)
+    for script, _ in commands_in(text):
+        assert ROOT / script in SCRIPTS, script
+    every = {flag for script in SCRIPTS for parser in parsers(script) for flag in parser._option_string_actions}
+    text = re.sub(r"(pip install|ruff format) [^`]*", "", text)  # flags of others
+    assert set(re.findall(FLAG, text)) <= every | TORCHRUN
+    for name in re.findall(r"`((?:tests|docs|model|scripts|trainer|dataset)/[\w./]+)`", text):
         assert (ROOT / name).exists() or name == "tests/test_x.py", name
 
 
