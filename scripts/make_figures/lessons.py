@@ -3,7 +3,9 @@
 `say(english, chinese)` gives the words of the figure's language.
 """
 
+import math
 import random
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -154,9 +156,9 @@ def rope(say):
 # ---------------------------------------------------------------------------- 3 eyes
 
 
-@draws("contrastive.png")
-def contrastive(say):
-    """The products of 16 pictures and 16 captions before and after 40 steps on them, as lesson 3 trains."""
+@cache  # for both languages
+def contrastive_products() -> list:
+    """The products (16, 16) of 16 pictures and 16 captions before each of 41 steps on them, as lesson 3 trains."""
     import torch
 
     from dataset.scene_pictures import draw
@@ -187,6 +189,13 @@ def contrastive(say):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    return products
+
+
+@draws("contrastive.png")
+def contrastive(say):
+    """How alike pictures and captions are before and after 40 steps."""
+    products = contrastive_products()
     figure, both = new_figure(7, 3.9, 1, 2)
     figure.suptitle(say("How alike are picture and caption?", "图片与说明有多相似？"), size=13)
     titles = {0: say("before training", "训练前"), 40: say("after 40 steps", "40 步之后")}
@@ -202,10 +211,9 @@ def contrastive(say):
 # ---------------------------------------------------------------------------- 5 training
 
 
-@draws("learning_rates.svg")
-def learning_rates(say):
-    """Loss of 40 steps at three learning rates, all of the decoder from the bundle, as lesson 5 trains."""
-    import math
+@cache  # for both languages
+def losses_at_rates() -> tuple[dict, int]:
+    """{rate: losses of 40 steps}, all of the decoder from the bundle, as lesson 5 trains; and the vocabulary's size."""
     from collections import Counter
 
     import torch
@@ -231,13 +239,13 @@ def learning_rates(say):
         example = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "row": i}
         examples.append(example | {"pictures": processor.resize(draw(scene, 72))[None]})
 
-    figure, axes = new_figure(7.2, 4)
-    for rate, colour, line in ((1e-5, BLUE, ":"), (1e-3, GREEN, "-"), (1e-1, ORANGE, "-.")):
+    losses = {rate: [] for rate in (1e-5, 1e-3, 1e-1)}
+    for rate in losses:
         torch.manual_seed(0)
         model = MiniMindVLM(config, TINY / "clip")
         load_weights(model, read_weights(TINY / "llm_128.pth"), TINY / "llm_128.pth")
         choose_trainable(model, "all")
-        optimizer, losses = make_optimizer(model, rate, rate, weight_decay=0.1), []
+        optimizer = make_optimizer(model, rate, rate, weight_decay=0.1)
         for step in range(40):
             batch = collate(examples[8 * step : 8 * step + 8])
             set_learning_rate(optimizer, schedule(step, 40, warmup=100))
@@ -246,11 +254,20 @@ def learning_rates(say):
             loss.backward()
             torch.nn.utils.clip_grad_norm_([each for each in model.parameters() if each.requires_grad], 1.0)
             optimizer.step()
-            losses.append(loss.item())
-        axes.plot(losses, line, color=colour, linewidth=2)
-        axes.text(39.6, losses[-1], f"{rate:.0e}".replace("e-0", "e-"), va="center", color=colour)
-    axes.axhline(math.log(config.vocab_size), color=GREY, linestyle="--")
-    axes.text(39, math.log(config.vocab_size) + 0.3, "ln V", ha="right", color="#555555")
+            losses[rate].append(loss.item())
+    return losses, config.vocab_size
+
+
+@draws("learning_rates.svg")
+def learning_rates(say):
+    """Loss of 40 steps at three learning rates."""
+    losses, V = losses_at_rates()
+    figure, axes = new_figure(7.2, 4)
+    for (rate, curve), (colour, line) in zip(losses.items(), ((BLUE, ":"), (GREEN, "-"), (ORANGE, "-."))):
+        axes.plot(curve, line, color=colour, linewidth=2)
+        axes.text(39.6, curve[-1], f"{rate:.0e}".replace("e-0", "e-"), va="center", color=colour)
+    axes.axhline(math.log(V), color=GREY, linestyle="--")
+    axes.text(39, math.log(V) + 0.3, "ln V", ha="right", color="#555555")
     title = say("Loss of 40 steps at three learning rates", "三种学习率下 40 步的损失")
     axes.set(title=title, xlabel=say("step", "步"), ylabel=say("loss, nats per token", "损失（nat / 词元）"))
     axes.set(xlim=(0, 43), ylim=(0, None))

@@ -45,7 +45,7 @@ def six_scenes(say, quickstart: Path, shoot):
             for answer in answers
             if wanted.items() <= answer.items()
             and answer["images"][0] not in used
-            and len(answer["answer"]) < (62 if language == "en" else 24)
+            and len(answer["answer"]) < (80 if language == "en" else 40)
         )
         used.add(chosen["images"][0])
         scenes.append(
@@ -123,7 +123,7 @@ def tokens_loss(say, shoot):
 
     conversations = [
         ["<image>\nWhat is in the top left?", "a white star", "What colour is the square?", "the square is black"],
-        ["<image>\n图片里有什么？", "左上角有一个大白五角星"],
+        ["<image>\n左上角有什么？", "一个白色五角星"],
     ]
     heading = say("Which tokens carry loss", "哪些词元计算损失")
     legend = say(
