@@ -97,7 +97,7 @@ def chat_page(say, quickstart: Path, shoot):
 
         return act
 
-    phone = {"width": 390, "height": 860, "scale": 1.5, "is_mobile": True, "has_touch": True}
+    phone = {"width": 390, "height": 900, "scale": 1.5, "is_mobile": True, "has_touch": True}
     address = (quickstart / "chat.html").resolve().as_uri()
     shots = [
         shoot(address, act=ask(question, word), locale=LOCALES[language], color_scheme=scheme, **phone)
