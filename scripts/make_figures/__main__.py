@@ -8,7 +8,7 @@ those of pages Chromium. A figure is in English; the one called *_zh is the same
 
     diagrams.py     how the model is built, what learns in each stage
     lessons.py      the course
-    pages.py        pages of the quickstart in a browser; questions and answers of its model
+    pages.py        pages in a browser; questions and answers of a trained model
 """
 
 if __spec__ is None or __spec__.name == "__main__":  # started by its path, from where Python finds no other folder

@@ -287,7 +287,7 @@ def shuffled(say):
     true, swapped = scores["val"]["by_kind"], scores["shuffled"]["by_kind"]
     kinds = sorted(true, key=lambda kind: true[kind] - swapped[kind])
     figure, axes = new_figure(7.2, 5)
-    with_true, with_others = say("its own picture", "原图"), say("somebody else's picture", "打乱后的图片")
+    with_true, with_others = say("its own picture", "原图"), say("shuffled picture", "打乱后的图片")
     for shift, shares, colour, label in ((0.2, true, BLUE, with_true), (-0.2, swapped, "#b5b5b5", with_others)):
         heights = [100 * shares[kind] for kind in kinds]
         axes.barh([y + shift for y in range(len(kinds))], heights, 0.38, color=colour, label=label)
