@@ -70,7 +70,7 @@ def generation_of(state: dict, path, older: bool = False) -> Generation:
     embed, keys = (state.get(f"model.{key}.weight") for key in ("embed_tokens", "layers.0.self_attn.k_proj"))
     if older and None not in (embed, keys) and 2 * keys.shape[0] == embed.shape[1]:
         raise ValueError(
-            f"{path} is a first MiniMind-V (2024), which has another architecture.\n"
+            f"{path} is of the first MiniMind-V (2024), which has another architecture.\n"
             "Use MiniMind2-V: python -m scripts.download --what vlm"
         )
     first = state.get("vision_proj.mlp.0.weight")
@@ -78,7 +78,7 @@ def generation_of(state: dict, path, older: bool = False) -> Generation:
     if beta or (first is not None and first.ndim == 2):
         which = "v3-beta (2026-04-19)" if beta else "v3-alpha (until 2026-04-18)"
         raise ValueError(
-            f"{path} is a {which}, trained with another encoder.\n"
+            f"{path} is of {which}, which was trained with another encoder.\n"
             "Use minimind-3v of 2026-04-20: python -m scripts.download --generation 3v --what encoder vlm"
         )
     return MINIMIND_3 if any(".q_norm." in key for key in state) else MINIMIND_2

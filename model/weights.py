@@ -222,8 +222,8 @@ def find_weights(name: str, out_dir, hidden_size: int | None, use_moe: bool) -> 
         "llm": "download it: python -m scripts.download --what llm",
     }
     raise FileNotFoundError(
-        f"--from_weight {name}: no {exact[0]} ({out_dir} contains {', '.join(there) or 'no .pth file'})\n"
-        f"Choose another, or none, or {commands.get(name, 'a stage: ' + ', '.join(commands))}"
+        f"--from_weight {name}: no {exact[0]} ({out_dir} has {', '.join(there) or 'no .pth file'})\n"
+        f"Name another, or none, or {commands.get(name, 'a stage: ' + ', '.join(commands))}"
     )
 
 

@@ -84,7 +84,7 @@ def test_features_are_those_of_the_last_block_without_the_class_token(folders, k
 
 @EVERY
 def test_pixels_are_those_of_its_own_processor(folders, kind):
-    """Within one of 256 levels. That of DINOv3 needs torchvision, so its formula stands in for it."""
+    """Within one of 256 levels. DINOv3's processor needs torchvision, so the test computes its formula."""
     ours, theirs = ImageProcessor.from_pretrained(folders / kind), FOLDERS[kind][2]
     std, mean = (torch.tensor(values).view(3, 1, 1) for values in (ours.image_std, ours.image_mean))
     rng = np.random.default_rng(0)
@@ -280,7 +280,7 @@ def test_a_model_of_fewer_image_tokens_learns_answers_and_is_exported(
 ):
     train_pretrain_vlm.main(flags(kind, "--from_weight", "none", "--image_tokens", "4"))
     more = ["--cache_features", str(tmp_path / "features")]
-    train_sft_vlm.main(flags(kind, *more))  # the projector of stage 1 tells
+    train_sft_vlm.main(flags(kind, *more))  # read from the projector of stage 1
     weights = tmp_path / "out/sft_vlm_64.pth"
     sidecar = json.loads(weights.with_suffix(".json").read_text())
     assert sidecar["config"]["spatial_merge_size"] == 2 and sidecar["config"]["image_special_token"] == "@@@@"
@@ -303,7 +303,7 @@ def test_a_model_of_fewer_image_tokens_learns_answers_and_is_exported(
         converted("llava", weights, tmp_path / "no", world)
     if kind != "clip":  # without JSON weights are taken for public ones
         return
-    weights.with_suffix(".json").unlink()  # shapes tell
+    weights.with_suffix(".json").unlink()  # shapes suffice
     model, _, _ = build_model(train_sft_vlm.parse_args(flags(kind)), weights)
     assert (model.config.spatial_merge_size, len(model.config.image_ids)) == (2, 4)
 

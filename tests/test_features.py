@@ -347,7 +347,7 @@ def test_features_come_back_by_the_hash_of_their_picture(tmp_path, dtype):
     assert found.dtype == torch.float16
     error = (found.float() - exact[[2, 0]]).abs().amax(dim=-1) / exact[[2, 0]].abs().amax(dim=-1)
     assert error.max() < (1e-3 if dtype == "float16" else 1 / 200)
-    sent = pickle.dumps(cache)  # to a worker process, which maps the files anew
+    sent = pickle.dumps(cache)  # to a worker process, which maps the files again
     assert not pickle.loads(sent).open and torch.equal(pickle.loads(sent).read(numbers[[0, 2]].tolist()), found)
 
 

@@ -63,7 +63,7 @@ def siglip_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def words_folder(tmp_path_factory, world):
-    """With the special tokens of MiniMind-3 where they stand there, and two that are added but not special."""
+    """With the special tokens of MiniMind-3 under the same ids, and two tokens that are added but not special."""
     folder = tmp_path_factory.mktemp("words")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
@@ -317,7 +317,7 @@ def test_unsupported_generations_are_named_with_an_alternative(tmp_path, parts):
     states = {
         "v3-alpha": (public_state() | {"vision_proj.mlp.0.weight": torch.zeros(64, 128)}, "Use minimind-3v of"),
         "v3-beta": (public_state() | {"vision_proj.mlp.0.weight": torch.zeros(3072)}, "Use minimind-3v of"),
-        "first MiniMind-V": (
+        "the first MiniMind-V": (
             {"tok_embeddings.weight": torch.zeros(9, 64), "layers.0.attention.wq.weight": torch.zeros(64, 64)}
             | {"layers.0.attention.wk.weight": torch.zeros(32, 64)},
             "Use MiniMind2-V: python -m scripts.download --what vlm",
@@ -326,7 +326,7 @@ def test_unsupported_generations_are_named_with_an_alternative(tmp_path, parts):
     for name, (state, later) in states.items():
         path = tmp_path / "some.pth"
         torch.save(state, path)
-        with pytest.raises(ValueError, match=f"some.pth is a {name} .*\n{later}"):
+        with pytest.raises(ValueError, match=f"some.pth is of {name}.*\n{later}"):
             build_model(parse_args(parts), path)
 
 

@@ -203,7 +203,7 @@ def test_a_process_that_cannot_see_the_repo_loads_it(convert_public, use_moe, ca
 @needs_other
 @pytest.mark.parametrize("newer, use_moe", [(False, False), (True, True)], ids=["minimind-2", "minimind-3-moe"])
 def test_the_command_makes_what_another_version_loads(save, public, parts, convert, tmp_path, newer, use_moe):  # noqa: F811
-    """The command as it is typed; its card runs as it stands on that version, in a folder of its own."""
+    """The full command; the code of its card runs on that version, in its own folder."""
     weights = public(use_moe)[0] if newer else save(use_moe=use_moe)
     made = tmp_path / "there" / "mine"
     command = [

@@ -26,7 +26,7 @@ def row(*turns, **extra):
 
 @pytest.fixture
 def read(tokenizer, clip_folder, world, tmp_path):
-    """read(rows or bytes, ...) → a VLMDataset of them; read(...) → of the file as it stands."""
+    """read(rows or bytes, ...) → a VLMDataset of them; read(...) → of the existing file."""
 
     def read(rows=None, name="rows.jsonl", **options):
         path = tmp_path / name
@@ -49,7 +49,7 @@ def learned(example, tokenizer) -> list[str]:
 
 
 def check_whole(example) -> None:
-    """Labels are the tokens themselves, and the placeholders are those of the pictures, none cut."""
+    """Labels equal the tokens, and there is a complete run of placeholders for each picture."""
     ids, labels = example["input_ids"], example["labels"]
     assert ids.shape == labels.shape
     assert torch.equal(ids[labels != IGNORE], labels[labels != IGNORE])
@@ -154,7 +154,7 @@ def test_a_long_answer_loses_its_end_and_does_not_learn_to_stop_there(read, toke
 
 
 def test_no_length_ever_cuts_a_picture_or_keeps_one_that_is_not_asked_about(read, tokenizer):
-    """Over every max_length: a trailing <image>, and a second question with a picture of its own."""
+    """For every max_length: a trailing <image>, and a second question with its own picture."""
     rows = [row("Which?\n<image>", "red", "And this one?\n<image>", "blue green", image="red.png, blue.png")]
     whole = read(rows)
     length, first = int(whole.lengths[0]), whole[0]["labels"].tolist()

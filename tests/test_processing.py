@@ -42,7 +42,7 @@ def turn(role, content):
 def levels_apart(processor, reference, image, shown=None):
     """By how many grey levels each value differs from the reference, which is given `shown` where it is not `image`."""
     pixels = processor(image)["pixel_values"]
-    # Without being told, Transformers 4 takes a picture 1 or 3 pixels high for one whose first axis are the colours.
+    # Without this, Transformers 4 reads a picture 1 or 3 pixels high as one whose first axis is the colours.
     expected = reference(shown or image, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
     assert pixels.shape == expected.shape and pixels.dtype == expected.dtype == torch.float32
     return (pixels - expected).abs() * 255 * torch.tensor(processor.image_std).view(3, 1, 1)
@@ -511,7 +511,7 @@ def test_a_tokenizer_without_the_tokens_of_a_chat_is_refused(tokenizer_folder, t
         content["model"]["vocab"]["x" * 9] = content["model"]["vocab"].pop(token)
 
     folder = changed(tokenizer_folder, tmp_path, forget)
-    drop_settings(folder, lambda key, value: value == token)  # or it would be added anew
+    drop_settings(folder, lambda key, value: value == token)  # otherwise it would be added again
     with pytest.raises(ValueError, match=f"tokenizer.json has no {token.replace('|', '.')} token"):
         load_tokenizer(folder, PLACEHOLDERS)
 

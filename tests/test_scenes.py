@@ -445,7 +445,7 @@ def test_plain_rows_know_one_wording_of_each_question(tmp_path):
 
 
 def test_same_seed_gives_same_bytes_and_another_seed_another_world(tmp_path):
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):  # each in a process of its own, where sets have another order
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):  # each in its own process, where sets have another order
         flags = ["--scenes", "40", "--val_scenes", "10", "--seed", str(seed), "--out_dir", str(tmp_path / name)]
         environment = os.environ | {"PYTHONHASHSEED": str(ord(name))}
         subprocess.run([sys.executable, "-m", "dataset.scenes", *flags], check=True, env=environment)
@@ -752,7 +752,7 @@ def test_a_question_about_each_is_answered_as_the_questions_about_one(scenes):
 
 
 def there_are(noun, scene, lang):
-    """How many things fit a noun that may tell the size too: "big star", "大星星"."""
+    """How many things fit a noun that may include the size: "big star", "大星星"."""
     known = {size: size if lang == "en" else ZH[size] for size in ("big", "small")}
     size = next((size for size, word in known.items() if noun.startswith(word)), "")
     colour, shape = nouns(lang)[noun.removeprefix(known.get(size, "")).strip()]

@@ -278,7 +278,7 @@ def test_a_column_of_pictures_as_datasets_writes_it_is_read(read, tmp_path, seve
 @pytest.mark.parametrize(
     "stored, named",
     [
-        ("a.png", "images/a.png"),  # beside the folder
+        ("a.png", "images/a.png"),  # name with the folder
         ("b/a.png", "b\\a.png"),
         ("b/a.png", ".\\images\\b\\a.png"),
         ("cafe\u0301.png", "caf\xe9.png"),  # as macOS stores names

@@ -37,7 +37,7 @@ from trainer.loader import StreamLoader
 
 @pytest.fixture
 def files(tmp_path):
-    """Two Parquet files of 41 rows in row groups of 6, each row with a word of its own."""
+    """Two Parquet files of 41 rows in row groups of 6, each row with its own word."""
     folder = tmp_path / "far"
     folder.mkdir()
     rows = [(chat(f"What is {i}?\n<image>", f"row {i}."), [picture("red")]) for i in range(41)]

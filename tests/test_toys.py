@@ -122,7 +122,7 @@ def test_nothing_of_it_is_in_the_first_world():
 
 
 def test_same_seed_gives_same_bytes_and_another_seed_another_world(tmp_path):
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):  # each in a process of its own, where sets have another order
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):  # each in its own process, where sets have another order
         flags = ["--scenes", "20", "--val_scenes", "5", "--seed", str(seed), "--out_dir", str(tmp_path / name)]
         environment = os.environ | {"PYTHONHASHSEED": str(ord(name))}
         subprocess.run([sys.executable, "-m", "dataset.toys", *flags], check=True, env=environment)

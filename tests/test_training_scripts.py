@@ -89,7 +89,7 @@ def test_stage_1_makes_experts_of_dense_weights_and_says_so(flags, tmp_path, cap
     dense, _, _ = build_model(train_sft_vlm.parse_args(flags), None)
     save_weights(out / "llm_64.pth", dense, {})
     capsys.readouterr()
-    with pytest.raises(FileNotFoundError, match=r"no .*llm_64_moe.pth .*holds llm_64.pth\)\nName another"):
+    with pytest.raises(FileNotFoundError, match=r"no .*llm_64_moe.pth .*has llm_64.pth\)\nName another"):
         train_pretrain_vlm.main([*flags, "--use_moe", "--from_weight", "llm"])
     given = [*flags, "--use_moe", "--from_weight", str(out / "llm_64.pth"), "--log_interval", "1"]
     run = train_pretrain_vlm.main(given)

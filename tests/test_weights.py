@@ -45,7 +45,7 @@ def args(flags):
 
 @pytest.fixture
 def bare(flags):
-    """The flags of someone who gives weights and lets the architecture be read off them."""
+    """Flags that name weights and no architecture, which is then read from the weights."""
     kept = flags[: flags.index("--hidden_size")]
     return parse_args(kept)
 
@@ -278,7 +278,7 @@ def test_the_architecture_is_read_off_the_file_with_and_without_its_json(args, b
             path.with_suffix(".json").unlink()
         loaded, _, origin = build_model(bare, path)
         assert f"loaded {len(loaded.text_state_dict())} tensors from {path}" in origin.note
-        assert ("warning" in origin.note) != json_there  # which tells the tokenizer
+        assert ("warning" in origin.note) != json_there  # the JSON records the tokenizer
         assert (loaded.config.hidden_size, loaded.config.num_hidden_layers, loaded.config.use_moe) == (128, 3, True)
         assert (loaded.config.intermediate_size, loaded.config.vocab_size) == (model.config.intermediate_size, 300)
         for key, value in loaded.text_state_dict().items():
@@ -298,7 +298,7 @@ def test_the_json_supplies_facts_that_shapes_do_not_contain(args, bare):
     path.with_suffix(".json").unlink()
     half, _, _ = build_model(bare, path)  # as wide as the public 8 and 2: taken for these
     assert (half.config.num_attention_heads, half.config.num_key_value_heads) == (8, 2)
-    bare.num_attention_heads = 4  # without a JSON, the flag tells it
+    bare.num_attention_heads = 4  # without a JSON, the flag is needed
     loaded, _, _ = build_model(bare, path)
     assert (loaded.config.num_attention_heads, loaded.config.num_key_value_heads) == (4, 1)
     for wrong in (1, 3, 1000):
@@ -404,7 +404,7 @@ def test_weights_without_a_recorded_encoder_are_loaded_without_hashing_it(args, 
 
 
 def test_tokenizer_and_encoder_are_found_from_elsewhere_and_where_they_were_moved(args, bare, tmp_path, monkeypatch):
-    """Named relative to where training was started, or beside the weights in a folder that was renamed."""
+    """Named relative to the folder where training was started, or next to the weights in a renamed folder."""
     path, _ = save(args)
     about = json.loads(path.with_suffix(".json").read_text())
     shutil.copytree(about["vision_model"]["path"], path.parent / "run/clip")
@@ -618,7 +618,7 @@ def test_a_folder_that_this_code_has_written_is_read(args, bare, tokenizer, moe,
 
 
 def public_folder(args, tokenizer, kind="bin", **config) -> tuple[Path, MiniMindVLM]:
-    """As the hubs have it: code of its own, fp16, the tokenizer, no encoder."""
+    """In the format of the hubs: its own code, fp16, the tokenizer, no encoder."""
     model, _, _ = build_model(args, None)
     folder = Path(args.out_dir) / "MiniMind2-V"
     folder.mkdir(parents=True)
@@ -761,7 +761,7 @@ def test_the_share_of_each_copy_is_what_makes_them_the_same(shared):
 
 
 def test_the_loss_in_training_is_the_same_too_and_the_balance_is_that_of_a_random_gate():
-    """The auxiliary loss stands beside the loss: 0.1 in each layer when the experts are equally busy."""
+    """The auxiliary loss is separate from the loss: 0.1 per layer if all experts are used equally."""
     dense, experts = dense_and_experts()
     dense.train(), experts.train()
     one, two = dense(TOKENS, labels=TOKENS), experts(TOKENS, labels=TOKENS)
@@ -843,11 +843,11 @@ def test_prompts_of_another_form_are_named(tmp_path, prompts):
 
 
 def test_missing_weights_are_reported_with_a_list_of_existing_ones(args, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"--from_weight llm: no .*/llm_512.pth \(.* holds no .pth file\)"):
+    with pytest.raises(FileNotFoundError, match=r"--from_weight llm: no .*/llm_512.pth \(.* has no .pth file\)"):
         find_weights("llm", args.out_dir, None, False)
     path, _ = save(args)
     save(args, stage="pretrain_vlm", use_moe=True)
-    with pytest.raises(FileNotFoundError, match=r"llm_64_moe.pth .* holds pretrain_vlm_64_moe.pth, sft_vlm_64.pth\)"):
+    with pytest.raises(FileNotFoundError, match=r"llm_64_moe.pth .* has pretrain_vlm_64_moe.pth, sft_vlm_64.pth\)"):
         find_weights("llm", args.out_dir, 64, True)
     assert find_weights("sft_vlm", args.out_dir, 64, False) == Path(args.out_dir) / "sft_vlm_64.pth"
     assert find_weights("none", args.out_dir, 64, False) is None
