@@ -104,7 +104,7 @@ def test_a_figure_has_the_words_of_the_answer_for_each_question(trained, world, 
     with Image.open(tmp_path / "looked.png") as figure:
         assert figure.format == "PNG" and figure.width > 500
     eval_vlm.main([*ask, "--image", blue, "--show_attention", str(tmp_path / "bare")])
-    assert f"looked for each word: {tmp_path / 'bare_2.png'}\n" in capsys.readouterr().out
+    assert f"attention for each word: {tmp_path / 'bare_2.png'}\n" in capsys.readouterr().out
     assert (tmp_path / "bare.png").is_file() and (tmp_path / "bare_2.png").is_file()
     with pytest.raises(ValueError, match=r"--show_attention .*looked.xyz cannot be written: .*png"):
         eval_vlm.main([*ask, "--image", blue, "--show_attention", str(tmp_path / "looked.xyz")])

@@ -37,9 +37,10 @@ def test_peers_train_the_same_weights_on_the_same_rows(tmp_path):
     flags = ["--size", "tiny", "--rows", "4", "--batch_size", "2", "--rounds", "1", "--device", "cpu", "--threads", "1"]
     results = benchmark.main([*flags, "--kinds", "peers", "--out_dir", str(tmp_path)])
     for stage in "12":
-        stock, packed, ours, cached = (row for row in results["peers"] if row["stage"] == stage)
+        stock, packed, ours, cached, fewer = (row for row in results["peers"] if row["stage"] == stage)
         assert stock["name"] == TRAINER and stock["ratio"] == 1 and "packed" in packed["name"]
         assert stock["loss"] == pytest.approx(cached["loss"], rel=1e-3) and stock["padding"] == ours["padding"]
+        assert fewer["loss"] != cached["loss"] and 0 <= fewer["padding"] < 0.5
     assert "## Beside today's peers" in (tmp_path / "benchmark_cpu.md").read_text()
 
 

@@ -97,7 +97,7 @@ class Stock:
 
 
 def fewer(has: set[str], kind: str, args, device, examples: list[dict]) -> Training:
-    """A picture is 49 tokens: the projector merges 4 patches into one (`--image_tokens 49`)."""
+    """A picture is 49 tokens: the projector merges 4 patches into one (spatial_merge_size 2)."""
     merged = [34] * 49
     config = {"image_ids": merged, "image_special_token": "@" * 49, "spatial_merge_size": 2}
     return Training(has, kind, args, device, [shortened(row, len(merged)) for row in examples], **config)

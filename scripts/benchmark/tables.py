@@ -65,7 +65,7 @@ def peers_table(args, device) -> list[dict]:
     weights, trained by `Trainer` as its documentation recommends: rows grouped by length, bfloat16, SDPA, fused AdamW,
     the tower frozen. nanoVLM's way is our model with the rows of a step packed into rows of 1,024 tokens, in which they
     see each other, and logits for all positions. The first losses, of the same four rows side by side, agree within
-    0.1%, or there is no table. With 49 tokens per picture, `--image_tokens 49` makes shorter rows of the same ones."""
+    0.1%, or there is no table. With 49 tokens per picture the same rows are shorter."""
     rows = []
     for kind, stage in (("pretrain", "1"), ("sft", "2")):
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
 @contextmanager
@@ -26,7 +25,7 @@ def shooting() -> Iterator[Callable]:
             if not started:
                 from playwright.sync_api import sync_playwright  # of requirements-dev.txt
 
-                browser = stack.enter_context(sync_playwright()).chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+                browser = stack.enter_context(sync_playwright()).chromium.launch(executable_path=CHROMIUM)
                 stack.callback(browser.close)
                 started.append(browser)
             size = {"width": width, "height": height or 100}
