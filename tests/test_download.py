@@ -275,7 +275,7 @@ def test_the_smaller_format_is_taken_if_it_is_there(hubs, get, asked, suffix, ca
     get("hf", "--what", "data", "--data_format", asked)
     assert (get.root / f"dataset/sft_data.{suffix}").is_file()
     assert len(list((get.root / "dataset").iterdir())) == (2 if suffix == "parquet" else 4)
-    assert f"taking {suffix}" in capsys.readouterr().out or asked != "auto"
+    assert f"using {suffix}" in capsys.readouterr().out or asked != "auto"
 
 
 def test_a_trained_model_comes_with_its_tokenizer_and_how_to_ask_it(hubs, get):
