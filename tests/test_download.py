@@ -490,7 +490,7 @@ def test_the_next_run_goes_on_where_one_ended_also_from_the_other_hub(hubs, get,
     hubs.faults.clear()
     hubs.requests.clear()
     get(later, "--what", "llm")
-    assert "15 KB there" in capsys.readouterr().out
+    assert "15 KB already here" in capsys.readouterr().out
     assert {r for _, r, _, _ in asked_for(hubs, "llm_512.pth")} == {"bytes=15000-"}
     assert (get.root / "out/llm_512.pth").read_bytes() == content("llm_512.pth", 30_000)
 
