@@ -310,7 +310,7 @@ def test_a_model_of_fewer_image_tokens_learns_answers_and_is_exported(
 
 def test_tokens_that_patches_do_not_merge_into_are_refused_with_those_that_they_do(flags, tmp_path):
     with pytest.raises(
-        ValueError, match=r"--image_tokens 5: .*clip sees 4 x 4 patches, which can become\n4, 16 tokens"
+        ValueError, match=r"--image_tokens 5: .*clip gives 4 x 4 patches, which can become\n4, 16 tokens"
     ):
         train_pretrain_vlm.main(flags("clip", "--from_weight", "none", "--image_tokens", "5"))
     train_pretrain_vlm.main(flags("clip", "--from_weight", "none"))

@@ -141,7 +141,7 @@ def test_pictures_in_the_rows_are_written_out_and_training_reads_the_result(tmp_
     "row, message",
     [
         ({"image": "gone.jpg", "caption": "x"}, r"gone.jpg in .*rows.jsonl is not in .*photos"),
-        ({"image": "https://a.example/b.jpg", "caption": "x"}, r"https://.*\n--allow_urls fetches pictures"),
+        ({"image": "https://a.example/b.jpg", "caption": "x"}, r"https://.*\n--allow_urls downloads it"),
         (
             {"image": "broken.jpg", "caption": "x"},
             r"--images_path: .*broken.jpg cannot be read.*\nFix the picture, or remove its rows from .*rows.jsonl",
