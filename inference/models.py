@@ -49,7 +49,7 @@ def find_models(args) -> list[Path]:
             raise FileNotFoundError(f"--weights {path}: no such file or folder")
         if (path.is_dir() or args.load == 1) and not (path / "config.json").is_file():
             what = f"For the .pth files in it: --out_dir {path}" if path.is_dir() else "Leave --load 1 out"
-            raise FileNotFoundError(f"--weights {path} is not a Transformers folder: it has no config.json\n{what}")
+            raise FileNotFoundError(f"--weights {path} is no Transformers folder: it has no config.json\n{what}")
         return [path]
     there = list_models(args.out_dir)
     if args.load == 1:
@@ -61,7 +61,7 @@ def find_models(args) -> list[Path]:
         paths = [path for path in there if re.fullmatch(rf"{name}_{width}{moe}\.pth", path.name)]
     where = f"no {wanted} in {Path(args.out_dir)} or its subfolders"
     if not paths and there:
-        raise FileNotFoundError(f"{where}. Choose another model, for example\n--weights {there[0]}")
+        raise FileNotFoundError(f"{where}. Choose another, for example\n--weights {there[0]}")
     if not paths:
         commands = "python -m scripts.quickstart; or python -m scripts.download --what clip vlm"
         raise FileNotFoundError(f"{where}. Train or download one:\n{commands}")

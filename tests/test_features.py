@@ -278,7 +278,7 @@ def test_without_room_nothing_is_computed(cached, pictures, tmp_path, monkeypatc
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 100, 100))
     folder, seen = pictures
-    with pytest.raises(ValueError, match=r"(?s)--cache_features .* do not fit .* --cache_dtype int8"):
+    with pytest.raises(ValueError, match=r"(?s)--cache_features .* needs .* --cache_dtype int8"):
         train_sft_vlm.main(data_flags(cached, folder))
     assert not seen and not list((tmp_path / "cache").glob("*/*"))
 

@@ -206,7 +206,7 @@ def test_without_a_preprocessor_file_the_size_is_that_of_the_encoder(clip_folder
 def test_a_folder_without_configuration_and_a_broken_one_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"--vision_model_path {tmp_path}: no config.json there"):
         ImageProcessor.from_pretrained(tmp_path)
-    for broken, message in (("{", "is not valid JSON"), ("[]", "holds a list, expected an object")):
+    for broken, message in (("{", "is not valid JSON"), ("[]", "contains a list, expected an object")):
         (tmp_path / "config.json").write_text(broken)
         with pytest.raises(ValueError, match=f"config.json {message}"):
             vision_config(tmp_path)

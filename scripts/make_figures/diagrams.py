@@ -216,9 +216,8 @@ def learning_parameters() -> tuple[int, int, int]:
     return *counts, sum(weight.numel() for weight in model.parameters())
 
 
-@draws("stages.svg")  # lesson 5
-@draws("stages_frozen.svg")
-def stages_frozen(say) -> str:
+@draws("stages.svg")
+def stages(say) -> str:
     """What learns in each of the two stages at the 26M model's defaults: a row of boxes for each stage."""
     first, second, whole = (f"{count / 1e6:.1f}M" for count in learning_parameters())
     names = say("pretrain, on captions", "预训练，图片说明"), say("SFT, on conversations", "SFT，图片对话")
