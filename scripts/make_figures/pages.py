@@ -215,7 +215,7 @@ def before_after(say, quickstart: Path, shoot):
         model, tokenizer, _ = load_model(args)
         for entry in (entry for entries in shown.values() for entry in entries):
             turns = [{"role": "user", "content": entry["asked"]}]
-            answer = ask(model, tokenizer, turns, [entry["path"]], args)
+            answer = ask(model, tokenizer, turns, [model.processor.open(entry["path"])], args)
             right = exact_match(answer, [entry["reference"]])
             entry["answers"].append({"answer": answer, "right": right, "language": entry["language"]})
     models = [
