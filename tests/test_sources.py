@@ -419,7 +419,7 @@ def test_a_pattern_reads_all_its_files_in_order(read, tmp_path):
     assert colours(data) == [[RED], [GREEN], [BLUE]] and data.where(2) == f"{tmp_path / 'part-2.parquet'}:1"
     with pytest.raises(FileNotFoundError, match=r"--data_path .*none-\*.parquet: no such file"):
         read(tmp_path / "none-*.parquet")
-    with pytest.raises(ValueError, match=r"is a folder: name its files, as in '.*/\*.parquet'"):
+    with pytest.raises(ValueError, match=r"is a folder: name its files, for example '.*/\*.parquet'"):
         read(tmp_path)
 
 
