@@ -24,7 +24,7 @@ def test_all_kinds_run_and_improvements_that_change_nothing_have_the_same_loss(t
         for row in others:
             tolerance = 1e-3 if any(part in row["name"] for part in ("bfloat16", "in blocks", "cached")) else 1e-5
             assert abs(row["loss"] / first["loss"] - 1) < tolerance, row
-    assert [row["batch"] for row in results["generation"]] == [1] * 4 + [16] * 4
+    assert [row["batch"] for row in results["generation"]] == [1] * 5 + [16] * 5
     assert results["ranks"][1]["ratio"] > 0 and len(results["startup"]) == 2
     text = (tmp_path / "benchmark_cpu.md").read_text()
     assert "## Stage 1: a step of pretrain" in text and "## Answers" in text and text in capsys.readouterr().out

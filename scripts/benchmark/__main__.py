@@ -45,9 +45,18 @@ from scripts.report import cpu_name
 PUBLIC_ROWS = {"pretrain": 595_000, "sft": 300_000}
 HEAD = """# Benchmark: {device_name}
 
-`{command}`, commit {commit}, {date}. {threads} threads, PyTorch {torch}, Transformers {transformers}, Python \
-{python}. Decoder and encoder: {size}, random weights. Each figure is the median of {rounds} rounds, each ratio that \
-of times of the same round, with the lowest and highest in brackets."""
+- **What**: the speed of the {size} model with random weights; each row of a table against its first row.
+- **Where**: {device_name}, {threads} threads; PyTorch {torch}, Transformers {transformers}, Python {python}; {date}.
+{findings}
+- **Repeat**: `{command}` (commit {commit}).
+
+Each figure is the median of {rounds} rounds. Each ratio compares times of the same round; the lowest and highest are \
+in brackets."""
+FINDINGS = {  # kind: a line of the summary, of the ratios of its last two rows
+    "pretrain": "- **Stage 1**: {:.1f} times as fast as the original way, with cached picture features {:.1f} times.",
+    "sft": "- **Stage 2**: {:.1f} times as fast as the original way, with cached features {:.1f} times.",
+    "generation": "- **Answers**, 16 at once: {:.2f} times as many tokens per second, with int8 weights {:.2f} times.",
+}
 STEPS = """{rows} rows in batches of {batch_size}, the original way at {max_seq_len} tokens. Useful FLOP are those of \
 real tokens, without any waste; peak is the measured rate of large matrix products in the same precision."""
 RATE = {"": "{name}", "samples/s": "{samples_per_s:.2f}"}
@@ -91,7 +100,9 @@ def section(kind: str, rows: list[dict], run: dict) -> list[str]:
 def report(results: dict) -> str:
     run = results["about"]
     parts = [part for kind in TABLES if kind in results for part in section(kind, results[kind], run)]
-    return "\n\n".join([HEAD.format_map(run), *parts]) + "\n"
+    ratios = {kind: [row["ratio"] for row in results[kind][-2:]] for kind in FINDINGS if kind in results}
+    findings = "\n".join(FINDINGS[kind].format(*ratios[kind]) for kind in ratios) or "- **Found**: see the tables."
+    return "\n\n".join([HEAD.format_map(run | {"findings": findings}), *parts]) + "\n"
 
 
 def describe_run(args, device) -> dict:
