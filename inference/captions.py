@@ -62,7 +62,7 @@ def read_answers(path: Path) -> tuple[set[tuple[str, str]], set[str]]:
             else:
                 answered.add((row["image"], row["prompt"]))
         except (ValueError, TypeError, KeyError):
-            message = f"--captions {path}:{number} is no line of captions, so nothing was changed. Name another file"
+            message = f"--captions {path}:{number} is not a line of captions; nothing was changed. Choose another file"
             raise ValueError(message) from None
     if last:
         with path.open("r+b") as file:
@@ -107,7 +107,7 @@ def write_captions(model, tokenizer, args, weights: Path, device) -> Path:
     with only_one(path, "--captions"):
         append_captions(model, tokenizer, args, device, folder, path, names, ids)
     if others:
-        print(f"{folder}: {others:,} files are no pictures and were left out")
+        print(f"{folder}: {others:,} other files, not pictures, were skipped")
     return path
 
 

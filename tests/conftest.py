@@ -163,7 +163,7 @@ def make_vlm(clip_folder):
 
 @pytest.fixture
 def flags(clip_folder, tokenizer_folder, world, tmp_path):
-    """Command-line flags of a training of seconds, from nothing, on the CPU."""
+    """Command-line flags of a training of seconds, from scratch, on the CPU."""
     return [
         *("--data_path", str(world / "rows.jsonl"), "--images_path", str(world / "pictures")),
         *("--tokenizer_path", str(tokenizer_folder), "--vision_model_path", str(clip_folder)),

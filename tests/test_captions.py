@@ -103,7 +103,7 @@ def test_another_question_is_asked_of_all_pictures_that_are_not_broken(caption, 
 def test_a_file_of_something_else_is_refused_and_left_alone(caption, content):
     caption.path.parent.mkdir()
     caption.path.write_text(content)
-    with pytest.raises(ValueError, match=r"--captions .*captions.jsonl:1 is no line of captions"):
+    with pytest.raises(ValueError, match=r"--captions .*captions.jsonl:1 is not a line of captions"):
         caption(*ASK)
     assert caption.path.read_text() == content
 
@@ -136,4 +136,4 @@ def test_every_format_that_pillow_opens_is_a_picture_and_the_rest_is_counted(cap
         "a.jfif": True, "b.avif": True, "c.ppm": True, "d.tga": True, "E.JPG": True, "phone.heic": False,
     }  # fmt: skip
     assert "Pillow cannot read HEIC photos: convert it to JPEG" in str(lines)
-    assert f"{folder}: 2 files are no pictures and were left out" in capsys.readouterr().out
+    assert f"{folder}: 2 other files, not pictures, were skipped" in capsys.readouterr().out

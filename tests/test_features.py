@@ -183,7 +183,7 @@ def test_a_broken_picture_is_reported_as_without_the_cache(cached, pictures, tmp
     (folder / "pictures/green.png").write_bytes(b"no picture")
     write_rows(folder / "rows.jsonl", [json.loads(line) for line in (folder / "rows.jsonl").open() if "red" in line])
     run = train_sft_vlm.main([*flags, "--val_path", str(folder / "val.jsonl")])
-    assert f"left out of the validation: {folder / 'val.jsonl'}:3: " in capsys.readouterr().out
+    assert f"skipped in the validation: {folder / 'val.jsonl'}:3: " in capsys.readouterr().out
 
 
 def test_a_picture_that_changes_while_features_are_computed_gets_no_stale_features(

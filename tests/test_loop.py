@@ -365,7 +365,7 @@ def test_the_validation_loss_is_the_mean_over_all_labels_of_the_held_out_rows(fl
     Image.new("RGB", (9, 9), "red").save(elsewhere / "red.png")
     (elsewhere / "green.png").write_bytes(b"broken")
     main([*flags, *validate])
-    assert f"left out of the validation: {world / 'val.jsonl'}:3: " in capsys.readouterr().out
+    assert f"skipped in the validation: {world / 'val.jsonl'}:3: " in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------- stopping and going on

@@ -48,7 +48,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def text_flags(corpus, tmp_path):
-    """Command-line flags of 4 steps on text, from nothing, on the CPU."""
+    """Command-line flags of 4 steps on text, from scratch, on the CPU."""
     return [
         *("--data_path", str(corpus / "train.jsonl"), "--tokenizer_path", str(corpus / "tokenizer")),
         *("--out_dir", str(tmp_path / "out"), "--device", "cpu", "--num_workers", "0", "--batch_size", "8"),

@@ -118,7 +118,7 @@ def validate(model: MiniMindVLM, loader, device, dtype, stop: StopSignal | None 
         if stop is not None and stop.requested:
             break
         for message in batch["broken"]:
-            print(f"left out of the validation: {message}", flush=True)
+            print(f"skipped in the validation: {message}", flush=True)
         with autocast(device, dtype):
             out = model(**to_device(batch, model), num_items_in_batch=1, return_logits=False)  # a sum, divided below
         total, tokens = total + out.loss.item(), tokens + count_labels(batch)
