@@ -236,7 +236,7 @@ def test_what_no_longer_fits_is_left_out_and_said(out, world):
         for _ in range(3):
             visitor.ask("What?", world / "pictures/red.png", length=20)
         assert "1 from earlier turns" in visitor.title
-        assert "more than the 150 tokens" in visitor.ask("x y z " * 60)
+        assert "longer than the 150 tokens" in visitor.ask("x y z " * 60)
 
 
 def test_an_answer_that_looks_like_a_picture_is_left_out_with_those_before_it(out, tokenizer):
