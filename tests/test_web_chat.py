@@ -255,7 +255,7 @@ def test_mistakes_are_sentences_and_the_next_question_is_answered(written):
         page.keyboard.press("Enter")
         assert "You added 5 pictures; the limit is 4" in told.inner_text()
         page.locator("#language").click()
-        assert told.inner_text() == "共有 5 张图片，每个问题最多 4 张。"
+        assert told.inner_text() == "共 5 张图片，每次提问最多 4 张。"
         page.locator("#language").click()
         page.locator("#clear").click()
         page.locator("#text").fill("And <image>?")
