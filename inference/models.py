@@ -31,7 +31,7 @@ def export_of(path: Path) -> str:
 
 def list_models(out_dir) -> list[Path]:
     """Returns the weights and exported folders that can be asked, in `out_dir` and its subfolders, newest first."""
-    below = [path for pattern in ("*", "*/*") for path in Path(out_dir).glob(pattern)]
+    below = [path for pattern in ("[!.]*", "[!.]*/[!.]*") for path in Path(out_dir).glob(pattern)]  # .*: being written
     name = re.compile(rf"({'|'.join(STAGES.values())})_\d+(_moe)?\.pth")
     paths = [path for path in below if name.fullmatch(path.name) or export_of(path)]
     return sorted(paths, key=lambda path: (-path.stat().st_mtime, path))

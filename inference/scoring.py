@@ -316,6 +316,7 @@ def count_parameters(model) -> dict[str, int]:
 
 def size(part) -> int:
     layers = [layer for layer in part.modules() if isinstance(layer, (Int8Linear, PackedLinear))]  # no parameters
+    layers = [layer for layer in layers if layer is not getattr(part, "lm_head", None)]  # counted as embed_tokens
     biases = [layer.bias for layer in layers if getattr(layer, "bias", None) is not None]
     return sum(weight.numel() for weight in [*part.parameters(), *(layer.weight for layer in layers), *biases])
 

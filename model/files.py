@@ -51,6 +51,8 @@ def why_unreadable(error: BaseException) -> str:
         if match := re.search(r"GLOBAL (\S+)", str(cause)):
             return f"it would call {match[1]}, but only tensors are allowed. Do not use a file that runs code"
     reason = (str(error) or type(error).__name__).split("\n")[0]
+    if isinstance(error, KeyError):  # of a pickle that is none: the number of a letter
+        return "it is not a file of tensors from PyTorch, or it is damaged"
     if "ignore_mismatched_sizes" in reason:
         return "their shapes differ from its config.json"
     return "it is not a file of tensors from PyTorch, or it is damaged" if "weights_only" in reason else reason

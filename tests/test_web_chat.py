@@ -266,9 +266,9 @@ def test_mistakes_are_sentences_and_the_next_question_is_answered(written):
             "Array buffer allocation failed": "ran out of memory",
             "The question is longer than the model can read: 900 tokens of 511.": "longer than the model reads",
             "The text has places for 2, but there are 1 pictures.": "Write <image> once for each picture",
-            "file:///weights.bin cannot be fetched (no network).": "from a web server only",
+            "file:///weights.bin cannot be fetched (no network).": "only from a web server",
             "http://localhost/weights.bin cannot be fetched (404).": "from the network",
-            "a mistake of ours": "sorry. a mistake of ours",
+            "a mistake of ours": "went wrong. a mistake of ours",
         }
         for reason, sentence in sentences.items():
             ask(page, f"Break: {reason}")

@@ -43,7 +43,7 @@ LIMITS = [
     "--max_upload",
     "0.1",
     "--max_new_tokens",
-    "8000",
+    "3000",
 ]
 
 
@@ -452,7 +452,7 @@ def stops(monkeypatch):
             made.append(self)
 
         def __call__(self, *args, **kwargs):
-            time.sleep(0.005)  # so that a browser on a busy machine is in time to stop 3,000 tokens
+            time.sleep(0.03)  # so that a browser on a busy machine is in time to stop 3,000 tokens
             return super().__call__(*args, **kwargs)
 
     monkeypatch.setattr(inference.page, "Stop", Kept)
@@ -635,7 +635,7 @@ def test_the_page_streams_stops_retries_undoes_and_clears(address, stops, world,
         assert not page.locator("button[title=Share]:visible").count()
 
         page.get_by_text("Settings").click()
-        set_length(page, 8000)
+        set_length(page, 3000)
         type_and_send(page, "Talk on.")
         wait_until(lambda: len(stops) == 4 and len(answers(page)) == 2 and answers(page)[-1])
         grown = answers(page)[-1]
