@@ -16,7 +16,7 @@ import web_demo_vlm
 from dataset.sources import read_rows
 from inference.chat import chat_of, load_for_page
 from inference.generate import ask as asked
-from inference.models import find_models, pictures_first
+from inference.models import find_models, load_model, pictures_first
 from model.rgb import to_rgb
 from model.web import BETWEEN, PIECE, page_of, web_state
 from scripts.convert_vlm import __main__ as convert_vlm
@@ -456,7 +456,7 @@ def quickstarts(tmp_path_factory):
 
 def test_the_quickstarts_page_answers_50_validation_questions_as_pytorch(quickstarts):
     out, args, weights, address = quickstarts
-    model, tokenizer = load_for_page(weights, args)
+    model, tokenizer, _ = load_model(args)  # not packed, which no copy is made of
     model, count = with_weights(model, web_state(model, "int8")), 0  # else about one answer in a thousand is another
     with opened(address, **LAPTOP) as page:
         be_greedy(page)
