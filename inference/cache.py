@@ -24,7 +24,7 @@ class GrowingLayer(DynamicLayer):
         end = past + key_states.shape[2]
         if self.room is None or end > self.room.shape[3] or self.keys.data_ptr() != self.room.data_ptr():
             old = torch.stack((self.keys, self.values)) if past else None
-            self.lazy_initialization(key_states, value_states)
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             B, K, _, d = key_states.shape
             self.room = key_states.new_empty(2, B, K, end + ROOM, d)
             if past:

@@ -711,5 +711,5 @@ def test_a_folder_goes_to_the_other_transformers_and_back(tmp_path):
 def test_the_tests_of_the_model_pass_on_the_other_transformers():
     version = other_transformers("-c", "import transformers; print(transformers.__version__)").strip()
     assert version != transformers.__version__
-    files = [f"tests/test_{name}.py" for name in ("model_minimind", "model_vlm", "processing")]
+    files = [f"tests/test_{name}.py" for name in ("model_minimind", "model_vlm", "processing", "cache")]
     print(other_transformers("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not other_transformers", *files))
