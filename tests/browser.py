@@ -1,14 +1,14 @@
 """Pages in headless Chromium, for the tests that look at one."""
 
 import os
-import shutil
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+from scripts.make_figures.browser import CHROMIUM
+
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 SCREENSHOTS = Path(os.environ.get("MINIMIND_SCREENSHOTS", "out/screenshots"))
 LAPTOP = {"viewport": {"width": 1366, "height": 768}, "locale": "en-US", "color_scheme": "light"}

@@ -21,7 +21,7 @@ from model.rgb import to_rgb
 from model.web import BETWEEN, PIECE, page_of, web_state
 from scripts.convert_vlm import __main__ as convert_vlm
 from scripts.convert_vlm.check_web import with_weights
-from tests.browser import LAPTOP, PHONE, SCREENSHOTS, browser_at, needs_chromium, screenshot, wait_until
+from tests.browser import LAPTOP, PHONE, browser_at, needs_chromium, screenshot, wait_until
 
 pytestmark = [needs_chromium, pytest.mark.slow]
 CONFIG = {
@@ -472,8 +472,7 @@ def test_the_quickstarts_page_answers_50_validation_questions_as_pytorch(quickst
 
 
 def test_the_quickstarts_page_on_a_phone(quickstarts):
-    """In two languages, about its second sample picture. MINIMIND_SCREENSHOTS=docs/images: for the README."""
-    shots = []
+    """In two languages, about its second sample picture, as in the README's picture of the page."""
     for locale, scheme, question, word in (
         ("en-US", "light", "Describe this picture.", "black"),
         ("zh-CN", "dark", "描述这张图片。", "黑"),
@@ -492,10 +491,4 @@ def test_the_quickstarts_page_on_a_phone(quickstarts):
             page.locator(".answer span").get_by_text(word, exact=True).tap()
             page.locator("figure canvas").wait_for()
             page.wait_for_timeout(400)  # where it was tapped is coloured for a while
-            shots.append(Image.open(BytesIO(page.screenshot())))
-    width, height = shots[0].size
-    both = Image.new("RGB", (2 * width, height))
-    for place, shot in enumerate(shots):
-        both.paste(shot, (place * width, 0))
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    both.quantize(128, kmeans=5).save(SCREENSHOTS / "chat_page.png", optimize=True)
+            screenshot(page, f"quickstart_phone_{locale}")
