@@ -3,7 +3,6 @@
 Shapes: B batch, K key/value heads, T new tokens, S tokens seen, d width of a head.
 """
 
-import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
@@ -23,12 +22,11 @@ class GrowingLayer(DynamicLayer):
         past = self.get_seq_length()
         end = past + key_states.shape[2]
         if self.room is None or end > self.room.shape[3] or self.keys.data_ptr() != self.room.data_ptr():
-            old = torch.stack((self.keys, self.values)) if past else None
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
             B, K, _, d = key_states.shape
             self.room = key_states.new_empty(2, B, K, end + ROOM, d)
             if past:
-                self.room[:, :, :, :past] = old
+                self.room[0, :, :, :past], self.room[1, :, :, :past] = self.keys, self.values
         self.room[0, :, :, past:end], self.room[1, :, :, past:end] = key_states, value_states
         self.keys, self.values = self.room[:, :, :, :end]
         return self.keys, self.values

@@ -315,10 +315,12 @@ def count_parameters(model) -> dict[str, int]:
 
 
 def size(part) -> int:
-    layers = [layer for layer in part.modules() if isinstance(layer, (Int8Linear, PackedLinear))]  # no parameters
-    layers = [layer for layer in layers if layer is not getattr(part, "lm_head", None)]  # counted as embed_tokens
-    biases = [layer.bias for layer in layers if getattr(layer, "bias", None) is not None]
-    return sum(weight.numel() for weight in [*part.parameters(), *(layer.weight for layer in layers), *biases])
+    """Counts parameters and the weights that layers for answers keep as other tensors."""
+    weights, lm_head = [*part.parameters()], getattr(part, "lm_head", None)  # lm_head is embed_tokens
+    for layer in part.modules():
+        if isinstance(layer, (Int8Linear, PackedLinear)) and layer is not lm_head:
+            weights += [layer.weight] if getattr(layer, "bias", None) is None else [layer.weight, layer.bias]
+    return sum(weight.numel() for weight in weights)
 
 
 def score_rows(model, tokenizer, args, weights: Path, device) -> dict:

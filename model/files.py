@@ -51,11 +51,11 @@ def why_unreadable(error: BaseException) -> str:
         if match := re.search(r"GLOBAL (\S+)", str(cause)):
             return f"it would call {match[1]}, but only tensors are allowed. Do not use a file that runs code"
     reason = (str(error) or type(error).__name__).split("\n")[0]
-    if isinstance(error, KeyError):  # of a pickle that is none: the number of a letter
-        return "it is not a file of tensors from PyTorch, or it is damaged"
     if "ignore_mismatched_sizes" in reason:
         return "their shapes differ from its config.json"
-    return "it is not a file of tensors from PyTorch, or it is damaged" if "weights_only" in reason else reason
+    if "weights_only" in reason or isinstance(error, KeyError):  # a KeyError names the number of a letter
+        return "it is not a file of tensors from PyTorch, or it is damaged"
+    return reason
 
 
 def check_records(path: Path) -> None:

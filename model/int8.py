@@ -8,6 +8,8 @@ Shapes: N tokens, I inputs, O outputs of a layer.
 import torch
 from torch import nn
 
+from model.packed import replace_linear
+
 
 def quantize(x):
     """float (N, I) → int8 (N, I) and float scales (N, 1), with x ≈ int8 · scales: each row uses -127 to 127."""
@@ -39,8 +41,5 @@ def to_int8(model):
     """
     if model.device.type != "cpu":
         raise ValueError(f"--int8 is for CPUs, but the model is on {model.device}: omit it, or add --device cpu")
-    for parent in [model, *model.model.modules()]:
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, Int8Linear(child))
+    replace_linear([model, *model.model.modules()], Int8Linear)
     return model

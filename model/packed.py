@@ -3,6 +3,8 @@
 Shapes: I inputs, O outputs of a layer.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -29,6 +31,14 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, "none", [], None)
 
 
+def replace_linear(parents, make) -> None:
+    """Puts make(layer) in the place of every linear layer that is a child of these modules."""
+    for parent in parents:
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear:
+                setattr(parent, name, make(child))
+
+
 def can_pack(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
@@ -41,8 +51,5 @@ def pack(model, dtype: torch.dtype):
     dtype: in which products are computed. Returns the model.
     """
     if model.device.type == "cpu" and can_pack(dtype):
-        for parent in list(model.modules()):
-            for name, child in parent.named_children():
-                if type(child) is nn.Linear:
-                    setattr(parent, name, PackedLinear(child, dtype))
+        replace_linear(list(model.modules()), partial(PackedLinear, dtype=dtype))
     return model

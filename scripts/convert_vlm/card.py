@@ -140,7 +140,7 @@ def front_matter(name: str, task: str, info: dict, widget: dict) -> str:
     """YAML for the hub, without the lines around it."""
     found = re.findall(r"hf://datasets/([\w.-]+/[\w.-]+)", " ".join(map(str, info.get("data") or [])))
     results = eval_results(task, info.get("scores", []))
-    data = ModelCardData(
+    return ModelCardData(
         library_name="transformers",
         pipeline_tag=task,
         license="apache-2.0",
@@ -148,13 +148,10 @@ def front_matter(name: str, task: str, info: dict, widget: dict) -> str:
         base_model=info.get("base_model") or None,
         datasets=[*dict.fromkeys(found)] or None,
         tags=["minimind-v"],
-        model_name=name,
+        model_name=name if results else None,
         eval_results=results or None,
         widget=[widget],
-    )
-    if not results:
-        data.model_name = None
-    return data.to_yaml()
+    ).to_yaml()
 
 
 # ---------------------------------------------------------------------------- for people

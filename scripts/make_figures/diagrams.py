@@ -124,7 +124,7 @@ def architecture(say) -> str:
         f'<g transform="translate({left} {gap})">{picture}<path d="{grid}" stroke="#fff" stroke-opacity=".55"/></g>',
         text(left + side + 12, 45, "224 × 224", "left bold"),
         text(left + side + 12, 72, say("cut into", "切成"), "left small"),
-        text(left + side + 12, 96, say("14 × 14 = 196", "14 × 14 = 196"), "left small"),
+        text(left + side + 12, 96, "14 × 14 = 196", "left small"),
         text(left + side + 12, 120, say("patches", "个图块"), "left small"),
         box(
             right,
