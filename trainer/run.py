@@ -124,7 +124,9 @@ def training(args, stage: str, origin: Origin, model, tokenizer, optimizer, data
         checkpoint = open_checkpoint(path, args, stage, origin, model, data)
         if getattr(model, "vision_encoder", None) is not None:
             cast_frozen(model.vision_encoder, dtype)  # after its fingerprint has been taken
-            if not args.compile:  # whose compiler packs no product, and stumbles over those that are
+            # In bfloat16 packed weights give the same bits. In float32 they would move every figure, for little.
+            # Not with --compile, whose compiler stumbles over packed products.
+            if dtype == torch.bfloat16 and not args.compile:
                 pack(model.vision_encoder, dtype)
         state = begin_or_resume(args, checkpoint, model, optimizer, scaler)
         loader = open_loader(args, state, model, tokenizer, data, device, path.stem)
