@@ -78,7 +78,7 @@ class Plan:
     warning: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class Origin:
     """The sources of a model, to record them next to its weights."""
 
@@ -90,8 +90,10 @@ class Origin:
 
     @cached_property
     def encoder_sha256(self) -> str | None:
-        """Computed on first use because it takes a second; use it before the encoder is cast to another dtype."""
-        return None if self.encoder is None else fingerprint(self.encoder)
+        """Computed on first use because it takes a second; use it before the encoder is cast to another dtype. Then
+        the encoder is released: with --cache_features nothing else needs its memory."""
+        encoder, self.encoder = self.encoder, None
+        return None if encoder is None else fingerprint(encoder)
 
 
 def build_model(args, weights: Path | None, *, sees: bool = True, training: bool = False):

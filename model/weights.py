@@ -343,7 +343,7 @@ def fingerprint(encoder: torch.nn.Module) -> str:
     """sha256 of an encoder's weights, independent of the file format and the version of Transformers."""
     state = sorted(encoder.state_dict().items())
     # position_ids are a buffer that only some versions of Transformers keep.
-    parts = [(key, value.cpu().float().numpy().tobytes()) for key, value in state if "position_ids" not in key]
+    parts = ((key, value.cpu().float().contiguous().numpy()) for key, value in state if "position_ids" not in key)
     if family_of(encoder.config.model_type).renamed:  # in each version the first number in a name is the layer
         parts = sorted((re.findall(r"\.(\d+)\.", key)[:1], hashlib.sha256(part).digest()) for key, part in parts)
     digest = hashlib.sha256()

@@ -67,8 +67,7 @@ def cache_features(args, model, encoder_sha256: str, device, *sets) -> None:
         where, why = pictures.where(first_broken), broken[first_broken]
         raise ValueError(f"{where}: {why}\nFix it, or skip such rows with --on_bad_row skip")
     pictures.attach(cache, numbers, broken)
-    if device.type == "cuda" and world_size() == 1:  # DistributedDataParallel needs all weights on one device
-        model.vision_encoder.to("cpu")  # makes room for batches
+    model.vision_encoder = None  # frees its memory: all rows have features now
 
 
 def check_room(cache: FeatureCache, pictures: int, missing: int) -> None:

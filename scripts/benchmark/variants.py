@@ -74,7 +74,10 @@ class Training:
         self.choose_kernels(has)
         self.choose_optimizer(has, args)
         self.forward = self.choose_forward(has)
-        self.examples = self.with_features(examples) if self.cached else examples
+        self.examples = examples
+        if self.cached:
+            self.examples = self.with_features(examples)
+            self.model.vision_encoder = None  # as training leaves it
         pad_to = 0 if "sorted" in has else args.max_seq_len
         self.batches = batches_of(self.examples, args.batch_size, pad_to, pin=device.type == "cuda")
 
