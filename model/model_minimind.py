@@ -242,6 +242,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values = as_cache(past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
+        B, T, D = h.shape
         learn = needed = None
         if labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # (B·T): the next token of each
@@ -249,6 +250,10 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             # layers, while little is queued.
             learn = (targets != -100).nonzero().squeeze(1)  # (labels): the positions with a label
             needed = None if return_logits or self.config.use_moe else learn
+        elif isinstance(logits_to_keep, int) and 0 < logits_to_keep < T and not self.config.use_moe:
+            # An answer begins with the logits of the prompt's last token.
+            needed = torch.arange(B * T, device=h.device).view(B, T)[:, -logits_to_keep:].flatten()
+        needed = None if output_hidden_states else needed
         hidden_states = [] if output_hidden_states else None
         attentions = [] if output_attentions else None
         h, aux_loss = self.model(h, attention_mask, past_key_values, needed, hidden_states, attentions)
@@ -256,7 +261,8 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
         logits = loss = None
         if return_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(h[:, keep])  # (B, kept, V); slice(-0, None) keeps all
+            # (B, kept, V); slice(-0, None) keeps all
+            logits = self.lm_head(h[:, keep] if needed is None else h.view(B, -1, D))
         if labels is not None:
             scored = self.lm_head(h if needed is not None else h.flatten(0, 1)[learn])  # (labels, V)
             count = max(len(learn), 1) if num_items_in_batch is None else num_items_in_batch
