@@ -76,6 +76,7 @@ TABLES = {  # kind: what measures it, title, columns and what stands in them
     "ranks": (tables.ranks_table, "Ranks", RATE | {"ratio": "{ratio:.2f}×"}),
     "pipeline": (tables.pipeline_table, "Pictures", PICTURES),
     "generation": (tables.generation_table, "Answers", ANSWER),
+    "captions": (tables.captions_table, "Captions", {"": "{name}", "pictures/s": "{pictures_per_s:.2f}", **SPAN}),
     "startup": (tables.startup_table, "Starting", {"": "{name}", "time": "{median_s:.2f} s"}),
 }
 

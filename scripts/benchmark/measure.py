@@ -1,6 +1,5 @@
 """Clocks: how long, how much memory, how many floating-point operations, and a race of variants in turns."""
 
-import math
 import statistics
 import time
 from functools import cache
@@ -10,6 +9,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from model.processing import IGNORE
+from trainer import advice
 
 
 def now(device) -> float:
@@ -53,11 +53,9 @@ def reset_peak(device) -> None:
 
 
 def peak_memory(device) -> float:
-    """Most GB since `reset_peak`: of the GPU, or of this process where Linux reports it."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    status = Path("/proc/self/status")
-    return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9 if status.exists() else math.nan
+    """Most GB since `reset_peak`, of the GPU or of this process; not on Linux: since it started."""
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else advice.peak_memory()
+    return peak / 1e9
 
 
 @cache

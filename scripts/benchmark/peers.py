@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import LlavaForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoProcessor, LlavaForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
 from common.devices import autocast
 from dataset.batches import collate
@@ -37,12 +37,13 @@ def peers(args, device) -> dict[str, Callable]:
     }
 
 
-def make_stock(size: str) -> LlavaForConditionalGeneration:
-    """The weights of `make_model` in our own export."""
+def make_stock(size: str, dtype: torch.dtype = torch.float32):
+    """The weights of `make_model` in our own export: Transformers' model and its processor."""
     bundle = Path("model/tiny")
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         write_llava(Path(folder), make_model(size), load_tokenizer(bundle), bundle, {})
-        return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        return model, AutoProcessor.from_pretrained(folder)
 
 
 class Stock:
@@ -50,7 +51,7 @@ class Stock:
 
     def __init__(self, kind: str, args, device, examples: list[dict], torch_compile: bool = False):
         self.args, self.device, self.torch_compile = args, device, torch_compile
-        self.model = make_stock(args.size).to(device).train()
+        self.model = make_stock(args.size)[0].to(device).train()
         last = f"layers.{self.model.config.text_config.num_hidden_layers - 1}." if kind == "pretrain" else ""
         for name, weight in self.model.named_parameters():
             weight.requires_grad_(f"language_model.{last}" in name or "linear_1" in name)

@@ -1,5 +1,6 @@
 """What is measured, a function a table: training, peers, experts, ranks, reading pictures, answering, starting."""
 
+import copy
 import json
 import os
 import statistics
@@ -8,29 +9,36 @@ import sys
 import tempfile
 import time
 import timeit
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from common import distributed
 from common.devices import autocast
 from dataset.batches import StepSampler
 from dataset.lm_dataset import VLMDataset
 from inference.cache import growing_cache
+from inference.captions import PictureQuestions
+from inference.generate import answer_batches, collate_prompts, user_turn
 from model.int8 import to_int8
 from model.model_vlm import VLMConfig
-from model.packed import pack
-from model.processing import ImageProcessor, load_tokenizer
+from model.packed import can_pack, pack
+from model.processing import ImageProcessor, encode_chat, load_tokenizer
 from scripts.benchmark.inputs import IMAGE, SIZES, examples_of, length, make_encoder, make_model
 from scripts.benchmark.measure import matrix_rate, peak_memory, race, rate, seconds, useful_flops
 from scripts.benchmark.peers import FEWER, make_stock, peers
 from scripts.benchmark.variants import Training, ladder, variants
 from trainer.loader import make_loader
+
+PROMPT, CAPTION = "Describe this picture.", 24  # the question for captions; tokens of an answer
 
 # ---------------------------------------------------------------------------- training
 
@@ -208,7 +216,8 @@ def generation_table(args, device) -> list[dict]:
 def answer(args, device, batch: int, row: dict, way: str) -> float:
     """Seconds for --new_tokens in each of `batch` answers; those for one token are noted in the row."""
     stock = way == "stock"
-    model = (make_stock(args.size) if stock else make_model(args.size, flash_attn=way != "original")).to(device).eval()
+    model = make_stock(args.size)[0] if stock else make_model(args.size, flash_attn=way != "original")
+    model.to(device).eval()
     if way == "int8":
         to_int8(model)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -230,6 +239,72 @@ def answer(args, device, batch: int, row: dict, way: str) -> float:
         row.setdefault("first", []).append(seconds(device, generate, 1))
         row["batch"] = batch
         return seconds(device, generate, args.new_tokens)
+
+
+def captions_table(args, device) -> list[dict]:
+    """Pictures per second of `python eval_vlm.py --captions`: from JPEGs of 128×128 to greedy answers of 24 tokens, 16
+    pictures at once. Transformers' LLaVA gets the same files as its documentation shows, with its own processor."""
+    ways = {"Transformers' LLaVA": (stock_captions, torch.float32), "ours": (our_captions, torch.float32)}
+    if device.type == "cuda" or can_pack(torch.bfloat16):
+        ways |= {f"{name}, bfloat16": (way, torch.bfloat16) for name, (way, _) in ways.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        write_pictures(Path(folder), rows=1)
+        files = sorted(Path(folder).glob("*.jpg"))[: 4 * args.rows]
+
+        def once(row, made):
+            describe, dtype = made
+            return describe(args, device, dtype, files)
+
+        rows = race(ways, args.rounds, once)
+    return [row | {"pictures_per_s": rate(len(files), row)} for row in rows]
+
+
+@torch.no_grad()
+def stock_captions(args, device, dtype, files: list[Path]) -> float:
+    """Seconds for captions by Transformers' own model and processor."""
+    model, processor = make_stock(args.size, dtype)
+    model.to(device).eval()
+    model.config.image_token_id = processor.image_token_id  # the bundle's tokenizer has fewer tokens than the model
+    processor.tokenizer.padding_side = "left"
+
+    def describe(some):
+        ask = [{"type": "image"}, {"type": "text", "text": PROMPT}]
+        text = processor.apply_chat_template([{"role": "user", "content": ask}], add_generation_prompt=True)
+        pictures = [Image.open(file).convert("RGB") for file in some]
+        inputs = processor(images=pictures, text=[text] * len(some), padding=True, return_tensors="pt").to(
+            device, dtype
+        )
+        out = model.generate(**inputs, max_new_tokens=CAPTION, min_new_tokens=CAPTION, do_sample=False)
+        processor.batch_decode(out, skip_special_tokens=True)
+
+    def describe_all():
+        for i in range(0, len(files), 16):
+            describe(files[i : i + 16])
+
+    describe(files[:16])  # warms up
+    return seconds(device, describe_all)
+
+
+def our_captions(args, device, dtype, files: list[Path]) -> float:
+    """Seconds for captions by what `eval_vlm.py --captions` calls."""
+    model, tokenizer = make_model(args.size).to(device).eval(), load_tokenizer("model/tiny")
+    model.vision_encoder = copy.deepcopy(model.vision_encoder)  # which all models share
+    pack(model, dtype)
+    chat = [{"role": "user", "content": user_turn(PROMPT, 1)}]
+    [(ids, _, _)] = encode_chat(tokenizer, chat, model.config.image_ids)
+    model.generation_config.min_new_tokens = CAPTION
+    how = SimpleNamespace(max_new_tokens=CAPTION)
+
+    def describe(some):
+        asked = PictureQuestions(
+            files[0].parent, [(file.name, PROMPT) for file in some], {PROMPT: ids}, model.processor
+        )
+        pad = partial(collate_prompts, pad_token_id=tokenizer.pad_token_id)
+        loader = DataLoader(asked, 16, collate_fn=pad, num_workers=args.num_workers)
+        deque(answer_batches(model, tokenizer, loader, how, device, dtype), maxlen=0)
+
+    describe(files[:16])  # warms up
+    return seconds(device, describe, files)
 
 
 def startup_table(args, device) -> list[dict]:
