@@ -90,7 +90,8 @@ def collate_prompts(examples: list[dict], pad_token_id: int) -> dict:
 
 @torch.no_grad()
 def answer_batches(model, tokenizer, batches, args, device, dtype):
-    """Yields, per batch of `collate_prompts`, greedy answers {number: text} and broken examples {number: reason}."""
+    """Yields, per batch of `collate_prompts`, answers {number: text} and broken examples {number: reason}. Answers are
+    greedy, or the best of a search with `args.num_beams`."""
     for batch in batches:
         texts = []
         if batch["numbers"]:
@@ -103,6 +104,7 @@ def answer_batches(model, tokenizer, batches, args, device, dtype):
                     past_key_values=growing_cache(),
                     max_new_tokens=args.max_new_tokens,
                     do_sample=False,
+                    num_beams=args.num_beams,
                     pad_token_id=tokenizer.pad_token_id,
                 )
             texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -468,7 +468,7 @@ def test_answers_are_returned_without_thoughts(words, said):
 
     model.generate = generate
     args = web_demo_vlm.parse_args([])
-    args.greedy = True
+    args.greedy, args.num_beams = True, 1
     chat = [turn("user", "What?")]
     assert ask(model, words, chat, [], args) == THOUGHTS[said]
     batch = collate_prompts([{"number": 7, "ids": [1], "pictures": None}], 0)

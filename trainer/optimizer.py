@@ -5,6 +5,7 @@ from collections import defaultdict
 
 import torch
 
+from common.devices import cpu_has
 from common.distributed import say
 from model.model_vlm import MiniMindVLM
 
@@ -36,8 +37,7 @@ class Muon(torch.optim.AdamW):
     Such a step is equally long in all directions. What only a few rows teach is then not drowned out by what all rows
     have in common (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Steps are scaled to the size of
     AdamW's, so one learning rate suits both (Liu et al. 2025, https://arxiv.org/abs/2502.16982). Like
-    `torch.optim.Muon`, but in fp32 on CPUs, most of which only emulate bfloat16, and for all matrices of a shape at
-    once.
+    `torch.optim.Muon`, but in fp32 on CPUs that only emulate bfloat16, and for all matrices of a shape at once.
     """
 
     momentum = 0.95
@@ -79,13 +79,13 @@ def orthogonalize(x, steps: int = 5):
 
     Uses the fifth-order Newton-Schulz iteration with the coefficients of Muon. Returns float32 (N, R, C).
     """
-    x = x.bfloat16() if x.is_cuda else x
+    x = x.bfloat16() if x.is_cuda or x.device.type == "cpu" and cpu_has("avx512_bf16", "amx_bf16") else x
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+        x = x.baddbmm(gram.baddbmm(gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)  # 3.4 x - 4.8 g x + 2 g g x
     return (x.mT if tall else x).float()
 
 

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from common.cli import Stopped
-from common.devices import autocast, cpu_has, pick_dtype
+from common.devices import autocast, bfloat16_would_help, pick_dtype
 from common.distributed import gather, is_main, rank, say, world_size
 from common.lock import only_one
 from common.start import command, report_stopped
@@ -159,8 +159,7 @@ def training(args, stage: str, origin: Origin, model, tokenizer, optimizer, data
 
 def choose_precision(args, model, device) -> torch.dtype:
     """Returns the dtype for --dtype; prints a hint if another one would be faster."""
-    large = device.type == "cpu" and model.config.hidden_size >= 256
-    if args.dtype == "auto" and large and cpu_has("avx512_bf16", "amx_bf16"):
+    if bfloat16_would_help(args.dtype, device, model.config.hidden_size):
         say("this CPU supports bfloat16: with --dtype bfloat16 a step of this model takes about half the time")
     return pick_dtype(args.dtype, device)
 

@@ -293,7 +293,7 @@ def our_captions(args, device, dtype, files: list[Path]) -> float:
     chat = [{"role": "user", "content": user_turn(PROMPT, 1)}]
     [(ids, _, _)] = encode_chat(tokenizer, chat, model.config.image_ids)
     model.generation_config.min_new_tokens = CAPTION
-    how = SimpleNamespace(max_new_tokens=CAPTION)
+    how = SimpleNamespace(max_new_tokens=CAPTION, num_beams=1)
 
     def describe(some):
         asked = PictureQuestions(
