@@ -8,6 +8,7 @@ from PIL import Image
 
 import eval_vlm
 from inference import captions
+from model.model_vlm import MiniMindVLM
 
 
 @pytest.fixture
@@ -137,3 +138,19 @@ def test_every_format_that_pillow_opens_is_a_picture_and_the_rest_is_counted(cap
     }  # fmt: skip
     assert "Pillow cannot read HEIC photos: convert it to JPEG" in str(lines)
     assert f"{folder}: 2 other files, not pictures, were skipped" in capsys.readouterr().out
+
+
+def test_beams_are_searched_where_answers_are_not_sampled(caption, trained, monkeypatch, capsys):
+    asked, generate = [], MiniMindVLM.generate
+
+    def count(self, **how):
+        asked.append(how["num_beams"])
+        return generate(self, **how)
+
+    monkeypatch.setattr(MiniMindVLM, "generate", count)
+    lines = caption(*ASK, "--num_beams", "3")
+    assert set(asked) == {3}
+    assert {line["image"]: line["answer"] for line in lines if "answer" in line}["b/blue.png"] == "It is blue."
+    with pytest.raises(SystemExit):
+        eval_vlm.main([*trained, "--num_beams", "3", "--image", "a.png"])
+    assert "--num_beams is for --data_path and --captions" in capsys.readouterr().err

@@ -511,6 +511,18 @@ def test_logits_to_keep_takes_a_number_or_positions():
     torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([0, 5])).logits, full[:, [0, 5]])
 
 
+def test_the_last_feed_forward_runs_for_the_last_token_of_a_prompt_only():
+    model, ids, seen = decoder(), tokens(2, 9), []
+    model.model.layers[-1].mlp.register_forward_hook(lambda module, args, out: seen.append(out.numel() // 64))
+    full = model(ids).logits
+    out = model(ids, logits_to_keep=1, use_cache=True)
+    torch.testing.assert_close(out.logits, full[:, -1:])
+    shown = model(ids, logits_to_keep=1, output_hidden_states=True)  # of all tokens, as they are asked for
+    assert shown.hidden_states[-1].shape == (2, 9, 64) and shown.logits.shape == (2, 1, 100)
+    model(ids[:, -1:], past_key_values=out.past_key_values, logits_to_keep=1)
+    assert seen == [18, 2, 18, 2]
+
+
 def some_labels(ids):
     labels = ids.clone()
     labels[0, :5] = labels[1, 3:6] = -100

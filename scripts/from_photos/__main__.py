@@ -99,8 +99,8 @@ def recipe(out: Path, pictures: int, device: str = "cpu", dtype: str = "auto") -
         ], resumable=True),
         Step("scores", "describe the held-out photos; then again with shuffled photos", [
             "python", "eval_vlm.py", *seeing, *images, "--data_path", data / "val.jsonl",
-            "--refs_path", data / "val_refs.json", "--max_new_tokens", 40, "--batch_size", 64, "--num_workers", 0,
-            "--device", device, "--output", out / "val.json",
+            "--refs_path", data / "val_refs.json", "--max_new_tokens", 40, "--num_beams", 3, "--batch_size", 64,
+            "--num_workers", 0, "--device", device, "--output", out / "val.json",
         ]),
     ]
     # fmt: on
