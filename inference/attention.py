@@ -125,6 +125,7 @@ def draw_attention(path: Path, model, tokenizer, ids, start: int, pixels, images
                 row[n].set_title(word if n == 0 else "", loc="left", size=12)
                 row[n].set_title(f"{each[n].sum():.0%}", loc="right", size=8, color="grey")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=100)
         except (OSError, ValueError) as error:
             raise ValueError(f"--show_attention {path} cannot be written: {error}") from None

@@ -103,8 +103,8 @@ def test_a_figure_has_the_words_of_the_answer_for_each_question(trained, world, 
     assert len(capsys.readouterr().out.splitlines()) == 2  # JSON and nothing else
     with Image.open(tmp_path / "looked.png") as figure:
         assert figure.format == "PNG" and figure.width > 500
-    eval_vlm.main([*ask, "--image", blue, "--show_attention", str(tmp_path / "bare")])
-    assert f"attention for each word: {tmp_path / 'bare_2.png'}\n" in capsys.readouterr().out
-    assert (tmp_path / "bare.png").is_file() and (tmp_path / "bare_2.png").is_file()
+    eval_vlm.main([*ask, "--image", blue, "--show_attention", str(tmp_path / "new/bare")])
+    assert f"attention for each word: {tmp_path / 'new/bare_2.png'}\n" in capsys.readouterr().out
+    assert (tmp_path / "new/bare.png").is_file() and (tmp_path / "new/bare_2.png").is_file()
     with pytest.raises(ValueError, match=r"--show_attention .*looked.xyz cannot be written: .*png"):
         eval_vlm.main([*ask, "--image", blue, "--show_attention", str(tmp_path / "looked.xyz")])

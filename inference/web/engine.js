@@ -100,7 +100,7 @@ class MiniMindV {
     const limit = decoder.max_position_embeddings, unknown = ids.find((id) => !(id >= 0 && id < decoder.vocab_size));
     if (unknown !== undefined) throw new Error(`The model has no token ${unknown}. Its tokenizer is a different one.`);
     if (past + T > limit) throw new Error(`${past + T} tokens are more than the model reads: ${limit}. Start a new chat.`);
-    const h = new Float32Array(T * D);
+    let h = new Float32Array(T * D);
     ids.forEach((id, t) => h.set(w.read("model.embed_tokens.weight", id, 1), t * D));
     const begins = this.findPictures(ids);
     if (begins.length !== features.length) {
@@ -111,11 +111,12 @@ class MiniMindV {
     for (let i = 0; i < decoder.num_hidden_layers; i++) {
       const layer = `model.layers.${i}`;
       add(h, this.attention(`${layer}.self_attn`, norm(h, `${layer}.input_layernorm`), cache.layers[i], past, seen));
+      if (i + 1 === decoder.num_hidden_layers) h = h.subarray((T - 1) * D); // only the last token needs logits
       const normed = norm(h, `${layer}.post_attention_layernorm`);
       add(h, decoder.use_moe ? this.experts(`${layer}.mlp`, normed) : this.feedForward(`${layer}.mlp`, normed));
     }
     cache.ids.push(...ids);
-    return w.linear("model.embed_tokens", norm(h.subarray((T - 1) * D), "model.norm")); // the head is the same matrix
+    return w.linear("model.embed_tokens", norm(h, "model.norm")); // the head is the same matrix
   }
 
   /** x (T, D) → (T, D); appends keys and values to the layer's cache. */
