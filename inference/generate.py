@@ -90,8 +90,7 @@ def collate_prompts(examples: list[dict], pad_token_id: int) -> dict:
 
 @torch.no_grad()
 def answer_batches(model, tokenizer, batches, args, device, dtype):
-    """Yields, per batch of `collate_prompts`, answers {number: text} and broken examples {number: reason}. Answers are
-    greedy, or the best of a search with `args.num_beams`."""
+    """Yields per batch answers {number: text}, greedy or from `args.num_beams`, and broken ones {number: reason}."""
     for batch in batches:
         texts = []
         if batch["numbers"]:

@@ -233,36 +233,30 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: create a cache if none is given, and return it.
             logits_to_keep: compute logits for the last n positions, 0 for all; or int64 (n,), for these positions.
             labels: int64 (B, T), -100 = no loss. Position t is scored against label t + 1.
-            num_items_in_batch: divide the summed loss by this number instead of by the number of labels in this
-                call, for an optimizer step that accumulates several calls.
-            return_logits: False computes only the loss, at labelled positions, and returns no logits;
-                `last_hidden_state` then contains only these positions, unless the model has experts.
+            num_items_in_batch: divides the summed loss, in place of the labels of this call: a step may have several.
+            return_logits: False computes only the loss, at labelled positions, and returns no logits.
             output_hidden_states, output_attentions: also return those of each layer, (B, T, D) and (B, H, T, S).
+        Unless the model has experts, `last_hidden_state` lacks positions of which no logits are needed.
         """
         past_key_values = as_cache(past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        B, T, D = h.shape
-        learn = needed = None
+        (B, T, D), learn, needed = h.shape, None, None
+        lean = not (self.config.use_moe or output_hidden_states)  # the last feed-forward may skip positions
         if labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # (B·T): the next token of each
-            # Only positions with a label need logits. nonzero() makes the CPU wait for the GPU, so it runs before the
-            # layers, while little is queued.
+            # nonzero() makes the CPU wait for the GPU, so it runs before the layers, while little is queued.
             learn = (targets != -100).nonzero().squeeze(1)  # (labels): the positions with a label
-            needed = None if return_logits or self.config.use_moe else learn
-        elif isinstance(logits_to_keep, int) and 0 < logits_to_keep < T and not self.config.use_moe:
-            # An answer begins with the logits of the prompt's last token.
+            needed = learn if lean and not return_logits else None
+        elif lean and isinstance(logits_to_keep, int) and 0 < logits_to_keep < T:  # a prompt: its last token decides
             needed = torch.arange(B * T, device=h.device).view(B, T)[:, -logits_to_keep:].flatten()
-        needed = None if output_hidden_states else needed
-        hidden_states = [] if output_hidden_states else None
-        attentions = [] if output_attentions else None
+        hidden_states, attentions = ([] if asked else None for asked in (output_hidden_states, output_attentions))
         h, aux_loss = self.model(h, attention_mask, past_key_values, needed, hidden_states, attentions)
 
         logits = loss = None
         if return_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            # (B, kept, V); slice(-0, None) keeps all
-            logits = self.lm_head(h[:, keep] if needed is None else h.view(B, -1, D))
+            logits = self.lm_head(h[:, keep] if needed is None else h.view(B, -1, D))  # slice(-0, None) keeps all
         if labels is not None:
             scored = self.lm_head(h if needed is not None else h.flatten(0, 1)[learn])  # (labels, V)
             count = max(len(learn), 1) if num_items_in_batch is None else num_items_in_batch

@@ -55,7 +55,7 @@ in brackets."""
 FINDINGS = {  # kind: a line of the summary, of the ratios of its last two rows
     "pretrain": "- **Stage 1**: {:.1f} times as fast as the original way, with cached picture features {:.1f} times.",
     "sft": "- **Stage 2**: {:.1f} times as fast as the original way, with cached features {:.1f} times.",
-    "peers": "- **Next to Transformers**, stage 2 with cached features: {:.2f} times as fast, with 49 tokens too {:.2f} times.",
+    "peers": "- **Next to Transformers**, stage 2, features cached: {:.2f} times as fast, with 49 tokens {:.2f} times.",
     "generation": "- **Answers**, 16 at once: {:.2f} times as many tokens per second, with int8 weights {:.2f} times.",
 }
 STEPS = """{rows} rows in batches of {batch_size}, the original way at {max_seq_len} tokens. Useful FLOP are those of \

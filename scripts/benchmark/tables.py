@@ -242,7 +242,7 @@ def answer(args, device, batch: int, row: dict, way: str) -> float:
 
 
 def captions_table(args, device) -> list[dict]:
-    """Pictures per second of `python eval_vlm.py --captions`: from JPEGs of 128×128 to greedy answers of 24 tokens, 16
+    """Pictures per second of `eval_vlm.py` with captions: from JPEGs of 128×128 to greedy answers of 24 tokens, 16
     pictures at once. Transformers' LLaVA gets the same files as its documentation shows, with its own processor."""
     ways = {"Transformers' LLaVA": (stock_captions, torch.float32), "ours": (our_captions, torch.float32)}
     if device.type == "cuda" or can_pack(torch.bfloat16):
@@ -286,7 +286,7 @@ def stock_captions(args, device, dtype, files: list[Path]) -> float:
 
 
 def our_captions(args, device, dtype, files: list[Path]) -> float:
-    """Seconds for captions by what `eval_vlm.py --captions` calls."""
+    """Seconds for captions by what `eval_vlm.py` calls."""
     model, tokenizer = make_model(args.size).to(device).eval(), load_tokenizer("model/tiny")
     model.vision_encoder = copy.deepcopy(model.vision_encoder)  # which all models share
     pack(model, dtype)
