@@ -173,14 +173,11 @@ def test_embeddings_have_their_own_rate_if_there_is_one(make_vlm):
         assert set(peaks.values()) == {1e-4, 1e-3}
 
 
-@pytest.mark.parametrize("bfloat16", [True, False])
-def test_orthogonalize_makes_all_directions_about_equally_long(monkeypatch, bfloat16):
-    monkeypatch.setattr("trainer.optimizer.cpu_has", lambda *instructions: bfloat16)
+def test_orthogonalize_makes_all_directions_about_equally_long():
     for rows, columns in ((16, 16), (8, 40), (40, 8)):
         matrices = torch.randn(3, rows, columns, generator=torch.Generator().manual_seed(0))
         result = orthogonalize(matrices)
-        assert result.shape == matrices.shape and result.dtype == torch.float32
-        assert torch.equal(result.bfloat16().float(), result) == bfloat16
+        assert result.shape == matrices.shape
         singular = torch.linalg.svdvals(result)
         assert singular.min() > 0.5 and singular.max() < 1.3
         u, _, v = torch.linalg.svd(matrices, full_matrices=False)

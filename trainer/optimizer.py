@@ -5,7 +5,6 @@ from collections import defaultdict
 
 import torch
 
-from common.devices import cpu_has
 from common.distributed import say
 from model.model_vlm import MiniMindVLM
 
@@ -37,7 +36,8 @@ class Muon(torch.optim.AdamW):
     Such a step is equally long in all directions. What only a few rows teach is then not drowned out by what all rows
     have in common (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Steps are scaled to the size of
     AdamW's, so one learning rate suits both (Liu et al. 2025, https://arxiv.org/abs/2502.16982). Like
-    `torch.optim.Muon`, but in fp32 on CPUs that only emulate bfloat16, and for all matrices of a shape at once.
+    `torch.optim.Muon`, but for all matrices of a shape at once, and in fp32 on CPUs: most of them only emulate
+    bfloat16, which would also make one rank and two learn different things.
     """
 
     momentum = 0.95
@@ -79,7 +79,7 @@ def orthogonalize(x, steps: int = 5):
 
     Uses the fifth-order Newton-Schulz iteration with the coefficients of Muon. Returns float32 (N, R, C).
     """
-    x = x.bfloat16() if x.is_cuda or x.device.type == "cpu" and cpu_has("avx512_bf16", "amx_bf16") else x
+    x = x.bfloat16() if x.is_cuda else x
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
