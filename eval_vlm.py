@@ -53,7 +53,7 @@ def parse_args(argv=None):
     add("--max_new_tokens", type=positive(int), default=512, help="maximum length of an answer, in tokens")
     beams = "captions and scores: search with this many beams instead of greedily; takes about as many times as long"
     add("--num_beams", type=positive(int), default=1, metavar="N", help=beams)
-    eight = "8-bit weights, on a CPU: 1.3 to 1.4 times as fast; answers may differ slightly"
+    eight = "8-bit weights, on a CPU: 1.2 to 1.4 times as fast; answers may differ slightly"
     add("--int8", action="store_true", help=eight)
 
     add = parser.group("scores").add_argument

@@ -36,8 +36,8 @@ class Muon(torch.optim.AdamW):
     Such a step is equally long in all directions. What only a few rows teach is then not drowned out by what all rows
     have in common (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Steps are scaled to the size of
     AdamW's, so one learning rate suits both (Liu et al. 2025, https://arxiv.org/abs/2502.16982). Like
-    `torch.optim.Muon`, but for all matrices of a shape at once, and in fp32 on CPUs: most of them only emulate
-    bfloat16, which would also make one rank and two learn different things.
+    `torch.optim.Muon`, but in fp32 on CPUs, most of which only emulate bfloat16, and for all matrices of a shape at
+    once.
     """
 
     momentum = 0.95
@@ -85,7 +85,7 @@ def orthogonalize(x, steps: int = 5):
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = x.baddbmm(gram.baddbmm(gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)  # 3.4 x - 4.8 g x + 2 g g x
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
     return (x.mT if tall else x).float()
 
 
