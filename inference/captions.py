@@ -94,7 +94,7 @@ class PictureQuestions(Dataset):
 
 
 def write_captions(model, tokenizer, args, weights: Path, device) -> Path:
-    """Asks every prompt about every picture in args.image_dir, greedily, and appends the answers to args.captions.
+    """Asks every prompt about every picture in args.image_dir and appends the answers to args.captions.
 
     Returns that path. Raises ValueError or FileNotFoundError for a folder or a file that does not fit.
     """
