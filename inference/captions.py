@@ -93,6 +93,17 @@ class PictureQuestions(Dataset):
         return {"number": i, "ids": self.ids[prompt], "pictures": pixels[None]}
 
 
+def load_questions(questions: PictureQuestions, tokenizer, args) -> DataLoader:
+    """Returns a loader of batches for `answer_batches`."""
+    return DataLoader(
+        questions,
+        batch_size=args.batch_size,
+        collate_fn=partial(collate_prompts, pad_token_id=tokenizer.pad_token_id),
+        num_workers=args.num_workers,
+        worker_init_fn=ignore_interrupt,
+    )
+
+
 def write_captions(model, tokenizer, args, weights: Path, device) -> Path:
     """Asks every prompt about every picture in args.image_dir and appends the answers to args.captions.
 
@@ -116,13 +127,7 @@ def append_captions(model, tokenizer, args, device, folder: Path, path: Path, na
     answered, broken = read_answers(path)
     wanted = [(name, prompt) for name in names for prompt in ids]
     asked = [pair for pair in wanted if pair not in answered and pair[0] not in broken]
-    loader = DataLoader(
-        PictureQuestions(folder, asked, ids, model.processor),
-        batch_size=args.batch_size,
-        collate_fn=partial(collate_prompts, pad_token_id=tokenizer.pad_token_id),
-        num_workers=args.num_workers,
-        worker_init_fn=ignore_interrupt,
-    )
+    loader = load_questions(PictureQuestions(folder, asked, ids, model.processor), tokenizer, args)
     progress = tqdm(total=len(wanted), initial=len(wanted) - len(asked), unit="picture", dynamic_ncols=True)
     # A file name may contain bytes that are not UTF-8; backslashreplace escapes them as JSON does.
     with path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file, progress as bar:

@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 import timeit
-from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -19,15 +18,14 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from common import distributed
 from common.devices import autocast
 from dataset.batches import StepSampler
 from dataset.lm_dataset import VLMDataset
 from inference.cache import growing_cache
-from inference.captions import PictureQuestions
-from inference.generate import answer_batches, collate_prompts, user_turn
+from inference.captions import PictureQuestions, load_questions
+from inference.generate import answer_batches, user_turn
 from model.int8 import to_int8
 from model.model_vlm import VLMConfig
 from model.packed import can_pack, pack
@@ -293,15 +291,13 @@ def our_captions(args, device, dtype, files: list[Path]) -> float:
     chat = [{"role": "user", "content": user_turn(PROMPT, 1)}]
     [(ids, _, _)] = encode_chat(tokenizer, chat, model.config.image_ids)
     model.generation_config.min_new_tokens = CAPTION
-    how = SimpleNamespace(max_new_tokens=CAPTION, num_beams=1)
+    how = SimpleNamespace(batch_size=16, num_workers=args.num_workers, max_new_tokens=CAPTION, num_beams=1)
 
     def describe(some):
-        asked = PictureQuestions(
-            files[0].parent, [(file.name, PROMPT) for file in some], {PROMPT: ids}, model.processor
-        )
-        pad = partial(collate_prompts, pad_token_id=tokenizer.pad_token_id)
-        loader = DataLoader(asked, 16, collate_fn=pad, num_workers=args.num_workers)
-        deque(answer_batches(model, tokenizer, loader, how, device, dtype), maxlen=0)
+        pairs = [(file.name, PROMPT) for file in some]
+        asked = PictureQuestions(files[0].parent, pairs, {PROMPT: ids}, model.processor)
+        for _ in answer_batches(model, tokenizer, load_questions(asked, tokenizer, how), how, device, dtype):
+            pass
 
     describe(files[:16])  # warms up
     return seconds(device, describe, files)
