@@ -236,7 +236,7 @@ class MiniMindForCausalLM(PreTrainedModel, GenerationMixin):
             num_items_in_batch: divides the summed loss, in place of the labels of this call: a step may have several.
             return_logits: False computes only the loss, at labelled positions, and returns no logits.
             output_hidden_states, output_attentions: also return those of each layer, (B, T, D) and (B, H, T, S).
-        Unless the model has experts, `last_hidden_state` lacks positions of which no logits are needed.
+        `last_hidden_state` lacks positions without logits, unless hidden states are asked for or there are experts.
         """
         past_key_values = as_cache(past_key_values)
         if use_cache and past_key_values is None:

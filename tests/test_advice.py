@@ -221,6 +221,12 @@ subprocess.run([sys.executable, "-c", "from trainer.advice import peak_memory; p
     assert float(done.stdout) < 900e6
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file")
+def test_a_sandbox_that_does_not_report_a_peak_costs_no_run(monkeypatch):
+    monkeypatch.setattr(trainer.advice.Path, "read_text", lambda path: "Name:\tpython\nVmRSS:\t  100 kB\n")
+    assert peak_memory() >= 0.9 * psutil.Process().memory_info().rss
+
+
 def test_on_windows_and_macs_memory_is_what_they_report(monkeypatch):
     usage = pytest.importorskip("resource").getrusage(0).ru_maxrss
     monkeypatch.setattr(trainer.advice.sys, "platform", "darwin")

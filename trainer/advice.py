@@ -3,6 +3,7 @@ whether it diverged, its time and memory, one of its answers, and the next comma
 
 import contextlib
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +77,9 @@ def report_end(run, tokenizer, seconds: float) -> None:
 def peak_memory() -> int:
     """Returns the peak memory of this process in bytes."""
     if sys.platform == "linux":  # whose ru_maxrss begins with the memory of the process that started this one
-        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+        peak = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
+        if peak:  # not every sandbox reports it
+            return 1024 * int(peak[1])
     now = psutil.Process().memory_info()
     if hasattr(now, "peak_wset"):  # Windows
         return now.peak_wset

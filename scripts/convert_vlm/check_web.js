@@ -22,8 +22,8 @@ const files = config.files?.map(({name}) => fs.readFileSync(path.join(folder, na
 const weights = Buffer.concat(files ?? Array.from(scripts('class="weights"'), ([, text]) => bytesOf(text)));
 
 function peakMemory() { // in MB; on Linux maxRSS begins with the memory of the program that started this one
-  if (process.platform !== "linux") return process.resourceUsage().maxRSS / 1000;
-  return fs.readFileSync("/proc/self/status", "utf8").match(/VmHWM:\s*(\d+)/)[1] * 1.024e-3;
+  const peak = process.platform === "linux" && fs.readFileSync("/proc/self/status", "utf8").match(/VmHWM:\s*(\d+)/);
+  return peak ? peak[1] * 1.024e-3 : process.resourceUsage().maxRSS / 1000; // not every sandbox reports it
 }
 
 function speed(model) {
