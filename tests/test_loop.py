@@ -141,8 +141,9 @@ def test_what_is_frozen_stays_as_it_was(make_run, choice):
     assert not run.model.vision_encoder.training and run.model.training
 
 
-def test_dropout_is_another_one_in_every_step_and_the_same_in_the_same(make_run):
-    run = make_run("--dropout", "0.5")
+@pytest.mark.parametrize("flag", ["--dropout 0.5", "--min_scale 0.5", "--flip"])
+def test_what_is_random_differs_from_step_to_step_and_is_the_same_in_the_same(make_run, flag):
+    run = make_run(*flag.split())
     batches = [batch(run, 0, 1)]
 
     def loss(step):
@@ -343,7 +344,8 @@ def test_the_validation_loss_is_the_mean_over_all_labels_of_the_held_out_rows(fl
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(world / "pictures", elsewhere)
     validate = ["--val_path", str(world / "val.jsonl"), "--val_images_path", str(elsewhere), "--val_interval", "3"]
-    flags = [*flags, "--epochs", "2", "--batch_size", "3", "--dropout", "0.3", "--log_interval", "1"]
+    flags = [*flags, "--epochs", "2", "--batch_size", "3", "--log_interval", "1"]
+    flags += ["--dropout", "0.3", "--min_scale", "0.5", "--flip"]  # of training alone
     run = main([*flags, *validate])
     total, labels = 0, 0
     model = run.model.eval()
@@ -370,7 +372,8 @@ def test_the_validation_loss_is_the_mean_over_all_labels_of_the_held_out_rows(fl
 
 # ---------------------------------------------------------------------------- stopping and going on
 
-LONG = ["--epochs", "2", "--dropout", "0.2", "--log_interval", "1", "--save_interval", "3"]  # 8 steps
+# 8 steps
+LONG = ["--epochs", "2", "--dropout", "0.2", "--min_scale", "0.5", "--log_interval", "1", "--save_interval", "3"]
 
 
 def same(run, other) -> None:

@@ -22,12 +22,12 @@ from scripts.train_clip import __main__ as train_clip
 from scripts.train_clip.captions import (
     END_OF_CAPTION,
     CaptionPictures,
-    augment,
     draw_captions,
     encode_captions,
     load_split,
     read_captions,
 )
+from trainer.augment import augment
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 30)}
 SAYINGS = ("The {1} half is {0}.", "On the {1} there is {0}.", "{0}, {1}")

@@ -178,6 +178,8 @@ MISTAKES = [
     (["--val_images_path", "a"], "--val_images_path has no effect without --val_path"),
     (["--val_path", "v.jsonl", "--val_images_path", "a", "b"], "--val_images_path has 2 paths, --val_path has 1"),
     (["--cache_dtype", "int8"], "--cache_dtype has no effect without --cache_features"),
+    (["--min_scale", "0"], "--min_scale 0.0: must be 0.01 to 1"),
+    (["--flip", "--cache_features", "features"], "--flip changes pictures in each step, --cache_features keeps them"),
     (["--trainable", "projector", "--optimizer", "muon"], "--optimizer muon is for the blocks, which do not learn"),
     (["--trainable", "attention", "--embedding_learning_rate", "0.1"], "with --trainable attention the embeddings do"),
     (["--from_weight", "sft_vlm_multi"], "or a stage: pretrain_vlm, sft_vlm, llm"),

@@ -16,6 +16,12 @@ def parse_training(parser, argv):
             parser.error(f"--{flag} has no effect without --val_path")
     if getattr(args, "cache_dtype", "float16") != "float16" and not args.cache_features:
         parser.error("--cache_dtype has no effect without --cache_features")
+    scale = getattr(args, "min_scale", None)
+    if scale is not None and not 0.01 <= scale <= 1:
+        parser.error(f"--min_scale {scale}: must be 0.01 to 1")
+    for flag in ("min_scale", "flip"):
+        if getattr(args, flag, None) and args.cache_features:
+            parser.error(f"--{flag} changes pictures in each step, --cache_features keeps them as they are: omit one")
     for flag in ("out_dir", "cache_features"):
         if folder := getattr(args, flag, None):
             check_folder(parser, flag, Path(folder))
@@ -99,6 +105,10 @@ def add_training_arguments(
         add_urls_argument(parser)
         held_out = "folder or zip of the pictures of --val_path; default: that of --images_path"
         add("--val_images_path", nargs="+", metavar="PATH", help=held_out)
+        window = "train on random windows of the pictures, of at least this share of the area; brightness varies, too"
+        add("--min_scale", type=float, metavar="X", help=window)
+        mirrored = "mirror half of the pictures; left and right then look the same"
+        add("--flip", action="store_true", default=None, help=mirrored)  # None, as in a checkpoint older than the flag
         kept = "store the features of the encoder there, so that each picture is encoded only once"
         add("--cache_features", metavar="DIR", help=kept)
         kept = "precision of stored features; int8 takes half the space and is less exact"

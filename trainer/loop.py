@@ -21,6 +21,7 @@ from common.devices import autocast
 from common.distributed import all_sum, rank, world_size
 from model.model_vlm import MiniMindVLM
 from model.processing import IGNORE
+from trainer.augment import augment_batch
 from trainer.guard import StopSignal, check_broken, check_finite
 from trainer.optimizer import schedule, set_learning_rate
 from trainer.run import Run
@@ -34,8 +35,7 @@ def train_epoch(run: Run, epoch: int) -> None:
     """
     args, state = run.args, run.state
     for batches, end_of_epoch in run.steps_left(epoch):
-        # Sums over all ranks. The loss is divided by the labels of the whole step, so every answer token has the same
-        # weight. A mean of batch means would give more weight to the tokens of batches with few labels.
+        # Sums over all ranks. The loss is divided by the labels of the whole step: every answer token weighs the same.
         labels, rows, broken, tokens, stop = all_sum(
             sum(map(count_labels, batches)),
             sum(len(batch["rows"]) for batch in batches),
@@ -83,7 +83,8 @@ def train_step(run: Run, batches: list[dict], labels: float, rows: float) -> tup
     for i, batch in enumerate(batches):  # gradients accumulate: several small batches act as one large batch
         with run.context(batch, last=i == len(batches) - 1):  # mixed precision; ranks sync gradients on the last batch
             # Picture features overwrite the placeholders, the decoder reads the row, the loss scores the answer tokens.
-            out = run.forward(**to_device(batch, run.model), num_items_in_batch=max(labels, 1), return_logits=False)
+            inputs = augment_batch(to_device(batch, run.model), run.model, args)  # --min_scale, --flip
+            out = run.forward(**inputs, num_items_in_batch=max(labels, 1), return_logits=False)
             aux_loss = out.aux_loss * (len(batch["rows"]) / max(rows, 1))  # this batch's share of the step
             # The loss is already divided by the labels of all ranks, so gradients must be summed; DDP averages them.
             scaler.scale((out.loss + aux_loss) * world_size()).backward()
@@ -142,6 +143,5 @@ def to_device(batch: dict, model: MiniMindVLM) -> dict:
     """
     keys = ("input_ids", "pixel_values", "image_features", "labels")
     keys += ("attention_mask",) if model.config.use_moe else ()
-    device = model.device
-    behind = device.type == "cuda"  # on other devices the model may read the tensor before the copy has finished
-    return {key: batch[key].to(device, non_blocking=behind) if batch[key] is not None else None for key in keys}
+    behind = model.device.type == "cuda"  # on other devices the model may read the tensor before the copy has finished
+    return {key: batch[key].to(model.device, non_blocking=behind) if batch[key] is not None else None for key in keys}

@@ -50,7 +50,7 @@ from common.devices import autocast, cpu_has, make_deterministic, pick_device
 from common.files import write_json, write_safely
 from dataset.flags import add_urls_argument
 from model.processing import ImageProcessor, load_tokenizer
-from scripts.train_clip.captions import augment, draw_captions, load_split
+from scripts.train_clip.captions import draw_captions, load_split
 from scripts.train_clip.towers import (
     build_config,
     build_model,
@@ -61,6 +61,7 @@ from scripts.train_clip.towers import (
     folder_configs,
     heads,
 )
+from trainer.augment import augment
 from trainer.optimizer import Muon, set_learning_rate
 
 # ---------------------------------------------------------------------------- optimizer

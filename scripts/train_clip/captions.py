@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
 import torch
-import torch.nn.functional as F
 
 from dataset.pictures import is_url, use_picture
 from dataset.rows import Row, inline_place
@@ -125,23 +124,3 @@ def draw_captions(theirs: torch.Tensor, total: int, each: int) -> torch.Tensor:
     chance = (theirs < total).float().clamp(min=1e-30)  # padding comes last, and is dropped below
     drawn = theirs.gather(1, chance.multinomial(min(each, theirs.shape[1]))).flatten()
     return drawn[drawn < total]
-
-
-def augment(pixels: torch.Tensor, min_scale: float, flip: bool) -> torch.Tensor:
-    """Crops a random window of each picture and stretches it to full size: float (B, 3, S, S) → the same shape.
-
-    A window has min_scale to 1 of the area and an aspect ratio from 3:4 to 4:3, as in Inception; brightness and
-    contrast vary a little. Handles all pictures at once, on their device.
-    """
-    B, device = len(pixels), pixels.device
-    area = torch.empty(B, device=device).uniform_(min_scale, 1)
-    ratio = torch.empty(B, device=device).uniform_(-math.log(4 / 3), math.log(4 / 3)).exp()
-    size = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=1).clamp(max=1)  # (B, 2), 1 = the whole side
-    shift = (torch.rand(B, 2, device=device) * 2 - 1) * (1 - size)
-    if flip:
-        size[:, 0] *= torch.where(torch.rand(B, device=device) < 0.5, -1.0, 1.0)
-    window = torch.cat([torch.diag_embed(size), shift[:, :, None]], dim=2)  # (B, 2, 3)
-    grid = F.affine_grid(window, list(pixels.shape), align_corners=False)
-    pixels = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
-    contrast = torch.empty(B, 1, 1, 1, device=device).uniform_(0.7, 1.3)
-    return pixels * contrast + torch.empty(B, 1, 1, 1, device=device).uniform_(-0.3, 0.3)
