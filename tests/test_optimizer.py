@@ -9,11 +9,13 @@ import train_pretrain_vlm
 import train_sft_vlm
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from scripts import train_llm
+from trainer import optimizer
 from trainer.optimizer import (
     choose_trainable,
     follow_width,
     make_optimizer,
     orthogonalize,
+    orthogonalize_on_all_ranks,
     schedule,
     set_learning_rate,
 )
@@ -173,15 +175,46 @@ def test_embeddings_have_their_own_rate_if_there_is_one(make_vlm):
         assert set(peaks.values()) == {1e-4, 1e-3}
 
 
-def test_orthogonalize_makes_all_directions_about_equally_long():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalize_makes_all_directions_about_equally_long(dtype):
     for rows, columns in ((16, 16), (8, 40), (40, 8)):
         matrices = torch.randn(3, rows, columns, generator=torch.Generator().manual_seed(0))
-        result = orthogonalize(matrices)
-        assert result.shape == matrices.shape
+        result = orthogonalize(matrices, dtype)
+        assert result.shape == matrices.shape and result.dtype == torch.float32
         singular = torch.linalg.svdvals(result)
         assert singular.min() > 0.5 and singular.max() < 1.3
         u, _, v = torch.linalg.svd(matrices, full_matrices=False)
         assert torch.nn.functional.cosine_similarity(result.flatten(1), (u @ v).flatten(1)).min() > 0.95
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_ranks_share_the_matrices_and_all_get_all(monkeypatch, count):
+    matrices = torch.randn(count, 8, 12, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(optimizer, "world_size", lambda: 2)
+    sent = []
+    monkeypatch.setattr(optimizer.dist, "all_gather", lambda places, mine: sent.append((places, mine)))
+    for number in (0, 1):
+        monkeypatch.setattr(optimizer, "rank", lambda: number)  # noqa: B023
+        result = orthogonalize_on_all_ranks(matrices, torch.float32)
+    places, shares = sent[1][0], [mine for _, mine in sent]
+    for place, share in zip(places, shares, strict=True):
+        place.copy_(share)
+    torch.testing.assert_close(result, orthogonalize(matrices))
+    assert {len(share) for share in shares} == {-(-count // 2)}
+
+
+def test_in_a_run_in_bfloat16_muon_multiplies_in_it_too(flags, monkeypatch):
+    seen = set()
+
+    def spy(x, dtype, real=optimizer.orthogonalize):
+        seen.add(dtype)
+        return real(x, dtype)
+
+    monkeypatch.setattr(optimizer, "orthogonalize", spy)
+    for name, dtype in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        seen.clear()
+        train_sft_vlm.main([*flags, "--optimizer", "muon", "--dtype", name])
+        assert seen == {dtype}
 
 
 def test_muon_moves_the_matrices_of_the_blocks_as_far_as_adamw_would_and_all_else_as_adamw_does(make_vlm):

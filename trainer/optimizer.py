@@ -4,8 +4,10 @@ import math
 from collections import defaultdict
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 
-from common.distributed import say
+from common.distributed import rank, say, world_size
 from model.model_vlm import MiniMindVLM
 
 ATTENTION = (".q_proj.", ".k_proj.", ".v_proj.", ".o_proj.")
@@ -36,11 +38,12 @@ class Muon(torch.optim.AdamW):
     Such a step is equally long in all directions. What only a few rows teach is then not drowned out by what all rows
     have in common (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). Steps are scaled to the size of
     AdamW's, so one learning rate suits both (Liu et al. 2025, https://arxiv.org/abs/2502.16982). Like
-    `torch.optim.Muon`, but in fp32 on CPUs, most of which only emulate bfloat16, and for all matrices of a shape at
-    once.
+    `torch.optim.Muon`, but for all matrices of a shape at once, shared out among the ranks; and on a CPU in fp32 unless
+    the run is in bfloat16, which most of them only emulate.
     """
 
     momentum = 0.95
+    dtype = torch.float32  # of the products on a CPU
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -70,16 +73,29 @@ class Muon(torch.optim.AdamW):
             average = state["exp_avg"].lerp_(weight.grad, 1 - self.momentum)
             ahead.append(weight.grad.lerp(average, self.momentum))  # Nesterov
         scale = 0.2 * max(weights[0].shape) ** 0.5  # an orthogonal matrix has entries of 1/sqrt(its longer side)
-        for weight, direction in zip(weights, orthogonalize(torch.stack(ahead))):
+        dtype = torch.bfloat16 if weights[0].is_cuda else self.dtype
+        for weight, direction in zip(weights, orthogonalize_on_all_ranks(torch.stack(ahead), dtype)):
             weight.mul_(1 - lr * weight_decay).sub_(direction, alpha=lr * scale)
 
 
-def orthogonalize(x, steps: int = 5):
+def orthogonalize_on_all_ranks(x, dtype: torch.dtype):
+    """`orthogonalize` for matrices that are the same on all ranks: each computes a share of them, and all get all."""
+    share = -(-len(x) // world_size())
+    padded = F.pad(x, (0, 0, 0, 0, 0, share * world_size() - len(x)))
+    mine = orthogonalize(padded[rank() * share :][:share], dtype)
+    if world_size() == 1:
+        return mine
+    results = padded.new_empty(padded.shape, dtype=torch.float32)
+    dist.all_gather(list(results.split(share)), mine.contiguous())
+    return results[: len(x)]
+
+
+def orthogonalize(x, dtype: torch.dtype = torch.float32, steps: int = 5):
     """Approximates the nearest (semi-)orthogonal matrices to x (N, R, C): singular values end up between 0.7 and 1.2.
 
-    Uses the fifth-order Newton-Schulz iteration with the coefficients of Muon. Returns float32 (N, R, C).
+    Uses the fifth-order Newton-Schulz iteration with the coefficients of Muon, in `dtype`. Returns float32 (N, R, C).
     """
-    x = x.bfloat16() if x.is_cuda else x
+    x = x.to(dtype)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -170,7 +186,7 @@ def optimizer_of(model, args):
         raise ValueError(f"--embedding_learning_rate: with --trainable {args.trainable} the embeddings do not learn")
     if args.optimizer == "muon" and not any(".layers." in name for name in learning):
         raise ValueError(f"--optimizer muon is for the blocks, which do not learn with --trainable {args.trainable}")
-    return make_optimizer(
+    optimizer = make_optimizer(
         model,
         args.learning_rate,
         getattr(args, "projector_learning_rate", None),
@@ -178,6 +194,9 @@ def optimizer_of(model, args):
         args.embedding_learning_rate,
         args.optimizer == "muon",
     )
+    if args.dtype == "bfloat16":
+        optimizer.dtype = torch.bfloat16
+    return optimizer
 
 
 def schedule(step: int, total: int, warmup: int, shape: str = "cosine") -> float:
