@@ -128,7 +128,7 @@ def test_twenty_photos_are_drawn_whatever_the_captions_are():
 
 
 @pytest.mark.parametrize(
-    "pictures, epochs, batch", [(6000, 60, 128), (100_000, 3, 128), (1000, 100, 50), (10, 100, 10), (10**6, 1, 128)]
+    "pictures, epochs, batch", [(6000, 40, 128), (100_000, 2, 128), (1000, 100, 50), (10, 100, 10), (10**6, 1, 128)]
 )
 def test_the_encoder_trains_longer_the_fewer_photos_there_are(tmp_path, pictures, epochs, batch):
     (encoder,) = (step for step in from_photos.recipe(tmp_path, pictures) if step.name == "encoder")

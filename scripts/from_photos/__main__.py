@@ -44,7 +44,7 @@ from scripts.quickstart.steps import (
 )
 
 HIDDEN_SIZE = 192  # of encoder and decoder
-SEEN = 360_000  # pictures that the encoder sees in training; if there are fewer, it sees them repeatedly
+SEEN = 240_000  # pictures that the encoder sees in training; if there are fewer, it sees them repeatedly
 EPOCHS = 100  # at most for the encoder: after that it has memorized them
 
 
@@ -64,7 +64,7 @@ def encoder_size(pictures: int) -> tuple[int, int]:
 
 
 def recipe(out: Path, pictures: int, device: str = "cpu", dtype: str = "auto") -> list[Step]:
-    """Returns the other steps. pictures: how many there are to train on; dtype: precision of the encoder's training."""
+    """Returns the other steps. pictures: how many there are to train on; dtype: precision of training."""
     data, tokenizer, clip = out / "data", out / "tokenizer", out / "clip"
     epochs, batch = encoder_size(pictures)
     rows = ["--data_path", data / "train.jsonl", "--val_path", data / "val.jsonl"]
@@ -72,9 +72,10 @@ def recipe(out: Path, pictures: int, device: str = "cpu", dtype: str = "auto") -
     train, on_device = launcher(device)
     model = ["--tokenizer_path", tokenizer, "--hidden_size", HIDDEN_SIZE, "--out_dir", out]
     seeing = [*model, "--vision_model_path", clip]
-    training = [*rows, *on_device, "--num_workers", 0, "--save_interval", 400]
+    training = [*rows, *on_device, "--dtype", dtype, "--num_workers", 0, "--save_interval", 400]
     training += ["--optimizer", "muon", "--learning_rate", 1e-3]
-    caching = ["--cache_features", out / "features", "--batch_size", 16 // PROCESSES]
+    windows = ["--min_scale", 0.5, "--flip"]
+    both = [*seeing, *images, *training, *windows, "--batch_size", 16 // PROCESSES]  # stages
     # fmt: off
     return [
         Step("tokenizer", "learn which letters form a token", [
@@ -83,19 +84,18 @@ def recipe(out: Path, pictures: int, device: str = "cpu", dtype: str = "auto") -
         Step("encoder", "learn to see: which caption belongs to which photo?", [
             "python", "-m", "scripts.train_clip", *rows, *images, "--tokenizer_path", tokenizer, "--out_dir", clip,
             "--vision_only", "--epochs", epochs, "--batch_size", batch, "--captions_per_picture", 3,
-            "--hidden_size", HIDDEN_SIZE, "--num_hidden_layers", 4,
-            "--muon_learning_rate", 5e-3, "--weight_decay", 0.5, "--mask_ratio", 0.5, "--min_scale", 0.5, "--flip",
-            "--device", device, "--dtype", dtype,
+            "--hidden_size", HIDDEN_SIZE, "--num_hidden_layers", 4, "--patch_size", 8, "--mask_ratio", 0.75, *windows,
+            "--muon_learning_rate", 5e-3, "--weight_decay", 0.5, "--device", device, "--dtype", dtype,
         ], makes=clip),
         Step("decoder", "learn to talk, from all captions without the photos", [
             *train, "-m", "scripts.train_llm", *model, *training, "--num_hidden_layers", 4,
             "--batch_size", 32 // PROCESSES,
         ], resumable=True),
         Step("stage 1", "the projector learns to translate photos for the decoder", [
-            *train, "train_pretrain_vlm.py", *seeing, *images, *training, *caching, "--trainable", "all",
+            *train, "train_pretrain_vlm.py", *both, "--trainable", "all", "--image_tokens", 64,
         ], resumable=True),
         Step("stage 2", "the whole model learns to answer", [
-            *train, "train_sft_vlm.py", *seeing, *images, *training, *caching,
+            *train, "train_sft_vlm.py", *both,
         ], resumable=True),
         Step("scores", "describe the held-out photos; then again with shuffled photos", [
             "python", "eval_vlm.py", *seeing, *images, "--data_path", data / "val.jsonl",
@@ -120,7 +120,7 @@ def parse_args(argv):
     add = parser.start.add_argument
     add("--out_dir", type=Path, default=Path("out/photos"), help="folder for all files")
     add_device_argument(parser)
-    precision = "precision of the encoder's training; bfloat16 takes less time on a CPU with AMX"
+    precision = "precision of all training; bfloat16 takes much less time on a CPU with AMX"
     add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help=precision)
     add("--restart", action="store_true", help="delete OUT_DIR and everything in it, and start over")
     return parser.parse_args(argv)
