@@ -27,6 +27,8 @@ from scripts.train_clip.captions import (
     load_split,
     read_captions,
 )
+from scripts.train_clip.towers import embed_patches
+from trainer import optimizer
 from trainer.augment import augment
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "yellow": (230, 220, 30)}
@@ -242,6 +244,27 @@ def test_masking_leaves_out_patches_and_never_the_class_token(trained, world, mo
     assert [h.shape[1] for h in lengths] == [5, 3]
     assert torch.equal(lengths[0][:, 0], lengths[1][:, 0])
     assert [vectors.shape for vectors in (*whole, *masked)] == [(8, 1, 32), (8, 4, 32), (8, 1, 32), (8, 2, 32)]
+
+
+@pytest.mark.parametrize("kind, first", [("clip", 1), ("siglip", 0)])
+def test_the_patches_that_are_kept_have_the_embeddings_that_transformers_computes(kind, first):
+    paths = ["--data_path", "x", "--tokenizer_path", "x", "--out_dir", "x"]
+    args = train_clip.parse_args([*paths, *SMALL, "--kind", kind, "--projection_dim", "64"])
+    embeddings = train_clip.build_model(train_clip.build_config(args, 320)).vision_model.embeddings
+    pixels, kept = torch.randn(2, 3, 32, 32), torch.tensor([[3, 0], [1, 2]])
+    found, whole = embed_patches(embeddings, pixels, kept), embeddings(pixels)
+    torch.testing.assert_close(found[:, :first], whole[:, :first])
+    torch.testing.assert_close(found[:, first:], torch.stack([row[first + each] for row, each in zip(whole, kept)]))
+
+
+def test_in_a_run_in_bfloat16_muon_multiplies_in_it_too(world, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(optimizer, "orthogonalize", lambda x, dtype: seen.append(dtype) or x)
+    for name, dtype in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        seen.clear()
+        muon = ["--muon_learning_rate", "0.005", "--epochs", "1", "--dtype", name]
+        train_clip.main(flags(world, tmp_path / name, *muon))
+        assert set(seen) == {dtype}
 
 
 def test_the_pooled_patches_are_their_mean_or_each_of_them(trained, world):

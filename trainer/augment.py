@@ -23,7 +23,7 @@ def augment(pixels: torch.Tensor, min_scale: float, flip: bool) -> torch.Tensor:
     grid = F.affine_grid(window, list(pixels.shape), align_corners=False)
     pixels = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
     contrast = torch.empty(B, 1, 1, 1, device=device).uniform_(0.7, 1.3)
-    return pixels * contrast + torch.empty(B, 1, 1, 1, device=device).uniform_(-0.3, 0.3)
+    return pixels.mul_(contrast).add_(torch.empty(B, 1, 1, 1, device=device).uniform_(-0.3, 0.3))
 
 
 def augment_batch(inputs: dict, model, args) -> dict:

@@ -43,7 +43,11 @@ class Muon(torch.optim.AdamW):
     """
 
     momentum = 0.95
-    dtype = torch.float32  # of the products on a CPU
+
+    def __init__(self, params, dtype: torch.dtype = torch.float32, **settings):
+        """dtype: of the products on a CPU."""
+        super().__init__(params, **settings)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -112,12 +116,13 @@ def make_optimizer(
     weight_decay: float,
     embedding_learning_rate: float | None = None,
     muon: bool = False,
+    dtype: torch.dtype = torch.float32,
 ):
     """Builds AdamW for the weights that learn. Weight decay applies to matrices, not to norms and biases. The projector
     has its own learning rate, and so have the embeddings if `embedding_learning_rate` is given.
 
-    muon: use `Muon` for the matrices of the blocks. Each group stores its peak rate in "peak"; `set_learning_rate`
-    scales it.
+    muon: use `Muon` for the matrices of the blocks; dtype: of its products. Each group stores its peak rate in "peak";
+    `set_learning_rate` scales it.
     """
     rates = {"projector": projector_learning_rate, "embeddings": embedding_learning_rate or learning_rate}
     groups = {}
@@ -133,8 +138,8 @@ def make_optimizer(
     order = sorted(groups, key=lambda key: ("projector", "embeddings", "blocks").index(key[0]))  # as in checkpoints
     # Every group has its own weight_decay; AdamW validates only the one passed here. With Muon it is not fused: a fused
     # AdamW skips steps by itself when fp16 overflows, and the matrices must not move when it does.
-    kind = Muon if muon else torch.optim.AdamW
-    return kind([groups[key] for key in order], betas=(0.9, 0.95), weight_decay=weight_decay, fused=not muon)
+    ordered, settings = [groups[key] for key in order], {"betas": (0.9, 0.95), "weight_decay": weight_decay}
+    return Muon(ordered, dtype, **settings) if muon else torch.optim.AdamW(ordered, fused=True, **settings)
 
 
 # Peak rates of (LLM, projector). First pair: hidden_size 128, Muon, 16 rows per batch, measured with the quickstart
@@ -186,17 +191,15 @@ def optimizer_of(model, args):
         raise ValueError(f"--embedding_learning_rate: with --trainable {args.trainable} the embeddings do not learn")
     if args.optimizer == "muon" and not any(".layers." in name for name in learning):
         raise ValueError(f"--optimizer muon is for the blocks, which do not learn with --trainable {args.trainable}")
-    optimizer = make_optimizer(
+    return make_optimizer(
         model,
         args.learning_rate,
         getattr(args, "projector_learning_rate", None),
         args.weight_decay,
         args.embedding_learning_rate,
         args.optimizer == "muon",
+        torch.bfloat16 if args.dtype == "bfloat16" else torch.float32,
     )
-    if args.dtype == "bfloat16":
-        optimizer.dtype = torch.bfloat16
-    return optimizer
 
 
 def schedule(step: int, total: int, warmup: int, shape: str = "cosine") -> float:

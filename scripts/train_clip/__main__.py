@@ -67,16 +67,17 @@ from trainer.optimizer import Muon, set_learning_rate
 # ---------------------------------------------------------------------------- optimizer
 
 
-def make_optimizer(model, args):
-    """Builds AdamW; with --muon_learning_rate, Muon for the matrices of the blocks. Each group stores its peak rate in
-    "peak"; `set_learning_rate` scales it."""
+def make_optimizer(model, args, dtype=torch.float32):
+    """Builds AdamW; with --muon_learning_rate, Muon for the matrices of the blocks, which multiplies in `dtype`. Each
+    group stores its peak rate in "peak"; `set_learning_rate` scales it."""
     muon, groups = bool(args.muon_learning_rate), {}
     for name, weight in model.named_parameters():
         decays = weight.ndim >= 2  # norms, biases and the temperature do not
         group = {"muon": muon and decays and ".layers." in name, "weight_decay": args.weight_decay if decays else 0.0}
         group["peak"] = args.muon_learning_rate if group["muon"] else args.learning_rate
         groups.setdefault(tuple(group.values()), {"params": [], **group})["params"].append(weight)
-    return (Muon if muon else torch.optim.AdamW)(list(groups.values()), betas=(0.9, 0.98), eps=1e-6)
+    settings = {"betas": (0.9, 0.98), "eps": 1e-6}
+    return Muon([*groups.values()], dtype, **settings) if muon else torch.optim.AdamW([*groups.values()], **settings)
 
 
 # ---------------------------------------------------------------------------- validation and saving
@@ -228,7 +229,7 @@ def main(argv=None):
     total, seeing = (sum(weight.numel() for weight in part.parameters()) / 1e6 for part in (model, model.vision_model))
     print(f"{total:.1f}M parameters, {seeing:.1f}M of them in the picture encoder, on {device}")
     weights = list(model.parameters())
-    optimizer = make_optimizer(model, args)
+    optimizer = make_optimizer(model, args, dtype)
 
     # ------------------------------------------------------------------------ steps
     step, begun = 0, time.time()

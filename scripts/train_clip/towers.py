@@ -80,6 +80,21 @@ def folder_configs(config: dict, processor: ImageProcessor, vision_only: bool) -
     return {"config": config, "preprocessor_config": pixels}
 
 
+def embed_patches(embeddings, pixels, kept):
+    """The embeddings of CLIP or SigLIP, of some patches only: those that are dropped would take most of the time.
+
+    pixels: float (B, 3, S, S); kept: int64 (B, K), numbers of patches. Returns (B, first + K, V), with positions.
+    """
+    conv, positions = embeddings.patch_embedding, embeddings.position_embedding.weight
+    patches = F.unfold(pixels, conv.kernel_size, stride=conv.stride).mT  # (B, P, 3 · edge²)
+    patches = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
+    h = F.linear(patches, conv.weight.flatten(1), conv.bias)  # (B, K, V)
+    if not hasattr(embeddings, "class_embedding"):  # SigLIP
+        return h + positions[kept]
+    h = h + positions[kept + 1]
+    return torch.cat([(embeddings.class_embedding + positions[0]).expand(len(h), 1, -1), h], dim=1)
+
+
 def encode_pictures(model, pixels, patch_pool: str = "mean", mask_ratio: float = 0.0):
     """float (B, 3, S, S) → unit vectors of the picture (B, 1, E), from the class token or from SigLIP's head over all
     patches; and of the mean of the patches, or with "max" of each patch: (B, 1 or P, E).
@@ -89,11 +104,12 @@ def encode_pictures(model, pixels, patch_pool: str = "mean", mask_ratio: float =
     """
     vision, siglip = model.vision_model, model.config.model_type == "siglip"
     first = 0 if siglip else 1  # patch, after the class token
-    h = vision.embeddings(pixels)  # (B, first + P, V), with positions
     if mask_ratio:
-        B, P, V = h.shape[0], h.shape[1] - first, h.shape[2]
-        kept = torch.rand(B, P, device=h.device).argsort(dim=1)[:, : round(P * (1 - mask_ratio))] + first
-        h = torch.cat([h[:, :first], h.gather(1, kept[..., None].expand(-1, -1, V))], dim=1)
+        B, P = len(pixels), vision.embeddings.num_patches
+        kept = torch.rand(B, P, device=pixels.device).argsort(dim=1)[:, : round(P * (1 - mask_ratio))]
+        h = embed_patches(vision.embeddings, pixels, kept)
+    else:
+        h = vision.embeddings(pixels)  # (B, first + P, V), with positions
     h = vision.encoder(inputs_embeds=h if siglip else vision.pre_layrnorm(h)).last_hidden_state
     patches = h[:, first:] if patch_pool == "max" else h[:, first:].mean(dim=1, keepdim=True)
     if siglip:  # the vector of a patch is the output of the head when it can attend to this patch only
