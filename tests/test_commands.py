@@ -158,7 +158,8 @@ def test_every_step_of_the_recipes_is_one_that_its_script_takes(parse):
     steps = [*make_bundle.recipe(Path("b")), *quickstart.recipe(Path("o"), Path("l.pth"), model)]
     given = ["--data_path", "a.csv", "b.csv", "--images_path", "p", "--val_path", "v.csv", "--refs_path", "r.json"]
     args = from_photos.parse_args([*given, "--prompt", "What?", "--allow_urls"])
-    steps += [from_photos.split_step(Path("o"), args), *from_photos.recipe(Path("o"), 6000)]
+    steps += [from_photos.split_step(Path("o"), args)]
+    steps += from_photos.recipe(Path("o"), {"train": 6000, "captions": 60_000})
     for step in steps:
         parse(*named([*step.command, *(["--from_resume"] if step.resumable else [])]))
     assert len(steps) > 15

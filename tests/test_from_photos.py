@@ -131,10 +131,20 @@ def test_twenty_photos_are_drawn_whatever_the_captions_are():
     "pictures, epochs, batch", [(6000, 40, 128), (100_000, 2, 128), (1000, 100, 50), (10, 100, 10), (10**6, 1, 128)]
 )
 def test_the_encoder_trains_longer_the_fewer_photos_there_are(tmp_path, pictures, epochs, batch):
-    (encoder,) = (step for step in from_photos.recipe(tmp_path, pictures) if step.name == "encoder")
+    photos = {"train": pictures, "captions": 5 * pictures}
+    (encoder,) = (step for step in from_photos.recipe(tmp_path, photos) if step.name == "encoder")
     given = dict(zip(encoder.command, encoder.command[1:]))
     assert given["--batch_size"] == str(batch)
     assert from_photos.encoder_size(pictures) == (epochs, batch)
+
+
+@pytest.mark.parametrize("captions, batch, rate", [(60_000, "64", "0.002"), (1000, "16", "0.001")])
+def test_the_decoder_learns_from_large_batches_unless_there_are_few_captions(tmp_path, captions, batch, rate):
+    for step in from_photos.recipe(tmp_path, {"train": 500, "captions": captions}):
+        if step.name in ("decoder", "stage 1", "stage 2"):
+            given = {flag: str(value) for flag, value in zip(step.command, step.command[1:])}
+            assert int(given["--batch_size"]) * from_photos.PROCESSES == int(batch)
+            assert given["--learning_rate"] == rate
 
 
 def test_what_is_not_there_is_said_with_the_command_that_failed(tmp_path, capfd):

@@ -63,19 +63,25 @@ def encoder_size(pictures: int) -> tuple[int, int]:
     return max(1, min(EPOCHS, SEEN // pictures)), min(max(pictures // 20, 16), 128, pictures)
 
 
-def recipe(out: Path, pictures: int, device: str = "cpu", dtype: str = "auto") -> list[Step]:
-    """Returns the other steps. pictures: how many there are to train on; dtype: precision of training."""
+def stage_size(captions: int) -> tuple[int, float]:
+    """Returns (captions per batch, peak learning rate) for the decoder: large batches, but 300 of them or more."""
+    return (64, 2e-3) if captions >= 20_000 else (16, 1e-3)
+
+
+def recipe(out: Path, photos: dict[str, int], device: str = "cpu", dtype: str = "auto") -> list[Step]:
+    """Returns the other steps. photos: see `report.count_photos`; dtype: precision of the arithmetic."""
     data, tokenizer, clip = out / "data", out / "tokenizer", out / "clip"
-    epochs, batch = encoder_size(pictures)
+    epochs, batch = encoder_size(photos["train"])
+    rows_per_batch, rate = stage_size(photos["captions"])
     rows = ["--data_path", data / "train.jsonl", "--val_path", data / "val.jsonl"]
     images = ["--images_path", data / "images"]
     train, on_device = launcher(device)
     model = ["--tokenizer_path", tokenizer, "--hidden_size", HIDDEN_SIZE, "--out_dir", out]
     seeing = [*model, "--vision_model_path", clip]
-    training = [*rows, *on_device, "--dtype", dtype, "--num_workers", 0, "--save_interval", 400]
-    training += ["--optimizer", "muon", "--learning_rate", 1e-3]
+    training = [*rows, *on_device, "--dtype", dtype, "--num_workers", 0, "--save_interval", 100]
+    training += ["--optimizer", "muon", "--learning_rate", rate, "--batch_size", rows_per_batch // PROCESSES]
     windows = ["--min_scale", 0.5, "--flip"]
-    both = [*seeing, *images, *training, *windows, "--batch_size", 16 // PROCESSES]  # stages
+    both = [*seeing, *images, *training, *windows]  # stages
     # fmt: off
     return [
         Step("tokenizer", "learn which letters form a token", [
@@ -89,18 +95,17 @@ def recipe(out: Path, pictures: int, device: str = "cpu", dtype: str = "auto") -
         ], makes=clip),
         Step("decoder", "learn to talk, from all captions without the photos", [
             *train, "-m", "scripts.train_llm", *model, *training, "--num_hidden_layers", 4,
-            "--batch_size", 32 // PROCESSES,
         ], resumable=True),
         Step("stage 1", "the projector learns to translate photos for the decoder", [
             *train, "train_pretrain_vlm.py", *both, "--trainable", "all", "--image_tokens", 64,
         ], resumable=True),
         Step("stage 2", "the whole model learns to answer", [
-            *train, "train_sft_vlm.py", *both,
+            *train, "train_sft_vlm.py", *both, "--schedule", "linear",
         ], resumable=True),
         Step("scores", "describe the held-out photos; then again with shuffled photos", [
             "python", "eval_vlm.py", *seeing, *images, "--data_path", data / "val.jsonl",
             "--refs_path", data / "val_refs.json", "--max_new_tokens", 40, "--num_beams", 3, "--batch_size", 64,
-            "--num_workers", 0, "--device", device, "--output", out / "val.json",
+            "--num_workers", 0, "--device", device, "--dtype", dtype, "--output", out / "val.json",
         ]),
     ]
     # fmt: on
@@ -120,7 +125,7 @@ def parse_args(argv):
     add = parser.start.add_argument
     add("--out_dir", type=Path, default=Path("out/photos"), help="folder for all files")
     add_device_argument(parser)
-    precision = "precision of all training; bfloat16 takes much less time on a CPU with AMX"
+    precision = "precision of training and scores; bfloat16 takes much less time on a CPU with AMX"
     add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help=precision)
     add("--restart", action="store_true", help="delete OUT_DIR and everything in it, and start over")
     return parser.parse_args(argv)
@@ -135,8 +140,8 @@ def from_photos(args, again: str) -> dict:
         earlier = sum(record["seconds"] for record in read_records(out))
         if not (out / "data/train.jsonl").is_file():
             run_steps([first], out, again)
-        pictures = report.count_photos(out)["train"]
-        records = run_steps([first, *recipe(out, pictures, device, args.dtype)], out, again)
+        photos = report.count_photos(out)
+        records = run_steps([first, *recipe(out, photos, device, args.dtype)], out, again)
     weights = out / f"sft_vlm_{HIDDEN_SIZE}.pth"
     result = report.summary(out, records, next_commands(weights))
     english, chinese = finish(result, out, earlier + time.perf_counter() - started, report.write_pages)
