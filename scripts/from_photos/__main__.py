@@ -64,7 +64,7 @@ def encoder_size(pictures: int) -> tuple[int, int]:
 
 
 def stage_size(captions: int) -> tuple[int, float]:
-    """Returns (captions per batch, peak learning rate) for the decoder: large batches, but 300 of them or more."""
+    """Returns (captions per batch, peak learning rate) for the decoder: large batches if there are 300 of them."""
     return (64, 2e-3) if captions >= 20_000 else (16, 1e-3)
 
 
