@@ -189,7 +189,7 @@ class ImageProcessor:
         # Mean and standard deviation of the encoder's training pictures: its inputs get the same range as in training.
         mean = torch.tensor(self.image_mean, device=pixels.device).view(3, 1, 1)
         std = torch.tensor(self.image_std, device=pixels.device).view(3, 1, 1)
-        return (pixels.float() / 255 - mean) / std
+        return (pixels.float() / 255).sub_(mean).div_(std)  # in place: a batch of pictures is large
 
     def __call__(self, images, return_tensors: str = "pt") -> dict[str, torch.Tensor]:
         """One picture or a list → {"pixel_values": float32 (N, 3, H, W)}, as Transformers' processors do."""

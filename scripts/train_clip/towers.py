@@ -86,9 +86,11 @@ def embed_patches(embeddings, pixels, kept):
     pixels: float (B, 3, S, S); kept: int64 (B, K), numbers of patches. Returns (B, first + K, V), with positions.
     """
     conv, positions = embeddings.patch_embedding, embeddings.position_embedding.weight
-    patches = F.unfold(pixels, conv.kernel_size, stride=conv.stride).mT  # (B, P, 3 · edge²)
-    patches = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
-    h = F.linear(patches, conv.weight.flatten(1), conv.bias)  # (B, K, V)
+    edge = conv.kernel_size[0]
+    side, picture = pixels.shape[-1] // edge, torch.arange(len(kept), device=kept.device)[:, None]
+    grid = pixels.unflatten(3, (side, edge)).unflatten(2, (side, edge))  # (B, 3, row, edge, column, edge)
+    patches = grid.permute(0, 2, 4, 1, 3, 5)[picture, kept // side, kept % side]  # (B, K, 3, edge, edge)
+    h = F.linear(patches.flatten(2), conv.weight.flatten(1), conv.bias)  # (B, K, V)
     if not hasattr(embeddings, "class_embedding"):  # SigLIP
         return h + positions[kept]
     h = h + positions[kept + 1]
