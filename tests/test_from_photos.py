@@ -138,13 +138,24 @@ def test_the_encoder_trains_longer_the_fewer_photos_there_are(tmp_path, pictures
     assert from_photos.encoder_size(pictures) == (epochs, batch)
 
 
-@pytest.mark.parametrize("captions, batch, rate", [(60_000, "64", "0.002"), (1000, "16", "0.001")])
-def test_the_decoder_learns_from_large_batches_unless_there_are_few_captions(tmp_path, captions, batch, rate):
-    for step in from_photos.recipe(tmp_path, {"train": 500, "captions": captions}):
-        if step.name in ("decoder", "stage 1", "stage 2"):
-            given = {flag: str(value) for flag, value in zip(step.command, step.command[1:])}
-            assert int(given["--batch_size"]) * from_photos.PROCESSES == int(batch)
-            assert given["--learning_rate"] == rate
+@pytest.mark.parametrize(
+    "captions, batch, rate, epochs",
+    [(60_000, 64, "0.002", 1), (20_000, 64, "0.002", 1), (19_999, 16, "0.001", 2), (10, 16, "0.001", 2)],
+)
+def test_the_decoder_learns_from_large_batches_or_from_few_captions_several_times(
+    tmp_path, captions, batch, rate, epochs
+):
+    learning = [
+        {flag: str(value) for flag, value in zip(step.command, step.command[1:])}
+        for step in from_photos.recipe(tmp_path, {"train": 500, "captions": captions})
+        if step.name in ("decoder", "stage 1", "stage 2")
+    ]
+    assert len(learning) == 3
+    for given in learning:
+        assert int(given["--batch_size"]) * from_photos.PROCESSES == batch
+        assert given["--learning_rate"] == rate
+        assert ("--epochs" in given) == (epochs > 1)  # `in_small` sets its value
+    assert from_photos.stage_size(captions)[2] == epochs
 
 
 def test_what_is_not_there_is_said_with_the_command_that_failed(tmp_path, capfd):

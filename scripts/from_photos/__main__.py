@@ -63,22 +63,24 @@ def encoder_size(pictures: int) -> tuple[int, int]:
     return max(1, min(EPOCHS, SEEN // pictures)), min(max(pictures // 20, 16), 128, pictures)
 
 
-def stage_size(captions: int) -> tuple[int, float]:
-    """Returns (captions per batch, peak learning rate) for the decoder: large batches if there are 300 of them."""
-    return (64, 2e-3) if captions >= 20_000 else (16, 1e-3)
+def stage_size(captions: int) -> tuple[int, float, int]:
+    """Returns (captions per batch, peak learning rate, epochs) for each of the decoder's steps: large batches if one
+    epoch has 300 of them, else small ones and two epochs."""
+    return (64, 2e-3, 1) if captions >= 20_000 else (16, 1e-3, 2)
 
 
 def recipe(out: Path, photos: dict[str, int], device: str = "cpu", dtype: str = "auto") -> list[Step]:
     """Returns the other steps. photos: see `report.count_photos`; dtype: precision of the arithmetic."""
     data, tokenizer, clip = out / "data", out / "tokenizer", out / "clip"
     epochs, batch = encoder_size(photos["train"])
-    rows_per_batch, rate = stage_size(photos["captions"])
+    rows_per_batch, rate, passes = stage_size(photos["captions"])
     rows = ["--data_path", data / "train.jsonl", "--val_path", data / "val.jsonl"]
     images = ["--images_path", data / "images"]
     train, on_device = launcher(device)
     model = ["--tokenizer_path", tokenizer, "--hidden_size", HIDDEN_SIZE, "--out_dir", out]
     seeing = [*model, "--vision_model_path", clip]
     training = [*rows, *on_device, "--dtype", dtype, "--num_workers", 0, "--save_interval", 100]
+    training += ["--epochs", passes] if passes > 1 else []
     training += ["--optimizer", "muon", "--learning_rate", rate, "--batch_size", rows_per_batch // PROCESSES]
     windows = ["--min_scale", 0.5, "--flip"]
     both = [*seeing, *images, *training, *windows]  # stages
