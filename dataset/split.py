@@ -6,6 +6,7 @@
 It uses rows with one picture and one answer; the answer is the caption. It writes
 
     out_dir/train.jsonl      a row for each caption: {"image": "0a1b.jpg", "conversations": [question, caption]}
+    out_dir/typical.jsonl    of each picture and language, the two rows whose captions agree most with its other ones
     out_dir/val.jsonl        one row for each held-out picture and language
     out_dir/val_refs.json    {picture: all its captions}, for `eval_vlm.py --refs_path`
     out_dir/images/          the pictures as JPEG, with a shorter side of at most --image_size
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 from common.cli import Parser, positive, run_main
 from common.files import write_json, write_text
+from dataset.cider import most_typical
 from dataset.flags import add_captions_arguments
 from dataset.pictures import is_url, use_picture
 from dataset.references import read_references
@@ -126,16 +128,18 @@ def held_out(rows: dict) -> list[str]:
 def write_split(out_dir: Path, train: dict, val: dict, references: dict) -> None:
     """Writes the files of the module's docstring. train, val: {picture: [(question, caption)]}; references: {picture:
     more captions}."""
-    lines = {"train": [row_line(name, *row) for name, rows in train.items() for row in rows], "val": []}
+    rows = [(name, *row) for name, rows in train.items() for row in rows]
+    lines = {"train": [row_line(*row) for row in rows], "val": []}
+    lines["typical"] = [lines["train"][number] for number in most_typical([(name, text) for name, _, text in rows])]
     captions = {}
-    for name, rows in val.items():
+    for name, theirs in val.items():
         firsts = {}
-        for question, caption in rows:
+        for question, caption in theirs:
             firsts.setdefault(language(caption), (question, caption))
         lines["val"] += [row_line(name, *row) for row in firsts.values()]
-        captions[name] = list(dict.fromkeys([*(caption for _, caption in rows), *references.get(name, [])]))
+        captions[name] = list(dict.fromkeys([*(caption for _, caption in theirs), *references.get(name, [])]))
     write_json(out_dir / "val_refs.json", captions)
-    for split in ("val", "train"):
+    for split in ("val", "typical", "train"):
         write_text(out_dir / f"{split}.jsonl", "".join(lines[split]))
     print(
         f"{out_dir}: {len(lines['train']):,} rows about {len(train):,} pictures, "

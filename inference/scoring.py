@@ -3,22 +3,22 @@ with pictures shuffled between rows. A model that only knows typical captions lo
 """
 
 import random
-import re
 import shlex
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import sacrebleu
 import torch
-from pycocoevalcap.cider.cider import Cider
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from common.devices import pick_dtype
 from common.files import write_json
 from dataset.batches import StepSampler, collate
+from dataset.cider import cider, words
 from dataset.lm_dataset import VLMDataset
 from dataset.references import read_references
 from dataset.rows import Row
@@ -40,11 +40,6 @@ CAPTION = 5  # if references average this many words (characters in Chinese), th
 # ---------------------------------------------------------------------------- text
 
 
-def words(text: str) -> list[str]:
-    """Splits text into lower-case words without punctuation; Chinese into characters."""
-    return re.findall(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+(?:'\w+)?", text.lower())
-
-
 def exact_match(answer: str, references: list[str]) -> bool:
     """Whether the answer has the same words in the same order as a reference, ignoring case and punctuation."""
     return any(words(answer) == words(reference) for reference in references)
@@ -55,13 +50,6 @@ def bleu(answers: list[str], references: list[list[str]], zh: bool) -> float:
     most = max(map(len, references))
     streams = [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
     return sacrebleu.corpus_bleu(answers, streams, lowercase=True, tokenize="zh" if zh else "13a").score
-
-
-def cider(answers: list[str], references: list[list[str]]) -> float:
-    """Returns CIDEr-D of a corpus (Vedantam et al. 2015) on `words`; these references give the n-gram weights."""
-    given = {i: [" ".join(words(reference)) for reference in texts] for i, texts in enumerate(references)}
-    score, _ = Cider().compute_score(given, {i: [" ".join(words(answer))] for i, answer in enumerate(answers)})
-    return float(score)
 
 
 # ---------------------------------------------------------------------------- rows as questions
@@ -215,7 +203,7 @@ def compute_metrics(questions: list[Question], answers: list[str]) -> dict:
     scores = {"exact_match": sum(map(exact_match, answers, references)) / len(answers)}
     if sum(len(words(texts[0])) for texts in references) / len(references) >= CAPTION:
         scores["bleu"] = bleu(answers, references, questions[0].language == "zh")
-        scores["cider"] = cider(answers, references)
+        scores["cider"] = fmean(cider(answers, references))
     return scores
 
 

@@ -2,19 +2,18 @@ import json
 
 import pytest
 
+from dataset.cider import cider, most_typical, words
 from dataset.lm_dataset import VLMDataset
 from inference.scoring import (
     Prompts,
     ShuffledPictures,
     bleu,
     by_kind,
-    cider,
     compute_metrics,
     exact_match,
     language,
     questions_of,
     scores_table,
-    words,
 )
 from model.model_vlm import MiniMindVLM
 from tests.conftest import turn, write_rows
@@ -42,10 +41,34 @@ def test_bleu_and_cider_prefer_the_right_captions_and_take_different_numbers_of_
     references = [["a dog runs on the grass", "a brown dog runs"], ["two men ride bikes in the city"]]
     right, swapped = ["a dog runs on the grass", "two men ride bikes in the city"], ["two men ride", "a dog runs"]
     assert bleu(right, references, zh=False) == pytest.approx(100)
-    assert cider(right, references) > 1 > cider(swapped, references) == 0
+    assert min(cider(right, references)) > 1 and cider(swapped, references) == [0, 0]
     chinese = [["一只狗在草地上奔跑。"], ["两个男人在骑自行车。"]]
     assert bleu(["一只狗在草地上奔跑。", "两个男人在骑自行车。"], chinese, zh=True) == pytest.approx(100)
     assert 0 < bleu(["一只狗在奔跑。", "两个女人在骑车。"], chinese, zh=True) < 60  # by character: parts of words count
+
+
+def test_typical_captions_are_those_that_agree_most_with_others_of_the_picture_in_their_language():
+    park = ["two dogs run in the park", "dogs run in the park", "what a day", "two dogs run", "a lovely place"]
+    sea = ["a man by the sea", "an old friend", "a man stands by the sea"]
+    chinese = ["一个男人站在海边", "好天气", "一个男人在海边"]
+    captions = [("park", text) for text in park] + [("sea", text) for text in sea + chinese + ["!"]]
+    captions += [
+        ("one", "nobody knows"),
+        ("one", "what it is"),
+        ("two", "两只狗"),
+        ("two", "两只小狗"),
+        ("two", "下雨了"),
+    ]
+    chosen = [captions[number] for number in most_typical(captions)]
+    assert chosen == [
+        *(("park", text) for text in park[:2]),
+        *(("sea", text) for text in (sea[0], sea[2], chinese[0], chinese[2])),
+        ("one", "nobody knows"),
+        ("one", "what it is"),
+        ("two", "两只狗"),
+        ("two", "两只小狗"),
+    ]
+    assert most_typical([("park", "dogs"), ("park", "一")]) == [0, 1]
 
 
 def test_every_assistant_turn_is_a_question_with_all_turns_before_it(data, tokenizer):

@@ -63,6 +63,19 @@ def test_no_picture_is_on_both_sides_and_the_split_is_always_the_same(photos, tm
     assert images(run(tmp_path / "b", "--data_path", backwards, "--images_path", folder)[1]) == images(val)
 
 
+def test_the_rows_of_typical_captions_are_a_part_of_the_training_rows(photos, tmp_path):
+    rows, folder = photos
+    others = write_rows(
+        tmp_path / "others.jsonl",
+        [{"image": f"{n}.jpg", "captions": ["who knows", f"the colour {n}"]} for n in range(30)],
+    )
+    train, _ = run(tmp_path / "out", "--data_path", rows, others, "--images_path", folder)
+    typical = read(tmp_path / "out/typical.jsonl")
+    assert len(train) == 27 * 5 and len(typical) == 27 * 3  # two of four in English, the Chinese one
+    assert typical == [row for row in train if row in typical]  # in the same order
+    assert {row["conversations"][1]["content"] for row in typical}.isdisjoint({"who knows"})
+
+
 def test_a_picture_under_two_names_is_one(photos, tmp_path):
     rows, folder = photos
     for number in range(30):

@@ -23,6 +23,7 @@ from scripts.train_clip.captions import (
     END_OF_CAPTION,
     CaptionPictures,
     draw_captions,
+    drop_tokens,
     encode_captions,
     load_split,
     read_captions,
@@ -350,6 +351,22 @@ def test_captions_are_drawn_from_those_of_each_picture_and_none_twice():
     assert [len({*column}) for column in ones.T.tolist()] == [4, 1, 2]
 
 
+def test_a_share_of_the_tokens_of_a_caption_is_dropped_and_the_others_keep_their_order():
+    ids = torch.tensor([[5, 6, 7, 8, 0, 0], [9, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 0]])  # 0: the end of a caption
+    torch.manual_seed(0)
+    drawn = torch.stack([drop_tokens(ids, 0.25) for _ in range(2000)])
+    for some in drawn.tolist():
+        for before, after in zip(ids.tolist(), some):
+            left = after[: after.index(0)]
+            assert left and left == [token for token in before if token in left]
+            assert not any(after[len(left) :])
+    kept = (drawn != 0).float().mean(dim=0)
+    assert kept[:, 0].tolist() == pytest.approx([1, 1, 1], abs=0.01)  # none is empty
+    assert (drawn[:, 2] != 0).sum(dim=1).float().mean() == pytest.approx(5 * 0.75, abs=0.05)
+    assert {tuple(row) for row in drawn[:, 1].tolist()} == {(9, 0, 0, 0, 0, 0)}
+    assert torch.equal(drop_tokens(ids, 0.0), ids)
+
+
 def test_of_several_captions_of_a_picture_each_is_right():
     unit = torch.eye(3)
     texts, right = unit[[0, 0, 1, 2]], torch.tensor([[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]).bool()
@@ -414,11 +431,12 @@ def test_without_a_cache_the_pictures_are_the_same(world, capsys):
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_one_others(world, tmp_path):
-    for name, seed, *more in (("one", "1"), ("again", "1", "--kind", "clip"), ("two", "2")):
+    runs = ("one", "1"), ("again", "1", "--kind", "clip"), ("two", "2"), ("dropped", "1", "--text_mask_ratio", "0.5")
+    for name, seed, *more in runs:
         train_clip.main(flags(world, tmp_path / name, "--epochs", "2", "--seed", seed, "--mask_ratio", "0.5", *more))
-    one, again, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "again", "two"))
+    one, again, two, dropped = ((tmp_path / name / "model.safetensors").read_bytes() for name, *_ in runs)
     assert one == again
-    assert one != two
+    assert len({one, two, dropped}) == 3
 
 
 def test_bfloat16_learns_as_float32_does_but_for_its_rounding(world, tmp_path):
@@ -457,6 +475,7 @@ def test_max_minutes_stops_and_saves(world, tmp_path):
         (["--batch_size", "1"], "--batch_size 1"),
         (["--batch_size", "9"], "--batch_size 9: there are only 8 pictures"),
         (["--mask_ratio", "1"], "--mask_ratio 1"),
+        (["--text_mask_ratio", "1"], "--text_mask_ratio 1"),
         (["--min_scale", "0"], "--min_scale 0"),
         (["--max_text_len", "1"], "--max_text_len 1"),
         (["--patch_weight", "1.5"], "--patch_weight 1.5"),

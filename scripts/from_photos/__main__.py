@@ -74,12 +74,14 @@ def recipe(out: Path, photos: dict[str, int], device: str = "cpu", dtype: str = 
     data, tokenizer, clip = out / "data", out / "tokenizer", out / "clip"
     epochs, batch = encoder_size(photos["train"])
     rows_per_batch, rate, passes = stage_size(photos["captions"])
-    rows = ["--data_path", data / "train.jsonl", "--val_path", data / "val.jsonl"]
+    rows, typical = (
+        ["--data_path", data / f"{name}.jsonl", "--val_path", data / "val.jsonl"] for name in ("train", "typical")
+    )
     images = ["--images_path", data / "images"]
     train, on_device = launcher(device)
     model = ["--tokenizer_path", tokenizer, "--hidden_size", HIDDEN_SIZE, "--out_dir", out]
     seeing = [*model, "--vision_model_path", clip]
-    training = [*rows, *on_device, "--dtype", dtype, "--num_workers", 0, "--save_interval", 100]
+    training = [*on_device, "--dtype", dtype, "--num_workers", 0, "--save_interval", 100]
     training += ["--epochs", passes] if passes > 1 else []
     training += ["--optimizer", "muon", "--learning_rate", rate, "--batch_size", rows_per_batch // PROCESSES]
     windows = ["--min_scale", 0.5, "--flip"]
@@ -93,16 +95,17 @@ def recipe(out: Path, photos: dict[str, int], device: str = "cpu", dtype: str = 
             "python", "-m", "scripts.train_clip", *rows, *images, "--tokenizer_path", tokenizer, "--out_dir", clip,
             "--vision_only", "--epochs", epochs, "--batch_size", batch, "--captions_per_picture", 3,
             "--hidden_size", HIDDEN_SIZE, "--num_hidden_layers", 4, "--patch_size", 8, "--mask_ratio", 0.75, *windows,
-            "--muon_learning_rate", 5e-3, "--weight_decay", 0.5, "--device", device, "--dtype", dtype,
+            "--text_mask_ratio", 0.25, "--muon_learning_rate", 5e-3, "--weight_decay", 0.5,
+            "--device", device, "--dtype", dtype,
         ], makes=clip),
         Step("decoder", "learn to talk, from all captions without the photos", [
-            *train, "-m", "scripts.train_llm", *model, *training, "--num_hidden_layers", 4,
+            *train, "-m", "scripts.train_llm", *model, *rows, *training, "--num_hidden_layers", 4,
         ], resumable=True),
         Step("stage 1", "the projector learns to translate photos for the decoder", [
-            *train, "train_pretrain_vlm.py", *both, "--trainable", "all", "--image_tokens", 64,
+            *train, "train_pretrain_vlm.py", *both, *rows, "--trainable", "all", "--image_tokens", 64,
         ], resumable=True),
-        Step("stage 2", "the whole model learns to answer", [
-            *train, "train_sft_vlm.py", *both, "--schedule", "linear",
+        Step("stage 2", "the whole model learns to answer, from the most typical captions", [
+            *train, "train_sft_vlm.py", *both, *typical, "--schedule", "linear",
         ], resumable=True),
         Step("scores", "describe the held-out photos; then again with shuffled photos", [
             "python", "eval_vlm.py", *seeing, *images, "--data_path", data / "val.jsonl",

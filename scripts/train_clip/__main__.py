@@ -50,7 +50,7 @@ from common.devices import autocast, cpu_has, make_deterministic, pick_device
 from common.files import write_json, write_safely
 from dataset.flags import add_urls_argument
 from model.processing import ImageProcessor, load_tokenizer
-from scripts.train_clip.captions import draw_captions, load_split
+from scripts.train_clip.captions import draw_captions, drop_tokens, load_split
 from scripts.train_clip.towers import (
     build_config,
     build_model,
@@ -165,6 +165,8 @@ def parse_args(argv):
     add("--patch_weight", type=float, default=0.5, help="share of the patches in the contrastive loss, 0 to 1")
     add("--patch_pool", choices=["mean", "max"], default="mean", help="a caption is about all patches, or about one")
     add("--mask_ratio", type=float, default=0.0, help="share of the patches dropped in training, 0 to below 1")
+    dropped = "share of a caption's tokens dropped in training, 0 to below 1"
+    add("--text_mask_ratio", type=float, default=0.0, metavar="SHARE", help=dropped)
     add("--min_scale", type=float, default=0.4, help="smallest random crop, share of the area; 1: the whole picture")
     add("--flip", action="store_true", help="mirror half of the pictures; left and right then look the same")
     add("--val_interval", type=positive(int), default=10, help="epochs between validations, which also save")
@@ -188,7 +190,8 @@ def check(args) -> None:
     for name in ("batch_size", "max_text_len"):  # another picture to contrast with; a token and the end
         if getattr(args, name) < 2:
             raise ValueError(f"--{name} {getattr(args, name)}: must be at least 2")
-    for name, low, high in (("patch_weight", 0, 1), ("mask_ratio", 0, 0.95), ("min_scale", 0.01, 1)):
+    shares = {"patch_weight": (0, 1), "mask_ratio": (0, 0.95), "text_mask_ratio": (0, 0.95), "min_scale": (0.01, 1)}
+    for name, (low, high) in shares.items():
         if not low <= getattr(args, name) <= high:
             raise ValueError(f"--{name} {getattr(args, name)}: must be {low} to {high}")
     if (args.out_dir / "config.json").exists():
@@ -250,10 +253,12 @@ def main(argv=None):
             theirs = numbers[chosen]  # (B, n), all captions of these pictures
             number = draw_captions(theirs, len(captions), args.captions_per_picture)  # (M,), M = B with one each
             right = (theirs[:, :, None] == number).any(dim=1).to(device)  # (B, M)
-            texts = captions[number].to(device)  # (M, T)
+            texts = captions[number]  # (M, T)
+            if args.text_mask_ratio:
+                texts = drop_tokens(texts, args.text_mask_ratio)
             with autocast(device, dtype):
                 by_class, by_patches = encode_pictures(model, pixels, args.patch_pool, args.mask_ratio)
-                read = encode_texts(model, texts)  # (M, E)
+                read = encode_texts(model, texts.to(device))  # (M, E)
             scale, bias = model.logit_scale.exp(), getattr(model, "logit_bias", None)
             class_loss, _ = contrastive_loss(by_class, read, right, scale, bias)
             patch_loss, accuracy = contrastive_loss(by_patches, read, right, scale, bias)

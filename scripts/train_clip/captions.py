@@ -124,3 +124,15 @@ def draw_captions(theirs: torch.Tensor, total: int, each: int) -> torch.Tensor:
     chance = (theirs < total).float().clamp(min=1e-30)  # padding comes last, and is dropped below
     drawn = theirs.gather(1, chance.multinomial(min(each, theirs.shape[1]))).flatten()
     return drawn[drawn < total]
+
+
+def drop_tokens(ids: torch.Tensor, share: float) -> torch.Tensor:
+    """Drops a share of the tokens of each caption at random, but never all: the others move up, the end fills the rest.
+
+    A caption encoder that always reads the same few captions soon knows them by their rare words. ids: int64 (M, T).
+    """
+    words = ids != END_OF_CAPTION
+    drop = words & (torch.rand(ids.shape) < share)
+    drop &= (words & ~drop).any(dim=1, keepdim=True)
+    order = drop.int().argsort(dim=1, stable=True)
+    return ids.masked_fill(drop, END_OF_CAPTION).gather(1, order)
