@@ -9,6 +9,7 @@ from pycocoevalcap.cider.cider import Cider
 from model.processing import language
 
 TYPICAL = 2  # captions of a picture in one language
+TOGETHER = 10_000  # pictures whose captions give the n-gram weights: more would only need more memory
 
 
 def words(text: str) -> list[str]:
@@ -31,10 +32,11 @@ def most_typical(captions: list[tuple[str, str]]) -> list[int]:
     for number, (picture, text) in enumerate(captions):
         groups.setdefault((language(text), picture), []).append(number)
     for spoken in {spoken for spoken, _ in groups}:
-        theirs = [group for (each, _), group in groups.items() if each == spoken and len(group) > TYPICAL]
-        numbers = [number for group in theirs for number in group]
-        others = [[captions[other][1] for other in group if other != number] for group in theirs for number in group]
-        if numbers:
+        many = [group for (each, _), group in groups.items() if each == spoken and len(group) > TYPICAL]
+        for start in range(0, len(many), TOGETHER):
+            cases = [(number, group) for group in many[start : start + TOGETHER] for number in group]
+            others = [[captions[other][1] for other in group if other != number] for number, group in cases]
+            numbers = [number for number, _ in cases]
             scores |= zip(numbers, cider([captions[number][1] for number in numbers], others))
     best = (sorted(group, key=lambda number: -scores.get(number, 0))[:TYPICAL] for group in groups.values())
     return sorted(number for group in best for number in group)

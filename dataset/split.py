@@ -128,6 +128,7 @@ def held_out(rows: dict) -> list[str]:
 def write_split(out_dir: Path, train: dict, val: dict, references: dict) -> None:
     """Writes the files of the module's docstring. train, val: {picture: [(question, caption)]}; references: {picture:
     more captions}."""
+    print("comparing each caption with the others of its picture ...", flush=True)  # a minute for 60,000
     rows = [(name, *row) for name, rows in train.items() for row in rows]
     lines = {"train": [row_line(*row) for row in rows], "val": []}
     lines["typical"] = [lines["train"][number] for number in most_typical([(name, text) for name, _, text in rows])]
@@ -142,8 +143,8 @@ def write_split(out_dir: Path, train: dict, val: dict, references: dict) -> None
     for split in ("val", "typical", "train"):
         write_text(out_dir / f"{split}.jsonl", "".join(lines[split]))
     print(
-        f"{out_dir}: {len(lines['train']):,} rows about {len(train):,} pictures, "
-        f"{len(lines['val']):,} rows about {len(val):,} held-out ones"
+        f"{out_dir}: {len(lines['train']):,} rows about {len(train):,} pictures ({len(lines['typical']):,} of them "
+        f"typical), {len(lines['val']):,} rows about {len(val):,} held-out ones"
     )
 
 

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from dataset import cider as cider_module
 from dataset.cider import cider, most_typical, words
 from dataset.lm_dataset import VLMDataset
 from inference.scoring import (
@@ -47,7 +48,7 @@ def test_bleu_and_cider_prefer_the_right_captions_and_take_different_numbers_of_
     assert 0 < bleu(["一只狗在奔跑。", "两个女人在骑车。"], chinese, zh=True) < 60  # by character: parts of words count
 
 
-def test_typical_captions_are_those_that_agree_most_with_others_of_the_picture_in_their_language():
+def test_typical_captions_are_those_that_agree_most_with_others_of_the_picture_in_their_language(monkeypatch):
     park = ["two dogs run in the park", "dogs run in the park", "what a day", "two dogs run", "a lovely place"]
     sea = ["a man by the sea", "an old friend", "a man stands by the sea"]
     chinese = ["一个男人站在海边", "好天气", "一个男人在海边"]
@@ -69,6 +70,9 @@ def test_typical_captions_are_those_that_agree_most_with_others_of_the_picture_i
         ("two", "两只小狗"),
     ]
     assert most_typical([("park", "dogs"), ("park", "一")]) == [0, 1]
+    monkeypatch.setattr(cider_module, "TOGETHER", 2)  # pictures in parts
+    again = [(f"again {picture}", text) for picture, text in captions]
+    assert [(captions + again)[number] for number in most_typical(captions + again)][: len(chosen)] == chosen
 
 
 def test_every_assistant_turn_is_a_question_with_all_turns_before_it(data, tokenizer):
