@@ -58,7 +58,13 @@ def test_every_block_prints_what_is_written_below_it(page, checkout, eval_exampl
     run = eval_example.run_print_update if eval_example.update_examples else check
     names, expected = {}, ""
     for example in find_examples(page):
-        names |= run(example, module_globals=names)
+        failure = None
+        try:
+            names |= run(example, module_globals=names)
+        except Exception as error:
+            failure = f"{example}: {error!r}"
+        if failure:  # not from the except clause: pytest itself fails on the traceback of a block with watched prints
+            pytest.fail(failure, pytrace=False)
         expected += written(example.source) + "\n"
     if run == eval_example.run:
         printed = capsys.readouterr().out.split()
