@@ -1,6 +1,8 @@
 import json
+from random import Random
 
 import pytest
+from pycocoevalcap.cider.cider import Cider as CocoCider
 
 from dataset import cider as cider_module
 from dataset.cider import cider, most_typical, words
@@ -46,6 +48,19 @@ def test_bleu_and_cider_prefer_the_right_captions_and_take_different_numbers_of_
     chinese = [["一只狗在草地上奔跑。"], ["两个男人在骑自行车。"]]
     assert bleu(["一只狗在草地上奔跑。", "两个男人在骑自行车。"], chinese, zh=True) == pytest.approx(100)
     assert 0 < bleu(["一只狗在奔跑。", "两个女人在骑车。"], chinese, zh=True) < 60  # by character: parts of words count
+
+
+@pytest.mark.parametrize("vocabulary", ["dogs run on the grass by a lake", "一 只 狗 在 草 地 上 跑"])
+def test_cider_is_that_of_the_coco_evaluation(vocabulary):
+    random, each = Random(0), vocabulary.split()
+    texts = [[" ".join(random.choices(each, k=random.randint(1, 12))) for _ in range(n)] for n in (6, 2, 3, 5)]
+    captions = [texts[0].pop(), texts[0].pop(), "", each[0]]
+    given = (
+        {i: [" ".join(words(text)) for text in group] for i, group in enumerate(each)}
+        for each in (texts, zip(captions))
+    )
+    _, expected = CocoCider().compute_score(*given)
+    assert cider(captions, texts) == pytest.approx(expected.tolist(), abs=1e-9) and max(expected) > 0.1
 
 
 def test_typical_captions_are_those_that_agree_most_with_others_of_the_picture_in_their_language(monkeypatch):
