@@ -123,18 +123,18 @@ class Attention(nn.Module):
         # A token sees no later token, so one pass trains all T positions to predict the next token.
         mask, is_causal = what_is_seen(attention_mask, T, k.shape[2], past, past_key_values, x.device)
         dropout = self.dropout if self.training else 0.0
-        attend = self.fastest(T, is_causal) if attentions is None else partial(plain_attention, attentions=attentions)
+        attend = self.fastest(T) if attentions is None else partial(plain_attention, attentions=attentions)
         out = attend(q, k, v, mask, dropout, is_causal)  # softmax(q·kᵀ/√d)·v: (B, H, T, d)
         return self.resid_dropout(self.o_proj(out.transpose(1, 2).reshape(B, T, -1)))
 
-    def fastest(self, T: int, is_causal: bool):
+    def fastest(self, T: int):
         """Selects one of four functions that compute the same result."""
         if not self.flash_attn:
             return plain_attention
         if T == 1:
             return attend_from_one_token
         # Only for short rows: the kernel keeps (B, H, T, T) weights for the backward pass, which takes memory.
-        if self.kernel is not None and self.training and is_causal and T <= 1024:
+        if self.kernel is not None and self.training and T <= 1024:
             return self.kernel
         return attend_by_pytorch
 

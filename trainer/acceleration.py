@@ -3,7 +3,7 @@
 import torch
 
 from common.devices import cpu_has
-from model.attention import Attention
+from model.attention import Attention, visible_keys
 from model.model_minimind import MiniMindBlock
 
 
@@ -24,7 +24,7 @@ def better_in_blocks(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def choose_attention(model, device: torch.device, dtype: torch.dtype) -> None:
-    """Uses `attention_in_blocks` where it is faster. It takes no mask, so models with experts train without it."""
+    """Uses `attention_in_blocks` where it is faster."""
     if better_in_blocks(device, dtype):
         for module in model.modules():
             if isinstance(module, Attention):
@@ -48,21 +48,25 @@ def compile_layers(model) -> None:
 
 @torch.compiler.disable  # compiled for rows of any length, this function is slower
 def attention_in_blocks(q, k, v, mask=None, dropout: float = 0.0, is_causal: bool = True, blocks: int = 3):
-    """Causal attention in plain operations, for CPUs that multiply bfloat16 (AMX, AVX512-BF16). The backward pass of
-    PyTorch's own attention hardly uses these instructions. q (B, H, T, d), k and v (B, K, T, d) → (B, H, T, d).
+    """Attention in plain operations, for CPUs that multiply bfloat16 (AMX, AVX512-BF16). The backward pass of PyTorch's
+    own attention hardly uses these instructions. q (B, H, T, d), k and v (B, K, S, d) → (B, H, T, d).
 
-    Each block of queries skips the keys after its last position. In bfloat16 the scores are rounded before the softmax;
+    mask: bool, True = visible, broadcastable to (B, 1, T, S); None: no later token. Each block of queries skips the
+    keys after its last position. In bfloat16 the scores are rounded before the softmax;
     `scaled_dot_product_attention` does not round them.
     """
     B, H, T, d = q.shape
-    K = k.shape[1]
+    K, S = k.shape[1:3]
+    past = S - T  # tokens in the cache
+    visible = visible_keys(None, T, S, past, q.device) if mask is None else mask
+    hidden = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill(~visible, float("-inf"))
     q, out = q * d**-0.5, []
     for i in range(blocks):
-        start, S = i * T // blocks, (i + 1) * T // blocks  # queries start to S - 1; the last one sees S keys
-        t = S - start
+        start, end = i * T // blocks, (i + 1) * T // blocks  # the last of these queries sees past + end keys
+        t, seen = end - start, past + end
         # Query heads that share a key head become rows of one matrix.
-        scores = q[:, :, start:S].reshape(B, K, H // K * t, d) @ k[:, :, :S].transpose(-2, -1)
-        later = torch.full((t, S), float("-inf"), dtype=q.dtype, device=q.device).triu(1 + start)
-        weights = torch.nn.functional.dropout((scores.view(B, K, H // K, t, S) + later).softmax(dim=-1), dropout)
-        out.append((weights.view(B, K, H // K * t, S) @ v[:, :, :S]).view(B, H, t, d))
+        scores = q[:, :, start:end].reshape(B, K, H // K * t, d) @ k[:, :, :seen].transpose(-2, -1)
+        scores = scores.view(B, K, H // K, t, seen) + hidden[:, :, None, start:end, :seen]
+        weights = torch.nn.functional.dropout(scores.softmax(dim=-1), dropout)
+        out.append((weights.view(B, K, H // K * t, seen) @ v[:, :, :seen]).view(B, H, t, d))
     return torch.cat(out, dim=2)
