@@ -8,10 +8,11 @@
     python eval_vlm.py --captions captions.jsonl --image_dir pictures   # a large folder; resumes
     python eval_vlm.py --data_path val.jsonl --images_path pictures     # scores
 
-By default it takes the newest sft_vlm_*.pth in out/ and its subfolders; --model_mode, --hidden_size, --use_moe and
---weights choose others. --weights FOLDER loads a Transformers folder, the format of the hubs. Without --prompt it asks
-the most common question of the training, which the JSON of the weights names. Scores are printed as a table and written
-as JSON. Each score is computed again with the pictures shuffled between rows, which shows whether the model looks.
+By default it takes the newest sft_vlm_*.pth or scst_vlm_*.pth in out/ and its subfolders; --model_mode, --hidden_size,
+--use_moe and --weights choose others. --weights FOLDER loads a Transformers folder, the format of the hubs. Without
+--prompt it asks the most common question of the training, which the JSON of the weights names. Scores are printed as a
+table and written as JSON. Each score is computed again with the pictures shuffled between rows, which shows whether the
+model looks.
 """
 
 import sys
@@ -71,7 +72,8 @@ def parse_args(argv=None):
     add_model_arguments(parser)
     add = parser.group("the model").add_argument
     add("--load", type=int, choices=[0, 1], default=0, help="0: .pth weights in --out_dir, 1: a Transformers folder")
-    add("--model_mode", type=int, choices=[0, 1, 2], default=1, help="0: pretrain_vlm, 1: sft_vlm, 2: sft_vlm_multi")
+    stages = "0: pretrain_vlm, 1: sft_vlm, 2: sft_vlm_multi, 3: scst_vlm; default: 1 or 3, the newest"
+    add("--model_mode", type=int, choices=[0, 1, 2, 3], help=stages)
     args = parser.parse_args(argv)
     if args.use_multi == 2:
         args.model_mode = 2

@@ -58,7 +58,8 @@ def parse_args(argv=None):
     add_model_arguments(parser)
     add = parser.group("the model").add_argument
     add("--load", type=int, choices=[0, 1], default=0, help="start with 0: .pth weights, 1: a Transformers folder")
-    add("--model_mode", type=int, choices=[0, 1, 2], default=1, help="0: pretrain_vlm, 1: sft_vlm, 2: sft_vlm_multi")
+    stages = "0: pretrain_vlm, 1: sft_vlm, 2: sft_vlm_multi, 3: scst_vlm; default: 1 or 3, the newest"
+    add("--model_mode", type=int, choices=[0, 1, 2, 3], help=stages)
     add("--use_multi", type=int, choices=[1, 2], default=1, help="2: --model_mode 2; all models take several pictures")
     args = parser.parse_args(argv)
     if args.use_multi == 2:

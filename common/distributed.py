@@ -50,6 +50,15 @@ def all_sum(*numbers: float) -> list[float]:
     return totals.tolist()
 
 
+def sum_gradients(weights) -> None:
+    """Adds up the gradients of each weight over all ranks, for steps without DistributedDataParallel."""
+    if dist.is_initialized():
+        for weight in weights:
+            if weight.grad is None:  # a rank without a row
+                weight.grad = torch.zeros_like(weight)
+            dist.all_reduce(weight.grad)
+
+
 def gather(value) -> list:
     """Collects the value of every rank, in order; every rank gets the list."""
     if not dist.is_initialized():

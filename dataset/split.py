@@ -8,7 +8,8 @@ It uses rows with one picture and one answer; the answer is the caption. It writ
     out_dir/train.jsonl      a row for each caption: {"image": "0a1b.jpg", "conversations": [question, caption]}
     out_dir/typical.jsonl    of each picture and language, the two rows whose captions agree most with its other ones
     out_dir/val.jsonl        one row for each held-out picture and language
-    out_dir/val_refs.json    {picture: all its captions}, for `eval_vlm.py --refs_path`
+    out_dir/train_refs.json  {picture: all its captions}, for `train_scst_vlm.py --refs_path`
+    out_dir/val_refs.json    the same of held-out pictures, for `eval_vlm.py --refs_path`
     out_dir/images/          the pictures as JPEG, with a shorter side of at most --image_size
 
 Pictures are identified by content: a picture with two names is on one side only. Without --val_path, a tenth of the
@@ -128,18 +129,21 @@ def held_out(rows: dict) -> list[str]:
 def write_split(out_dir: Path, train: dict, val: dict, references: dict) -> None:
     """Writes the files of the module's docstring. train, val: {picture: [(question, caption)]}; references: {picture:
     more captions}."""
-    print("comparing each caption with the others of its picture ...", flush=True)  # a minute for 60,000
+    print("comparing each caption with the others of its picture ...", flush=True)  # 12 s for 60,000
     rows = [(name, *row) for name, rows in train.items() for row in rows]
     lines = {"train": [row_line(*row) for row in rows], "val": []}
     lines["typical"] = [lines["train"][number] for number in most_typical([(name, text) for name, _, text in rows])]
-    captions = {}
     for name, theirs in val.items():
         firsts = {}
         for question, caption in theirs:
             firsts.setdefault(language(caption), (question, caption))
         lines["val"] += [row_line(name, *row) for row in firsts.values()]
-        captions[name] = list(dict.fromkeys([*(caption for _, caption in theirs), *references.get(name, [])]))
-    write_json(out_dir / "val_refs.json", captions)
+    for split, pictures in (("train", train), ("val", val)):
+        captions = {
+            name: list(dict.fromkeys([*(caption for _, caption in theirs), *references.get(name, [])]))
+            for name, theirs in pictures.items()
+        }
+        write_json(out_dir / f"{split}_refs.json", captions)
     for split in ("val", "typical", "train"):
         write_text(out_dir / f"{split}.jsonl", "".join(lines[split]))
     print(

@@ -6,7 +6,7 @@ Reading path, 10 of 10; the last
 import torch
 
 from common.devices import autocast, pick_dtype
-from inference.cache import growing_cache
+from model.cache import growing_cache
 from model.generations import without_thoughts
 from model.processing import IMAGE_TAG, encode_chat
 

@@ -41,7 +41,9 @@ def find_models(args) -> list[Path]:
     """Returns the models that fit --weights, --load, --model_mode, --hidden_size and --use_moe, newest first: a model
     that was just trained needs no flag. Raises FileNotFoundError if there is none, ValueError for --weights none.
     """
-    name, path = args.weights or STAGES[args.model_mode], Path(args.weights or "MiniMind2-V")
+    modes = (1, 3) if args.model_mode is None else (args.model_mode,)
+    names = [args.weights] if args.weights else [STAGES[mode] for mode in modes]
+    name, path = names[0], Path(args.weights or "MiniMind2-V")
     if name == "none":
         raise ValueError("--weights none: an untrained model cannot answer. Give a .pth file")
     if args.weights and name not in STAGES.values():
@@ -58,7 +60,7 @@ def find_models(args) -> list[Path]:
     else:
         width, moe = args.hidden_size or r"\d+", "_moe" if args.use_moe else "(_moe)?"
         wanted = f"{name}_{args.hidden_size or '*'}{'_moe' * args.use_moe}.pth"
-        paths = [path for path in there if re.fullmatch(rf"{name}_{width}{moe}\.pth", path.name)]
+        paths = [path for path in there if re.fullmatch(rf"({'|'.join(names)})_{width}{moe}\.pth", path.name)]
     where = f"no {wanted} in {Path(args.out_dir)} or its subfolders"
     if not paths and there:
         raise FileNotFoundError(f"{where}. Choose another, for example\n--weights {there[0]}")

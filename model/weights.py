@@ -1,4 +1,4 @@
-"""Weights on disk: `out/{llm,pretrain_vlm,sft_vlm}_{hidden}{_moe}.pth`, fp16, without the encoder.
+"""Weights on disk: `out/{llm,pretrain_vlm,sft_vlm,scst_vlm}_{hidden}{_moe}.pth`, fp16, without the encoder.
 
 A small JSON next to each file describes it: configuration, tokenizer, encoder, data, step. All files are written under
 a temporary name, flushed and renamed, so a full disk or a power failure leaves the last good file.
@@ -219,6 +219,7 @@ def find_weights(name: str, out_dir, hidden_size: int | None, use_moe: bool) -> 
     commands = {
         "pretrain_vlm": "make it: python train_pretrain_vlm.py",
         "sft_vlm": "download it: python -m scripts.download --what vlm",
+        "scst_vlm": "make it: python train_scst_vlm.py",
         "llm": "download it: python -m scripts.download --what llm",
     }
     raise FileNotFoundError(
@@ -384,4 +385,4 @@ def save_weights(path, model, sidecar: dict) -> None:
     write_json(Path(path).with_suffix(".json"), sidecar)
 
 
-STAGES = {0: "pretrain_vlm", 1: "sft_vlm", 2: "sft_vlm_multi"}
+STAGES = {0: "pretrain_vlm", 1: "sft_vlm", 2: "sft_vlm_multi", 3: "scst_vlm"}  # numbers: of --model_mode

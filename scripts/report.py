@@ -227,7 +227,7 @@ def curve(lines: list[dict], label: str) -> Markup:
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(7.2, 3.6), layout="constrained", facecolor="none")
         axes = figure.subplots()
-        for key, colour, style in (("loss", "accent", "-"), ("val_loss", "second", "o:")):
+        for key, colour, style in (("loss", "accent", "-"), ("reward", "accent", "-"), ("val_loss", "second", "o:")):
             if values := points(lines, key):
                 axes.plot(*zip(*values), style, color=COLOURS[colour], linewidth=2, markersize=8, clip_on=False)
         axes.margins(x=0)
@@ -248,8 +248,9 @@ def curves(folder: Path, suffix: str, words: dict) -> list[tuple[str, str, Marku
     drawn = []
     for stage, title in words["stages"].items():
         lines = read_metrics(folder / f"{stage}{suffix}.metrics.jsonl")
-        losses = {"training": points(lines, "loss"), "validation": points(lines, "val_loss")}
-        last = ", ".join(f"{words[name]} {values[-1][1]:.3f}" for name, values in losses.items() if values)
+        keys = {"training": "loss", "reward": "reward", "validation": "val_loss"}
+        shown = {words[name]: points(lines, key) for name, key in keys.items()}
+        last = ", ".join(f"{name} {values[-1][1]:.3f}" for name, values in shown.items() if values)
         if last:
             drawn.append((title, last, curve(lines, words["curve"].format(title=title, last=last))))
     return drawn
@@ -286,7 +287,7 @@ def run_values(folder: Path, report: dict, words: dict, language: str) -> dict:
         "chat_size": file_size(folder / PAGE),
         "whole": whole,
         "memory": memory,
-        "curves": curves(folder, weights.stem.removeprefix("sft_vlm"), words),
+        "curves": curves(folder, re.search(r"_\d+(_moe)?$", weights.stem)[0], words),
         "times": [*times, [words["in all"], whole, memory]],
         "commands": [typed(shlex.split(step["command"])) for step in report["steps"]],
         "weights": weights.name,

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from inference.cache import ROOM, growing_cache
+from model.cache import ROOM, growing_cache
 from model.packed import PackedLinear, pack
 from tests.conftest import lively
 from tests.test_model_minimind import decoder, tokens

@@ -160,6 +160,19 @@ def test_the_newest_weights_that_fit_are_taken(several):
     assert listed == ["export", mine, quickstart, "quickstart/pretrain_vlm_128.pth", public]
 
 
+def test_stage_3_is_asked_like_stage_2_unless_a_mode_is_named(several):
+    def find(*more):
+        return [path.name for path in models.find_models(flags_of("--out_dir", str(several / "quickstart"), *more))]
+
+    scst = several / "quickstart/scst_vlm_128.pth"
+    scst.write_bytes(b"")
+    assert find() == ["scst_vlm_128.pth", "sft_vlm_128.pth"]
+    assert find("--model_mode", "1") == find("--weights", "sft_vlm") == ["sft_vlm_128.pth"]
+    assert find("--model_mode", "3") == find("--weights", "scst_vlm") == ["scst_vlm_128.pth"]
+    os.utime(scst, (1e9, 1e9))
+    assert find()[0] == "sft_vlm_128.pth"  # trained further
+
+
 def test_the_public_folder_comes_before_other_exports(several, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "MiniMind2-V").mkdir()

@@ -57,6 +57,10 @@ def test_no_picture_is_on_both_sides_and_the_split_is_always_the_same(photos, tm
     refs = json.loads((tmp_path / "a/val_refs.json").read_text(encoding="utf-8"))
     assert set(refs) == images(val) and all(len(captions) == 3 for captions in refs.values())
     assert all(row["conversations"][1]["content"] in refs[row["image"]] for row in val)
+    refs = json.loads((tmp_path / "a/train_refs.json").read_text(encoding="utf-8"))
+    assert {(name, text) for name, texts in refs.items() for text in texts} == {
+        (row["image"], row["conversations"][1]["content"]) for row in train
+    }
     lines = rows.read_text(encoding="utf-8").splitlines()
     backwards = tmp_path / "backwards.jsonl"
     backwards.write_text("\n".join(reversed(lines)), encoding="utf-8")

@@ -1,11 +1,10 @@
 """The training loop of all three stages: forward, loss, backward, clip, step, log, save, validate.
 
-`train_epoch` runs the steps of an epoch, `train_step` does one of them, `validate` measures the loss on held-out rows.
-run.py sets a run up; guard.py handles signals, broken pictures and a loss that is not finite.
+`train_epoch` runs the steps of an epoch, `train_step` does one of them, `learn_answers` learns a batch, `validate`
+measures the loss on held-out rows. run.py sets a run up; guard.py handles signals, broken pictures and other faults.
 
 A step is `accumulation_steps` batches on each rank. Its loss is the mean over all labelled tokens of all these batches.
 Neither the number of ranks nor the split into batches changes what the model learns.
-
 Shapes as in model_minimind.py: B rows per batch, T tokens.
 
 Reading path, 9 of 10; next: inference/generate.py
@@ -27,11 +26,11 @@ from trainer.optimizer import schedule, set_learning_rate
 from trainer.run import Run
 
 
-def train_epoch(run: Run, epoch: int) -> None:
+def train_epoch(run: Run, epoch: int, learn=None) -> None:
     """Runs the remaining steps of an epoch; validates and saves at the intervals of the flags and at the end.
 
-    Raises Stopped after Ctrl-C or another signal to stop, ValueError if a loss is not finite or pictures are broken.
-    The last good checkpoint is kept.
+    learn: in place of `learn_answers`. Raises Stopped after Ctrl-C or another signal to stop, ValueError if a loss is
+    not finite or pictures are broken. The last good checkpoint is kept.
     """
     args, state = run.args, run.state
     for batches, end_of_epoch in run.steps_left(epoch):
@@ -49,7 +48,7 @@ def train_epoch(run: Run, epoch: int) -> None:
         check_broken(run, batches, int(rows), int(broken))
 
         # A step without labels is skipped: AdamW and Muon would move the weights by momentum alone.
-        loss, aux_loss, grad_norm = train_step(run, batches, labels, rows) if labels else (None, None, None)
+        loss, aux_loss, grad_norm = train_step(run, batches, labels, rows, learn) if labels else (None, None, None)
         run.step_done(int(rows))
         run.progress.step(state.step, epoch, loss, aux_loss, grad_norm, run.optimizer, int(rows), int(tokens))
 
@@ -66,36 +65,25 @@ def train_epoch(run: Run, epoch: int) -> None:
             run.progress.validation(state.step, run.val_loss, time.perf_counter() - started)
 
 
-def train_step(run: Run, batches: list[dict], labels: float, rows: float) -> tuple[float, float, float]:
-    """One optimizer step on this rank's batches. labels, rows: how many the step has over all ranks.
-
-    Returns (loss per labelled token, auxiliary loss, gradient norm), each over all ranks. Raises ValueError if a loss
-    or the gradient is not finite, before the weights change.
-    """
+def train_step(run: Run, batches: list[dict], labels, rows, learn=None) -> tuple[float, float, float]:
+    """One optimizer step on this rank's batches. labels, rows: of the step, over all ranks. Returns (loss per labelled
+    token, auxiliary loss, gradient norm). Raises ValueError, before the weights change, if one is not finite."""
     args, optimizer, scaler = run.args, run.optimizer, run.scaler
     # The learning rate rises during warmup, while the first gradients are large and noisy, and decays afterwards.
     set_learning_rate(optimizer, schedule(run.state.step, run.total_steps, args.warmup_iters, args.schedule))
-    # Dropout is seeded per step and rank, so a checkpoint needs no random state.
-    torch.manual_seed(((args.seed * 1_000_003 + run.state.step) * 4096 + rank()) % 2**63)
     optimizer.zero_grad(set_to_none=True)
 
-    losses, aux_losses = [], []
+    shares = []
     for i, batch in enumerate(batches):  # gradients accumulate: several small batches act as one large batch
-        with run.context(batch, last=i == len(batches) - 1):  # mixed precision; ranks sync gradients on the last batch
-            # Picture features overwrite the placeholders, the decoder reads the row, the loss scores the answer tokens.
-            inputs = augment_batch(to_device(batch, run.model), run.model, args)  # --min_scale, --flip
-            out = run.forward(**inputs, num_items_in_batch=max(labels, 1), return_logits=False)
-            aux_loss = out.aux_loss * (len(batch["rows"]) / max(rows, 1))  # this batch's share of the step
-            # The loss is already divided by the labels of all ranks, so gradients must be summed; DDP averages them.
-            scaler.scale((out.loss + aux_loss) * world_size()).backward()
-        losses.append(out.loss.detach())
-        aux_losses.append(aux_loss.detach())
+        # Dropout is seeded by the step and the batch's place in it, so a checkpoint needs no random state.
+        torch.manual_seed(((args.seed * 1_000_003 + run.state.step) * 4096 + rank() + i * world_size()) % 2**63)
+        shares.append((learn or learn_answers)(run, batch, i == len(batches) - 1, labels, rows))
 
     scaler.unscale_(optimizer)  # in fp16 the loss was scaled up so that small gradients do not underflow to 0
     # Clip the gradient norm: one unusual batch must not undo what many batches taught.
     learning = [weight for group in optimizer.param_groups for weight in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(learning, args.grad_clip).item()
-    losses, aux_losses = torch.stack(losses).tolist(), torch.stack(aux_losses).tolist()
+    losses, aux_losses = torch.stack(shares).T.tolist()
     loss, aux_loss = all_sum(sum(losses), sum(aux_losses))
     check_finite(run, batches, losses, aux_losses, loss, aux_loss, grad_norm)
 
@@ -103,6 +91,18 @@ def train_step(run: Run, batches: list[dict], labels: float, rows: float) -> tup
     scaler.step(optimizer)
     scaler.update()
     return loss, aux_loss, grad_norm
+
+
+def learn_answers(run: Run, batch: dict, last: bool, labels: float, rows: float):
+    """Forward and backward pass of a batch; last: of its step. Returns its (loss, auxiliary loss) of the step's."""
+    with run.context(batch, last):  # mixed precision; ranks sync gradients on the last batch
+        # Picture features overwrite the placeholders, the decoder reads the row, the loss scores the answer tokens.
+        inputs = augment_batch(to_device(batch, run.model), run.model, run.args)  # --min_scale, --flip
+        out = run.forward(**inputs, num_items_in_batch=max(labels, 1), return_logits=False)
+        aux_loss = out.aux_loss * (len(batch["rows"]) / max(rows, 1))  # this batch's share of the step
+        # The loss is divided by the labels of all ranks already, so gradients must be summed; DDP averages them.
+        run.scaler.scale((out.loss + aux_loss) * world_size()).backward()
+    return torch.stack([out.loss, aux_loss]).detach()
 
 
 @torch.no_grad()

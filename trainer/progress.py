@@ -20,8 +20,10 @@ class Progress:
 
     {"step", "epoch", "loss", "aux_loss", "lr", "projector_lr", "grad_norm", "samples_per_s", "tokens_per_s",
     "seconds"} for each log interval (loss: mean over the interval) and {"step", "val_loss"} for each validation. For a
-    language model there is no "projector_lr".
+    language model there is no "projector_lr"; where answers are rewarded, "reward" takes the place of "loss".
     """
+
+    measures = "loss"
 
     def __init__(self, path, args, total_steps: int, first_step: int):
         """path: of the metrics file. When a run is resumed, its lines up to first_step are kept."""
@@ -64,7 +66,7 @@ class Progress:
         line = {
             "step": step,
             "epoch": epoch,
-            "loss": sum(loss for loss, _ in self.recent) / steps,
+            self.measures: sum(loss for loss, _ in self.recent) / steps,
             "aux_loss": sum(aux for _, aux in self.recent) / steps,
             "lr": rates.get("blocks", rates.get("embeddings", rates.get("projector"))),
             **({"projector_lr": rates["projector"]} if hasattr(self.args, "projector_learning_rate") else {}),
@@ -75,7 +77,7 @@ class Progress:
         }
         self.recent, self.samples, self.tokens, self.since = [], 0, 0, now
         self.bar.set_postfix_str(
-            f"loss {line['loss']:.3f} lr {line['lr']:.1e} {line['samples_per_s']:.0f} rows/s "
+            f"{self.measures} {line[self.measures]:.3f} lr {line['lr']:.1e} {line['samples_per_s']:.0f} rows/s "
             f"{line['tokens_per_s']:.0f} tok/s",
             refresh=False,
         )
@@ -138,9 +140,9 @@ def draw(metrics) -> Path | None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for key, style in (("loss", "-"), ("val_loss", "o-")):
+    for key, style, label in (("loss", "-", "training"), ("reward", "-", "reward"), ("val_loss", "o-", "validation")):
         if values := points(lines, key):
-            axes.plot(*zip(*values), style, label={"loss": "training", "val_loss": "validation"}[key])
+            axes.plot(*zip(*values), style, label=label)
     axes.set(xlabel="step", ylabel="loss per answer token (nats)", title=Path(metrics).name.split(".")[0])
     axes.grid(alpha=0.3)
     axes.legend()

@@ -23,9 +23,9 @@ from common import distributed
 from common.devices import autocast
 from dataset.batches import StepSampler
 from dataset.lm_dataset import VLMDataset
-from inference.cache import growing_cache
 from inference.captions import PictureQuestions, load_questions
 from inference.generate import answer_batches, user_turn
+from model.cache import growing_cache
 from model.int8 import to_int8
 from model.model_vlm import VLMConfig
 from model.packed import can_pack, pack

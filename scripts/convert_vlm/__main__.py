@@ -60,7 +60,9 @@ def parse_args(argv=None):
     parser = Parser(__file__, __doc__)
     add = parser.start.add_argument
     add("--to", required=True, choices=[*WRITE], help="format to make")
-    add("--weights", metavar="W", help="a .pth file, a folder, or pretrain_vlm; default: the newest sft_vlm")
+    add(
+        "--weights", metavar="W", help="a .pth file, a folder, or pretrain_vlm; default: the newest sft_vlm or scst_vlm"
+    )
     add("--out_dir", default="./out", help="folder of the weights, or of folders with weights")
     where = "folder to create, or X.html with --to web; default: next to the weights, named after them and --to"
     add("--output", metavar="DIR", help=where)
@@ -78,7 +80,7 @@ def parse_args(argv=None):
     add("--use_moe", **SWITCH, help="take weights with experts, if there are several")
     add("--num_attention_heads", type=positive(int), help="only for weights without JSON, unless 8")
     add_parts_arguments(parser)
-    parser.set_defaults(num_hidden_layers=None, num_key_value_heads=None, load=0, model_mode=1)
+    parser.set_defaults(num_hidden_layers=None, num_key_value_heads=None, load=0, model_mode=None)
     args = parser.parse_args(argv)
     if args.to in ("pth", "web") and (args.versions or args.push):
         parser.error("--versions and --push are for folders: --to llava, transformers or llm")
