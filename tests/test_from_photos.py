@@ -17,7 +17,7 @@ from tests.conftest import COLOURS, write_rows
 from tests.test_quickstart import run_here, small
 from tests.test_report import Page
 
-NAMES = ["photos", "tokenizer", "encoder", "decoder", "stage 1", "stage 2", "scores"]
+NAMES = ["photos", "tokenizer", "encoder", "decoder", "stage 1", "stage 2", "stage 3", "scores"]
 SMALL = {"--epochs": "1", "--hidden_size": "64", "--num_hidden_layers": "1", "--max_new_tokens": "12"}
 
 
@@ -80,9 +80,8 @@ def test_it_goes_from_captioned_pictures_to_a_report_and_goes_on_after_a_kill(fi
     assert [step["name"] for step in result["steps"]] == NAMES
     assert [record["status"] for record in read_records(folder)] == ["done"] * len(NAMES)
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(result))
-    assert {"sft_vlm_64.pth", "pretrain_vlm_64.pth", "llm_64.pth", "clip", "tokenizer", "report.html"} <= {
-        path.name for path in folder.iterdir()
-    }
+    weights = {f"{stage}_64.pth" for stage in ("scst_vlm", "sft_vlm", "pretrain_vlm", "llm")}
+    assert weights | {"clip", "tokenizer", "report.html"} <= {path.name for path in folder.iterdir()}
     assert result["photos"] == {"train": 36, "val": 4, "captions": 72}
     for which in ("true", "shuffled"):
         assert set(result["scores"][which]) == {"en", "zh"}
@@ -93,7 +92,7 @@ def test_the_page_shows_scores_curves_and_photos_with_captions_by_people(finishe
     folder, result = finished
     for language in ("en", "zh"):
         page = Page((folder / report.PAGES[language]).read_text(encoding="utf-8"))
-        assert len(page.find("img")) == 4 and len(page.find("svg")) == 3
+        assert len(page.find("img")) == 4 and len(page.find("svg")) == 4
         assert all(image["src"].startswith("data:image/jpeg;base64,") for image in page.find("img"))
         text = " ".join(page.text)
         assert re.search(OTHER[language]["person"] + r" (there is a square and it is|图片里有一个)", text)
@@ -148,12 +147,12 @@ def test_the_decoder_learns_from_large_batches_or_from_few_captions_several_time
     learning = [
         {flag: str(value) for flag, value in zip(step.command, step.command[1:])}
         for step in from_photos.recipe(tmp_path, {"train": 500, "captions": captions})
-        if step.name in ("decoder", "stage 1", "stage 2")
+        if step.name in ("decoder", "stage 1", "stage 2", "stage 3")
     ]
-    assert len(learning) == 3
+    assert len(learning) == 4
+    assert [given["--learning_rate"] for given in learning] == [rate] * 3 + [str(float(rate) / 10)]
     for given in learning:
         assert int(given["--batch_size"]) * from_photos.PROCESSES == batch
-        assert given["--learning_rate"] == rate
         assert ("--epochs" in given) == (epochs > 1)  # `in_small` sets its value
     assert from_photos.stage_size(captions)[2] == epochs
 

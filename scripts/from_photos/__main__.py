@@ -9,7 +9,7 @@ between them, and scores the result on photos that none of these has seen. Every
 with Ctrl-C; run the same command again to resume. At the end, out/photos/ holds
 
     report.html, report_zh.html    scores, curves, twenty photos; report.json
-    sft_vlm_192.pth                the model
+    scst_vlm_192.pth               the model
     steps.json                     each command with its time and memory
 """
 
@@ -83,9 +83,9 @@ def recipe(out: Path, photos: dict[str, int], device: str = "cpu", dtype: str = 
     seeing = [*model, "--vision_model_path", clip]
     training = [*on_device, "--dtype", dtype, "--num_workers", 0, "--save_interval", 100]
     training += ["--epochs", passes] if passes > 1 else []
-    training += ["--optimizer", "muon", "--learning_rate", rate, "--batch_size", rows_per_batch // PROCESSES]
+    training += ["--optimizer", "muon", "--batch_size", rows_per_batch // PROCESSES, "--learning_rate"]
     windows = ["--min_scale", 0.5, "--flip"]
-    both = [*seeing, *images, *training, *windows]  # stages
+    stage = [*seeing, *images, *windows, *training]
     # fmt: off
     return [
         Step("tokenizer", "learn which letters form a token", [
@@ -99,16 +99,21 @@ def recipe(out: Path, photos: dict[str, int], device: str = "cpu", dtype: str = 
             "--device", device, "--dtype", dtype,
         ], makes=clip),
         Step("decoder", "learn to talk, from all captions without the photos", [
-            *train, "-m", "scripts.train_llm", *model, *rows, *training, "--num_hidden_layers", 4,
+            *train, "-m", "scripts.train_llm", *model, *rows, *training, rate, "--num_hidden_layers", 4,
         ], resumable=True),
         Step("stage 1", "the projector learns to translate photos for the decoder", [
-            *train, "train_pretrain_vlm.py", *both, *rows, "--trainable", "all", "--image_tokens", 64,
+            *train, "train_pretrain_vlm.py", *stage, rate, *rows, "--trainable", "all", "--image_tokens", 64,
         ], resumable=True),
         Step("stage 2", "the whole model learns to answer, from the most typical captions", [
-            *train, "train_sft_vlm.py", *both, *typical, "--schedule", "linear",
+            *train, "train_sft_vlm.py", *stage, rate, *typical, "--schedule", "linear",
+        ], resumable=True),
+        Step("stage 3", "learn from how well its own captions agree with people's", [
+            *train, "train_scst_vlm.py", *stage, rate / 10, *typical, "--schedule", "linear",
+            "--refs_path", data / "train_refs.json",
         ], resumable=True),
         Step("scores", "describe the held-out photos; then again with shuffled photos", [
-            "python", "eval_vlm.py", *seeing, *images, "--data_path", data / "val.jsonl",
+            "python", "eval_vlm.py", *seeing, "--weights", out / f"scst_vlm_{HIDDEN_SIZE}.pth",
+            *images, "--data_path", data / "val.jsonl",
             "--refs_path", data / "val_refs.json", "--max_new_tokens", 40, "--num_beams", 3, "--batch_size", 64,
             "--num_workers", 0, "--device", device, "--dtype", dtype, "--output", out / "val.json",
         ]),
@@ -147,7 +152,7 @@ def from_photos(args, again: str) -> dict:
             run_steps([first], out, again)
         photos = report.count_photos(out)
         records = run_steps([first, *recipe(out, photos, device, args.dtype)], out, again)
-    weights = out / f"sft_vlm_{HIDDEN_SIZE}.pth"
+    weights = out / f"scst_vlm_{HIDDEN_SIZE}.pth"
     result = report.summary(out, records, next_commands(weights))
     english, chinese = finish(result, out, earlier + time.perf_counter() - started, report.write_pages)
     print("\n" + report.table(result))
