@@ -182,7 +182,7 @@ MISTAKES = [
     (["--flip", "--cache_features", "features"], "--flip changes pictures in each step, --cache_features keeps them"),
     (["--trainable", "projector", "--optimizer", "muon"], "--optimizer muon is for the blocks, which do not learn"),
     (["--trainable", "attention", "--embedding_learning_rate", "0.1"], "with --trainable attention the embeddings do"),
-    (["--from_weight", "sft_vlm_multi"], "or a stage: pretrain_vlm, sft_vlm, llm"),
+    (["--from_weight", "sft_vlm_multi"], "or a stage: pretrain_vlm, sft_vlm, scst_vlm, llm"),
     (["--use_moe", "maybe"], "--use_moe: expected nothing, 1 or 0, got maybe"),
     (["--bach_size", "3"], "_vlm.py; did you mean --batch_size?"),
 ]

@@ -863,7 +863,7 @@ def test_missing_weights_are_reported_with_a_list_of_existing_ones(args, tmp_pat
         ("llm", "download it: python -m scripts.download --what llm"),
         ("pretrain_vlm", "make it: python train_pretrain_vlm.py"),
         ("sft_vlm", "download it: python -m scripts.download --what vlm"),
-        ("typo", "a stage: pretrain_vlm, sft_vlm, llm"),
+        ("typo", "a stage: pretrain_vlm, sft_vlm, scst_vlm, llm"),
     ],
 )
 def test_an_error_about_missing_weights_says_what_to_type(monkeypatch, tmp_path, stage, what):

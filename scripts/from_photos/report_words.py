@@ -25,6 +25,7 @@ OTHER = {
             "sft_vlm": "Stage 2: learn to answer",
             "scst_vlm": "Stage 3: learn from scores",
         },
+        "curve": "{title}: loss or reward by step, at the end {last}",
         "footer": "Created by <code>scripts.from_photos</code>. This page is one file and loads nothing else.",
     },
     "zh": {
@@ -47,6 +48,7 @@ OTHER = {
             "sft_vlm": "阶段二：学习回答",
             "scst_vlm": "阶段三：从得分中学习",
         },
+        "curve": "{title}：损失或奖励随步数的变化，最后{last}",
         "tries": {"ask about a photo": "就一张照片提问", "talk about photos in the browser": "在浏览器里就照片对话"},
         "footer": "由 <code>scripts.from_photos</code> 生成。这个网页是单个文件，不加载任何外部内容。",
     },
