@@ -8,8 +8,9 @@ which CIDEr answers: how much a caption agrees with those that people wrote (dat
 samples several captions; those that score above the others of the same picture become likelier, the rest less likely.
 This is what GRPO does for language models, with a score in place of a reward model.
 
-References are all captions of the picture in --refs_path in the language of the row, and the row's own answer. Only the
-last answer of a row is sampled. What learns: everything except the encoder. Writes out/scst_vlm_{hidden}{_moe}.pth.
+References are the row's own answer and, for rows with one picture and one answer, all captions of the picture in the
+same language: those in --refs_path, and those of the same record. Only the last answer of a row is sampled. What
+learns: everything except the encoder. Writes out/scst_vlm_{hidden}{_moe}.pth.
 """
 
 from common.start import begin
@@ -42,6 +43,8 @@ def parse_args(argv=None):
     args = parse_training(parser, argv)
     if args.samples < 2:
         parser.error("--samples 1: an answer is compared with the others to its row, so it takes at least 2")
+    if args.temperature < 0.01:
+        parser.error(f"--temperature {args.temperature}: must be 0.01 or more, so that the samples differ")
     for flag in ("compile", "gradient_checkpointing"):
         if getattr(args, flag):
             parser.error(f"--{flag} does not work here: each answer continues from the cache of its prompt")
@@ -55,7 +58,7 @@ def main(argv=None):
 
     from common import distributed
     from common.devices import make_deterministic, pick_device
-    from dataset.references import read_references
+    from dataset.references import check_references, read_references
     from dataset.streaming import Stream
     from inference.scoring import questions_of
     from model.build import build_model
@@ -84,7 +87,9 @@ def main(argv=None):
     data = load_data(args, model, tokenizer, args.data_path, args.images_path, args.data_weights)
     if isinstance(data, Stream):
         raise ValueError("--data_path: rewards compare all rows, so they must be on disk, not streamed")
-    rewards = Rewards(questions_of(data, read_references(args.refs_path)))
+    captions = read_references(args.refs_path)
+    check_references(captions, data)
+    rewards = Rewards(questions_of(data, captions, each_row=True))
     data.lengths = rewards.lengths  # rows with equally long prompts share a batch: these need no padding
     val_data = None
     if args.val_path:

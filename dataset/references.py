@@ -19,3 +19,10 @@ def read_references(paths) -> dict[str, list[str]]:
                 raise ValueError(f'--refs_path {path}: "{name}" has {captions!r}, expected a list of captions')
             references.setdefault(name, []).extend(captions)
     return references
+
+
+def check_references(references: dict[str, list[str]], data) -> None:
+    """Raises ValueError if there are references, but none of the pictures of `data`, a VLMDataset."""
+    names = data.pictures()[1] if references else []
+    if references and not {*references} & {*names, *(Path(name).name for name in names)}:
+        raise ValueError("--refs_path names none of the pictures of --data_path: expected their names as in the rows")

@@ -20,7 +20,7 @@ from common.files import write_json
 from dataset.batches import StepSampler, collate
 from dataset.cider import cider, words
 from dataset.lm_dataset import VLMDataset
-from dataset.references import read_references
+from dataset.references import check_references, read_references
 from dataset.rows import Row
 from dataset.shapes import ReadOptions
 from dataset.values import BadRow
@@ -73,14 +73,21 @@ class Question:
         return language(self.references[0])
 
 
-def questions_of(data: VLMDataset, captions: dict[str, list[str]]) -> list[Question]:
-    """Makes a question for each assistant turn. captions: {name of a picture: further references in any language}. If a
-    picture has several captions, it is asked about once, and all of them are references."""
-    questions = []
+def with_others(data: VLMDataset, each_row: bool):
+    """Yields (number, row, the other rows of its group), for each row or for the first of each group."""
     firsts = range(len(data)) if data.groups is None else data.groups.tolist()
-    for row, end in zip(firsts, [*firsts[1:], len(data)]):
-        example = data.row(row)
-        others = [data.row(other).conversations[-1]["content"] for other in range(row + 1, end)]
+    for first, end in zip(firsts, [*firsts[1:], len(data)]):
+        group = [data.row(row) for row in range(first, end)]
+        for number, row in enumerate(group if each_row else group[:1], first):
+            yield number, row, [other for other in group if other is not row]
+
+
+def questions_of(data: VLMDataset, captions: dict[str, list[str]], each_row: bool = False) -> list[Question]:
+    """Makes a question for each assistant turn. captions: {name of a picture: further references in any language}. If a
+    picture has several captions, it is asked about once, or with `each_row` once for each; all are references."""
+    questions = []
+    for row, example, others in with_others(data, each_row):
+        others = [other.conversations[-1]["content"] for other in others]
         conversations, images, kind = example.conversations, example.images, example.kind
         pieces = encode_chat(data.tokenizer, conversations, data.image_ids)
         answers = [without_thoughts(turn["content"]) for turn in conversations if turn["role"] == "assistant"]
@@ -329,9 +336,7 @@ def score_rows(model, tokenizer, args, weights: Path, device) -> dict:
     )
     if data.bad:
         print(data.report())
-    names = data.pictures()[1] if captions else []
-    if captions and not {*captions} & {*names, *(Path(name).name for name in names)}:
-        raise ValueError("--refs_path names none of the pictures of --data_path: expected their names as in the rows")
+    check_references(captions, data)
     if args.prompt and not data.captioned:
         raise ValueError("--prompt is for pictures with captions, and no row has captions: leave it out")
     output = Path(args.output or weights.with_name(f"{bare_name(weights)}.scores.json"))

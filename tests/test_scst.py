@@ -149,17 +149,47 @@ def test_two_ranks_make_the_steps_of_one(flags, tmp_path):
     assert_same_weights(tmp_path / "one/scst_vlm_64.pth", tmp_path / "two/scst_vlm_64.pth")
 
 
-def test_flags_that_cannot_work_are_refused(flags, capsys):
+def test_flags_that_cannot_work_are_refused(flags, tmp_path, capsys):
     for extra, message in (
         (["--samples", "1"], "--samples 1: an answer is compared with the others to its row, so it takes at least 2"),
+        (["--temperature", "0.001"], "--temperature 0.001: must be 0.01 or more"),
         (["--compile"], "--compile does not work here"),
         (["--gradient_checkpointing"], "--gradient_checkpointing does not work here"),
     ):
         with pytest.raises(SystemExit):
             train_scst_vlm.main([*flags, *extra])
         assert message in capsys.readouterr().err
-    with pytest.raises(FileNotFoundError, match="--refs_path nowhere.json: no such file"):
-        train_scst_vlm.main([*flags, "--refs_path", "nowhere.json"])
+    for refs, error, message in (
+        (None, FileNotFoundError, "--refs_path .*refs.json: no such file"),
+        ({"else.png": ["a"]}, ValueError, "--refs_path names none of the pictures of --data_path"),
+    ):
+        if refs:
+            (tmp_path / "refs.json").write_text(json.dumps(refs))
+        with pytest.raises(error, match=message):
+            train_scst_vlm.main([*flags, "--refs_path", str(tmp_path / "refs.json")])
+    row = {"image": "red.png", "conversations": [turn("user", "<image>"), turn("assistant", "Red.")]}
+    data = write_rows(tmp_path / "same.jsonl", [row] * 4)
+    with pytest.raises(ValueError, match="all rows have the same references"):
+        train_scst_vlm.main([*flags, "--data_path", str(data)])
+
+
+def test_captions_of_a_record_are_references_of_each_other_in_their_language(flags, tmp_path, monkeypatch, capsys):
+    captions = ["a red one", "all of it is red", "红色的图片", "一片红色"]
+    rows = [{"image": f"{name}.png", "captions": [*captions, f"it is {name}"]} for name in ("red", "green", "blue")]
+    learns = []
+    real = trainer.scst.learn_rewarded
+    monkeypatch.setattr(
+        trainer.scst,
+        "learn_rewarded",
+        lambda run, batch, *args, **more: learns.append((batch["rows"], more)) or real(run, batch, *args, **more),
+    )
+    data = ["--data_path", str(write_rows(tmp_path / "rows.jsonl", rows)), "--max_new_tokens", "1", "--epochs", "8"]
+    train_scst_vlm.main([*flags, *data])  # one caption of each picture per epoch, by default
+    assert len({row for rows, _ in learns for row in rows}) > 3  # others than the first of each
+    rewards = learns[0][1]["rewards"]
+    assert len(rewards.lengths) == 15
+    assert rewards(1, "a red one") > 1 and rewards(2, "一片红色") > 1 > rewards(2, "a red one")
+    assert "All rewards were 0: no answer ended and agreed with a reference" in capsys.readouterr().out
 
 
 def test_rows_of_a_picture_have_the_same_references_in_one_language():

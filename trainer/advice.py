@@ -65,6 +65,8 @@ def report_end(run, tokenizer, seconds: float) -> None:
         say(f"It diverged: a loss of {loss:.2f} is worse than guessing, {guessing:.2f}. Start again from")
         say(f"the previous weights with {lower}")
         return
+    if run.progress.measures == "reward" and not any(run.progress.last):
+        say("All rewards were 0: no answer ended and agreed with a reference. Longer ones: --max_new_tokens 100")
     if run.val_loader is not None:
         show_answer(run, tokenizer)
     what, command = next_step(run)

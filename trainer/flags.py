@@ -58,7 +58,7 @@ def add_training_arguments(
         beside = "folder or zip of the pictures, one for all --data_path or one each; default: next to the rows"
         add("--images_path", nargs="+", metavar="PATH", help=beside)
     add("--val_path", nargs="+", metavar="PATH", help="held-out rows for the validation loss")
-    start = "weights to start from: llm, pretrain_vlm, sft_vlm, a path, or none"
+    start = "weights to start from: llm, pretrain_vlm, sft_vlm, scst_vlm, a path, or none"
     add("--from_weight", default=from_weight, metavar="W", help=start)
     add("--from_resume", **SWITCH, help="resume the last run with the same flags")
     add("--epochs", type=positive(int), default=1, help="passes over the data")

@@ -4,7 +4,7 @@
 measures the loss on held-out rows. run.py sets a run up; guard.py handles signals, broken pictures and other faults.
 
 A step is `accumulation_steps` batches on each rank. Its loss is the mean over all labelled tokens of all these batches.
-Neither the number of ranks nor the split into batches changes what the model learns.
+Neither the number of ranks nor the split into batches changes what the model learns (stage 3 aside: scst.py).
 Shapes as in model_minimind.py: B rows per batch, T tokens.
 
 Reading path, 9 of 10; next: inference/generate.py

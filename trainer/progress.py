@@ -50,7 +50,7 @@ class Progress:
         )
 
     def step(self, step, epoch, loss, aux_loss, grad_norm, optimizer, samples, tokens) -> None:
-        """Called after each step. samples, tokens: of the step, over all ranks; loss: per labelled token, or None."""
+        """Called after each step. samples, tokens: of the step, over all ranks; loss: None without labels."""
         if self.bar is None:
             return
         if loss is not None:
@@ -143,7 +143,8 @@ def draw(metrics) -> Path | None:
     for key, style, label in (("loss", "-", "training"), ("reward", "-", "reward"), ("val_loss", "o-", "validation")):
         if values := points(lines, key):
             axes.plot(*zip(*values), style, label=label)
-    axes.set(xlabel="step", ylabel="loss per answer token (nats)", title=Path(metrics).name.split(".")[0])
+    unit = "reward: CIDEr; " * bool(points(lines, "reward")) + "loss per answer token (nats)"
+    axes.set(xlabel="step", ylabel=unit, title=Path(metrics).name.split(".")[0])
     axes.grid(alpha=0.3)
     axes.legend()
     path = Path(metrics).with_suffix(".png")

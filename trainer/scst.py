@@ -32,6 +32,8 @@ class Rewards:
         texts = {question.row: tuple(sorted(question.references)) for question in questions}
         numbers = {references: number for number, references in enumerate(dict.fromkeys(texts.values()))}
         self.numbers = {row: numbers[references] for row, references in texts.items()}  # of its references
+        if len(numbers) < 2:
+            raise ValueError("--data_path: all rows have the same references, so no answer is better than another")
         self.cider = Cider(list(map(list, numbers)))
 
     def __call__(self, row: int, answer: str) -> float:
@@ -119,7 +121,7 @@ def learn_rewarded(run, batch: dict, last: bool, labels: float, rows: float, rew
                     given, seen, repeated(cache, row[part]), return_logits=False
                 ).last_hidden_state  # (part, n, D)
                 real = torch.arange(n, device=run.device) < lengths[part, None]  # (part, n): no padding
-                logits = model.lm_head(h[real]).float()
+                logits = model.lm_head(h[real]).float()  # at temperature 1: the samples are from a sharper distribution
                 nats = F.cross_entropy(logits, tokens[part, :n][real], reduction="none")
                 loss = loss + (nats * better[part, None].expand(-1, n)[real]).sum() / (labels * K)
             run.scaler.scale(loss).backward()
