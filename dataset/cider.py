@@ -38,9 +38,8 @@ class Cider:
         """references: the captions of each picture."""
         counted = [[ngrams(text) for text in texts] for texts in references]
         pictures = Counter(gram for texts in counted for gram in {gram for text in texts for n in text for gram in n})
-        most = math.log(max(len(references), 1))
-        self.rarity = {gram: most - math.log(count) for gram, count in pictures.items()}
-        self.most = most  # of sequences that no reference has
+        self.most = math.log(max(len(references), 1))  # the rarity of sequences that no reference has
+        self.rarity = {gram: self.most - math.log(count) for gram, count in pictures.items()}
         self.references = [[self.vectors(text) for text in texts] for texts in counted]
 
     def vectors(self, counted: list[Counter]) -> list[tuple[dict, float, int]]:
@@ -80,12 +79,12 @@ def most_typical(captions: list[tuple[str, str]]) -> list[int]:
         groups.setdefault(language(text), {}).setdefault(picture, []).append(number)
     best = []
     for pictures in groups.values():
-        groups_of = list(pictures.values())
-        for start in range(0, len(groups_of), TOGETHER):
-            some = groups_of[start : start + TOGETHER]
+        numbers = list(pictures.values())  # of the captions of each picture
+        for start in range(0, len(numbers), TOGETHER):
+            some = numbers[start : start + TOGETHER]
             scorer = Cider([[captions[number][1] for number in group] for group in some])
             for group, vectors in zip(some, scorer.references):
-                best += group if len(group) <= TYPICAL else central(group, vectors)
+                best += central(group, vectors)
     return sorted(best)
 
 

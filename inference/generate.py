@@ -4,6 +4,7 @@ Reading path, 10 of 10; the last
 """
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from common.devices import autocast, pick_dtype
 from model.cache import growing_cache
@@ -73,17 +74,13 @@ def collate_prompts(examples: list[dict], pad_token_id: int) -> dict:
     examples = [example for example in examples if "broken" not in example]
     if not examples:
         return {"numbers": [], "broken": broken}
-    T = max(len(example["ids"]) for example in examples)
-    input_ids, mask = torch.full((len(examples), T), pad_token_id), torch.zeros((len(examples), T), dtype=torch.int64)
-    for i, example in enumerate(examples):
-        n = len(example["ids"])
-        input_ids[i, T - n :], mask[i, T - n :] = torch.tensor(example["ids"]), 1  # new tokens start at T
+    rows = [torch.tensor(example["ids"]) for example in examples]
     pictures = [example["pictures"] for example in examples if example["pictures"] is not None]
     return {
         "numbers": [example["number"] for example in examples],
         "broken": broken,
-        "input_ids": input_ids,
-        "attention_mask": mask,
+        "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side="left"),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left"),
         "pixel_values": torch.cat(pictures) if pictures else None,
     }
 

@@ -10,6 +10,7 @@ Shapes: B rows of a batch, K samples of each, T tokens, V vocabulary.
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from common.devices import autocast
@@ -43,11 +44,10 @@ class Rewards:
 def read_prompts(model, batch: dict, prompts: list[list[int]], pad_token_id: int):
     """Runs the prompts of a batch, all but their last token. Returns the cache, the mask bool (B, T) of all prompt
     tokens, the last token int64 (B,) of each, and the auxiliary loss."""
-    T = max(map(len, prompts))
-    tokens = torch.full((len(prompts), T), pad_token_id)
-    mask = torch.zeros(tokens.shape, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):  # on the left, so that all samples start at the same position
-        tokens[row, T - len(prompt) :], mask[row, T - len(prompt) :] = torch.tensor(prompt), True
+    rows = [*map(torch.tensor, prompts)]
+    # Padded on the left, so that all samples start at the same position.
+    tokens = pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left").bool()
     tokens, mask = tokens.to(model.device), mask.to(model.device)
     pictures = {key: batch[key] for key in ("pixel_values", "image_features")}
     out = model(tokens[:, :-1], mask[:, :-1], use_cache=True, logits_to_keep=1, **pictures)
