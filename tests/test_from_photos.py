@@ -127,7 +127,7 @@ def test_twenty_photos_are_drawn_whatever_the_captions_are():
 
 
 @pytest.mark.parametrize(
-    "pictures, epochs, batch", [(6000, 40, 128), (100_000, 2, 128), (1000, 100, 50), (10, 100, 10), (10**6, 1, 128)]
+    "pictures, epochs, batch", [(6000, 33, 128), (100_000, 2, 128), (1000, 100, 50), (10, 100, 10), (10**6, 1, 128)]
 )
 def test_the_encoder_trains_longer_the_fewer_photos_there_are(tmp_path, pictures, epochs, batch):
     photos = {"train": pictures, "captions": 5 * pictures}
@@ -150,7 +150,7 @@ def test_the_decoder_learns_from_large_batches_or_from_few_captions_several_time
         if step.name in ("decoder", "stage 1", "stage 2", "stage 3")
     ]
     assert len(learning) == 4
-    assert [given["--learning_rate"] for given in learning] == [rate] * 3 + [str(float(rate) / 10)]
+    assert [given["--learning_rate"] for given in learning] == [rate] * 3 + [str(0.15 * float(rate))]
     for given in learning:
         assert int(given["--batch_size"]) * from_photos.PROCESSES == batch
         assert ("--epochs" in given) == (epochs > 1)  # `in_small` sets its value

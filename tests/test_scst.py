@@ -63,7 +63,7 @@ def test_a_step_is_that_of_whole_rows_weighted_by_their_advantages(prepared, mon
         prompt = rewards.prompts[MIXED[i // K]]
         ids = torch.tensor([*prompt, *answer[:n].tolist()])
         assert row["input_ids"][: len(prompt)].tolist() == prompt and row["labels"][len(prompt)] >= 0
-        logits = run.model(ids[None, :-1], pixel_values=row["pictures"]).logits[0, -n:]
+        logits = run.model(ids[None, :-1], pixel_values=row["pictures"]).logits[0, -n:] / run.args.temperature
         (F.cross_entropy(logits, answer[:n], reduction="sum") * given[i] / (10 * K)).backward()
     assert_close(ours, gradients(run), atol=1e-5)
 

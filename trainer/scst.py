@@ -121,7 +121,7 @@ def learn_rewarded(run, batch: dict, last: bool, labels: float, rows: float, rew
                     given, seen, repeated(cache, row[part]), return_logits=False
                 ).last_hidden_state  # (part, n, D)
                 real = torch.arange(n, device=run.device) < lengths[part, None]  # (part, n): no padding
-                logits = model.lm_head(h[real]).float()  # at temperature 1: the samples are from a sharper distribution
+                logits = model.lm_head(h[real]).float() / args.temperature  # of the distribution that was sampled
                 nats = F.cross_entropy(logits, tokens[part, :n][real], reduction="none")
                 loss = loss + (nats * better[part, None].expand(-1, n)[real]).sum() / (labels * K)
             run.scaler.scale(loss).backward()

@@ -44,7 +44,7 @@ from scripts.quickstart.steps import (
 )
 
 HIDDEN_SIZE = 192  # of encoder and decoder
-SEEN = 240_000  # pictures that the encoder sees in training; if there are fewer, it sees them repeatedly
+SEEN = 200_000  # pictures that the encoder sees in training; if there are fewer, it sees them repeatedly
 EPOCHS = 100  # at most for the encoder: after that it has memorized them
 
 
@@ -108,7 +108,7 @@ def recipe(out: Path, photos: dict[str, int], device: str = "cpu", dtype: str = 
             *train, "train_sft_vlm.py", *stage, rate, *typical, "--schedule", "linear",
         ], resumable=True),
         Step("stage 3", "learn from how well its own captions agree with people's", [
-            *train, "train_scst_vlm.py", *stage, rate / 10, *typical, "--schedule", "linear",
+            *train, "train_scst_vlm.py", *stage, 0.15 * rate, *typical, "--data_weights", 0.5, "--schedule", "linear",
             "--refs_path", data / "train_refs.json",
         ], resumable=True),
         Step("scores", "describe the held-out photos; then again with shuffled photos", [
