@@ -16,7 +16,7 @@ import time
 import warnings
 from pathlib import Path
 
-from common.start import BROKEN_PIPE, missing_package, report_stopped, silence_broken_pipe
+from common.start import BROKEN_PIPE, flush, missing_package, report_stopped, silence_broken_pipe
 
 FULL, UNTOUCHED = "the disk is full", "nothing was overwritten"
 
@@ -50,27 +50,36 @@ def run_main(main) -> None:
     """Calls `main()`. An error that the user can fix becomes one message instead of a traceback, and exit status 2."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a file name that is not valid Unicode must not end the run
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # `ImageProcessor.open` reports it
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    status = 0
     try:
         main()
+        if distributed := sys.modules.get("common.distributed"):
+            distributed.stop()
+    except Stopped as stopped:
+        status = stopped.code
     except KeyboardInterrupt:
         report_stopped("stopped")
-        sys.exit(130)
+        status = 130
     except Exception as error:
-        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
         if silence_broken_pipe(error):
-            os._exit(BROKEN_PIPE) if several else sys.exit(BROKEN_PIPE)  # as below
-        if os.environ.get("MINIMIND_TRACEBACK") or not is_user_error(error):
+            status = BROKEN_PIPE
+        elif os.environ.get("MINIMIND_TRACEBACK") or not is_user_error(error):
             raise
-        if several and os.environ["RANK"] != "0":
-            time.sleep(2)  # rank 0 reports an error of all ranks first; torchrun then ends the others
-        message = f"\nerror: {reason(error)}\n(MINIMIND_TRACEBACK=1 shows where)"
-        message = f"error: {missing_package(error)}" if isinstance(error, ImportError) else message
-        print(message, file=sys.stderr, flush=True)
-        if several:
-            os._exit(2)  # at once, so torchrun ends the other ranks: leaving the group would wait for them
-        sys.exit(2)
-    if distributed := sys.modules.get("common.distributed"):
-        distributed.stop()
+        else:
+            if several and os.environ["RANK"] != "0":
+                time.sleep(2)  # rank 0 reports an error of all ranks first; torchrun then ends the others
+            message = f"\nerror: {reason(error)}\n(MINIMIND_TRACEBACK=1 shows where)"
+            message = f"error: {missing_package(error)}" if isinstance(error, ImportError) else message
+            print(message, file=sys.stderr, flush=True)
+            status = 2
+    if several:
+        # At once. After an error, torchrun then ends the other ranks, for which leaving the group would wait. And a
+        # thread of gloo that frees a tensor while Python ends would abort the process (pytorch/pytorch issue 190489).
+        flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 def positive(kind):

@@ -1,5 +1,10 @@
 """common/cli.py: error messages, and the command lines of the public MiniMind-V."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 import eval_vlm
@@ -12,6 +17,8 @@ from scripts.convert_vlm import __main__ as convert_vlm
 from scripts.download import __main__ as download
 from scripts.quickstart import __main__ as quickstart
 from tests.conftest import no_space
+
+ROOT = Path(__file__).parent.parent
 
 MISTAKES = """
 train_sft_vlm --lr 3          → --lr is not a flag of train_sft_vlm.py; did you mean --learning_rate? (--help lists all)
@@ -126,3 +133,15 @@ def test_a_full_disk_gets_the_same_message_on_every_system(capsys):
         run_main(no_space)
     error = capsys.readouterr().err
     assert error.startswith("\nerror: the disk is full; nothing was overwritten\n") and "Errno" not in error
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("end, status", [("pass", 0), ("raise cli.Stopped", 130), ("raise ValueError('no')", 2)])
+def test_a_rank_ends_before_python_does(tmp_path, end, status, ranks):
+    """A thread of gloo may still free a tensor, which aborts a process in which Python is ending."""
+    script = tmp_path / "ends.py"
+    lines = ["import atexit", "from common import cli", "atexit.register(print, 'Python ends')"]
+    script.write_text("\n".join([*lines, "def main():", "    print('done')", f"    {end}", "cli.run_main(main)"]))
+    of_rank = {"WORLD_SIZE": str(ranks), "RANK": "0", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, script], env=os.environ | of_rank, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (status, "done\n" + "Python ends\n" * (ranks == 1))
