@@ -148,7 +148,7 @@ RATES = {
     "llm": ((4e-3, None), (1e-3, None)),
     "pretrain_vlm": ((2e-3, 4e-3), (4e-4, 1e-3)),  # the projector starts from random weights
     "sft_vlm": ((3e-3, 2e-3), (2e-4, 2e-4)),
-    "scst_vlm": ((3e-4, 3e-4), (2e-5, 2e-5)),  # from width 192, 2e-4 (docs/results/flickr8k.md); the second: a guess
+    "scst_vlm": ((3e-4, 3e-4), (2e-5, 2e-5)),  # from width 192 (docs/results/flickr8k.md); the second: a guess
 }
 SETTINGS = ("optimizer", "learning_rate", "projector_learning_rate", "batch_size")
 
