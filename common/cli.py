@@ -16,7 +16,7 @@ import time
 import warnings
 from pathlib import Path
 
-from common.start import BROKEN_PIPE, flush, missing_package, report_stopped, silence_broken_pipe
+from common.start import BROKEN_PIPE, missing_package, report_stopped, silence_broken_pipe
 
 FULL, UNTOUCHED = "the disk is full", "nothing was overwritten"
 
@@ -65,18 +65,27 @@ def run_main(main) -> None:
         if silence_broken_pipe(error):
             status = BROKEN_PIPE
         elif os.environ.get("MINIMIND_TRACEBACK") or not is_user_error(error):
-            raise
+            if not several:
+                raise
+            sys.excepthook(*sys.exc_info())
+            status = 1
         else:
-            if several and os.environ["RANK"] != "0":
+            if several and os.environ.get("RANK", "0") != "0":
                 time.sleep(2)  # rank 0 reports an error of all ranks first; torchrun then ends the others
             message = f"\nerror: {reason(error)}\n(MINIMIND_TRACEBACK=1 shows where)"
             message = f"error: {missing_package(error)}" if isinstance(error, ImportError) else message
             print(message, file=sys.stderr, flush=True)
             status = 2
     if several:
-        # At once. After an error, torchrun then ends the other ranks, for which leaving the group would wait. And a
-        # thread of gloo that frees a tensor while Python ends would abort the process (pytorch/pytorch issue 190489).
-        flush()
+        # At once, without exit handlers. After an error, torchrun then ends the other ranks, for which leaving the
+        # group would wait. And a thread of gloo that frees a tensor while Python ends would abort the process
+        # (pytorch/pytorch issue 190489).
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            if not silence_broken_pipe(error):
+                print(f"error: {reason(error)}", file=sys.stderr, flush=True)
+                status = status or 2
         os._exit(status)
     if status:
         sys.exit(status)

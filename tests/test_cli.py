@@ -135,13 +135,31 @@ def test_a_full_disk_gets_the_same_message_on_every_system(capsys):
     assert error.startswith("\nerror: the disk is full; nothing was overwritten\n") and "Errno" not in error
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("end, status", [("pass", 0), ("raise cli.Stopped", 130), ("raise ValueError('no')", 2)])
-def test_a_rank_ends_before_python_does(tmp_path, end, status, ranks):
-    """A thread of gloo may still free a tensor, which aborts a process in which Python is ending."""
+ENDS = [("pass", 0, ""), ("raise cli.Stopped", 130, ""), ("raise ValueError('no')", 2, "error: no\n")]
+ENDS += [("raise KeyboardInterrupt", 130, "stopped. To resume"), ("raise TypeError('a bug')", 1, "in main\n")]
+FULL_DEVICE = Path("/dev/full")  # each write to it fails as on a full disk
+
+
+def ended(tmp_path, end: str, ranks: int, stdout=subprocess.PIPE):
+    """A script that prints, does `end` and has an exit handler; as one of so many ranks."""
     script = tmp_path / "ends.py"
     lines = ["import atexit", "from common import cli", "atexit.register(print, 'Python ends')"]
     script.write_text("\n".join([*lines, "def main():", "    print('done')", f"    {end}", "cli.run_main(main)"]))
-    of_rank = {"WORLD_SIZE": str(ranks), "RANK": "0", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run([sys.executable, script], env=os.environ | of_rank, capture_output=True, text=True)
-    assert (ended.returncode, ended.stdout) == (status, "done\n" + "Python ends\n" * (ranks == 1))
+    of_rank = {"WORLD_SIZE": str(ranks), "RANK": "0", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    return subprocess.run([sys.executable, script], env=os.environ | of_rank, stdout=stdout, stderr=-1, text=True)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("end, status, error", ENDS)
+def test_a_rank_ends_before_python_does(tmp_path, end, status, error, ranks):
+    """A thread of gloo may still free a tensor, which aborts a process in which Python is ending."""
+    end = ended(tmp_path, end, ranks)
+    assert (end.returncode, end.stdout) == (status, "done\n" + "Python ends\n" * (ranks == 1))
+    assert error in end.stderr and ("Traceback" in end.stderr) == (status == 1)
+
+
+@pytest.mark.skipif(not FULL_DEVICE.exists(), reason="no /dev/full")
+def test_a_rank_whose_output_is_lost_says_so(tmp_path):
+    with FULL_DEVICE.open("w") as full:
+        end = ended(tmp_path, "pass", 2, full)
+    assert end.returncode == 2 and end.stderr == "error: the disk is full; nothing was overwritten\n"
