@@ -146,7 +146,8 @@ def ended(tmp_path, end: str, ranks: int, stdout=subprocess.PIPE):
     lines = ["import atexit", "from common import cli", "atexit.register(print, 'Python ends')"]
     script.write_text("\n".join([*lines, "def main():", "    print('done')", f"    {end}", "cli.run_main(main)"]))
     of_rank = {"WORLD_SIZE": str(ranks), "RANK": "0", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
-    return subprocess.run([sys.executable, script], env=os.environ | of_rank, stdout=stdout, stderr=-1, text=True)
+    pipes = {"stdout": stdout, "stderr": subprocess.PIPE}
+    return subprocess.run([sys.executable, script], env=os.environ | of_rank, **pipes, text=True)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
