@@ -38,7 +38,7 @@ def parse_args(argv=None):
         "--refs_path", nargs="+", default=[], metavar="PATH", help="JSON: {picture: [captions]}, all of them references"
     )
     add("--samples", type=positive(int), default=5, metavar="K", help="answers per row, compared with each other")
-    add("--temperature", type=positive(float), default=0.6, help="of the samples; higher: more varied answers")
+    add("--temperature", type=positive(float), default=0.6, help="of the samples, in the loss too; higher: more varied")
     add("--max_new_tokens", type=positive(int), default=32, help="longer answers are cut off, and get no reward")
     args = parse_training(parser, argv)
     if args.samples < 2:
